@@ -1,0 +1,57 @@
+# make quickstart   installs, then fine-tunes SmolLM2-135M on two CPU ranks or the GPUs present (MODEL=tiny: no download)
+# make test         every test
+# make lint types   ruff; mypy
+#
+# An installed torch is never replaced: where $(PYTHON) has one, the virtual environment uses it. Otherwise the pinned
+# version is installed, from TORCH_INDEX_URL if set (for example a CPU index).
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+TORCH_VERSION ?= 2.13.0
+TORCH_INDEX_URL ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: install quickstart test lint types golden
+
+install: $(VENV)/installed
+
+$(VENV)/torch:
+	test -d $(VENV) || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==$(TORCH_VERSION)
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[gguf]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(PIP_INSTALL) --editable '.[gguf,dev]'
+	touch $@
+
+# One pass per rank and optimizer step: the 16 rows of a step are cut into as many micro-batches as there are ranks.
+quickstart: $(VENV)/installed
+	python -m recipes.quickstart.make_data runs/quickstart-data
+	python -m recipes.quickstart.get_model $(MODEL) models/$(MODEL)
+	rm -rf runs/quickstart
+	ranks=$$(python -c 'import torch; n = torch.cuda.device_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n) if n else 2)'); \
+		RANKS=$$ranks launch/local.sh recipes/sft.py --config configs/sft/quickstart.yaml \
+			model.name_or_path=models/$(MODEL) train.micro_batch_size=$$((16 / ranks))
+
+test: $(VENV)/dev
+	python -m pytest
+
+lint: $(VENV)/dev
+	ruff check .
+	ruff format --check .
+
+types: $(VENV)/dev
+	mypy
+
+# Rewrites the committed curves of the pinned tiny run; say in the commit why they changed.
+golden: $(VENV)/dev
+	python -m tests.test_golden
