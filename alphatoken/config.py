@@ -1,0 +1,243 @@
+"""Run configuration: one frozen pydantic model per YAML section. Unknown keys are errors; every field says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+# Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read from text and lists.
+FilePath = Annotated[Path, Strict(False)]
+Pair = Annotated[tuple[float, float], Strict(False)]
+
+
+class Section(BaseModel):
+    """A frozen section; `read_config` turns its validation errors into messages that name the nearest key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraConfig(Section):
+    r: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(16.0, gt=0, description="Scale of the adapters: they are multiplied by alpha / r.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the linears that get an adapter."
+    )
+
+
+class ModelConfig(Section):
+    name_or_path: str = Field(description="Folder or hub name of the Hugging Face model to fine-tune.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel of the training forward pass; values are the same with each."
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train LoRA adapters {r, alpha, target_modules} instead of all weights; they are then scored."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Dtype of weights and activations; the optimizer keeps float32 masters either way."
+    )
+
+
+class Source(Section):
+    path: str = Field(
+        description="File (.jsonl, .jsonl.gz, .parquet), saved dataset or `datasets` name; ${VARIABLES} are filled in."
+    )
+    skip: int = Field(0, ge=0, description="Rows to leave out at the start.")
+    first: int | None = Field(None, ge=1, description="Rows to use after those skipped; default: all.")
+    weight: float | None = Field(
+        None, gt=0, description="Relative share of an epoch's rows; leave unset on all sources to use every row once."
+    )
+    split: str = Field("train", description="Split of a `datasets` name.")
+    subset: str | None = Field(None, description="Configuration of a `datasets` name.")
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+# One path, one {path, weight, ...} mapping, or a list of either.
+Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
+
+
+class DataConfig(Section):
+    train: Sources = Field(description="Rows to train on: a path, or a list of {path, weight} for a mixture.")
+    validation: Sources | None = Field(
+        None, description="Held-out rows of the target task that steer the token values; never trained on."
+    )
+    eval: Sources | None = Field(
+        None, description="Rows for eval_loss, disjoint from train and validation, so that the report is honest."
+    )
+    max_length: int = Field(
+        2048, ge=8, description="Longest row in tokens; longer ones are cut on the right and counted."
+    )
+    packing: bool = Field(
+        False, description="Lay the documents of a micro-batch into as few rows as fit max_length, instead of padding."
+    )
+    cache_dir: FilePath = Field(
+        Path("~/.cache/alphatoken"), description="Where tokenised data is kept, shared by runs and ranks."
+    )
+
+
+class ValuationConfig(Section):
+    enabled: bool = Field(True, description="Value tokens and train on the valuable ones; false is plain fine-tuning.")
+    estimator: Literal["ghost"] = Field("ghost", description="How values are estimated; ghost is the paper's.")
+    layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        3, description="Number of last decoder layers whose linears are scored (K)."
+    )
+    parameters: Literal["linears"] = Field("linears", description="Which weights of those layers are scored.")
+    window: int = Field(32, ge=0, description="How many later positions the causal path looks at (w); 0 turns it off.")
+    stability_weight: float = Field(1.5, ge=0, description="Weight of stability against adaptation (lambda).")
+    validation_sequences: int = Field(32, ge=1, description="Held-out sequences per refresh, over all ranks together.")
+    refresh_every: int = Field(
+        1, ge=1, description="Optimizer steps between refreshes of validation signals and tower; 1 is exact."
+    )
+    contraction: Literal["auto", "ghost", "materialised"] = Field(
+        "auto", description="How target terms are contracted; auto takes the cheaper per linear. All are exact."
+    )
+    split_terms: bool = Field(True, description="Report the four terms separately; false computes the composite only.")
+    chunk_tokens: int = Field(
+        16384, ge=1, description="Tokens per scoring pass (whole sequences, at least one): bounds scoring's memory."
+    )
+    residency: Literal["resident", "streamed"] = Field(
+        "resident",
+        description="Keep tower weights and drift on every rank, or gather one layer at a time: slower, small.",
+    )
+    fisher: FilePath | None = Field(
+        None, description="Diagonal Fisher file of the reference model; without one stability is zero."
+    )
+    reference: FilePath | None = Field(
+        None, description="Folder of the stability reference model; default: the starting weights."
+    )
+
+
+class SelectionConfig(Section):
+    policy: Literal["top_value", "random", "loss", "low_perplexity", "all"] | None = Field(
+        None,
+        description="What is kept: highest value, a random choice, highest or lowest loss, or everything; "
+        "default: top_value, or all where valuation is off.",
+    )
+    keep_ratio: float = Field(0.5, gt=0, le=1, description="Share of response tokens to train on (rho).")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the ratio moves from keep_ratio_start to keep_ratio."
+    )
+    keep_ratio_start: float | None = Field(None, gt=0, le=1, description="First ratio of a linear or cosine schedule.")
+    schedule_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps of the schedule; default: the whole run."
+    )
+    scope: Literal["sequence", "micro_batch", "global_batch"] = Field(
+        "micro_batch",
+        description="Among which tokens the best are chosen. micro_batch is the published choice; global_batch scores "
+        "the whole optimizer step first, at the price of another forward pass.",
+    )
+    weights: Literal["hard", "sigmoid"] = Field(
+        "hard", description="Keep or drop tokens, or weigh all of them by the sigmoid of their standardised value."
+    )
+    protect_eos: bool = Field(
+        False, description="Keep end-of-turn tokens first, so that the model still learns to stop."
+    )
+    min_keep: int = Field(0, ge=0, description="Keep at least this many tokens of every response.")
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> SelectionConfig:
+        if (self.schedule == "constant") != (self.keep_ratio_start is None):
+            raise ValueError(
+                f"selection.schedule={self.schedule} and selection.keep_ratio_start={self.keep_ratio_start} do not go "
+                "together: a linear or cosine schedule needs a start, a constant one has none"
+            )
+        if self.schedule == "constant" and self.schedule_steps is not None:
+            raise ValueError("selection.schedule_steps is given, but selection.schedule is constant")
+        if self.weights == "sigmoid" and (self.keep_ratio != 1 or self.schedule != "constant" or self.min_keep):
+            raise ValueError(
+                "selection.weights=sigmoid weighs every response token: set selection.keep_ratio=1.0, no schedule and "
+                "no min_keep"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay; norms and biases are exempt.")
+    betas: Pair = Field((0.9, 0.999), description="Adam's decay rates.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps in which the rate rises linearly.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warmup.")
+    clip: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 turns clipping off.")
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(64, ge=1, description="Rows per optimizer step, over all ranks and micro-batches.")
+    micro_batch_size: int = Field(4, ge=1, description="Rows per forward pass on one rank.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
+    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
+    seed: int = Field(0, ge=0, description="Seed of data order, validation draws and the random policy.")
+    output_dir: FilePath = Field(description="Run folder: config.yaml, metrics.jsonl, checkpoints/, export/.")
+    resume: str = Field(
+        "never", description="never, auto (newest complete checkpoint of output_dir, if any) or a checkpoint's path."
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints; default: no checkpoints."
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations, besides first and last."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+class DeepSpeedConfig(Section):
+    config: FilePath | dict[str, Any] | None = Field(
+        None, description="DeepSpeed JSON (file or mapping), passed through; default: plain ZeRO stage 3."
+    )
+
+
+class LoggingConfig(Section):
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases logging.")
+    project: str = Field("alphatoken", description="Weights & Biases project.")
+    name: str | None = Field(None, description="Weights & Biases run name; default: the output folder's name.")
+    every: int = Field(1, ge=1, description="Optimizer steps between console lines; metrics.jsonl has every step.")
+
+
+class RunConfig(Section):
+    """What every training recipe needs."""
+
+    model: ModelConfig
+    data: DataConfig
+    valuation: ValuationConfig = Field(default_factory=ValuationConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _valuation_has_data(self) -> RunConfig:
+        if self.valuation.enabled and self.data.validation is None:
+            raise ValueError(
+                "valuation.enabled=true needs data.validation: held-out rows of the target task "
+                "(or set valuation.enabled=false to fine-tune without token values)"
+            )
+        if self.train.save_every is not None and self.train.save_every % self.valuation.refresh_every:
+            raise ValueError(
+                f"train.save_every={self.train.save_every} is not a multiple of valuation.refresh_every="
+                f"{self.valuation.refresh_every}: a resumed run could not rebuild the validation signals"
+            )
+        if self.valuation.reference is not None and self.valuation.fisher is None:
+            raise ValueError("valuation.reference is given without valuation.fisher; stability needs the Fisher file")
+        if not self.valuation.enabled and self.selection.policy == "top_value":
+            raise ValueError("selection.policy=top_value needs valuation.enabled=true")
+        policy = self.selection.policy or ("top_value" if self.valuation.enabled else "all")
+        if self.selection.weights == "sigmoid" and policy in ("all", "random"):
+            raise ValueError(f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}")
+        return self

@@ -1,0 +1,9 @@
+"""The exceptions whose message is meant for the user; recipes print it without a traceback."""
+
+
+class UserError(ValueError):
+    """Bad input. The message names the file, line or key, the value found, and what to do about it."""
+
+
+class NonFiniteError(UserError):
+    """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and linears."""

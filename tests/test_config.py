@@ -1,0 +1,161 @@
+"""What a wrong configuration is answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphatoken.config import RunConfig
+from alphatoken.config_file import load_config, parse_arguments, save_config
+from alphatoken.engine import deepspeed_config
+from alphatoken.errors import UserError
+
+MINIMAL = """
+model: {name_or_path: some/model}
+data: {train: train.jsonl, validation: validation.jsonl}
+train: {output_dir: runs/test}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_are_yaml_and_win(file: Path) -> None:
+    config = load_config(
+        RunConfig, file, ["optim.lr=3e-5", "valuation.layers=all", "data.train=[{path: a, weight: 2}, {path: b}]"]
+    )
+    assert config.optim.lr == 3e-5
+    assert config.valuation.layers == "all"
+    assert [source.path for source in config.data.train] == ["a", "b"]
+
+
+def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path) -> None:
+    config = load_config(
+        RunConfig, file, ["deepspeed.config={zero_optimization: {stage: 2}}", "optim.betas=[0.9, 0.95]"]
+    )
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("selection.keep_raito=0.5", "selection.keep_raito: unknown key; did you mean selection.keep_ratio?"),
+        ("train.lr=1e-5", "train.lr: unknown key; did you mean optim.lr?"),
+        ("modle.dtype=float32", "modle: unknown key; did you mean model?"),
+        ("selection.keep_ratio=0", "selection.keep_ratio: input should be greater than 0, not 0"),
+        ("selection.keep_ratio=1.5", "selection.keep_ratio: input should be less than or equal to 1, not 1.5"),
+        ("valuation.layers=0", "valuation.layers: input should be greater than or equal to 1, not 0"),
+        ("valuation.estimator=magic", "valuation.estimator: input should be 'ghost', not 'magic'"),
+        ("logging.every=true", "logging.every: input should be a valid integer, not True"),
+        ("train.micro_batch_size=7", "train.global_batch_size=64 is not a multiple of train.micro_batch_size=7"),
+        ("data.validation=null", "valuation.enabled=true needs data.validation"),
+        ("model.name_or_path=null", "model.name_or_path: input should be a valid string, not None"),
+        ("train.output_dir", "override 'train.output_dir' is not of the form section.key=value"),
+        ("optim.lr=[", "override 'optim.lr=[': the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_and_value(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as failure:
+        load_config(RunConfig, file, [override])
+    assert message in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["valuation.enabled=false", "selection.policy=top_value"],
+            "selection.policy=top_value needs valuation.enabled",
+        ),
+        (["train.save_every=3", "valuation.refresh_every=2"], "train.save_every=3 is not a multiple of"),
+        (["valuation.reference=somewhere"], "valuation.reference is given without valuation.fisher"),
+    ],
+)
+def test_settings_that_contradict_each_other(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(RunConfig, file, overrides)
+
+
+def test_every_mistake_is_reported_at_once(file: Path) -> None:
+    with pytest.raises(UserError) as failure:
+        load_config(RunConfig, file, ["optim.lr=-1", "valuation.wnidow=3", "train.seed=x"])
+    assert all(key in str(failure.value) for key in ("optim.lr", "valuation.window", "train.seed"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {a: 1, a: 2}", "key 'a' is given twice"),
+        ("- a list", "must hold sections"),
+        ("model: [unclosed", "is not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as failure:
+        load_config(RunConfig, file)
+    assert str(file) in str(failure.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the configuration .*nowhere.yaml: No such file"):
+        load_config(RunConfig, tmp_path / "nowhere.yaml")
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_arguments(RunConfig, "A recipe.", ["--help"])
+    printed = capsys.readouterr().out
+    for section, info in RunConfig.model_fields.items():
+        for key, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"{section}.{key} " in printed
+            assert field.description, f"{section}.{key} does not say why it exists"
+            assert field.description.split()[0] in printed
+
+
+def test_the_launchers_rank_is_accepted(file: Path) -> None:
+    config = parse_arguments(RunConfig, "A recipe.", ["--local_rank=1", "--config", str(file), "optim.lr=1.0"])
+    assert config.optim.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_batch_size": 8}, "sets 'train_batch_size'; remove it and set train.global_batch_size instead"),
+        ({"optimizer": {"type": "Adam"}}, "sets 'optimizer'; remove it and set optim"),
+        ({"bf16": {"enabled": True}}, "set model.dtype instead"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+    ],
+)
+def test_deepspeed_keys_that_are_ours_are_refused(
+    run_values: dict[str, Any], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(values))
+    for given in (values, str(file)):
+        config = RunConfig.model_validate({**run_values, "deepspeed": {"config": given}})
+        with pytest.raises(UserError, match=message):
+            deepspeed_config(config, world_size=1)
+
+
+def test_deepspeed_keys_that_are_not_ours_pass_through(run_values: dict[str, Any]) -> None:
+    zero = {"zero_optimization": {"stage": 2}, "communication_data_type": "fp32"}
+    config = RunConfig.model_validate({**run_values, "deepspeed": {"config": zero}})
+    complete = deepspeed_config(config, world_size=3)
+    assert complete.items() >= zero.items()
+    assert complete["gradient_accumulation_steps"] == 2
+
+
+def test_batches_must_be_dealt_evenly_to_the_ranks(run_values: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(run_values)
+    with pytest.raises(UserError, match=r"train.global_batch_size=12 is not a multiple of .* times 4 ranks = 8"):
+        deepspeed_config(config, world_size=4)
