@@ -1,0 +1,275 @@
+"""Where a Hugging Face causal LM keeps its decoder layers, final norm, head and scored linears.
+
+One `Architecture` per supported model class; `docs/architectures.md` says how to add one. Everything else in the
+library speaks of a `Decoder`, which is one architecture applied to one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from alphatoken.errors import UserError
+
+
+def _last_third(config: PretrainedConfig) -> Tensor:
+    """Value rows of a projection that stacks equally many query, key and value rows."""
+    return torch.arange(2 * config.hidden_size, 3 * config.hidden_size)
+
+
+def _after_queries_and_keys(config: PretrainedConfig) -> Tensor:
+    """Value rows of a projection that stacks query, key and value rows of grouped-query attention."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    start = (config.num_attention_heads + config.num_key_value_heads) * head_size
+    return torch.arange(start, start + config.num_key_value_heads * head_size)
+
+
+def _third_of_each_head(config: PretrainedConfig) -> Tensor:
+    """Value rows of a projection that stacks query, key and value head by head."""
+    head_size = config.hidden_size // config.num_attention_heads
+    rows = torch.arange(3 * config.hidden_size).view(config.num_attention_heads, 3, head_size)
+    return rows[:, 2].flatten()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Dotted paths inside a model class. `layers` and `norm` are inside `body`; the rest inside a layer."""
+
+    linears: tuple[str, ...]
+    """Every linear that a layer may have and that is scored, in order of the forward pass."""
+    value_projection: str
+    """The linear through which attention carries the causal path; layers without it have no causal term."""
+    value_rows: Callable[[PretrainedConfig], Tensor] | None = None
+    """Which of its output rows are values, where query and key share it."""
+    body: str = "model"
+    layers: str = "layers"
+    norm: str = "norm"
+    unscored: tuple[str, ...] = ()
+    """Parts of a layer with weights that are left out of the scored set (experts and their router)."""
+    recurrent: bool = False
+    """Whether some layers carry a state along the row, so that documents cannot be packed into one."""
+
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+LLAMA_LIKE = Architecture(linears=(*ATTENTION, *GATED_MLP), value_projection="self_attn.v_proj")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    **dict.fromkeys(
+        (
+            *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
+            *("Gemma3ForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM"),
+        ),
+        LLAMA_LIKE,
+    ),
+    "Gemma3ForConditionalGeneration": replace(LLAMA_LIKE, body="model.language_model"),
+    "Qwen3_5ForCausalLM": replace(
+        LLAMA_LIKE,
+        linears=(
+            *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            *("linear_attn.out_proj", *ATTENTION, *GATED_MLP),
+        ),
+        recurrent=True,
+    ),
+    "Phi3ForCausalLM": Architecture(
+        linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        value_projection="self_attn.qkv_proj",
+        value_rows=_after_queries_and_keys,
+    ),
+    "GPTNeoXForCausalLM": Architecture(
+        linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        value_projection="attention.query_key_value",
+        value_rows=_third_of_each_head,
+        body="gpt_neox",
+        norm="final_layer_norm",
+    ),
+    "GPT2LMHeadModel": Architecture(
+        linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        value_projection="attn.c_attn",
+        value_rows=_last_third,
+        body="transformer",
+        layers="h",
+        norm="ln_f",
+    ),
+    **dict.fromkeys(
+        ("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
+        replace(LLAMA_LIKE, unscored=("mlp.experts", "mlp.gate")),
+    ),
+}
+
+# Names under which Hugging Face configs keep dropout probabilities.
+DROPOUT_FIELDS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout")
+
+
+@dataclass(frozen=True)
+class ScoredLinear:
+    """One linear of the scored set S."""
+
+    path: str
+    """Dotted path inside its decoder layer."""
+    is_value: bool
+    """Whether the causal path runs through it."""
+    value_rows: Tensor | None = None
+    """Which of its output rows are values; None is all."""
+    feeds: str | None = None
+    """Path of the linear that takes its output and nothing else: an adapter's B, for its A."""
+    transposed: bool = False
+    """Whether the weight is stored (in, out), as GPT-2 does."""
+    name: str = ""
+    """Full parameter name, for example `model.layers.27.self_attn.v_proj.weight`."""
+    layer: int = -1
+    """Index of its decoder layer."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model seen as body = embeddings + layers + norm, followed by a head."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The text model's configuration."""
+        return self.model.config.get_text_config()
+
+    @property
+    def body(self) -> nn.Module:
+        body: nn.Module = self.model.get_submodule(self.architecture.body)
+        return body
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.body.get_submodule(self.architecture.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.body.get_submodule(self.architecture.norm)
+
+    @property
+    def head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Logits are `c tanh(logits / c)` where the model caps them."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Runs the body on `input_ids` (B, T); returns (B, T, H) after the norm.
+
+        `attention_mask` (B, T) may be absent, and had better be, when all padding is on the right: nothing real attends
+        to what comes later, and kernels are faster without a mask. `position_ids` (B, T) that start anew tell packed
+        documents apart.
+        """
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        hidden: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def freeze_unreached(self) -> None:
+        """Freezes what text never runs through, such as a vision tower: without gradients it would only decay."""
+        reached = {id(parameter) for part in (self.body, self.head) for parameter in part.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
+
+    def scored_linears(self, depth: int) -> list[ScoredLinear]:
+        """The linears of the last `depth` layers, in order of the forward pass."""
+        prefix = f"{self.architecture.body}.{self.architecture.layers}"
+        first = len(self.layers) - depth
+        return [
+            replace(linear, name=f"{prefix}.{index}.{linear.path}.weight", layer=index)
+            for index in range(first, len(self.layers))
+            for linear in self._linears_of(self.layers[index])
+        ]
+
+    def _linears_of(self, layer: nn.Module) -> list[ScoredLinear]:
+        """The scored linears of one layer; of a layer with LoRA adapters, the adapters."""
+        modules = dict(layer.named_modules())
+        known = self.architecture.linears
+        for path, module in modules.items():
+            scored = any(path == root or path.startswith(root + ".") for root in (*known, *self.architecture.unscored))
+            assert scored or not isinstance(module, nn.Linear | Conv1D), f"{path} is missing from its architecture"
+        rows = None if self.architecture.value_rows is None else self.architecture.value_rows(self.config)
+        found = []
+        for path in known:
+            is_value = path == self.architecture.value_projection
+            value_rows = rows if is_value else None
+            for adapter in getattr(modules.get(path), "lora_A", ()):
+                up = f"{path}.lora_B.{adapter}"
+                found.append(ScoredLinear(f"{path}.lora_A.{adapter}", is_value, feeds=up))
+                found.append(ScoredLinear(up, is_value, value_rows))
+            if path in modules and not self.has_adapters:
+                found.append(ScoredLinear(path, is_value, value_rows, transposed=isinstance(modules[path], Conv1D)))
+        return found
+
+    @cached_property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters were injected (peft); then they are what is trained and scored."""
+        return any(hasattr(module, "lora_A") for module in self.layers.modules())
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """Sees through a peft wrapper. Raises UserError for a model class without an architecture entry."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return Decoder(model, _architecture(type(model).__name__))
+
+
+def scored_depth(layers: int | str, num_layers: int) -> int:
+    """Number of scored layers for `valuation.layers`. Raises UserError when the model has fewer."""
+    if layers == "all":
+        return num_layers
+    assert isinstance(layers, int)
+    if layers > num_layers:
+        raise UserError(
+            f"valuation.layers={layers}, but the model has only {num_layers} decoder layers; "
+            f"use at most {num_layers}, or 'all'"
+        )
+    return layers
+
+
+def architecture_of_config(config: PretrainedConfig) -> Architecture:
+    """The architecture that a `config.json` will be loaded as. Raises UserError where there is none."""
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    except KeyError:
+        raise UserError(
+            f"model type {config.model_type!r} is not a causal language model; "
+            f"supported classes: {', '.join(ARCHITECTURES)}"
+        ) from None
+    return _architecture(model_class)
+
+
+def check_valuation(config: PretrainedConfig, layers: int | str) -> None:
+    """Refuses, from `config.json` alone, a model that cannot be valued on its last `layers`. Raises UserError."""
+    text = config.get_text_config()
+    scored_depth(layers, text.num_hidden_layers)
+    for field in DROPOUT_FIELDS:
+        probability: Any = getattr(text, field, 0.0)
+        if probability:
+            raise UserError(
+                f"the model's config.json has {field}={probability}: with dropout, scoring and training would see "
+                f"different networks; set it to 0, or valuation.enabled=false"
+            )
+
+
+def _architecture(model_class: str) -> Architecture:
+    if model_class not in ARCHITECTURES:
+        raise UserError(
+            f"model class {model_class} has no entry in alphatoken/architectures.py, which must say where its layers, "
+            f"norm and linears are (docs/architectures.md shows how to add it); supported: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[model_class]

@@ -1,0 +1,212 @@
+"""Context managers that own hooks and hand over what they see; leaving them leaves the modules untouched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from alphatoken.attention import AttentionCall, Visibility, blocked_attention
+
+SignalConsumer = Callable[[str, Tensor, Tensor], None]
+
+
+class _HookOwner(AbstractContextManager[Any]):
+    """Removes every hook it registered on exit."""
+
+    def __init__(self) -> None:
+        self._hooks = ExitStack()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+
+
+class SignalCapture(_HookOwner):
+    """Hands `(name, act_BTI, outgrad_BTO)` of every given linear to `consume`, as the backward pass reaches it.
+
+    The linears must be frozen, so that autograd does not keep their inputs. Those whose input needs no gradient become
+    the leaves of the graph, and the backward pass stops there.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], consume: SignalConsumer) -> None:
+        super().__init__()
+        self._linears = linears
+        self._consume = consume
+        self._acts: dict[str, Tensor] = {}
+
+    def __enter__(self) -> SignalCapture:
+        for name, linear in self._linears.items():
+            self._hooks.enter_context(linear.register_forward_hook(partial(self._on_forward, name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._acts.clear()
+
+    def _on_forward(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._acts[name] = inputs[0].detach()
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.register_hook(partial(self._on_backward, name))
+
+    def _on_backward(self, name: str, outgrad: Tensor) -> None:
+        self._consume(name, self._acts.pop(name), outgrad.detach())
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer is called with besides the hidden state: masks, rotary embeddings, whatever the model passes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the scored layers were given in a forward pass.
+
+    hidden_BTH: (B, T, H), detached, the state that entered the first of them; `layer_inputs[i]` is what else the i-th
+    of them got.
+    """
+
+    hidden_BTH: Tensor
+    layer_inputs: tuple[LayerInput, ...]
+
+    def rows(self, rows: slice) -> Entry:
+        """The same entry for some of the sequences. Tensors whose first dimension is 1 are shared by all sequences."""
+        batch = self.hidden_BTH.shape[0]
+
+        def narrow(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch else value
+
+        inputs = (LayerInput(*tree_map(narrow, (each.args, each.kwargs))) for each in self.layer_inputs)
+        return Entry(self.hidden_BTH[rows], tuple(inputs))
+
+
+class EntryCapture(_HookOwner):
+    """Records the `Entry` of one forward pass through the given (last) decoder layers."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._layers = layers
+        self._hidden: Tensor | None = None
+        self._inputs: dict[int, LayerInput] = {}
+
+    def __enter__(self) -> EntryCapture:
+        for index, layer in enumerate(self._layers):
+            hook = layer.register_forward_pre_hook(partial(self._on_layer, index), with_kwargs=True)
+            self._hooks.enter_context(hook)
+        return self
+
+    @property
+    def entry(self) -> Entry:
+        assert self._hidden is not None, "no forward pass was recorded"
+        return Entry(self._hidden, tuple(self._inputs[index] for index in range(len(self._layers))))
+
+    def _on_layer(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden, *others = args or (kwargs.pop("hidden_states"),)
+        if index == 0:
+            self._hidden = hidden.detach()
+        self._inputs[index] = LayerInput(*tree_map(_detached, (tuple(others), kwargs)))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+CAPTURING_ATTENTION = "alphatoken_capture"
+"""The attention implementation that layers are configured with to run inside `AttentionCapture`."""
+
+BLOCKED_ATTENTION = "alphatoken_blocked"
+"""Explicit softmax in query blocks: it has a forward derivative, unlike fused kernels, and never holds (T, T)."""
+
+AttentionConsumer = Callable[[int, AttentionCall], None]
+
+
+class AttentionCapture(AbstractContextManager["AttentionCapture"]):
+    """Runs layers configured with CAPTURING_ATTENTION and hands `(layer, AttentionCall)` of each to `consume`.
+
+    `implementation` is the one the model was loaded with, so that the same kernel runs, or BLOCKED_ATTENTION.
+    """
+
+    def __init__(self, implementation: str, consume: AttentionConsumer | None = None) -> None:
+        self._implementation = implementation
+        self._consume = consume
+        self._token: Token[AttentionCapture | None] | None = None
+
+    def __enter__(self) -> AttentionCapture:
+        self._token = _active_attention_capture.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._token is not None
+        _active_attention_capture.reset(self._token)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        visibility = self._visibility(attention_mask, kwargs.get("sliding_window"), kwargs.get("position_ids"))
+        softcap = kwargs.get("softcap")
+        if self._consume is not None:
+            layer = module.layer_idx
+            assert isinstance(layer, int)
+            self._consume(layer, AttentionCall(query.detach(), key.detach(), scale, visibility, softcap))
+        if self._implementation == BLOCKED_ATTENTION:
+            call = AttentionCall(query, key, scale, visibility, softcap)
+            return blocked_attention(call, value).transpose(1, 2).contiguous(), None
+        # Every Hugging Face modelling file brings its own eager function.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, eager)
+        output: tuple[Tensor, Tensor | None] = attention(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+
+    def _visibility(self, mask: Tensor | None, sliding_window: int | None, positions: Tensor | None) -> Visibility:
+        """What the kernel will make of its arguments. Flash attention gets no mask, or a (B, T) one for padding."""
+        if mask is not None and mask.dim() == 4:
+            return Visibility(explicit=mask)
+        documents = None
+        if mask is not None:
+            documents = torch.where(mask.bool(), 0, -1)
+        elif positions is not None and "flash" in self._implementation:
+            documents = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        return Visibility(sliding_window=sliding_window, documents_BT=documents)
+
+
+_active_attention_capture: ContextVar[AttentionCapture | None] = ContextVar("attention_capture", default=None)
+
+
+def _capturing_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    active = _active_attention_capture.get()
+    assert active is not None, f"{CAPTURING_ATTENTION} runs inside AttentionCapture only"
+    return active.attend(module, *args, **kwargs)
+
+
+AttentionInterface.register(CAPTURING_ATTENTION, _capturing_attention)

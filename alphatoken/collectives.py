@@ -1,0 +1,142 @@
+"""Every message between ranks, by name. In a single process each function is a no-op on the same path.
+
+All go through `deepspeed.comm` (so they show in its communications log) over the default group: all ranks, which are
+all data-parallel. Every rank must call them in the same order. R is the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _comm() -> ModuleType | None:
+    # Without DeepSpeed (a notebook calling score_tokens) there is one process; importing it would cost seconds.
+    comm = sys.modules.get("deepspeed.comm")
+    return comm if comm is not None and comm.is_initialized() else None
+
+
+def rank() -> int:
+    comm = _comm()
+    return int(comm.get_rank()) if comm else 0
+
+
+def world_size() -> int:
+    comm = _comm()
+    return int(comm.get_world_size()) if comm else 1
+
+
+def barrier() -> None:
+    """Every rank waits for every other; no data."""
+    comm = _comm()
+    if comm:
+        comm.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it per rank."""
+    comm = _comm()
+    if comm:
+        comm.all_reduce(tensor)
+    return tensor
+
+
+def gather_equal(shard: Tensor) -> Tensor:
+    """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n elements per rank."""
+    comm = _comm()
+    if not comm:
+        return shard[None]
+    out = torch.empty(world_size() * shard.numel(), dtype=shard.dtype, device=shard.device)
+    comm.all_gather_into_tensor(out, shard.contiguous())
+    return out.view(world_size(), -1)
+
+
+def gather_slices(slices: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Whole tensors of the given shapes from every rank's equal slices of them, in one all-gather.
+
+    Slices are flat and padded as `sum_to_slices` and ZeRO-3 cut them; the padding is dropped.
+    """
+    if not slices:
+        return []
+    gathered = gather_equal(torch.cat(list(slices)))
+    columns = gathered.split([part.numel() for part in slices], dim=1)
+    return [part.reshape(-1)[: math.prod(shape)].view(shape) for part, shape in zip(columns, shapes, strict=True)]
+
+
+def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Reduce-scatter: every rank ends with its own slice of each tensor's sum over ranks, in one message.
+
+    Each tensor is flattened, zero-padded to a multiple of R and cut into R equal slices. A rank sends (R-1)/R of the
+    tensors' bytes.
+    """
+    ranks = world_size()
+    rows = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        rows.append(torch.nn.functional.pad(flat, (0, -flat.numel() % ranks)).view(ranks, -1))
+    lengths = [part.shape[1] for part in rows]
+    packed = torch.cat(rows, dim=1)
+    comm = _comm()
+    if comm:
+        own = torch.empty(packed.shape[1], dtype=packed.dtype, device=packed.device)
+        comm.reduce_scatter_tensor(own, packed.flatten())
+    else:
+        own = packed[0]
+    return list(own.split(lengths))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All-gather of matrices with unequally many rows: every rank ends with all rows, in rank order.
+
+    Each is padded to the longest first, so a rank receives (R-1) times the longest.
+    """
+    if world_size() == 1:
+        return rows
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = gather_equal(count).flatten().tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    gathered = gather_equal(padded.flatten()).view(world_size(), *padded.shape)
+    return torch.cat([gathered[index, :count] for index, count in enumerate(counts)])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank ends with every rank's (small, picklable) object, in rank order."""
+    comm = _comm()
+    if not comm:
+        return [value]
+    values: list[T] = [value] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank and raises on all of them if it raised on any: none is left waiting in a collective.
+
+    The failing ranks raise their own error, the others the first failing rank's.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    reports = gather_objects(None if failure is None else f"rank {rank()}: {failure}")
+    if failure is not None:
+        raise failure
+    first = next((report for report in reports if report is not None), None)
+    if first is not None:
+        raise RemoteError(first)
+    return result  # type: ignore[return-value]
+
+
+class RemoteError(RuntimeError):
+    """Another rank failed; the message is its own."""

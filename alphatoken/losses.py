@@ -1,0 +1,165 @@
+"""Token losses and objectives: loss positions, the head with its cross-entropy in row blocks, and what is summed.
+
+Shape legend: B sequences, T positions, R selected loss positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+
+# The head works on as many rows at once as keep one float32 block of logits within 256 MiB.
+LOGIT_BLOCK_ELEMENTS = 2**26
+
+
+def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Shifts labels into loss positions: position t predicts token t+1.
+
+    labels_BT: (B, T) int64, IGNORE_INDEX off the response. Returns `response_BT` (bool, the response mask) and
+    `targets_BT` (int64, the token each position predicts; IGNORE_INDEX elsewhere). The last position predicts nothing.
+    """
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return targets_BT != IGNORE_INDEX, targets_BT
+
+
+def _block_rows(vocabulary: int) -> int:
+    return max(1, LOGIT_BLOCK_ELEMENTS // vocabulary)
+
+
+def _block_loss(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_R: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Negative log likelihoods (R,) and their gradients with respect to the head's output (R, V), both float32."""
+    logits_RV = F.linear(hidden_RH, weight_VH, bias_V).float()
+    slope_RV: Tensor | None = None
+    if softcap is not None:
+        bounded_RV = torch.tanh(logits_RV / softcap)
+        logits_RV, slope_RV = softcap * bounded_RV, 1 - bounded_RV.square()
+    lse_R = torch.logsumexp(logits_RV, dim=-1)
+    nll_R = lse_R - logits_RV.gather(1, targets_R[:, None])[:, 0]
+    grad_RV = logits_RV.sub_(lse_R[:, None]).exp_()
+    grad_RV.scatter_add_(1, targets_R[:, None], torch.full_like(nll_R, -1.0)[:, None])
+    return nll_R, grad_RV if slope_RV is None else grad_RV.mul_(slope_RV)
+
+
+@torch.no_grad()
+def head_loss(
+    hidden_RH: Tensor, head: nn.Linear, targets_R: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses and the gradient of each with respect to its own hidden state; no graph, one block of logits at a time.
+
+    hidden_RH: (R, H) after the final norm; targets_R: (R,) int64; `softcap`: logits are c tanh(logits / c). Returns nll
+    (R,) float32 and gradients (R, H) in the dtype of `hidden_RH`.
+    """
+    nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
+    grad_RH = torch.empty_like(hidden_RH)
+    rows = _block_rows(head.weight.shape[0])
+    for start in range(0, hidden_RH.shape[0], rows):
+        block = slice(start, start + rows)
+        nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
+        grad_RH[block] = grad_RV.to(hidden_RH.dtype) @ head.weight
+    return nll_R, grad_RH
+
+
+class _BlockedNLL(torch.autograd.Function):
+    """Head and cross-entropy whose backward recomputes the logits block by block, unless one block is all there is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_R: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
+        rows = _block_rows(weight_VH.shape[0])
+        nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
+        only_block: Tensor | None = None
+        for start in range(0, hidden_RH.shape[0], rows):
+            block = slice(start, start + rows)
+            nll_R[block], grad_RV = _block_loss(hidden_RH[block], weight_VH, bias_V, targets_R[block], softcap)
+            if hidden_RH.shape[0] <= rows:
+                only_block = grad_RV.to(hidden_RH.dtype)
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R, only_block)
+        ctx.softcap = softcap
+        return nll_R
+
+    @staticmethod
+    def backward(ctx: Any, outgrad_R: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        hidden_RH, weight_VH, bias_V, targets_R, only_block = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_RH)
+        grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        rows = _block_rows(weight_VH.shape[0])
+        for start in range(0, hidden_RH.shape[0], rows):
+            block = slice(start, start + rows)
+            grad_RV = only_block
+            if grad_RV is None:
+                _, grad_RV = _block_loss(hidden_RH[block], weight_VH, bias_V, targets_R[block], ctx.softcap)
+            grad_RV = (grad_RV * outgrad_R[block, None]).to(hidden_RH.dtype)
+            grad_hidden[block] = grad_RV @ weight_VH
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_RV.T, hidden_RH[block])
+            if grad_bias is not None:
+                grad_bias += grad_RV.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+class HeadLoss(nn.Module):
+    """The head and its cross-entropy as one module, sharing the head's parameters.
+
+    ZeRO-3 gathers a module's weights around its forward call: blocks inside one call cost one gather, and a rank with
+    no rows makes the same call as the others. `softcap`: logits are c tanh(logits / c).
+    """
+
+    def __init__(self, head: nn.Linear, softcap: float | None = None) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+        self._softcap = softcap
+
+    def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+        """Negative log likelihood of each row, (R,) float32; memory is bounded by one block of logits."""
+        nll_R: Tensor = _BlockedNLL.apply(  # type: ignore[no-untyped-call]
+            hidden_RH, self.weight, self.bias, targets_R, self._softcap
+        )
+        return nll_R
+
+
+Batch = Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised, as a sum over one micro-batch; the loop divides by a denominator of the optimizer step."""
+
+    def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
+        """d objective / d (sum_t l_t) of each position's sequence at an all-ones mask, detached, (B, T)."""
+        ...
+
+    def total(self, batch: Batch, nll_R: Tensor, weight_R: Tensor, sequence_R: Tensor) -> Tensor:
+        """The objective of the kept tokens: losses `nll_R`, weights `weight_R`, sequences `sequence_R`. Scalar."""
+        ...
+
+    def denominator(self, kept_tokens: int, response_tokens: int) -> int:
+        """What the step's sum is divided by; the counts are of the whole optimizer step, over all ranks."""
+        ...
+
+
+class SupervisedObjective:
+    """Masked SFT (Eq. 13): the weighted sum of kept token losses over the number of kept tokens of the step."""
+
+    def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
+        return torch.ones_like(nll_BT)
+
+    def total(self, batch: Batch, nll_R: Tensor, weight_R: Tensor, sequence_R: Tensor) -> Tensor:
+        return (weight_R * nll_R).sum()
+
+    def denominator(self, kept_tokens: int, response_tokens: int) -> int:
+        return kept_tokens

@@ -1,0 +1,92 @@
+"""The only module that reads DeepSpeed's internals: full weights, this rank's slices, and their fp32 masters.
+
+Under ZeRO stage 3 a parameter is flattened, padded to a multiple of the number of ranks and cut into equal slices;
+`ds_tensor` is this rank's slice, `ds_shape` and `ds_numel` describe the whole. At lower stages every rank holds the
+whole parameter, which is then its own only slice. fp32 masters, Adam moments and anything we keep per slice (Fisher,
+reference) share one layout, so elementwise work on slices needs no communication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphatoken import collectives
+
+# An nn.Parameter; DeepSpeed adds attributes that type checkers cannot know.
+Parameter = Any
+
+
+def is_sharded(parameter: Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Parameter) -> torch.Size:
+    """Shape of the whole weight, also while it is released."""
+    shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+    return torch.Size(shape)
+
+
+def slice_range(parameter: Parameter) -> tuple[int, int]:
+    """[start, end) of this rank's slice in the flattened weight, without padding."""
+    numel = math.prod(full_shape(parameter))
+    if not is_sharded(parameter):
+        return 0, numel
+    length = parameter.ds_tensor.numel()
+    start = min(collectives.rank() * length, numel)
+    return start, min(start + length, numel)
+
+
+@torch.no_grad()
+def full_weights(parameters: Sequence[Parameter], device: torch.device) -> list[Tensor]:
+    """The whole weights, in the parameters' dtype. Sharded ones arrive in one all-gather; others are not copied.
+
+    Every rank sends its slices and receives (R-1)/R of the weights' bytes. Call it between optimizer steps or inside a
+    forward pass; never through `GatheredParameters`, which clashes with DeepSpeed's prefetching there.
+    """
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    slices = [parameter.ds_tensor.detach().to(device).flatten() for parameter in sharded]
+    gathered = iter(collectives.gather_slices(slices, [full_shape(parameter) for parameter in sharded]))
+    return [next(gathered) if is_sharded(parameter) else parameter.detach() for parameter in parameters]
+
+
+@torch.no_grad()
+def master_slice(parameter: Parameter, device: torch.device) -> Tensor:
+    """This rank's slice of the fp32 master weight, flat and padded like `ds_tensor`; may alias it, do not write.
+
+    Below stage 3 the whole master, gathered from the ranks that hold its parts; without one (no engine, or a frozen
+    parameter) the weight itself.
+    """
+    master: Any = None
+    if is_sharded(parameter):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        master = safe_get_local_fp32_param(parameter)
+    elif hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master = safe_get_full_fp32_param(parameter)
+    if master is None:
+        master = parameter.ds_tensor if is_sharded(parameter) else parameter
+    flat: Tensor = master.detach().flatten()
+    return flat.to(device=device, dtype=torch.float32)
+
+
+def padded_slice(whole: Tensor, parameter: Parameter) -> Tensor:
+    """This rank's slice of a tensor shaped like the whole weight, flat and zero-padded like `ds_tensor`."""
+    start, end = slice_range(parameter)
+    own = whole.reshape(-1)[start:end]
+    length = parameter.ds_tensor.numel() if is_sharded(parameter) else end - start
+    return nn.functional.pad(own, (0, length - own.numel()))
+
+
+def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
+    """The wrapped module's whole weights by name, on rank 0's CPU; None on other ranks, all of which must call it."""
+    if engine.zero_optimization_partition_weights():
+        state: dict[str, Tensor] | None = engine._zero3_consolidated_16bit_state_dict()
+        return state
+    return engine.module.state_dict() if collectives.rank() == 0 else None

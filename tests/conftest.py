@@ -1,0 +1,53 @@
+"""A tiny model folder and a tiny data set, built once per session."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.quickstart.get_model import save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random four-layer Llama with a byte tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Rows of very different lengths, as `data.train`, `data.validation` and `data.eval`."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    files = {}
+    for part, size in (("train", 30), ("validation", 7), ("eval", 5)):
+        rows = []
+        for index in range(size):
+            words = [rng.choice(["red", "green", "blue", "seven", "eleven"]) for _ in range(rng.randint(1, 9))]
+            rows.append({"prompt": f"{part} {index}?", "response": " ".join(words)})
+        files[part] = str(folder / f"{part}.jsonl")
+        Path(files[part]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+@pytest.fixture
+def run_values(tiny_model: Path, tiny_data: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """A valid configuration for a run of two steps; tests change what they are about."""
+    return {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "data": {**tiny_data, "cache_dir": str(tmp_path / "cache")},
+        "valuation": {"layers": 2, "validation_sequences": 5, "window": 4},
+        "optim": {"lr": 1e-3},
+        "train": {
+            "global_batch_size": 12,
+            "micro_batch_size": 2,
+            "max_steps": 2,
+            "output_dir": str(tmp_path / "run"),
+        },
+    }

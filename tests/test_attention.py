@@ -1,0 +1,110 @@
+"""The band of attention probabilities against explicit (T, T) matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alphatoken.attention import (
+    AttentionCall,
+    Visibility,
+    attention_band,
+    blocked_attention,
+    log_sum_exp,
+    mix_band,
+)
+from tests.oracle import relative_error
+
+
+def explicit_probabilities(call: AttentionCall, mask: Tensor) -> Tensor:
+    """(B, H, T, T) float64 probabilities; rows that may attend to nothing are zero."""
+    groups = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
+    key = call.key_BGTD.double().repeat_interleave(groups, dim=1)
+    scores = call.query_BHTD.double() @ key.transpose(2, 3) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1).nan_to_num(0.0)
+
+
+def padded_causal_mask(lengths: list[int], longest: int, side: str) -> Tensor:
+    """(B, 1, T, T) bool, as SDPA wants it."""
+    real = torch.zeros(len(lengths), longest, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        real[row, slice(0, length) if side == "right" else slice(longest - length, longest)] = True
+    causal = torch.ones(longest, longest).tril().bool()
+    return (causal & real[:, None, :] & real[:, :, None])[:, None]
+
+
+shapes = st.tuples(
+    st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (3, 3), (4, 1)]), st.integers(1, 40), st.integers(1, 35)
+)
+rules = st.sampled_from(["causal", "bool", "additive", "window", "documents", "documents and window"])
+
+
+def visibility_and_mask(rule: str, batch: int, length: int, side: str) -> tuple[Visibility, Tensor]:
+    """What the code is told, and the same as an explicit (B, 1, T, T) mask."""
+    lengths = [1 + (length - 1) * (row + 1) // batch for row in range(batch)]
+    causal = torch.ones(length, length).tril().bool().expand(batch, 1, length, length)
+    near = torch.ones(length, length).triu(-3).bool()
+    documents = (torch.arange(length) // 5).expand(batch, length).clone()
+    documents[:, length - length // 4 :] = -1
+    own = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    padded = padded_causal_mask(lengths, length, side)
+    return {
+        "causal": (Visibility(), causal),
+        "bool": (Visibility(explicit=padded), padded),
+        "additive": (Visibility(explicit=torch.zeros(padded.shape).masked_fill(~padded, float("-inf"))), padded),
+        "window": (Visibility(sliding_window=4), causal & near),
+        "documents": (Visibility(documents_BT=documents), causal & own[:, None]),
+        "documents and window": (
+            Visibility(sliding_window=4, documents_BT=documents),
+            causal & near & own[:, None],
+        ),
+    }[rule]
+
+
+@settings(deadline=None, max_examples=150)
+@given(shape=shapes, rule=rules, side=st.sampled_from(["left", "right"]), softcap=st.sampled_from([None, 0.7]))
+def test_band_and_mixture_match_the_explicit_matrix(
+    shape: tuple[int, tuple[int, int], int, int], rule: str, side: str, softcap: float | None
+) -> None:
+    batch, (heads, kv_heads), length, window = shape
+    generator = torch.Generator().manual_seed(length * 100 + window)
+    query = torch.randn(batch, heads, length, 8, generator=generator)
+    key = torch.randn(batch, kv_heads, length, 8, generator=generator)
+    visibility, mask = visibility_and_mask(rule, batch, length, side)
+    call = AttentionCall(query, key, 0.4, visibility, softcap)
+    every_head = explicit_probabilities(call, mask)
+    probabilities = every_head.mean(1)
+    band = attention_band(call, window)
+    expected_band = torch.zeros(batch, length, window, dtype=torch.float64)
+    for t in range(length):
+        for offset in range(1, min(window, length - 1 - t) + 1):
+            expected_band[:, t, offset - 1] = probabilities[:, t + offset, t]
+    assert relative_error(band, expected_band) <= 1e-5
+
+    outgrad = torch.randn(batch, length, 5, generator=generator)
+    expected = torch.zeros(batch, length, 5, dtype=torch.float64)
+    for t in range(length):
+        for k in range(t + 1, min(t + window, length - 1) + 1):
+            expected[:, t] += probabilities[:, k, t, None] * outgrad[:, k]
+    assert relative_error(mix_band(band, outgrad), expected) <= 1e-5
+
+    value = torch.randn(batch, kv_heads, length, 8, generator=generator)
+    seeing = mask.any(-1)[..., None]  # padding queries see nothing: what comes out there does not matter
+    attended = every_head @ value.double().repeat_interleave(heads // kv_heads, dim=1)
+    assert relative_error(blocked_attention(call, value, block=7) * seeing, attended * seeing) <= 1e-5
+
+
+@pytest.mark.parametrize("block", [1, 7, 128])
+def test_log_sum_exp_does_not_depend_on_its_blocks(block: int) -> None:
+    query, key = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8)
+    padded = Visibility(explicit=padded_causal_mask([21, 9], 21, "left"))
+    for visibility in (Visibility(), padded):
+        call = AttentionCall(query, key, 0.3, visibility)
+        assert torch.allclose(log_sum_exp(call, block=block), log_sum_exp(call, block=64), rtol=1e-6)
+    blind = log_sum_exp(AttentionCall(query, key, 0.3, padded))[1, :, :12]
+    assert torch.isneginf(blind).all(), "padding rows attend to nothing"

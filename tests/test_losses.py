@@ -1,0 +1,68 @@
+"""The blocked head against plain cross-entropy, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphatoken import losses
+from alphatoken.losses import HeadLoss, SupervisedObjective, head_loss, loss_positions
+from tests.oracle import relative_error
+
+
+def test_position_t_predicts_token_t_plus_one() -> None:
+    labels = torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]])
+    response, targets = loss_positions(labels)
+    assert response.tolist() == [[False, True, True, False], [False, False, True, False]]
+    assert targets[response].tolist() == [5, 6, 8]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows_per_block", [1, 3, 100])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_blocked_head_equals_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, rows_per_block: int, rows: int, softcap: float | None
+) -> None:
+    vocabulary = 13
+    monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
+    torch.manual_seed(0)
+    head = nn.Linear(6, vocabulary, bias=bias)
+    hidden = torch.randn(rows, 6, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (rows,))
+    weights = torch.rand(rows)
+
+    def cross_entropy(reduction: str) -> Tensor:
+        logits = head(hidden)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return nn.functional.cross_entropy(logits, targets, reduction=reduction)
+
+    nll = HeadLoss(head, softcap)(hidden, targets)
+    (nll * weights).sum().backward()
+    gradients = [hidden.grad, *(parameter.grad for parameter in head.parameters())]
+    hidden.grad = None
+    head.zero_grad()
+    expected = cross_entropy("none")
+    (expected * weights).sum().backward()
+    references = [hidden.grad, *(parameter.grad for parameter in head.parameters())]
+
+    assert torch.allclose(nll, expected, atol=1e-6)
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert gradient is not None, "a rank without rows must take part in the reduction"
+        assert reference is not None
+        assert torch.allclose(gradient, reference, atol=1e-6)
+
+    plain_nll, plain_gradient = head_loss(hidden.detach(), head, targets, softcap)
+    assert torch.allclose(plain_nll, expected, atol=1e-6)
+    if rows:
+        (own,) = torch.autograd.grad(cross_entropy("sum"), hidden)
+        assert relative_error(plain_gradient, own) <= 1e-5
+
+
+def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
+    objective = SupervisedObjective()
+    assert objective.total({}, torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), torch.tensor([0, 1])) == 6.0
+    assert objective.denominator(kept_tokens=4, response_tokens=9) == 4
+    assert objective.coefficients({}, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)).equal(torch.ones(3, 5))

@@ -1,0 +1,220 @@
+"""What the mathematics promises, whatever the numbers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.architectures import decoder_of
+from alphatoken.attention import AttentionCall
+from alphatoken.capture import EntryCapture
+from alphatoken.held_out import HeldOutSignals
+from alphatoken.tower import Tower
+from alphatoken.valuation import bilinear_product, cheaper_contraction, ghost_product, target_matrix
+from tests.oracle import Sequences, relative_error
+from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
+from tests.tiny import CASES, collate, random_sequences, tiny_llama, unpad
+
+CPU = torch.device("cpu")
+
+
+class ContractEverywhere:
+    """A sink that sums d_t^T U h_t over every position, prompt included, for fixed matrices U."""
+
+    def __init__(self, matrices: dict[str, Tensor]) -> None:
+        self.matrices = matrices
+        self.total = 0.0
+
+    def layer(self, layer: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
+        pass
+
+    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
+        products = bilinear_product(outgrad_BTO.flatten(0, 1), self.matrices[name], act_BTI.flatten(0, 1))
+        self.total += float(products.double().sum())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_direct_values_of_all_positions_sum_to_the_gradient_product(name: str, resident: bool) -> None:
+    """sum_t d_t^T U h_t = <grad L, U> on the scored linears."""
+    case = CASES[name]
+    model = case.build()
+    batch = collate(random_sequences(LENGTHS, seed=1))
+    generator = torch.Generator().manual_seed(5)
+    linears = scored_set(case, model, depth=3).linears
+    matrices = {name: torch.randn(model.get_parameter(name).shape, generator=generator) for name in linears}
+
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in linears])
+    expected = sum(
+        float((gradient.double() * matrix).sum()) for gradient, matrix in zip(gradients, matrices.values(), strict=True)
+    )
+
+    decoder = decoder_of(model)
+    tower = Tower(decoder, 3, CPU, resident=resident, chunk_tokens=30)
+    tower.streamer.refresh()
+    with torch.no_grad(), EntryCapture(list(decoder.layers)[-3:]) as capture:
+        decoder.hidden_states({"input_ids": batch["input_ids"]})
+    oriented = {name: matrix.T if case.transposed else matrix for name, matrix in matrices.items()}
+    sink = ContractEverywhere(oriented)
+    nll_BT = tower.run(capture.entry, batch["labels"], sink)
+    assert sink.total == pytest.approx(expected, rel=1e-4)
+    assert float(nll_BT.sum()) == pytest.approx(float(loss), rel=1e-5)
+
+
+@st.composite
+def masked_sequences(draw: st.DrawFn) -> list[tuple[Tensor, Tensor]]:
+    """Rows of any length and any response mask: none, one token, several turns."""
+    sequences = []
+    for number in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(2, 15))
+        ((ids, labels),) = random_sequences([(0, length)], seed=draw(st.integers(0, 50)) + number)
+        mask = torch.tensor(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+        sequences.append((ids, labels.masked_fill(~mask, -100)))
+    return sequences
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sequences=masked_sequences(),
+    window=st.integers(0, 6),
+    chunk_tokens=st.sampled_from([1, 20, 1000]),
+    side=st.sampled_from(["left", "right"]),
+    residency=st.sampled_from(["resident", "streamed"]),
+    contraction=st.sampled_from(["ghost", "materialised"]),
+)
+def test_any_shape_and_mask_matches_the_oracle(
+    sequences: Sequences, window: int, chunk_tokens: int, side: str, residency: str, contraction: str
+) -> None:
+    setting = Setting(CASES["llama"], window, sequences)
+    values = setting.score(
+        collate(sequences, side),
+        collate(setting.validation, side),
+        chunk_tokens=chunk_tokens,
+        residency=residency,
+        contraction=contraction,
+    )
+    setting.check({term: unpad(getattr(values, term), sequences, side) for term in TERMS})
+
+
+class Plain:
+    """A Llama with stability tensors; `values` scores a batch by a validation batch."""
+
+    def __init__(self) -> None:
+        self.model = tiny_llama()
+        self.fisher, self.reference = stability(self.model, list(scored_set(CASES["llama"], self.model, 2).linears))
+        self.sequences = random_sequences(LENGTHS, seed=1)
+        self.validation = random_sequences(VALIDATION_LENGTHS, seed=2)
+
+    def values(self, batch: dict[str, Tensor], validation: dict[str, Tensor]) -> TokenValues:
+        config = ValuationConfig(layers=2, window=4)
+        return score_tokens(self.model, batch, validation, fisher=self.fisher, reference=self.reference, config=config)
+
+
+def test_permuting_the_batch_permutes_the_values() -> None:
+    plain = Plain()
+    batch, validation = collate(plain.sequences), collate(plain.validation)
+    order = torch.tensor([2, 0, 3, 1])
+    straight = plain.values(batch, validation)
+    permuted = plain.values({key: value[order] for key, value in batch.items()}, validation)
+    for term in TERMS:
+        assert relative_error(getattr(permuted, term), getattr(straight, term)[order]) <= 1e-6
+
+
+def test_duplicating_the_validation_set_changes_nothing() -> None:
+    plain = Plain()
+    batch = collate(plain.sequences)
+    once = plain.values(batch, collate(plain.validation))
+    twice = plain.values(batch, collate([*plain.validation, *plain.validation]))
+    for term in TERMS:
+        assert relative_error(getattr(twice, term), getattr(once, term)) <= 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stands_in_the_padding_never_matters(side: str) -> None:
+    plain = Plain()
+    results = []
+    for pad in (0, 9):
+        batch, validation = (collate(rows, side, pad) for rows in (plain.sequences, plain.validation))
+        results.append(plain.values(batch, validation))
+    for term in TERMS:
+        assert torch.equal(getattr(results[0], term), getattr(results[1], term))
+
+
+def test_scoring_leaves_the_model_as_it_was() -> None:
+    plain = Plain()
+    plain.model.train()
+    plain.model.lm_head.eval()
+    before = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
+    modes = [module.training for module in plain.model.modules()]
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.model.modules())
+    plain.values(collate(plain.sequences), collate(plain.validation))
+    assert [module.training for module in plain.model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in plain.model.parameters())
+    assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.model.modules())
+    assert plain.model.config._attn_implementation == "sdpa"
+
+
+sizes = st.tuples(*[st.integers(1, 9)] * 4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(size=sizes, seed=st.integers(0, 20), factor=st.sampled_from([0.5, 3.0]), block=st.integers(1, 9))
+def test_both_contractions_are_the_same_bilinear_form(
+    size: tuple[int, int, int, int], seed: int, factor: float, block: int
+) -> None:
+    rows, held_out, inputs, outputs = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    outgrad, act, val_outgrad, val_act = (
+        random(rows, outputs),
+        random(rows, inputs),
+        random(held_out, outputs),
+        random(held_out, inputs),
+    )
+    explicit = torch.stack(
+        [
+            sum(((outgrad[t] @ val_outgrad[v]) * (act[t] @ val_act[v]) for v in range(held_out)), torch.zeros(()))
+            / held_out
+            for t in range(rows)
+        ]
+    )
+    for choice in ("ghost", "materialised"):
+        # Scaling the validation loss scales its gradients, and with them the values.
+        signals = HeldOutSignals({"linear": (outputs, inputs)}, choice, torch.float32, CPU)
+        signals.begin(held_out, rows)
+        for start in range(0, held_out, block):
+            signals.add("linear", factor * val_outgrad[start : start + block], val_act[start : start + block])
+        signals.reduce(["linear"])
+        (contraction,) = signals.contractions(["linear"]).values()
+        assert torch.allclose(contraction(outgrad, act), factor * explicit, atol=1e-4)
+    assert torch.allclose(ghost_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4)
+    matrix = target_matrix(val_outgrad, val_act) / held_out
+    assert torch.allclose(bilinear_product(outgrad, matrix, act), explicit, atol=1e-4)
+
+
+def test_the_cost_model_breaks_even_where_it_says() -> None:
+    """In one process with many scored tokens: N = I O / (I + O). Few tokens do not repay forming G."""
+    break_even = 576 * 1536 / (576 + 1536)
+    for count, expected in ((int(break_even) - 5, "ghost"), (int(break_even) + 5, "materialised")):
+        assert cheaper_contraction(count, 10**7, 576, 1536, ranks=1) == expected
+    assert cheaper_contraction(1000, 10, 576, 1536, ranks=1) == "ghost"
+    # Over many ranks, moving a few rows is cheaper than moving a matrix, and a matrix cheaper than very many rows.
+    assert cheaper_contraction(300, 100, 4096, 4096, ranks=64) == "ghost"
+    assert cheaper_contraction(100_000, 100, 4096, 4096, ranks=64) == "materialised"

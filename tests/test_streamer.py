@@ -1,0 +1,114 @@
+"""One layer at a time: forward, vector-Jacobian and Jacobian-vector products against the model's own autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alphatoken.architectures import Decoder, decoder_of
+from alphatoken.capture import Entry, EntryCapture
+from alphatoken.streamer import LayerStreamer
+from tests.oracle import relative_error
+from tests.ranks import run_ranks
+from tests.test_valuation import LENGTHS
+from tests.tiny import CASES, collate, random_sequences
+
+CPU = torch.device("cpu")
+FIRST = 1
+
+
+def entry_of(decoder: Decoder, batch: dict[str, Tensor]) -> Entry:
+    with torch.no_grad(), EntryCapture(list(decoder.layers)[FIRST:]) as capture:
+        decoder.hidden_states({"input_ids": batch["input_ids"]})
+    return capture.entry
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen3_5"])  # computes in float32 inside
+def test_products_match_autograd(name: str, resident: bool) -> None:
+    model = CASES[name].build().double()
+    model.set_experts_implementation("eager")  # the grouped kernel has no float64
+    decoder = decoder_of(model)
+    batch = collate(random_sequences(LENGTHS, seed=1))
+    streamer = LayerStreamer(decoder, FIRST, CPU, resident)
+    streamer.refresh()
+    entry = entry_of(decoder, batch)
+    generator = torch.Generator().manual_seed(3)
+
+    def random_like(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    hidden = entry.hidden_BTH
+    for index, inputs in zip(streamer.indices, entry.layer_inputs, strict=True):
+        own = decoder.layers[index]
+        weights = dict(own.named_parameters())
+        leaf = hidden.clone().requires_grad_()
+        output = own(leaf, *inputs.args, **inputs.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        outgrad, tangent = random_like(output), random_like(hidden)
+        tangents = {name: random_like(weight) for name, weight in weights.items()}
+        expected = torch.autograd.grad(output, [leaf, *weights.values()], outgrad)
+
+        with streamer.layer(index) as module, torch.no_grad():
+            assert relative_error(streamer.forward(module, hidden, inputs), output) <= 1e-12
+            entry_gradient, slices = streamer.vjp(module, hidden, inputs, outgrad)
+            primal, derivative = streamer.jvp(module, hidden, tangent, inputs, tangents)
+        assert relative_error(entry_gradient, expected[0]) <= 1e-12
+        for (weight, gradient), reference in zip(slices.items(), expected[1:], strict=True):
+            error = relative_error(gradient, reference.flatten())
+            assert error <= 1e-6, f"{weight} is off by {error:.1e}"  # slices are float32
+        assert relative_error(primal, output) <= 1e-6  # softmax in float32
+        # <outgrad, J tangent> = <J^T outgrad, tangent>
+        forward_mode = float((outgrad * derivative).sum())
+        reverse_mode = sum(
+            float((gradient * direction).sum())
+            for gradient, direction in zip(expected, [tangent, *tangents.values()], strict=True)
+        )
+        assert forward_mode == pytest.approx(reverse_mode, rel=1e-5)
+        hidden = output.detach()
+        if not resident:
+            assert all(parameter.is_meta for parameter in streamer.module(index).parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_products_under_zero_equal_one_process(world_size: int, run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Every rank brings rows of its own; weight gradients come back summed over ranks and sliced."""
+    configs = {
+        f"stage {stage}": {
+            **run_values,
+            "train": {**run_values["train"], "output_dir": str(tmp_path / str(stage))},
+            "deepspeed": {"config": {"zero_optimization": {"stage": stage, "memory_efficient_linear": False}}},
+        }
+        for stage in (2, 3)
+    }
+    results = run_ranks("layer_products", world_size, tmp_path / "ranks", configs=configs)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"])
+    decoder = decoder_of(model)
+    streamer = LayerStreamer(decoder, FIRST, CPU, resident=True)
+    streamer.refresh()
+    for name in configs:
+        summed: dict[str, Tensor] = {}
+        for result in results:
+            for index, product in result[name].items():
+                inputs = product["inputs"]
+                module = streamer.module(index)
+                gradient, weights = streamer.vjp(module, product["hidden"], inputs, product["outgrad"])
+                assert relative_error(product["gradient"], gradient) <= 1e-5
+                output, derivative = streamer.jvp(
+                    module, product["hidden"], product["outgrad"], inputs, product["tangents"]
+                )
+                assert relative_error(product["output"], output) <= 1e-5
+                assert relative_error(product["derivative"], derivative) <= 1e-5
+                for weight, part in weights.items():
+                    key = f"{index}.{weight}"
+                    summed[key] = summed.get(key, torch.zeros(())) + part
+        for result in results:
+            for index, product in result[name].items():
+                for weight, whole in product["weights"].items():
+                    assert relative_error(whole.flatten(), summed[f"{index}.{weight}"]) <= 1e-5, weight
