@@ -1,0 +1,158 @@
+"""Tokenised rows on disk: written once, memory-mapped by every rank and run that uses the same data and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from alphatoken.config import Source
+from alphatoken.data.chat import Encoder, Skipped
+from alphatoken.data.sources import location, open_source
+from alphatoken.errors import UserError
+
+# Part of the cache key: raise it when the same row would be tokenised or stored differently.
+FORMAT_VERSION = 1
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "response_mask": pa.list_(pa.bool_()),
+        "length": pa.int32(),
+        "number": pa.int64(),
+        "digest": pa.int64(),
+    }
+)
+ROWS_PER_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows of one source."""
+
+    path: str
+    rows: int
+    truncated: int
+    skipped: dict[str, int]
+    tokens: int
+    response_tokens: int
+
+    def __str__(self) -> str:
+        notes = [f"{self.truncated} truncated"] if self.truncated else []
+        notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
+        detail = f" ({', '.join(notes)})" if notes else ""
+        return f"{self.path}: {self.rows} rows, {self.tokens} tokens, {self.response_tokens} of responses{detail}"
+
+
+class TokenDataset:
+    """The tokenised rows of one or several sources, by a running index."""
+
+    def __init__(self, sources: Sequence[Source], files: Sequence[Path]) -> None:
+        self._sources = sources
+        self._parts = [datasets.Dataset.from_file(str(file)).with_format("numpy") for file in files]
+        self.reports = [_read_report(file) for file in files]
+        self.sizes = [len(part) for part in self._parts]
+        self.lengths: np.ndarray[Any, Any] = np.concatenate([np.asarray(part["length"]) for part in self._parts])
+        self._starts = np.cumsum([0, *self.sizes])
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Relative shares of the sources in an epoch, or None: every row once."""
+        weights = [source.weight for source in self._sources]
+        return None if None in weights else [weight for weight in weights if weight is not None]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Token ids (int32) and response mask (bool) of one row."""
+        part, row = self._find(index)
+        fields = self._parts[part][row]
+        return fields["input_ids"], fields["response_mask"]
+
+    def location(self, index: int) -> str:
+        """Where a row came from: `file:line`."""
+        part, row = self._find(index)
+        return location(self._sources[part], int(self._parts[part][row]["number"]))
+
+    def digests(self) -> np.ndarray[Any, Any]:
+        """A 64-bit hash of every row's tokens, int64."""
+        return np.concatenate([np.asarray(part["digest"]) for part in self._parts])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, int(index - self._starts[part])
+
+
+def tokenise(sources: Sequence[Source], encoder: Encoder, cache_dir: Path) -> TokenDataset:
+    """The tokenised rows of all sources, from the cache where it has them.
+
+    Raises UserError for unreadable or malformed data and for a source without a usable row.
+    """
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        lacking = next(source.path for source in sources if source.weight is None)
+        raise UserError(f"either all data sources of a mixture have a weight or none; {lacking} has none")
+    return TokenDataset(sources, [_tokenise_source(source, encoder, cache_dir.expanduser()) for source in sources])
+
+
+def _tokenise_source(source: Source, encoder: Encoder, cache_dir: Path) -> Path:
+    fingerprint, rows = open_source(source)
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, fingerprint, encoder.identity]).encode()).hexdigest()
+    file = cache_dir / f"{key[:32]}.arrow"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # one writer per shared cache folder; the others find the file
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            report = _write(source, rows, encoder, partial)
+            file.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+            partial.replace(file)
+    report = _read_report(file)
+    if report.rows == 0:
+        reasons = ", ".join(f"{count} skipped: {reason}" for reason, count in report.skipped.items()) or "it is empty"
+        raise UserError(f"{source.path} has no usable row ({reasons})")
+    return file
+
+
+def _read_report(file: Path) -> Report:
+    return Report(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def _write(source: Source, rows: Iterator[Any], encoder: Encoder, file: Path) -> Report:
+    skipped: Counter[str] = Counter()
+    kept = truncated = tokens = response_tokens = 0
+    batch: list[dict[str, Any]] = []
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for row in rows:
+            encoded = encoder.encode(row.fields, location(source, row.number))
+            if isinstance(encoded, Skipped):
+                skipped[encoded.reason] += 1
+                continue
+            kept += 1
+            truncated += encoded.truncated
+            tokens += len(encoded.input_ids)
+            response_tokens += sum(encoded.response_mask[1:])
+            digest = hashlib.blake2b(np.asarray(encoded.input_ids, dtype=np.int32).tobytes(), digest_size=8)
+            batch.append(
+                {
+                    "input_ids": encoded.input_ids,
+                    "response_mask": encoded.response_mask,
+                    "length": len(encoded.input_ids),
+                    "number": row.number,
+                    "digest": int.from_bytes(digest.digest(), "little", signed=True),
+                }
+            )
+            if len(batch) == ROWS_PER_BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+                batch.clear()
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+    return Report(source.path, kept, truncated, dict(skipped), tokens, response_tokens)

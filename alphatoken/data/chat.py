@@ -1,0 +1,178 @@
+"""From a raw row to token ids and a response mask: true exactly on what the assistant says, its end of turn included.
+
+There are two ways to find the assistant's part of a chat template's text: the template's own `{% generation %}` marks,
+or, without them, what the template adds when an assistant message is appended to the conversation so far.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from alphatoken.errors import UserError
+
+Message = dict[str, Any]
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised row. `response_mask[i]` says whether token i is a response token."""
+
+    input_ids: list[int]
+    response_mask: list[bool]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is left out, and why: `empty response` or `response cut away by truncation`."""
+
+    reason: str
+
+
+class Encoder:
+    """Tokenises rows {"prompt", "response"} or {"messages"} for one tokenizer and length limit.
+
+    Raises UserError, naming the row, for a wrong schema, a template that cannot render the row, or a response mask that
+    is all ones or all zeros.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so the model could never learn to stop; set eos_token")
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
+
+    @property
+    def identity(self) -> str:
+        """Everything that decides how a row is tokenised, as text."""
+        return json.dumps(
+            {
+                "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+                "template": self._template,
+                "eos": self._tokenizer.eos_token_id,
+                "max_length": self._max_length,
+            }
+        )
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """`where` names the row in errors."""
+        messages = _as_messages(fields, where)
+        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+            return Skipped("empty response")
+        if self._template is None:
+            ids, mask = self._encode_plain(messages, where)
+        elif GENERATION_MARK.search(self._template):
+            ids, mask = self._encode_marked(messages, where)
+        else:
+            ids, mask = self._encode_by_difference(messages, where)
+        if all(mask) or not any(mask):
+            found = "every" if all(mask) else "no"
+            raise UserError(
+                f"{where}: the response mask marks {found} token; the prompt and the response must both be there, and "
+                "the chat template must tell them apart"
+            )
+        truncated = len(ids) > self._max_length
+        ids, mask = ids[: self._max_length], mask[: self._max_length]
+        if not any(mask[1:]):
+            return Skipped("response cut away by truncation")
+        return Encoded(ids, mask, truncated)
+
+    def _encode_plain(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+        """Without a template: prompt, response, EOS, with whatever the tokenizer puts in front."""
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
+        prompt, response = (message["content"] for message in messages)
+        encoding = self._tokenizer(prompt + response, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        mask = [start >= len(prompt) and end > start for start, end in offsets]
+        if ids[-1] == self._tokenizer.eos_token_id:
+            mask[-1] = True
+            return ids, mask
+        return [*ids, self._tokenizer.eos_token_id], [*mask, True]
+
+    def _encode_marked(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+        encoding = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
+
+    def _encode_by_difference(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+        text = self._render(messages, where, tokenize=False)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], where, tokenize=False, add_generation_prompt=True)
+            after = self._render(messages[: index + 1], where, tokenize=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    f"{where}: the chat template renders message {index + 1} differently once others follow, so "
+                    "the assistant's part cannot be told; add {% generation %} marks to the template"
+                )
+            spans.append((len(before), len(after)))
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, mask = list(encoding["input_ids"]), [False] * len(encoding["input_ids"])
+        for span_start, span_end in spans:
+            inside = [
+                index
+                for index, (start, end) in enumerate(encoding["offset_mapping"])
+                if span_start <= start < end <= span_end
+            ]
+            for index in inside[: self._turn_length([ids[index] for index in inside])]:
+                mask[index] = True
+        return ids, mask
+
+    def _turn_length(self, ids: list[int]) -> int:
+        """Tokens of a turn up to its end-of-turn token; the white space that templates put behind it is not spoken."""
+        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        ends = [index for index, token in enumerate(ids) if token in special]
+        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+            return ends[-1] + 1
+        return len(ids)
+
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), **options)
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
+
+
+def _as_messages(fields: dict[str, Any], where: str) -> list[Message]:
+    """The row as a conversation. Raises UserError naming what is wrong with it."""
+    if "messages" in fields and not ("prompt" in fields or "response" in fields):
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"{where}: 'messages' must be a non-empty list of {{role, content}}")
+        for index, message in enumerate(messages):
+            for key in ("role", "content"):
+                if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                    raise UserError(f"{where}: message {index + 1} needs a text {key!r}, but is {_shortened(message)}")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError(f"{where}: the conversation has no message with role 'assistant' to train on")
+        return messages
+    if "prompt" in fields and "response" in fields and "messages" not in fields:
+        for key in ("prompt", "response"):
+            if not isinstance(fields[key], str):
+                raise UserError(f"{where}: {key!r} must be text, but is {_shortened(fields[key])}")
+        return [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["response"]},
+        ]
+    raise UserError(
+        f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has {', '.join(sorted(fields))}"
+    )
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

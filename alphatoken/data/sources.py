@@ -1,0 +1,112 @@
+"""Rows of JSON Lines files, Parquet files and `datasets` names, each with the place it came from."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alphatoken.config import Source
+from alphatoken.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row. `number` counts from 1 within its source: the line of a text file."""
+
+    number: int
+    fields: dict[str, Any]
+
+
+def location(source: Source, number: int) -> str:
+    """`file:line`, or the row of a Parquet file or dataset."""
+    path = _filled_in(source.path)
+    return f"{path}:{number}" if path.name.endswith((".jsonl", ".jsonl.gz")) else f"{path} row {number}"
+
+
+def open_source(source: Source) -> tuple[str, Iterator[Row]]:
+    """A fingerprint of the source's content, and its rows. Raises UserError when it cannot be found or read."""
+    path = _filled_in(source.path)
+    rows: Iterator[Row]
+    if source.path.endswith(SUFFIXES):
+        if not path.is_file():
+            raise UserError(f"data file {path} does not exist")
+        with path.open("rb") as content:
+            fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(source, path)
+    else:
+        dataset = _open_dataset(source, path)
+        fingerprint = str(dataset._fingerprint)
+        rows = (Row(number, fields) for number, fields in enumerate(dataset, start=1))
+    end = None if source.first is None else source.skip + source.first
+    return f"{fingerprint}[{source.skip}:{end}]", itertools.islice(rows, source.skip, end)
+
+
+def _filled_in(path: str) -> Path:
+    """The path with `~` and `${VARIABLES}` replaced."""
+    filled = os.path.expandvars(path)
+    missing = re.search(r"\$\{?(\w+)", filled)
+    if missing:
+        raise UserError(f"data path {path}: the environment variable {missing[1]} is not set")
+    return Path(filled).expanduser()
+
+
+def _json_rows(source: Source, file: Path) -> Iterator[Row]:
+    opener: Any = gzip.open if file.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    fields = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{location(source, number)}: not valid JSON: {error}") from None
+                if not isinstance(fields, dict):
+                    raise UserError(
+                        f"{location(source, number)}: each line must be a JSON object, not a {type(fields).__name__}"
+                    )
+                yield Row(number, fields)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{location(source, number + 1)}: cannot read the file further: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    try:
+        number = 0
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(number, fields)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {file} as Parquet: {error}") from None
+
+
+def _open_dataset(source: Source, path: Path) -> Any:
+    import datasets
+
+    try:
+        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+            saved = datasets.load_from_disk(str(path))
+            return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(str(path), source.subset, split=source.split)
+    except Exception as error:
+        raise UserError(
+            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a dataset that `datasets` "
+            f"can load with split={source.split!r}, subset={source.subset!r}: {error}"
+        ) from None

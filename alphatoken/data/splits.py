@@ -1,0 +1,65 @@
+"""The three parts of a run's data, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alphatoken.config import RunConfig, Source
+from alphatoken.data.cache import TokenDataset, tokenise
+from alphatoken.data.chat import Encoder
+from alphatoken.errors import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`validation` steers the values, `eval` is what is reported; neither shares a row with another part."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    eval: TokenDataset | None
+
+    def named(self) -> dict[str, TokenDataset]:
+        parts = {"data.train": self.train, "data.validation": self.validation, "data.eval": self.eval}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """Reads and tokenises all parts. Raises UserError for bad rows, too few of them, or a row in two parts."""
+    encoder = Encoder(tokenizer, config.data.max_length)
+
+    def load(sources: list[Source] | None) -> TokenDataset | None:
+        return None if sources is None else tokenise(sources, encoder, config.data.cache_dir)
+
+    train = load(config.data.train)
+    assert train is not None
+    validation = load(config.data.validation) if config.valuation.enabled else None
+    splits = Splits(train, validation, load(config.data.eval))
+    if len(train) < config.train.global_batch_size:
+        raise UserError(
+            f"data.train has {len(train)} usable rows, fewer than train.global_batch_size="
+            f"{config.train.global_batch_size}"
+        )
+    if validation is not None and len(validation) < config.valuation.validation_sequences:
+        raise UserError(
+            f"data.validation has {len(validation)} usable rows, fewer than valuation.validation_sequences="
+            f"{config.valuation.validation_sequences}; lower the latter or add rows"
+        )
+    _refuse_shared_rows(splits.named())
+    return splits
+
+
+def _refuse_shared_rows(parts: dict[str, TokenDataset]) -> None:
+    names = list(parts)
+    for position, name in enumerate(names):
+        for other in names[position + 1 :]:
+            digests, other_digests = parts[name].digests(), parts[other].digests()
+            for index in np.flatnonzero(np.isin(other_digests, digests)):
+                twin = int(np.flatnonzero(digests == other_digests[index])[0])
+                if np.array_equal(parts[name][twin][0], parts[other][int(index)][0]):
+                    raise UserError(
+                        f"{other} must be held out, but {parts[other].location(int(index))} is also in {name}: "
+                        f"{parts[name].location(twin)}"
+                    )

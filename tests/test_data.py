@@ -1,0 +1,384 @@
+"""Reading, tokenising, masking, caching, ordering and collating, and what is said about bad data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alphatoken.config import RunConfig, Source
+from alphatoken.config_file import validate
+from alphatoken.data.batches import Layout, Order, micro_batches
+from alphatoken.data.cache import TokenDataset, tokenise
+from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.splits import load_splits
+from alphatoken.errors import UserError
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long."},
+]
+MARKED_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def marked(tiny_model: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = MARKED_TEMPLATE
+    return tokenizer
+
+
+def write_rows(file: Path, rows: list[Any]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def spoken(tokenizer: PreTrainedTokenizerBase, encoded: Encoded | Skipped) -> list[str]:
+    """The runs of response tokens, decoded."""
+    assert isinstance(encoded, Encoded)
+    runs: list[list[int]] = []
+    before = False
+    for token, marked in zip(encoded.input_ids, encoded.response_mask, strict=True):
+        if marked and not before:
+            runs.append([])
+        if marked:
+            runs[-1].append(token)
+        before = marked
+    return [tokenizer.decode(run) for run in runs]
+
+
+# The response mask.
+
+
+def test_the_mask_is_the_assistants_turns_with_and_without_generation_marks(
+    tokenizer: PreTrainedTokenizerBase, marked: PreTrainedTokenizerBase
+) -> None:
+    plain_row = Encoder(tokenizer, 512).encode({"messages": CHAT}, "here")
+    marked_row = Encoder(marked, 512).encode({"messages": CHAT}, "here")
+    assert spoken(tokenizer, plain_row) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
+    assert plain_row == marked_row
+
+
+def test_prompt_and_response_are_a_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = Encoder(tokenizer, 512)
+    row = encoder.encode({"prompt": "Hi", "response": "Hello."}, "here")
+    assert row == encoder.encode({"messages": [CHAT[1], CHAT[2]]}, "here")
+    assert spoken(tokenizer, row) == ["Hello.<|im_end|>"]
+
+
+def test_without_a_template_the_response_ends_with_eos(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    row = Encoder(tokenizer, 512).encode({"prompt": "1+1=", "response": "2"}, "here")
+    assert spoken(tokenizer, row) == ["2<|im_end|>"]
+    with pytest.raises(UserError, match=r"here: conversations need a chat template"):
+        Encoder(tokenizer, 512).encode({"messages": CHAT}, "here")
+
+
+def test_eos_keeps_its_label_though_it_is_also_the_padding(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    rows = [
+        {"prompt": "Hi", "response": "Hello."},
+        {"prompt": "Hi", "response": "A longer answer, so there is padding."},
+    ]
+    dataset = read(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)
+    (batch,) = micro_batches(dataset, np.arange(2), Layout(2, tokenizer.pad_token_id), rank=0, world_size=1)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        trained = labels[labels != -100]
+        assert trained[-1] == tokenizer.eos_token_id, "the model would not learn to stop"
+        assert (ids[labels != -100] == trained).all()
+        assert (labels == tokenizer.eos_token_id).sum() == 1, "padding must have no label"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "found"),
+    [
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", {"prompt": "", "response": "x"}, "every"),
+        ("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}", None, "no"),
+    ],
+)
+def test_a_mask_of_all_ones_or_all_zeros_is_an_error(
+    marked: PreTrainedTokenizerBase, template: str, row: dict[str, str] | None, found: str
+) -> None:
+    marked.chat_template = template
+    with pytest.raises(UserError, match=f"rows.jsonl:7: the response mask marks {found} token"):
+        Encoder(marked, 512).encode(row or {"messages": CHAT}, "rows.jsonl:7")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(marked: PreTrainedTokenizerBase) -> None:
+    marked.chat_template = (
+        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ '<|im_start|>' + m['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* message 3 differently"):
+        Encoder(marked, 512).encode({"messages": CHAT}, "rows.jsonl:7")
+
+
+# Truncation, skips and schema.
+
+
+def test_truncation_and_skips_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi", "response": "Hello."},
+        {"prompt": "Hi", "response": "  "},
+        {"prompt": "Hi", "response": "word " * 50},
+        {"prompt": "word " * 50, "response": "Hello."},
+    ]
+    dataset = read(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path, max_length=64)
+    (report,) = dataset.reports
+    assert (report.rows, report.truncated) == (2, 1)
+    assert report.skipped == {"empty response": 1, "response cut away by truncation": 1}
+    assert dataset.lengths.tolist() == [len(dataset[0][0]), 64]
+    assert "1 skipped: empty response" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "Hi", "response": ', "not valid JSON"),
+        ('["Hi"]', "must be a JSON object, not a list"),
+        (
+            '{"question": "Hi", "answer": "x"}',
+            "needs either 'prompt' and 'response', or 'messages'; this one has answer",
+        ),
+        ('{"prompt": "Hi", "response": 3}', "'response' must be text, but is 3"),
+        ('{"messages": []}', "'messages' must be a non-empty list"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "no message with role 'assistant'"),
+        ('{"messages": [{"role": "user"}]}', "message 1 needs a text 'content'"),
+        ('{"messages": ["Hi"]}', "message 1 needs a text 'role'"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, line: str, message: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Hi", "response": "Hello."}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: ") as failure:
+        read(str(file), tokenizer, tmp_path)
+    assert message in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", "data file .*missing.jsonl does not exist"),
+        ("${NO_SUCH_VARIABLE}/rows.jsonl", "environment variable NO_SUCH_VARIABLE is not set"),
+        ("no/such/name", "neither a file .* nor a dataset"),
+    ],
+)
+def test_missing_data_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        read(path, tokenizer, tmp_path)
+
+
+def test_a_source_without_usable_rows_is_an_error(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl has no usable row \(1 skipped: empty response\)"):
+        read(write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": ""}]), tokenizer, tmp_path)
+
+
+# Sources and cache.
+
+
+def test_every_source_format_gives_the_same_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": f"{number}?", "response": "yes " * number} for number in range(1, 6)]
+    plain = write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    expected = read(plain, tokenizer, tmp_path)
+    for name in ("zipped.jsonl.gz", "rows.parquet", "saved"):
+        dataset = read(str(tmp_path / name), tokenizer, tmp_path)
+        assert np.array_equal(dataset.digests(), expected.digests()), name
+    assert expected.location(2) == f"{plain}:3"
+    assert read(str(tmp_path / "rows.parquet"), tokenizer, tmp_path).location(2).endswith("rows.parquet row 3")
+
+
+def test_a_slice_of_a_source(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number}?", "response": "yes"} for number in range(10)]
+    source = Source(path=write_rows(tmp_path / "rows.jsonl", rows), skip=3, first=4)
+    dataset = tokenise([source], Encoder(tokenizer, 512), tmp_path / "cache")
+    assert [dataset.location(index).rsplit(":")[-1] for index in range(len(dataset))] == ["4", "5", "6", "7"]
+
+
+def test_the_cache_is_used_again_and_only_for_the_same_content(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, [{"prompt": "Hi", "response": "Hello."}])
+    read(str(file), tokenizer, tmp_path)
+    encode = Encoder.encode
+    calls: list[str] = []
+
+    def counted(self: Encoder, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        calls.append(where)
+        return encode(self, fields, where)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    read(str(file), tokenizer, tmp_path)
+    assert calls == []
+    read(str(file), tokenizer, tmp_path, max_length=100)
+    write_rows(file, [{"prompt": "Hi", "response": "Hello!"}])
+    read(str(file), tokenizer, tmp_path)
+    assert len(calls) == 2
+
+
+# Splits.
+
+
+def test_the_three_parts_must_not_share_rows(run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    train = Path(run_values["data"]["train"]).read_text().splitlines()
+    for part in ("validation", "eval"):
+        values = {**run_values, "data": dict(run_values["data"])}
+        file = Path(run_values["train"]["output_dir"]).with_name(f"{part}.jsonl")
+        file.write_text(Path(run_values["data"][part]).read_text() + train[3] + "\n")
+        values["data"][part] = str(file)
+        number = len(file.read_text().splitlines())
+        message = rf"data.{part} must be held out, but .*{part}.jsonl:{number} is also in data.train: .*train.jsonl:4"
+        with pytest.raises(UserError, match=message):
+            load_splits(validate(RunConfig, values, "of the test"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("train", "global_batch_size", 32, "data.train has 30 usable rows, fewer than train.global_batch_size=32"),
+        ("valuation", "validation_sequences", 8, "data.validation has 7 usable rows, fewer than valuation.validation"),
+    ],
+)
+def test_too_few_rows(
+    run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: str, key: str, value: int, message: str
+) -> None:
+    values = {**run_values, section: {**run_values[section], key: value}}
+    with pytest.raises(UserError, match=message):
+        load_splits(validate(RunConfig, values, "of the test"), tokenizer)
+
+
+def test_a_mixture_needs_all_weights_or_none(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"either all data sources .* b.jsonl has none"):
+        tokenise([Source(path="a.jsonl", weight=1.0), Source(path="b.jsonl")], Encoder(tokenizer, 64), tmp_path)
+
+
+# Order and micro-batches.
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+def test_every_epoch_has_every_row_once(sizes: list[int], batch: int, seed: int) -> None:
+    total = sum(sizes)
+    order = Order(sizes, None, (seed, 0))
+    rows = np.concatenate([order.step(step, batch) for step in range(-(-2 * total // batch))])
+    assert sorted(rows[:total]) == list(range(total))
+    assert sorted(rows[total : 2 * total]) == list(range(total))
+    # A step is the same whatever was asked for before it: resuming needs no history.
+    assert np.array_equal(Order(sizes, None, (seed, 0)).step(3, batch), order.step(3, batch))
+
+
+def test_seeds_and_streams_give_different_orders() -> None:
+    orders = {tuple(Order([50], None, key).step(0, 50)) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    assert len(orders) == 4
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 20), st.floats(0.1, 5.0)), min_size=2, max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_a_weighted_epoch_has_the_shares_asked_for(sources: list[tuple[int, float]], seed: int) -> None:
+    sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
+    total, starts = sum(sizes), np.cumsum([0, *sizes])
+    order = Order(sizes, weights, (seed, 0))
+    epochs = [order.step(step, total) for step in range(4)]
+    for epoch in epochs:
+        counts = np.histogram(epoch, bins=[*starts[:-1], total])[0]
+        assert np.abs(counts - np.array(weights) / sum(weights) * total).max() < 1
+    # No row of a source comes again before all the others of that source have come.
+    for source, size in enumerate(sizes):
+        draws = [0] * size
+        for row in np.concatenate(epochs):
+            if starts[source] <= row < starts[source] + size:
+                draws[row - starts[source]] += 1
+        assert max(draws) - min(draws) <= 1
+
+
+def test_micro_batches_do_not_depend_on_the_number_of_ranks(
+    tiny_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    dataset = read(tiny_data["train"], tokenizer, tmp_path)
+    rows = Order(dataset.sizes, None, (0, 0)).step(0, 12)
+    alone = micro_batches(dataset, rows, Layout(2, 0), 0, 1)
+    for ranks in (2, 3):
+        dealt = [micro_batches(dataset, rows, Layout(2, 0), rank, ranks) for rank in range(ranks)]
+        together = [dealt[number % ranks][number // ranks] for number in range(len(alone))]
+        for one, other in zip(alone, together, strict=True):
+            assert all(one[key].equal(other[key]) for key in one)
+    lengths = [batch["input_ids"].shape[1] for batch in alone]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(lengths) < 6 * max(lengths), "rows of like length belong together"
+
+
+def test_ranks_get_equally_many_micro_batches(
+    tiny_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    dataset = read(tiny_data["eval"], tokenizer, tmp_path)
+    parts = [micro_batches(dataset, np.arange(5), Layout(2, 0), rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [2, 2]
+    placeholder = parts[1][1]
+    assert placeholder["rows"].numel() == 0
+    assert (placeholder["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("row_tokens", [150, 10_000])
+def test_packed_rows_hold_the_same_documents(
+    tiny_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row_tokens: int
+) -> None:
+    dataset = read(tiny_data["train"], tokenizer, tmp_path)
+    rows = Order(dataset.sizes, None, (0, 0)).step(0, 12)
+    plain = micro_batches(dataset, rows, Layout(6, 0, noise_key=(1, 2)), 0, 1)
+    packed = micro_batches(dataset, rows, Layout(6, 0, row_tokens, noise_key=(1, 2)), 0, 1)
+    for one, other in zip(plain, packed, strict=True):
+        assert sorted(one["rows"].tolist()) == sorted(other["rows"].tolist())
+        assert other["input_ids"].shape[1] <= row_tokens
+        assert other["input_ids"].shape[0] < 6
+        documents = other["document_ids"][other["document_ids"] >= 0]
+        assert (documents.diff() >= 0).all(), "documents are numbered in order of their place"
+        for number, row in enumerate(other["rows"].tolist()):
+            inside, alone = other["document_ids"] == number, one["rows"].tolist().index(row)
+            length = int(inside.sum())
+            assert other["position_ids"][inside].tolist() == list(range(length))
+            for key in ("input_ids", "labels", "noise"):
+                assert other[key][inside].equal(one[key][alone, :length]), key
+
+
+def read(path: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, max_length: int = 512) -> TokenDataset:
+    return tokenise([Source(path=path)], Encoder(tokenizer, max_length), tmp_path / "cache")
