@@ -1,0 +1,52 @@
+"""The `alphatoken` command, and how recipes end when a user has to act."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from alphatoken import __version__
+from alphatoken.collectives import RemoteError
+from alphatoken.errors import UserError
+
+app = typer.Typer(name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Ends the process with status 2 and, on rank 0, a message instead of a traceback, when the user has to act."""
+    try:
+        yield
+    except (UserError, RemoteError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
+            time.sleep(2)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"alphatoken {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Token valuation and masking for LLM post-training."""
+
+
+def main() -> None:
+    with readable_errors():
+        app()

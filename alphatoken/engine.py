@@ -1,0 +1,220 @@
+"""DeepSpeed: process group, configuration, model loading and engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+
+from alphatoken import zero3
+from alphatoken.architectures import decoder_of
+from alphatoken.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
+from alphatoken.errors import UserError
+
+# What a DeepSpeed configuration may not say, because one of our fields does.
+OUR_FIELDS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "steps_per_print": "logging.every",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.wandb",
+    "csv_monitor": "logging.wandb",
+}
+
+DEFAULT_DEEPSPEED = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,  # DeepSpeed issues 5545 and 5347 report races with it
+        "contiguous_gradients": True,
+        "memory_efficient_linear": False,  # it patches F.linear everywhere, the scoring tower's included
+    }
+}
+
+
+def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any]:
+    """The user's DeepSpeed configuration, or plain ZeRO-3. Raises UserError for keys that are ours, and for "auto"."""
+    if config is None:
+        return DEFAULT_DEEPSPEED
+    if isinstance(config, dict):
+        values, origin = config, "deepspeed.config"
+    else:
+        origin = str(config)
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read deepspeed.config {origin}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"deepspeed.config {origin} is not valid JSON: {error}") from None
+    for key, field in OUR_FIELDS.items():
+        if key in values:
+            raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
+    for key in _auto_keys(values):
+        raise UserError(f'{origin}: {key} is "auto"; write the value, or leave the key out for DeepSpeed\'s default')
+    return values
+
+
+def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if value == "auto":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _auto_keys(value, f"{prefix}{key}.")
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run. Raises UserError when batches cannot be dealt to the ranks."""
+    train = config.train
+    per_pass = train.micro_batch_size * world_size
+    if train.global_batch_size % per_pass:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
+        )
+    return {
+        **read_deepspeed_config(config.deepspeed.config),
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // per_pass,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "steps_per_print": 2**31,  # our own report speaks instead
+    }
+
+
+def initialise_ranks() -> torch.device:
+    """Joins the process group that the launcher described in the environment, or forms one of a single process.
+
+    Returns this rank's device.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(port)
+    # DeepSpeed calls collectives by names that torch 2.13 renames; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if os.environ["RANK"] != "0" or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Compiling DeepSpeed's shared-memory all-reduce takes half a minute and a compiler; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        device = torch.device("cpu")
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(), local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return device
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, deepspeed_values: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW without weight decay on norms and biases; DeepSpeed's CPU version where the states are offloaded."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if len(zero3.full_shape(p)) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if len(zero3.full_shape(p)) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    offload = deepspeed_values.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return offloaded
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The pretrained model, with fresh adapters if LoRA is configured (`seed` makes them alike on every rank).
+
+    Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    stage = deepspeed_values.get("zero_optimization", {}).get("stage", 0)
+    # transformers shards at load for as long as this object lives.
+    sharding = HfDeepSpeedConfig(deepspeed_values) if stage == 3 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.name_or_path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    del sharding
+    assert isinstance(model, PreTrainedModel)
+    if config.lora is not None:
+        _add_adapters(model, config.lora, seed)
+    return model
+
+
+def _add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("model.lora needs the peft package: pip install 'alphatoken[lora]'") from None
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=_adapter_targets(model, config),
+        task_type="CAUSAL_LM",
+    )
+    # Adapters in the weights' own dtype: the engine keeps float32 masters of them.
+    dtype = model.dtype
+    try:
+        model.add_adapter(settings)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={config.target_modules}: {error}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """peft's own "all-linear" does not know `transformers` models with adapters built in."""
+    if config.target_modules != "all-linear":
+        return config.target_modules
+    architecture = decoder_of(model).architecture
+    return sorted({path.rsplit(".", 1)[-1] for path in architecture.linears})
+
+
+def build_engine(model: nn.Module, config: RunConfig, deepspeed_values: dict[str, Any], total_steps: int) -> Any:
+    """The DeepSpeed engine around `model`, with optimizer and learning-rate schedule."""
+    import deepspeed
+
+    optimizer = build_optimizer(model, config.optim, deepspeed_values)
+    schedule = get_scheduler(
+        "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(config.optim.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_values, dist_init_required=False
+    )
+    return engine

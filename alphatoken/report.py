@@ -1,0 +1,173 @@
+"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, and token values in colour. Rank 0 only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from alphatoken.config import RunConfig
+
+Metrics = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class ValuedText:
+    """One response, decoded token by token, with the value of each token."""
+
+    tokens: list[str]
+    values: list[float]
+
+
+class Report:
+    """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and write nothing."""
+
+    def __init__(self, config: RunConfig, metrics_file: Path, first_step: int, total_steps: int, active: bool) -> None:
+        self._config = config
+        self._file = metrics_file
+        self._active = active
+        self._console = Console(quiet=not active, highlight=False)
+        self._first_step, self._total_steps = first_step, total_steps
+        self._started = time.monotonic()
+        self._eval_losses: list[float] = []
+        self._last: Metrics = {}
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not active:
+            return
+        _cut_metrics(metrics_file, first_step)
+        if config.logging.wandb != "disabled":
+            self._wandb = _start_wandb(config, metrics_file.parent)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}  ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("starting", total=total_steps, completed=first_step)
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    def step(self, metrics: Metrics) -> None:
+        """Records the metrics of one optimizer step (from 1; 0 is the evaluation before training)."""
+        if not self._active:
+            return
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=metrics["step"])
+        if "eval_loss" in metrics:
+            self._eval_losses.append(metrics["eval_loss"])
+        self._last = metrics
+        step = int(metrics["step"])
+        due = step % self._config.logging.every == 0
+        if self._progress is not None:
+            self._progress.update(self._task, description=_in_short(metrics), completed=step)
+            due = due and self._config.logging.every > 1  # the bar shows every step already
+        if due or "eval_loss" in metrics:
+            rate = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+            left = "" if step == 0 else f"  ETA {timedelta(seconds=round(rate * (self._total_steps - step)))}"
+            self.say(f"step {step}/{self._total_steps}  {_in_full(metrics)}{left}")
+
+    def finish(self, folder: Path, sample: ValuedText | None) -> None:
+        """Ends the run: one valued response, a summary, and where everything lies."""
+        self.close()
+        if not self._active:
+            return
+        if self._wandb is not None:
+            self._wandb.finish()
+        if sample is not None:
+            self._show_values(sample)
+        table = Table(title="Run summary", title_justify="left", show_header=False)
+        table.add_row("optimizer steps", str(self._last["step"]))
+        if len(self._eval_losses) > 1:
+            table.add_row("eval_loss", f"{self._eval_losses[0]:.4f} -> {self._eval_losses[-1]:.4f}")
+        table.add_row("loss of kept tokens, last step", f"{self._last['loss_kept']:.4f}")
+        table.add_row("kept tokens, last step", f"{self._last['kept_tokens']} of {self._last['response_tokens']}")
+        table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
+        table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
+        for name in ("metrics.jsonl", "config.yaml", "export"):
+            table.add_row(name, str(folder / name))
+        self._console.print(table)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _show_values(self, sample: ValuedText) -> None:
+        ranked = sorted(sample.values)
+        fifth = max(1, len(ranked) // 5)
+        coloured = self._console.is_terminal
+        marks = {"most": ("", "black on green"), "least": ("", "white on red"), "": ("", "")}
+        if not coloured:  # a log file has no colours
+            marks = {"most": ("+", ""), "least": ("-", ""), "": ("", "")}
+        text = Text()
+        classes = [
+            "most" if value >= ranked[-fifth] else "least" if value <= ranked[fifth - 1] else ""
+            for value in sample.values
+        ]
+        for kind, run in itertools.groupby(zip(classes, sample.tokens, strict=True), key=lambda pair: pair[0]):
+            mark, style = marks[kind]
+            piece = "".join(token for _, token in run)
+            text.append(f"[{mark}{piece}{mark}]" if mark else piece, style=style)
+        legend = "green: most valued fifth, red: least" if coloured else "[+most valued fifth+] [-least valued fifth-]"
+        self._console.print(f"\nOne response of the last step ({legend}):", markup=False)
+        self._console.print(text, soft_wrap=True)
+
+
+def _start_wandb(config: RunConfig, folder: Path) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.logging.project,
+        name=config.logging.name or folder.name,
+        mode=config.logging.wandb,
+        dir=folder,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def _in_short(metrics: Metrics) -> str:
+    if "loss_kept" not in metrics:
+        return f"eval_loss {metrics['eval_loss']:.4f}"
+    kept = 100 * metrics["kept_tokens"] / max(metrics["response_tokens"], 1)
+    return f"loss {metrics['loss_kept']:.4f}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
+
+
+def _in_full(metrics: Metrics) -> str:
+    parts = [_in_short(metrics)]
+    if "loss_kept" in metrics:
+        parts.append(f"loss of all {metrics['loss_response']:.4f}  lr {metrics['lr']:.2e}")
+        if "eval_loss" in metrics:
+            parts.append(f"eval_loss {metrics['eval_loss']:.4f}")
+    return "  ".join(parts)
+
+
+def _cut_metrics(file: Path, first_step: int) -> None:
+    """Drops the lines of steps that will be done again, so that a resumed run continues its file."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # the run was killed while it wrote its last line
+            break
+        if step <= first_step:
+            kept.append(line + "\n")
+    file.write_text("".join(kept), encoding="utf-8")

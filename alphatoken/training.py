@@ -1,0 +1,369 @@
+"""The training loop, shared by all recipes: builds the parts, runs optimizer steps, reports, saves, exports."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from alphatoken import collectives
+from alphatoken.architectures import (
+    Decoder,
+    architecture_of_config,
+    check_valuation,
+    decoder_of,
+    scored_depth,
+)
+from alphatoken.checkpoint import export_model, load_checkpoint, open_run_folder, save_checkpoint, start_run_folder
+from alphatoken.config import ModelConfig, RunConfig, ValuationConfig
+from alphatoken.data.batches import Indices, Layout, Order, micro_batches
+from alphatoken.data.cache import TokenDataset
+from alphatoken.data.splits import load_splits
+from alphatoken.engine import build_engine, deepspeed_config, initialise_ranks, load_model
+from alphatoken.errors import NonFiniteError, UserError
+from alphatoken.fisher import Drift, TensorFile
+from alphatoken.losses import Objective, loss_positions
+from alphatoken.model import Assessment, StepOutput, ValuedModel
+from alphatoken.report import Metrics, Report, ValuedText
+from alphatoken.scorer import Scorer
+from alphatoken.selection import Policy, Selection, scheduled_ratio
+from alphatoken.statistics import StepStatistics
+from alphatoken.timing import Stopwatch
+
+
+class Trainer:
+    """One run, built from its configuration. Every rank builds it and calls `run`.
+
+    Building raises UserError for whatever can be known to be wrong before training starts, and writes nothing into the
+    run folder.
+    """
+
+    def __init__(self, config: RunConfig, objective: Objective) -> None:
+        self._config = config
+        self._objective = objective
+        self._device = initialise_ranks()
+        engine_config = deepspeed_config(config, collectives.world_size())
+        self._tokenizer = _load_tokenizer(config.model)
+        _check_before_loading(config)
+        self._folder, checkpoint = open_run_folder(config)
+
+        self._splits = load_splits(config, self._tokenizer)
+        self._train_order = _order(self._splits.train, config.train.seed, stream=0)
+        self._total_steps = config.train.max_steps or math.ceil(
+            config.train.epochs * len(self._splits.train) / config.train.global_batch_size
+        )
+
+        self._stopwatch = Stopwatch(self._device)
+        model = load_model(config.model, engine_config, config.train.seed)
+        if config.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        decoder = decoder_of(model.train())
+        decoder.freeze_unreached()
+        eos = _eos_token_ids(self._tokenizer, model.generation_config)
+        self._model = ValuedModel(decoder, objective, self._selection_at(0), eos, self._stopwatch)
+        self._engine = build_engine(self._model, config, engine_config, self._total_steps)
+        # The default stability reference is the starting weights: the scorer comes before a checkpoint is loaded.
+        if config.valuation.enabled:
+            self._model.attach(_build_scorer(decoder, config.valuation, self._device))
+        self._first_step = load_checkpoint(self._engine, checkpoint) if checkpoint else 0
+        self._sample: ValuedText | None = None
+
+    def run(self) -> None:
+        """Trains to the end. Raises NonFiniteError on every rank before a step that would spoil the weights."""
+        config, total = self._config, self._total_steps
+        start_run_folder(self._folder, config)
+        active = collectives.rank() == 0
+        report = Report(config, self._folder.metrics, self._first_step, total, active)
+        try:
+            self._announce(report)
+            if self._first_step == 0 and self._splits.eval is not None:
+                report.step({"step": 0, "eval_loss": self._evaluate(self._splits.eval)})
+            for step in range(self._first_step, total):
+                metrics = self._optimizer_step(step, report)
+                done = step + 1
+                if self._splits.eval is not None and (done == total or _due(done, config.train.eval_every)):
+                    metrics["eval_loss"] = self._evaluate(self._splits.eval)
+                report.step(metrics)
+                if _due(done, config.train.save_every):
+                    report.say(f"saved {save_checkpoint(self._engine, self._folder, config, done)}")
+            export_model(self._engine, self._tokenizer, self._folder.export)
+            report.finish(self._folder.path, self._sample)
+        finally:
+            report.close()
+
+    def _announce(self, report: Report) -> None:
+        for name, part in self._splits.named().items():
+            for source in part.reports:
+                report.say(f"{name}: {source}")
+        if self._config.valuation.enabled and self._config.valuation.fisher is None:
+            report.say("no valuation.fisher: the stability terms are zero and values are adaptation only")
+        if self._first_step:
+            report.say(f"continuing after step {self._first_step}")
+
+    def _optimizer_step(self, step: int, report: Report) -> Metrics:
+        """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the accumulation window."""
+        began = time.perf_counter()
+        self._model.selection = self._selection_at(step)
+        rows = self._train_order.step(step, self._config.train.global_batch_size)
+        batches = self._micro_batches(self._splits.train, rows, step)
+        own_tokens, response_tokens, kept_tokens = self._count_tokens(batches)
+        denominator = self._objective.denominator(kept_tokens, response_tokens)
+        if denominator == 0:
+            report.say(f"step {step + 1}: no token to train on, so the loss of this step is zero")
+        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches, divided here.
+        scale = collectives.world_size() / denominator if denominator else 0.0
+
+        statistics = StepStatistics(self._device)
+        with self._stopwatch.phase("refresh"):
+            self._refresh(step, statistics, own_tokens)
+        chosen = self._choose_ahead(batches)
+        for number, (batch, choice) in enumerate(zip(batches, chosen, strict=True), start=1):
+            with self._stopwatch.phase("forward"):
+                output: StepOutput = self._engine(batch, choice)
+            with self._stopwatch.phase("backward"):
+                self._engine.backward(output["total"] * scale, scale_wrt_gas=False)
+            statistics.add(batch, output)
+            if number == len(batches):
+                means = self._reduce(statistics, step, response_tokens, kept_tokens)
+                learning_rate = self._engine.get_lr()[0]
+                self._sample = _valued_text(self._tokenizer, batch, output) or self._sample
+            with self._stopwatch.phase("optimizer"):
+                self._engine.step()
+
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. Continue from the last "
+                "checkpoint with train.resume=auto and a lower optim.lr"
+            )
+        seconds = self._stopwatch.read()
+        phases = ("ahead", "forward") if "ahead" in seconds else ("forward",)
+        seconds[phases[0]] -= seconds.get("score", 0.0)  # scoring happens inside the pass that comes first
+        seconds["step"] = time.perf_counter() - began
+        phases = (*phases, "score", "backward", "refresh", "optimizer", "step")
+        return {
+            "step": step + 1,
+            **means,
+            "lr": learning_rate,
+            "grad_norm": norm,
+            "response_tokens": response_tokens,
+            "kept_tokens": kept_tokens,
+            **{f"seconds_{phase}": seconds.get(phase, 0.0) for phase in phases},
+            "tokens_per_second": int(self._splits.train.lengths[rows].sum()) / seconds["step"],
+            "peak_memory_bytes": _peak_memory(self._device),
+        }
+
+    def _choose_ahead(self, batches: list[dict[str, Tensor]]) -> Sequence[tuple[Assessment, Tensor] | None]:
+        """With scope `global_batch`: assesses every micro-batch, then weighs the tokens of all ranks together."""
+        if self._model.selection.scope != "global_batch":
+            return [None] * len(batches)
+        with self._stopwatch.phase("ahead"):
+            assessments = [self._model.assess(batch) for batch in batches]
+            return list(zip(assessments, self._weigh_globally(batches, assessments), strict=True))
+
+    def _weigh_globally(self, batches: list[dict[str, Tensor]], assessments: list[Assessment]) -> list[Tensor]:
+        """Weights of each micro-batch's response tokens, (R,), chosen among those of the whole step.
+
+        Every rank gathers 4 numbers per response token of the step and makes the same choice. Tokens are ordered by
+        (micro-batch, position), so ties fall the same way on any number of ranks.
+        """
+        rank, ranks = collectives.rank(), collectives.world_size()
+        own, counts = [], []
+        for number, (batch, assessment) in enumerate(zip(batches, assessments, strict=True)):
+            response_BT = assessment["response_BT"]
+            sequence_R = batch["document_ids"][response_BT]
+            columns = (assessment["rank_BT"][response_BT], sequence_R, assessment["protected_BT"][response_BT])
+            micro_batch_R = torch.full_like(sequence_R, number * ranks + rank)
+            own.append(torch.stack([micro_batch_R.double(), *(column.double() for column in columns)], dim=1))
+            counts.append(len(sequence_R))
+        everywhere = collectives.gather_rows(torch.cat(own))
+        micro_batch_R, order_R = everywhere[:, 0].sort(stable=True)
+        _, rank_R, sequence_R, protected_R = everywhere[order_R].unbind(1)
+        number_R = micro_batch_R.long() * (self._config.train.micro_batch_size + 1) + sequence_R.long()
+        weight_R = self._model.selection.weigh(rank_R, number_R.unique(return_inverse=True)[1], protected_R > 0)
+        mine_R = weight_R[(micro_batch_R.long() % ranks) == rank]
+        return list(mine_R.split(counts))
+
+    def _refresh(self, step: int, statistics: StepStatistics, own_tokens: int) -> None:
+        """Current weights and drift before each step; every `refresh_every` steps, new validation signals too."""
+        scorer, validation = self._model.scorer, self._splits.validation
+        if scorer is None or validation is None:
+            return
+        draw, waited = divmod(step, self._config.valuation.refresh_every)
+        if waited:
+            scorer.refresh(None)
+            return
+        order = _order(validation, self._config.train.seed, stream=1)
+        rows = order.step(draw, self._config.valuation.validation_sequences)
+        batches = self._micro_batches(validation, rows, step)
+        losses = scorer.refresh(batches, own_tokens * self._config.valuation.refresh_every)
+        for batch, nll_BT in zip(batches, losses, strict=True):
+            statistics.add_validation(batch, nll_BT)
+
+    def _evaluate(self, part: TokenDataset) -> float:
+        """Mean loss per response token over all rows of `part`."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for batch in self._micro_batches(part, np.arange(len(part)), step=0):
+            losses_R = self._model.response_losses(batch)
+            totals[0] += losses_R.double().sum()
+            totals[1] += losses_R.numel()
+        loss, count = collectives.sum_over_ranks(totals).tolist()
+        return float(loss / count)
+
+    def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches, on its device."""
+        config, ranks = self._config, collectives.world_size()
+        row_tokens = None
+        if config.data.packing:
+            # Flash attention tells documents apart in single rows only, and pays nothing for long ones.
+            single = config.model.attn_implementation == "flash_attention_2"
+            row_tokens = sys.maxsize if single else config.data.max_length
+        layout = Layout(
+            # A few held-out rows are spread over all ranks rather than left to one.
+            size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
+            pad_token=self._tokenizer.pad_token_id,
+            row_tokens=row_tokens,
+            noise_key=(config.train.seed, step) if self._model.selection.policy == "random" else None,
+        )
+        batches = micro_batches(part, rows, layout, collectives.rank(), ranks)
+        return [{key: tensor.to(self._device) for key, tensor in batch.items()} for batch in batches]
+
+    def _count_tokens(self, batches: list[dict[str, Tensor]]) -> tuple[int, int, int]:
+        """Response tokens of this rank, and response and kept tokens of the step over all ranks: known from labels."""
+        selection = self._model.selection
+        counts = []
+        for batch in batches:
+            response_BT, _ = loss_positions(batch["labels"])
+            counts.append(batch["document_ids"][response_BT].bincount(minlength=1).tolist())
+        own = sum(sum(each) for each in counts)
+        sums = torch.tensor(
+            [own, sum(selection.kept_count(each) for each in counts), sum(map(selection.forced_count, counts))],
+            device=self._device,
+        )
+        response_tokens, kept_tokens, forced_tokens = collectives.sum_over_ranks(sums).tolist()
+        if selection.scope == "global_batch":
+            kept_tokens = selection.budget(response_tokens, forced_tokens)
+        return own, response_tokens, kept_tokens
+
+    def _selection_at(self, step: int) -> Selection:
+        """The selection of one optimizer step; its keep ratio may follow a schedule."""
+        chosen = self._config.selection
+        ratio = scheduled_ratio(
+            chosen.schedule,
+            chosen.keep_ratio_start,
+            chosen.keep_ratio,
+            step,
+            chosen.schedule_steps or self._total_steps,
+        )
+        default: Policy = "top_value" if self._config.valuation.enabled else "all"
+        return Selection(
+            policy=chosen.policy or default,
+            keep_ratio=ratio,
+            scope=chosen.scope,
+            protect_eos=chosen.protect_eos,
+            min_keep=chosen.min_keep,
+            soft=chosen.weights == "sigmoid",
+        )
+
+    def _reduce(
+        self, statistics: StepStatistics, step: int, response_tokens: int, kept_tokens: int
+    ) -> dict[str, float]:
+        """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if anything is not finite."""
+        try:
+            return statistics.reduce(response_tokens, kept_tokens)
+        except NonFiniteError as error:
+            linears = self._model.scorer.nonfinite_linears() if self._model.scorer else []
+            parts = self._splits.named()
+            rows = [f"{part} {parts[part].location(row)}" for part, row in statistics.faulty_rows()]
+            own = f"rank {collectives.rank()}: {', '.join(rows)}" if rows else ""
+            if own and linears:
+                own += f" (signals of {len(linears)} linears, the last in the forward pass: {linears[-1]})"
+            found = "\n  ".join(line for line in collectives.gather_objects(own) if line)
+            raise NonFiniteError(
+                f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n  {found}\n"
+                "Look at them, lower optim.lr, or continue from the last checkpoint with train.resume=auto"
+            ) from None
+
+
+def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
+    return tokenizer
+
+
+def _check_before_loading(config: RunConfig) -> None:
+    """What `config.json` and the stability files can tell before any weight is read. Raises UserError."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.model.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}") from None
+    architecture = architecture_of_config(model_config)
+    if config.data.packing and architecture.recurrent:
+        raise UserError(
+            f"data.packing=true is not possible with {model_config.model_type}: its linear-attention layers carry a "
+            "state from one document into the next"
+        )
+    if config.valuation.enabled:
+        check_valuation(model_config, config.valuation.layers)
+    for file in (config.valuation.fisher, config.valuation.reference):
+        if file is not None:
+            TensorFile(file)
+
+
+def _build_scorer(decoder: Decoder, config: ValuationConfig, device: torch.device) -> Scorer:
+    drift = None
+    if config.fisher is not None:
+        linears = decoder.scored_linears(scored_depth(config.layers, len(decoder.layers)))
+        parameters = {linear.name: decoder.model.get_parameter(linear.name) for linear in linears}
+        reference = None if config.reference is None else TensorFile(config.reference)
+        drift = Drift(parameters, TensorFile(config.fisher), reference, device)
+    return Scorer(decoder, config, device, drift)
+
+
+def _order(part: TokenDataset, seed: int, stream: int) -> Order:
+    """The order of a part's rows; `stream` keeps the draws of different parts apart."""
+    return Order(part.sizes, part.weights, (seed, stream))
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:
+    """Every token that ends a turn: the tokenizer's and those that stop generation."""
+    stops: Any = generation.eos_token_id if generation is not None else None
+    return sorted(
+        {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
+    )
+
+
+def _valued_text(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], output: StepOutput) -> ValuedText | None:
+    """The first response of a batch, token by token, with its values; None where there is none."""
+    assessment = output["assessment"]
+    first_BT = assessment["response_BT"] & (batch["document_ids"] == 0)
+    if "composite" not in assessment["values"] or not bool(first_BT.any()):
+        return None
+    (row, *_), positions = (index.tolist() for index in first_BT.nonzero(as_tuple=True))
+    ids = batch["input_ids"][row].tolist()
+    return ValuedText(
+        [tokenizer.decode([ids[t + 1]]) for t in positions], assessment["values"]["composite"][first_BT].tolist()
+    )
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far on this rank: allocated on the accelerator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

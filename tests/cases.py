@@ -1,0 +1,220 @@
+"""What the ranks of a multi-process test do; started by `tests.ranks.run_ranks`."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from alphatoken import collectives
+from alphatoken.architectures import decoder_of
+from alphatoken.capture import EntryCapture
+from alphatoken.collectives import RemoteError
+from alphatoken.config import RunConfig
+from alphatoken.config_file import validate
+from alphatoken.data.batches import Layout, Order, micro_batches
+from alphatoken.data.cache import tokenise
+from alphatoken.data.chat import Encoder
+from alphatoken.engine import initialise_ranks
+from alphatoken.errors import UserError
+from alphatoken.losses import SupervisedObjective
+from alphatoken.statistics import StepStatistics
+from alphatoken.streamer import LayerStreamer
+from alphatoken.training import Trainer
+
+
+def trainer_of(values: dict[str, Any]) -> Trainer:
+    return Trainer(validate(RunConfig, values, "of the test"), SupervisedObjective())
+
+
+def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """The accumulated gradient of every parameter, whole; to be called before the engine's step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        name.removeprefix("lm."): safe_get_full_grad(parameter).clone()
+        for name, parameter in trainer._model.named_parameters()
+        if name.startswith("lm.")
+    }
+
+
+def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One optimizer step per configuration: every micro-batch's output by row, and the gradient before the step."""
+    results = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        rows: dict[int, dict[str, Tensor]] = {}
+        gradients: dict[str, Tensor] = {}
+
+        def remember(_module: Any, args: tuple[Any, ...], output: Any, rows: dict[int, Any] = rows) -> None:
+            assessment, documents = output["assessment"], args[0]["document_ids"]
+            for number, row in enumerate(args[0]["rows"].tolist()):
+                inside = documents == number
+                rows[row] = {
+                    "weight": output["weight_BT"][inside],
+                    "nll": assessment["nll_BT"][inside],
+                    **{term: value[inside] for term, value in assessment["values"].items()},
+                }
+
+        trainer._model.register_forward_hook(remember)
+        step = trainer._engine.step
+
+        def record_then_step(
+            trainer: Trainer = trainer, gradients: dict[str, Tensor] = gradients, step: Any = step
+        ) -> None:
+            if trainer._engine.is_gradient_accumulation_boundary():
+                gradients.update(full_gradients(trainer))
+            step()
+
+        trainer._engine.step = record_then_step
+        trainer.run()
+        results[name] = {"rows": rows, "gradients": gradients}
+        trainer._engine.destroy()
+    return results
+
+
+def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """One accumulation window in which rank 1 has no response token in its second micro-batch."""
+    trainer = trainer_of(values)
+    rows = trainer._train_order.step(0, values["train"]["global_batch_size"])
+    batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
+    if collectives.rank() == 1:
+        batches[1]["labels"].fill_(-100)
+    own, _, kept_tokens = trainer._count_tokens(batches)
+    trainer._refresh(0, StepStatistics(trainer._device), own)
+    result: dict[str, Any] = {"kept": [], "tokens": []}
+    for number, batch in enumerate(batches):
+        output = trainer._engine(batch)
+        trainer._engine.backward(output["total"] * collectives.world_size() / kept_tokens, scale_wrt_gas=False)
+        result["kept"].append(int((output["weight_BT"] > 0).sum()))
+        result["tokens"].append({"ids": batch["input_ids"], "weight": output["weight_BT"]})
+        if number == len(batches) - 1:
+            result["gradients"] = full_gradients(trainer)
+        trainer._engine.step()
+    return result
+
+
+def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Forward, vjp and jvp of the last layers under ZeRO, on rows and directions of this rank's own."""
+    results = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        decoder = decoder_of(trainer._model.lm)
+        rows = trainer._train_order.step(0, values["train"]["global_batch_size"])
+        batch = trainer._micro_batches(trainer._splits.train, rows, step=0)[0]
+        with torch.no_grad(), EntryCapture(list(decoder.layers)[1:]) as capture:
+            decoder.hidden_states(batch)
+        streamer = LayerStreamer(decoder, 1, trainer._device, resident=False)
+        streamer.refresh()
+        generator = torch.Generator().manual_seed(collectives.rank())
+        hidden = capture.entry.hidden_BTH
+        products = {}
+        for index, inputs in zip(streamer.indices, capture.entry.layer_inputs, strict=True):
+            outgrad = torch.randn(hidden.shape, generator=generator)
+            with streamer.layer(index) as module, torch.no_grad():
+                output = streamer.forward(module, hidden, inputs)
+                gradient, slices = streamer.vjp(module, hidden, inputs, outgrad)
+                shapes = [parameter.shape for parameter in module.parameters()]
+                whole = collectives.gather_slices(list(slices.values()), shapes)
+                tangents = {
+                    weight: torch.randn(shape, generator=generator)
+                    for weight, shape in zip(slices, shapes, strict=True)
+                }
+                _, derivative = streamer.jvp(module, hidden, outgrad, inputs, tangents)
+            products[index] = {
+                "hidden": hidden,
+                "inputs": inputs,
+                "outgrad": outgrad,
+                "output": output,
+                "gradient": gradient,
+                "weights": dict(zip(slices, whole, strict=True)),
+                "tangents": tangents,
+                "derivative": derivative,
+            }
+            hidden = output
+        results[name] = products
+        trainer._engine.destroy()
+    return results
+
+
+def run_trainers(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Whole runs, one after the other; returns the error message of each, empty where it finished."""
+    messages = {}
+    for name, values in configs.items():
+        messages[name] = ""
+        try:
+            trainer = trainer_of(values)
+            trainer.run()
+            trainer._engine.destroy()
+        except (UserError, RemoteError) as error:
+            messages[name] = str(error)
+    return messages
+
+
+def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Ordinary ZeRO-3 fine-tuning: the model's own logits, the mean loss of the global batch's response tokens."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    config = validate(RunConfig, values, "of the test")
+    initialise_ranks()
+    ranks, rank = collectives.world_size(), collectives.rank()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
+    dataset = tokenise(config.data.train, Encoder(tokenizer, config.data.max_length), config.data.cache_dir)
+    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=config.optim.lr
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * steps), steps)
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config={
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 3},
+        },
+    )
+    losses = []
+    for step in range(steps):
+        rows = Order([len(dataset)], None, (config.train.seed, 0)).step(step, batch)
+        batches = micro_batches(dataset, rows, Layout(micro, tokenizer.pad_token_id), rank, ranks)
+        counted = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        torch.distributed.all_reduce(counted)
+        step_loss = torch.zeros(())
+        for batch_of_rows in batches:
+            attention = (batch_of_rows["input_ids"] != -1).long()
+            logits = engine(input_ids=batch_of_rows["input_ids"], attention_mask=attention).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch_of_rows["labels"][:, 1:].flatten(), reduction="sum"
+            )
+            step_loss += loss.detach() / counted
+            # DeepSpeed averages over ranks and accumulation steps; the loss is already a mean over the global batch.
+            engine.backward(loss * ranks * len(batches) / counted)
+            engine.step()
+        torch.distributed.all_reduce(step_loss)
+        losses.append(float(step_loss))
+    weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+    return {"losses": losses, "weights": weights}
+
+
+def main() -> None:
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    arguments = torch.load(folder / "arguments.pt", weights_only=False)
+    result = globals()[case](folder, **arguments)
+    torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""One valued optimizer step under ZeRO on 1, 2 and 3 ranks against the same step in one plain process."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alphatoken import ValuationConfig, score_tokens
+from alphatoken.data.batches import Order
+from tests.oracle import relative_error
+from tests.ranks import run_ranks
+from tests.tiny import collate, tokenised
+
+GLOBAL_BATCH, MICRO_BATCH, KEEP = 12, 2, 0.5
+TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
+
+
+@pytest.fixture
+def stability(tiny_model: Path, tmp_path: Path) -> dict[str, str]:
+    """A random Fisher file and a reference a little away from the starting weights."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(3)
+    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    save_file(fisher, tmp_path / "fisher.safetensors")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "reference")
+    return {"fisher": str(tmp_path / "fisher.safetensors"), "reference": str(tmp_path / "reference")}
+
+
+class PlainStep:
+    """The step in one process: values of all rows at once, masks by sorting, the gradient by autograd."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        folder, valuation = values["model"]["name_or_path"], values["valuation"]
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        train = tokenised(tokenizer, values["data"]["train"])
+        held_out = tokenised(tokenizer, values["data"]["validation"])
+        chosen = Order([len(train)], None, (0, 0)).step(0, GLOBAL_BATCH)
+        validation = Order([len(held_out)], None, (0, 1)).step(0, valuation["validation_sequences"])
+        fisher, reference = stability_tensors(valuation)
+        self.values = score_tokens(
+            model,
+            collate([train[row] for row in chosen]),
+            collate([held_out[row] for row in validation]),
+            fisher=fisher,
+            reference=reference,
+            config=ValuationConfig(layers=valuation["layers"], window=valuation["window"]),
+        )
+        self.row_place = {int(row): place for place, row in enumerate(chosen)}
+        lengths = np.array([len(train[row][0]) for row in chosen])
+        by_length = np.argsort(-lengths, kind="stable")
+        size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": GLOBAL_BATCH}[values["selection"]["scope"]]
+        groups = [by_length[start : start + size] for start in range(0, GLOBAL_BATCH, size)]
+        self.keep = torch.zeros_like(self.values.composite, dtype=torch.bool)
+        batch = collate([train[row] for row in chosen])
+        for group in groups:
+            tokens = [
+                (float(self.values.composite[place, t]), place, t)
+                for place in group
+                for t in range(batch["labels"].shape[1] - 1)
+                if batch["labels"][place, t + 1] != -100
+            ]
+            for _, place, t in sorted(tokens, reverse=True)[: math.ceil(KEEP * len(tokens))]:
+                self.keep[place, t] = True
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        targets = batch["input_ids"][:, 1:]
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        kept = self.keep[:, :-1]
+        (nll[kept].sum() / kept.sum()).backward()
+        self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def stability_tensors(valuation: dict[str, Any]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    if "fisher" not in valuation:
+        return None, None
+    from safetensors.torch import load_file
+
+    reference = AutoModelForCausalLM.from_pretrained(valuation["reference"]).state_dict()
+    return load_file(valuation["fisher"]), reference
+
+
+def check(results: list[Any], name: str, plain: PlainStep, terms: tuple[str, ...]) -> None:
+    rows = {row: output for rank in results for row, output in rank[name]["rows"].items()}
+    assert sorted(rows) == sorted(plain.row_place), "the ranks together must see each row of the global batch once"
+    for term in terms:
+        actual = torch.zeros_like(plain.values.composite)
+        for row, output in rows.items():
+            actual[plain.row_place[row], : output[term].numel()] = output[term]
+        error = relative_error(actual, getattr(plain.values, term))
+        assert error <= 1e-5, f"{name}: {term} differs from the single process by {error:.1e}"
+    for row, output in rows.items():
+        keep = plain.keep[plain.row_place[row]][: output["weight"].numel()]
+        assert torch.equal(output["weight"], keep.float()), f"{name}: row {row} keeps other tokens"
+    for rank, result in enumerate(results):
+        for parameter, gradient in result[name]["gradients"].items():
+            expected = plain.gradients[parameter]
+            assert expected is not None
+            error = relative_error(gradient, expected)
+            ratio = float(gradient.norm() / expected.norm())
+            assert error <= 1e-5, (
+                f"{name}, rank {rank}: gradient of {parameter} is off by {error:.1e}, ratio {ratio:.4f}"
+            )
+
+
+def variant(run_values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    values = {section: dict(content) for section, content in run_values.items()}
+    values["train"] |= {"max_steps": 1, "output_dir": str(folder)}
+    values["selection"] = {"keep_ratio": KEEP, "scope": "micro_batch"}
+    for section, content in sections.items():
+        values[section] = values.get(section, {}) | content
+    return values
+
+
+def stage(number: int) -> dict[str, Any]:
+    return {"config": {"zero_optimization": {"stage": number}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_values_masks_and_gradient_equal_one_process(
+    world_size: int, run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+) -> None:
+    streamed = {**stability, "residency": "streamed"}
+    variants: dict[str, dict[str, dict[str, Any]]] = {
+        "no stability": {},
+        "with stability": {"valuation": stability},
+        "ghost, chunked": {"valuation": {**stability, "contraction": "ghost", "chunk_tokens": 1}},
+        "composite only": {"valuation": {**stability, "split_terms": False, "chunk_tokens": 200}},
+        "composite only, ghost": {"valuation": {**stability, "split_terms": False, "contraction": "ghost"}},
+        "streamed": {"valuation": {**streamed, "contraction": "materialised", "chunk_tokens": 1}},
+        "streamed ghost": {"valuation": {**streamed, "contraction": "ghost"}},
+        "checkpointed": {"valuation": stability, "train": {"gradient_checkpointing": True}},
+        "packed": {"valuation": stability, "data": {"packing": True, "max_length": 400}},
+        "packed, eager, streamed": {
+            "valuation": streamed,
+            "data": {"packing": True},
+            "model": {"attn_implementation": "eager"},
+        },
+        "sequence": {"selection": {"scope": "sequence"}},
+        "global batch": {"selection": {"scope": "global_batch"}},
+        "global batch, streamed, packed": {
+            "selection": {"scope": "global_batch"},
+            "valuation": streamed,
+            "data": {"packing": True},
+        },
+        **{f"stage {number}": {"valuation": stability, "deepspeed": stage(number)} for number in (0, 1, 2)},
+        "stage 2, streamed": {"valuation": streamed, "deepspeed": stage(2)},
+    }
+    configs = {
+        name: variant(run_values, tmp_path / name.replace(" ", "-"), **sections) for name, sections in variants.items()
+    }
+    results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
+    plain: dict[str, PlainStep] = {}
+    for name, values in configs.items():
+        key = json.dumps(["fisher" in values["valuation"], values["selection"]["scope"]])
+        if key not in plain:
+            plain[key] = PlainStep(values)
+            assert plain[key].values.direct_proxy.any() == ("fisher" in values["valuation"])
+        check(results, name, plain[key], TERMS if values["valuation"].get("split_terms", True) else ("composite",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def test_a_rank_without_response_tokens_takes_part(
+    residency: str, run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+) -> None:
+    """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no loss."""
+    values = variant(run_values, tmp_path / "run", valuation={**stability, "residency": residency})
+    results = run_ranks("one_empty_micro_batch", 2, tmp_path / "ranks", values=values)
+    assert results[1]["kept"][1] == 0
+    assert results[1]["kept"][0] > 0
+    folder = values["model"]["name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for kept in (kept for result in results for kept in result["tokens"]):
+        ids, weight = kept["ids"], kept["weight"]
+        logits = model(input_ids=ids).logits
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        (nll * weight[:, :-1]).sum().backward()
+    total = sum(sum(result["kept"]) for result in results)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        for result in results:
+            assert relative_error(result["gradients"][name], parameter.grad / total) <= 1e-5, name
