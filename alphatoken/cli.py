@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from alphatoken import __version__
+from alphatoken import __version__, collectives
 from alphatoken.collectives import RemoteError
 from alphatoken.errors import UserError
 
@@ -20,16 +20,22 @@ app = typer.Typer(name="alphatoken", no_args_is_help=True, add_completion=False,
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the process with status 2 and, on rank 0, a message instead of a traceback, when the user has to act."""
+    """Ends the process with status 2 and, on rank 0, a message instead of a traceback, when the user has to act.
+
+    Leaves the other ranks in an orderly way, in that case and at the end.
+    """
     try:
         yield
+        collectives.barrier()
     except (UserError, RemoteError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
             time.sleep(2)
+        collectives.leave()
         sys.exit(2)
+    collectives.leave()
 
 
 def _print_version(wanted: bool) -> None:

@@ -41,6 +41,16 @@ def barrier() -> None:
         comm.barrier()
 
 
+def leave() -> None:
+    """Ends all communication of this process, which must have none under way; to be called before it exits.
+
+    Otherwise the backend's threads outlive the interpreter: gloo's may then abort a process that has done all its work.
+    """
+    comm = _comm()
+    if comm:
+        comm.destroy_process_group()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it per rank."""
     comm = _comm()

@@ -214,6 +214,8 @@ def main() -> None:
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     result = globals()[case](folder, **arguments)
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
+    collectives.barrier()
+    collectives.leave()
 
 
 if __name__ == "__main__":
