@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
 from alphatoken.errors import UserError
 
@@ -195,6 +196,20 @@ class Decoder:
             for linear in self._linears_of(self.layers[index])
         ]
 
+    def left_out(self, depth: int) -> list[str]:
+        """What valuation does not see in the last `depth` layers, a sentence each."""
+        first = len(self.layers) - depth
+        paths = {index: dict(self.layers[index].named_modules()) for index in range(first, len(self.layers))}
+        notes = []
+        unscored = [part for part in self.architecture.unscored if any(part in layer for layer in paths.values())]
+        if unscored:
+            notes.append(f"{' and '.join(unscored)} of the scored layers are trained but not scored")
+        no_attention = [index for index, layer in paths.items() if self.architecture.value_projection not in layer]
+        if no_attention:
+            layers = ", ".join(map(str, no_attention))
+            notes.append(f"no causal term from layers without an attention matrix: {layers}")
+        return notes
+
     def _linears_of(self, layer: nn.Module) -> list[ScoredLinear]:
         """The scored linears of one layer; of a layer with LoRA adapters, the adapters."""
         modules = dict(layer.named_modules())
@@ -243,14 +258,32 @@ def scored_depth(layers: int | str, num_layers: int) -> int:
 
 def architecture_of_config(config: PretrainedConfig) -> Architecture:
     """The architecture that a `config.json` will be loaded as. Raises UserError where there is none."""
+    return _architecture(_model_class(config).__name__)
+
+
+def check_attention(config: PretrainedConfig, implementation: str, dtype: str) -> None:
+    """Refuses an attention kernel that the model, its dtype or this machine cannot run. Raises UserError."""
+    model_class, setting = _model_class(config), f"model.attn_implementation={implementation}"
+    if implementation == "sdpa" and not model_class._supports_sdpa:
+        raise UserError(f"{setting} is not possible with {model_class.__name__}: set model.attn_implementation=eager")
+    if implementation == "flash_attention_2":
+        if not model_class._supports_flash_attn:
+            raise UserError(f"{setting} is not possible with {model_class.__name__}: set it to sdpa or eager")
+        if dtype != "bfloat16":
+            raise UserError(f"{setting} needs model.dtype=bfloat16, not {dtype}")
+        if not is_flash_attn_2_available():
+            raise UserError(f"{setting} needs a CUDA device and flash-attn: pip install 'alphatoken[flash]'")
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     try:
-        model_class = AutoModelForCausalLM._model_mapping[type(config)].__name__
+        model_class: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UserError(
             f"model type {config.model_type!r} is not a causal language model; "
             f"supported classes: {', '.join(ARCHITECTURES)}"
         ) from None
-    return _architecture(model_class)
+    return model_class
 
 
 def check_valuation(config: PretrainedConfig, layers: int | str) -> None:

@@ -88,8 +88,15 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
         )
+    values = read_deepspeed_config(config.deepspeed.config)
+    offload = values.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+    if offload == "nvme" and config.valuation.enabled:
+        raise UserError(
+            "zero_optimization.offload_param.device=nvme is not possible with valuation, which reads the weight shards "
+            "between steps: use cpu, or valuation.enabled=false"
+        )
     return {
-        **read_deepspeed_config(config.deepspeed.config),
+        **values,
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // per_pass,

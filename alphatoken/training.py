@@ -18,6 +18,7 @@ from alphatoken import collectives
 from alphatoken.architectures import (
     Decoder,
     architecture_of_config,
+    check_attention,
     check_valuation,
     decoder_of,
     scored_depth,
@@ -71,8 +72,12 @@ class Trainer:
         self._model = ValuedModel(decoder, objective, self._selection_at(0), eos, self._stopwatch)
         self._engine = build_engine(self._model, config, engine_config, self._total_steps)
         # The default stability reference is the starting weights: the scorer comes before a checkpoint is loaded.
+        self._notes: list[str] = []
         if config.valuation.enabled:
             self._model.attach(_build_scorer(decoder, config.valuation, self._device))
+            self._notes = decoder.left_out(scored_depth(config.valuation.layers, len(decoder.layers)))
+            if config.valuation.fisher is None:
+                self._notes.append("no valuation.fisher: the stability terms are zero and values are adaptation only")
         self._first_step = load_checkpoint(self._engine, checkpoint) if checkpoint else 0
         self._sample: ValuedText | None = None
 
@@ -103,8 +108,8 @@ class Trainer:
         for name, part in self._splits.named().items():
             for source in part.reports:
                 report.say(f"{name}: {source}")
-        if self._config.valuation.enabled and self._config.valuation.fisher is None:
-            report.say("no valuation.fisher: the stability terms are zero and values are adaptation only")
+        for note in self._notes:
+            report.say(note)
         if self._first_step:
             report.say(f"continuing after step {self._first_step}")
 
@@ -310,6 +315,7 @@ def _check_before_loading(config: RunConfig) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}") from None
     architecture = architecture_of_config(model_config)
+    check_attention(model_config, config.model.attn_implementation, config.model.dtype)
     if config.data.packing and architecture.recurrent:
         raise UserError(
             f"data.packing=true is not possible with {model_config.model_type}: its linear-attention layers carry a "

@@ -43,7 +43,6 @@ from alphatoken.losses import SupervisedObjective, loss_positions
 from alphatoken.training import Trainer
 
 PAPER_MICRO_BATCHES = 16
-VALIDATION_SIZES = (8, 32)  # validation sequences; the paper has 32
 
 
 class Published:
@@ -153,19 +152,20 @@ class FlopCounter(TorchDispatchMode):
     """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear `autograd.grad`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
 
 
 def flops(call: Callable[[], None]) -> int:
-    with FlopCounter() as counter:
+    counter = FlopCounter()
+    with counter:
         call()
     return counter.total
 
@@ -180,7 +180,7 @@ def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
             "max_length": arguments.max_length,
             "cache_dir": folder,
         },
-        "valuation": {"layers": 3, "window": 32, "validation_sequences": 32, "split_terms": arguments.split_terms},
+        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms},
         "selection": {"keep_ratio": 0.5},
         "train": {
             "global_batch_size": PAPER_MICRO_BATCHES * arguments.micro_batch,
@@ -207,7 +207,7 @@ class Cases:
         random.Random(0).shuffle(self._batches)  # they come sorted by length
         self._validation = {
             size: trainer._micro_batches(trainer._splits.validation, np.arange(size), step=0)
-            for size in VALIDATION_SIZES
+            for size in arguments.validation_sequences
         }
         self._own_tokens = sum(int(loss_positions(batch["labels"])[0].sum()) for batch in self._batches)
         replica = AutoModelForCausalLM.from_pretrained(
@@ -215,7 +215,7 @@ class Cases:
         ).to(self.device)
         self._published = Published(replica, layers=3, window=32, keep_ratio=0.5)
         self.calls: dict[str, Callable[[int], None]] = {"plain": self.plain}
-        for size in VALIDATION_SIZES:
+        for size in arguments.validation_sequences:
             self.calls |= {
                 f"refresh {size}": partial(self.refresh, size),
                 f"valued {size}": self.valued,
@@ -291,28 +291,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": times,
         "peak_bytes_above_resident": peaks,
         "flops": operations,
-        "ratios": ratios(times, operations, peaks),
+        "ratios": {str(size): ratios(size, times, operations, peaks) for size in arguments.validation_sequences},
     }
 
 
-def ratios(times: dict[str, list[float]], operations: dict[str, int], peaks: dict[str, int]) -> dict[str, Any]:
-    """Medians over rounds of ratios within a round, FLOP ratios, and ratios of peak memory."""
-    rounds = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
+def ratios(
+    size: int, times: dict[str, list[float]], operations: dict[str, int], peaks: dict[str, int]
+) -> dict[str, float]:
+    """Medians over rounds of ratios within a round, FLOP ratios, and the ratio of peak memory."""
+    rounds = [costs(dict(zip(times, values, strict=True)), size) for values in zip(*times.values(), strict=True)]
+    in_flops = costs({**operations, "optimizer": 0}, size)
+    ours = max(peaks[f"valued {size}"], peaks[f"refresh {size}"])
     return {
-        str(size): {
-            **{
-                name: statistics.median(cost[0] / cost[1] for cost in (costs(each, size)[name] for each in rounds))
-                for name in costs(rounds[0], size)
-            },
-            **{
-                f"{name}, in FLOPs": cost[0] / cost[1]
-                for name, cost in costs({**operations, "optimizer": 0}, size).items()
-            },
-            "peak memory, valued / published": max(peaks[f"valued {size}"], peaks[f"refresh {size}"])
-            / peaks[f"published {size}"],
-        }
-        for size in VALIDATION_SIZES
-        if f"published {size}" in times
+        **{name: statistics.median(each[name][0] / each[name][1] for each in rounds) for name in rounds[0]},
+        **{f"{name}, in FLOPs": above / below for name, (above, below) in in_flops.items()},
+        "peak memory, valued / published": ours / peaks[f"published {size}"],
     }
 
 
@@ -365,6 +358,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the result as JSON")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument(
+        "--validation-sequences", type=int, nargs="+", default=[8, 32], help="numbers to measure; the paper has 32"
+    )
     parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
     parser.add_argument("--split-terms", action="store_true", help="keep the four terms apart")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A tiny model folder and a tiny data set, built once per session."""
+"""A tiny model folder and a tiny data set, built once per session; GPU tests wait for a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.quickstart.get_model import save_tiny
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -326,6 +326,15 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
         ({"model": {"name_or_path": "no/such/model"}}, "model.name_or_path=no/such/model"),
         ({"data": {"packing": True}, "model": {"name_or_path": "{recurrent}"}}, "data.packing=true is not possible"),
         ({"model": {"name_or_path": "{dropout}"}}, "config.json has attention_dropout=0.1"),
+        ({"model": {"name_or_path": "{softcap}"}}, "sdpa is not possible with Gemma2ForCausalLM"),
+        (
+            {"model": {"attn_implementation": "flash_attention_2", "dtype": "float32"}},
+            "attn_implementation=flash_attention_2 needs model.dtype=bfloat16",
+        ),
+        (
+            {"deepspeed": {"config": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}}},
+            "offload_param.device=nvme is not possible with valuation",
+        ),
         ({"model": {"name_or_path": "{unknown}"}}, "model class OPTForCausalLM has no entry"),
         ({"valuation": {"fisher": "nowhere.safetensors"}}, "cannot read nowhere.safetensors"),
         ({"train": {"resume": "nowhere"}}, "nowhere/complete.json cannot be read"),
@@ -343,6 +352,7 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
     for name, config in {
         "recurrent": transformers.Qwen3_5TextConfig(),
         "dropout": transformers.LlamaConfig(attention_dropout=0.1),
+        "softcap": transformers.Gemma2Config(),
         "unknown": transformers.OPTConfig(),
     }.items():
         config.save_pretrained(tmp_path / name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.architectures import decoder_of
 from tests.oracle import Scored, Sequences, relative_error, token_values
 from tests.tiny import CASES, TinyCase, collate, pack, random_sequences, scored_linears, unpack, unpad
 
@@ -149,3 +150,15 @@ def test_lora_scores_the_adapters(name: str, wrapped: bool) -> None:
         assert rows.any(), term
         error = relative_error(rows, torch.cat([row[term] for row in expected]))
         assert error <= 1e-4, f"{term} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", []),
+        ("mixtral", ["mlp.experts and mlp.gate of the scored layers are trained but not scored"]),
+        ("qwen3_5", ["no causal term from layers without an attention matrix: 1, 3"]),
+    ],
+)
+def test_what_valuation_leaves_out_is_said(name: str, expected: list[str]) -> None:
+    assert decoder_of(CASES[name].build()).left_out(3) == expected
