@@ -1,4 +1,7 @@
-"""A tiny model folder and a tiny data set, built once per session; GPU tests wait for a GPU."""
+"""A tiny model folder and a tiny data set, built once per session. Tests are repeatable, and GPU tests wait for a GPU.
+
+`--hypothesis-profile=default` looks at new examples instead of the same ones each time.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from recipes.quickstart.get_model import save_tiny
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.architectures import decoder_of
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import EntryCapture
+from alphatoken.fisher import Drift
 from alphatoken.held_out import HeldOutSignals
-from alphatoken.tower import Tower
+from alphatoken.scorer import Scorer
+from alphatoken.tower import Coefficients, Tower
 from alphatoken.valuation import bilinear_product, cheaper_contraction, ghost_product, target_matrix
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
@@ -140,6 +143,34 @@ def test_duplicating_the_validation_set_changes_nothing() -> None:
     twice = plain.values(batch, collate([*plain.validation, *plain.validation]))
     for term in TERMS:
         assert relative_error(getattr(twice, term), getattr(once, term)) <= 1e-6
+
+
+@pytest.mark.parametrize("contraction", ["ghost", "materialised"])
+def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materialised"]) -> None:
+    """Target terms are bilinear in the validation and the training loss, proxy terms linear in the training loss."""
+    plain = Plain()
+    batch, validation = collate(plain.sequences), collate(plain.validation)
+    decoder = decoder_of(plain.model.eval())
+    parameters = {name: plain.model.get_parameter(name) for name in plain.fisher}
+    config = ValuationConfig(layers=2, window=4, contraction=contraction)
+
+    def scores(validation_scale: float, training_scale: float) -> TokenValues:
+        scorer = Scorer(decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU))
+        run, coefficients = scorer.tower.run, scaled_by(validation_scale)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scorer.tower, "run", lambda entry, labels, sink: run(entry, labels, sink, coefficients))
+            scorer.refresh([validation])
+        with torch.no_grad(), scorer.capture() as capture:
+            decoder.hidden_states(batch)
+        return scorer.score(capture.entry, batch["labels"], scaled_by(training_scale)).values
+
+    once, scaled = scores(1.0, 1.0), scores(-2.0, 3.0)
+    for term, factor in {"direct_target": -6, "causal_target": -6, "direct_proxy": 3, "causal_proxy": 3}.items():
+        assert relative_error(getattr(scaled, term), factor * getattr(once, term)) <= 1e-5, term
+
+
+def scaled_by(factor: float) -> Coefficients:
+    return lambda nll_BT, response_BT: torch.full_like(nll_BT, factor)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
