@@ -264,7 +264,8 @@ def architecture_of_config(config: PretrainedConfig) -> Architecture:
 def check_attention(config: PretrainedConfig, implementation: str, dtype: str) -> None:
     """Refuses an attention kernel that the model, its dtype or this machine cannot run. Raises UserError."""
     model_class, setting = _model_class(config), f"model.attn_implementation={implementation}"
-    if implementation == "sdpa" and not model_class._supports_sdpa:
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # some versions would drop it silently
+    if implementation == "sdpa" and (softcap is not None or not model_class._supports_sdpa):
         raise UserError(f"{setting} is not possible with {model_class.__name__}: set model.attn_implementation=eager")
     if implementation == "flash_attention_2":
         if not model_class._supports_flash_attn:
