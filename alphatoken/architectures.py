@@ -56,6 +56,8 @@ class Architecture:
     """Parts of a layer with weights that are left out of the scored set (experts and their router)."""
     recurrent: bool = False
     """Whether some layers carry a state along the row, so that documents cannot be packed into one."""
+    external_weights: tuple[tuple[str, str], ...] = ()
+    """(part of a layer, weight inside it) that the part reads without calling its module, as ZeRO-3 wants."""
 
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -79,6 +81,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             *("linear_attn.out_proj", *ATTENTION, *GATED_MLP),
         ),
         recurrent=True,
+        external_weights=(("linear_attn", "conv1d.weight"),),
     ),
     "Phi3ForCausalLM": Architecture(
         linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),

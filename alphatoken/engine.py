@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from alphatoken import zero3
-from alphatoken.architectures import decoder_of
+from alphatoken.architectures import Decoder, decoder_of
 from alphatoken.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from alphatoken.errors import UserError
 
@@ -176,7 +176,20 @@ def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int)
     assert isinstance(model, PreTrainedModel)
     if config.lora is not None:
         _add_adapters(model, config.lora, seed)
+    if stage == 3:
+        _register_external_weights(decoder_of(model))
     return model
+
+
+def _register_external_weights(decoder: Decoder) -> None:
+    """DeepSpeed finds these by itself only inside the engine's own forward pass, not when we score or evaluate."""
+    import deepspeed
+
+    for layer in decoder.layers:
+        parts = dict(layer.named_modules())
+        for part, weight in decoder.architecture.external_weights:
+            if part in parts:
+                deepspeed.zero.register_external_parameter(parts[part], parts[part].get_parameter(weight))
 
 
 def _add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:

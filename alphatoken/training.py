@@ -143,8 +143,8 @@ class Trainer:
             with self._stopwatch.phase("optimizer"):
                 self._engine.step()
 
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm):
+        norm = self._engine.get_global_grad_norm()  # None: DeepSpeed does not tell at stage 0 in float32
+        if norm is not None and not math.isfinite(norm):
             raise NonFiniteError(
                 f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. Continue from the last "
                 "checkpoint with train.resume=auto and a lower optim.lr"
@@ -158,7 +158,7 @@ class Trainer:
             "step": step + 1,
             **means,
             "lr": learning_rate,
-            "grad_norm": norm,
+            **({} if norm is None else {"grad_norm": float(norm)}),
             "response_tokens": response_tokens,
             "kept_tokens": kept_tokens,
             **{f"seconds_{phase}": seconds.get(phase, 0.0) for phase in phases},

@@ -18,7 +18,7 @@ from alphatoken import ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.tiny import collate, tokenised
+from tests.tiny import CASES, SMALL, collate, tokenised
 
 GLOBAL_BATCH, MICRO_BATCH, KEEP = 12, 2, 0.5
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
@@ -193,3 +193,37 @@ def test_a_rank_without_response_tokens_takes_part(
         assert parameter.grad is not None
         for result in results:
             assert relative_error(result["gradients"][name], parameter.grad / total) <= 1e-5, name
+
+
+@pytest.mark.slow
+def test_other_architectures_train_and_score_under_zero(
+    run_values: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps under ZeRO-3 on two ranks give the metrics of one process with whole weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    monkeypatch.setitem(SMALL, "vocab_size", len(tokenizer))
+    monkeypatch.setitem(SMALL, "max_position_embeddings", 512)
+    names = ("qwen3_5", "mixtral", "qwen3_moe", "gemma3", "gemma2", "phi3", "gpt_neox", "gpt2")
+    for name in names:
+        CASES[name].build().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def metrics(ranks: int, zero_stage: int) -> dict[str, list[dict[str, float]]]:
+        configs = {}
+        for name in names:
+            model = {"name_or_path": str(tmp_path / name), "dtype": "float32"}
+            model["attn_implementation"] = "eager" if CASES[name].eager_only else "sdpa"
+            folder = str(tmp_path / f"{name}-{ranks}")
+            train = {**run_values["train"], "output_dir": folder}
+            configs[name] = {**run_values, "model": model, "train": train, "deepspeed": stage(zero_stage)}
+        (messages, *_) = run_ranks("run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
+        assert not any(messages.values()), messages
+        files = {name: tmp_path / f"{name}-{ranks}" / "metrics.jsonl" for name in names}
+        return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+
+    alone, sharded = metrics(1, 1), metrics(2, 3)
+    for name in names:
+        for one, two in zip(alone[name], sharded[name], strict=True):
+            assert one.keys() == two.keys()
+            for key in one.keys() & {"loss_kept", "loss_response", "grad_norm", "composite_std", "eval_loss"}:
+                assert two[key] == pytest.approx(one[key], rel=1e-4), f"{name}: {key} of step {one['step']}"
