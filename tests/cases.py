@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
 from alphatoken.engine import initialise_ranks
 from alphatoken.errors import UserError
+from alphatoken.estimation import run_fisher
+from alphatoken.fisher import FisherSum
 from alphatoken.losses import SupervisedObjective
+from alphatoken.report import Report
 from alphatoken.statistics import StepStatistics
 from alphatoken.streamer import LayerStreamer
 from alphatoken.training import Trainer
@@ -87,7 +91,7 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     if collectives.rank() == 1:
         batches[1]["labels"].fill_(-100)
     own, _, kept_tokens = trainer._count_tokens(batches)
-    trainer._refresh(0, StepStatistics(trainer._device), own)
+    trainer._refresh(0, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own)
     result: dict[str, Any] = {"kept": [], "tokens": []}
     for number, batch in enumerate(batches):
         output = trainer._engine(batch)
@@ -145,16 +149,77 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
 
 def run_trainers(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Whole runs, one after the other; returns the error message of each, empty where it finished."""
+
+    def run(values: dict[str, Any]) -> None:
+        trainer = trainer_of(values)
+        trainer.run()
+        trainer._engine.destroy()
+
+    return messages_of(configs, run)
+
+
+def messages_of(configs: dict[str, dict[str, Any]], work: Callable[[dict[str, Any]], None]) -> dict[str, str]:
     messages = {}
     for name, values in configs.items():
         messages[name] = ""
         try:
-            trainer = trainer_of(values)
-            trainer.run()
-            trainer._engine.destroy()
+            work(values)
         except (UserError, RemoteError) as error:
             messages[name] = str(error)
     return messages
+
+
+def fisher_estimates(
+    folder: Path, configs: dict[str, dict[str, Any]], killed_in_pass: int | None = None
+) -> dict[str, str]:
+    """Estimates one after the other, or dies at the start of a pass; returns the error message of each, if any."""
+    if killed_in_pass is not None:
+        passes = itertools.count(1)
+        add = FisherSum.add
+
+        def add_or_die(self: FisherSum, *arguments: Any) -> None:
+            if next(passes) == killed_in_pass:
+                print(f"killed in pass {killed_in_pass}", flush=True)
+                os._exit(1)
+            add(self, *arguments)
+
+        FisherSum.add = add_or_die  # type: ignore[method-assign, assignment]
+    return messages_of(configs, lambda values: run_fisher(validate(RunConfig, values, "of the test")))
+
+
+def drifts(
+    folder: Path, configs: dict[str, dict[str, Any]], steps: int, universal: Path | None = None
+) -> dict[str, Any]:
+    """After some optimizer steps (of a resumed run too): V from the shards, and the whole fp32 masters.
+
+    `universal` is a checkpoint of another number of ranks to load first, converted by DeepSpeed.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    results = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        drift = trainer._drift
+        assert drift is not None
+        names = list(drift._parameters)
+        if universal is not None:
+            trainer._engine.load_checkpoint(str(universal.parent), tag=universal.name)
+        first = [safe_get_full_fp32_param(drift._parameters[each]).clone() for each in names]
+        report = Report(trainer._config, folder / "metrics.jsonl", trainer._first_step, steps, active=False)
+        for step in range(trainer._first_step, trainer._first_step + steps):
+            trainer._optimizer_step(step, report)
+        if values["train"].get("save_every"):
+            trainer._save(trainer._first_step + steps)
+        masters = [safe_get_full_fp32_param(drift._parameters[each]).clone() for each in names]
+        results[name] = {
+            "first": dict(zip(names, first, strict=True)),
+            "masters": dict(zip(names, masters, strict=True)),
+            "drift": dict(zip(names, drift.matrices(names), strict=True)),
+            "magnitudes": drift.magnitudes(),
+            "reference_bytes": sum(tensor.nbytes for tensor in drift._reference.values()),
+        }
+        trainer._engine.destroy()
+    return results
 
 
 def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -209,14 +274,10 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
     return {"losses": losses, "weights": weights}
 
 
-def main() -> None:
-    case, folder = sys.argv[1], Path(sys.argv[2])
+def run(case: str, folder: Path) -> None:
+    """One rank's part of a case; see `tests.ranks`."""
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     result = globals()[case](folder, **arguments)
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
     collectives.barrier()
     collectives.leave()
-
-
-if __name__ == "__main__":
-    main()
