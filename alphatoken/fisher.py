@@ -1,102 +1,196 @@
-"""The stability side: a diagonal Fisher file, the reference weights, and the drift of the current ones.
+"""The diagonal Fisher of the reference model, E over prompts x and completions y of squared gradients (Eq. 5), sharded.
 
-Everything is kept as this rank's flat slices (`zero3`), so drift costs no communication until the product is used.
+The gradients are those of each completion's summed loss, at the linears of the scored layers. The decoder runs forward
+under DeepSpeed's hooks and the scored layers one at a time through the streamer; each rank brings sequences of its own
+and keeps its slices of the sums. What has been summed is saved now and then, so an interrupted estimate goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from alphatoken import collectives, valuation, zero3
+from alphatoken.architectures import Decoder, ScoredLinear
+from alphatoken.attention import AttentionCall
+from alphatoken.capture import Entry, EntryCapture
 from alphatoken.errors import UserError
+from alphatoken.slices import TensorFile, save_slices
+from alphatoken.tower import Tower
+
+Square = Literal["token", "sequence"]
 
 
-class Drift:
-    """V = F * (W - W_ref) for each scored weight, from the fp32 masters (Eq. 10).
-
-    `fisher` and `reference` map full parameter names to whole tensors of the weight's shape, loaded one at a time;
-    without `reference` the weights of this moment are the reference, and the drift starts at exactly zero.
-    Raises UserError when a scored weight is missing from either, has another shape, or a Fisher entry is negative or
-    not finite.
-    """
+class FisherSum:
+    """Sums of squared gradients over sequences, of the linears of the last `depth` layers."""
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        fisher: Mapping[str, Tensor] | TensorFile,
-        reference: Mapping[str, Tensor] | TensorFile | None,
-        device: torch.device,
+        self, decoder: Decoder, depth: int, square: Square, device: torch.device, chunk_tokens: int = 16384
     ) -> None:
-        self._parameters = parameters
-        self._device = device
-        self._fisher: dict[str, Tensor] = {}
-        self._reference: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            importance = _whole(fisher, name, parameter, "Fisher")
-            if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-                raise UserError(f"the Fisher of {name} has negative or non-finite entries; estimate it again")
-            self._fisher[name] = self._own_slice(importance, parameter)
-            if reference is None:
-                self._reference[name] = zero3.master_slice(parameter, device).clone()
-            else:
-                self._reference[name] = self._own_slice(_whole(reference, name, parameter, "reference"), parameter)
+        self._tower = Tower(decoder, depth, device, resident=False, chunk_tokens=chunk_tokens)
+        self._layers = list(decoder.layers)[len(decoder.layers) - depth :]
+        self._square: Square = square
+        self.parameters = {linear.name: decoder.model.get_parameter(linear.name) for linear in self._tower.scored}
+        self.slices = {
+            name: zero3.padded(torch.zeros(end - start, device=device), parameter)
+            for name, parameter in self.parameters.items()
+            for start, end in [zero3.slice_range(parameter)]
+        }
 
-    def _own_slice(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
-        return zero3.padded_slice(whole, parameter).to(self._device, torch.float32).clone()
+    def capture(self) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `add`."""
+        return EntryCapture(self._layers)
 
-    def matrices(self, names: Sequence[str]) -> list[Tensor]:
-        """The whole V of the named weights, float32: one all-gather of this rank's slices. Every rank must call it."""
-        slices = [
-            valuation.drift(
-                self._fisher[name], zero3.master_slice(self._parameters[name], self._device), self._reference[name]
-            )
-            for name in names
+    @contextmanager
+    def head(self) -> Iterator[nn.Linear]:
+        """The model's head, gathered. Every rank must enter it."""
+        with self._tower.streamer.top() as (_, head):
+            yield head
+
+    @torch.no_grad()
+    def add(self, entry: Entry, labels_BT: Tensor) -> None:
+        """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must call it.
+
+        Padding must be on the right. Memory: the entry states of the batch, one layer with the signals of its linears,
+        one block of logits, and one linear's matrix in float32, which is reduced before the next is formed.
+        """
+        self._tower.run(entry, labels_BT, _Squares(self._tower.scored, self))
+
+    def _take(self, linear: ScoredLinear, signals: Sequence[tuple[Tensor, Tensor]]) -> None:
+        parameter, own = self.parameters[linear.name], self.slices[linear.name]
+        rows, columns = zero3.full_shape(parameter)
+        matrix_OI = torch.zeros((columns, rows) if linear.transposed else (rows, columns), device=own.device)
+        for act_BTI, outgrad_BTO in signals:
+            valuation.add_fisher_square(matrix_OI, outgrad_BTO, act_BTI, self._square)
+        own += zero3.sum_to_slice(matrix_OI.T.contiguous() if linear.transposed else matrix_OI, parameter)
+
+
+class _Squares:
+    """Sink of a tower pass: keeps one layer's signals until it is left, then squares them linear by linear."""
+
+    def __init__(self, linears: Sequence[ScoredLinear], total: FisherSum) -> None:
+        self._linears = linears
+        self._total = total
+        self._signals: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def layer(self, layer: int) -> Iterator[None]:
+        yield
+        for linear in self._linears:
+            if linear.layer == layer:
+                self._total._take(linear, self._signals.pop(linear.name, []))
+
+    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
+        pass
+
+    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
+        self._signals.setdefault(name, []).append((act_BTI, outgrad_BTO))
+
+
+class EstimateFolder:
+    """Where an estimate lies when it is done, and beside it (`.partial`) what has been summed so far.
+
+    `settings` is what decides the numbers; `about` goes into the header too. Raises UserError when the folder or its
+    partial one holds an estimate with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._settings = settings
+        self._header = {"settings": settings, **about}
+
+    def is_complete(self) -> bool:
+        """Whether the estimate is there. Every rank must ask, before any writes."""
+
+        def check() -> bool:
+            if not self.path.exists():
+                return False
+            self._check_settings(TensorFile(self.path))
+            return True
+
+        return collectives.agree(check)
+
+    def resume(self, total: FisherSum) -> int:
+        """Loads the newest sums, saved by any number of ranks; returns how many prompts they are of, 0 if none."""
+
+        def load() -> int:
+            states = sorted(self._partial.glob("prompts-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+            if not states:
+                return 0
+            state = TensorFile(states[-1])
+            self._check_settings(state)
+            for name, own in total.slices.items():
+                start, end = zero3.slice_range(total.parameters[name])
+                own[: end - start] = state.flat(name, start, end).to(own.device)
+            return int(state.header["prompts"])
+
+        return collectives.agree(load)
+
+    def save(self, total: FisherSum, prompts: int) -> None:
+        """Saves the sums over the first `prompts` prompts in place of older ones."""
+        final = self._partial / f"prompts-{prompts}"
+        self._write(total.slices, total, final, {**self._header, "prompts": prompts})
+        if collectives.rank() == 0:
+            for older in self._partial.iterdir():
+                if older != final:
+                    shutil.rmtree(older)
+        collectives.barrier()
+
+    def finish(self, total: FisherSum, prompts: int) -> None:
+        """Writes the mean over all `prompts` prompts, and removes what was kept for resuming.
+
+        Raises UserError on every rank, and writes nothing, where the mean is not finite.
+        """
+
+        def check() -> None:
+            faulty = [name for name, own in total.slices.items() if not bool(torch.isfinite(own).all())]
+            if faulty:
+                raise UserError(
+                    f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on these prompts; try "
+                    "model.dtype=float32"
+                )
+
+        collectives.agree(check)
+        mean = {name: own / prompts for name, own in total.slices.items()}
+        self._write(mean, total, self.path, {**self._header, "prompts": prompts})
+        if collectives.rank() == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        collectives.barrier()
+
+    def _write(self, slices: Mapping[str, Tensor], total: FisherSum, final: Path, header: dict[str, Any]) -> None:
+        """All ranks write beside `final`; then rank 0 renames."""
+        writing = self._partial / f"{final.name}.writing"
+
+        def prepare() -> None:
+            if collectives.rank() == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir(parents=True)
+
+        try:
+            collectives.agree(prepare)
+            collectives.agree(lambda: save_slices(writing, slices, total.parameters, header))
+            if collectives.rank() == 0:
+                writing.rename(final)
+        except OSError as error:
+            raise UserError(f"cannot write the Fisher to {final}: {error}") from None
+        collectives.barrier()
+
+    def _check_settings(self, found: TensorFile) -> None:
+        theirs = found.header.get("settings", {})
+        changed = [
+            f"{key}: {theirs.get(key)!r} there, {self._settings.get(key)!r} here"
+            for key in sorted(theirs.keys() | self._settings.keys())
+            if theirs.get(key) != self._settings.get(key)
         ]
-        shapes = [zero3.full_shape(self._parameters[name]) for name in names]
-        if not zero3.is_sharded(self._parameters[names[0]]):
-            return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
-        return collectives.gather_slices(slices, shapes)
-
-
-class TensorFile:
-    """Tensors by name from one safetensors file or a folder of them, read lazily. Raises UserError when unreadable."""
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"{path} holds no .safetensors file")
-        self._path = path
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, "pt") as tensors:
-                    self._file_of.update(dict.fromkeys(tensors.keys(), file))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {file} as safetensors: {error}") from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], "pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-        return tensor
-
-    def __str__(self) -> str:
-        return str(self._path)
-
-
-def _whole(tensors: Mapping[str, Tensor] | TensorFile, name: str, parameter: nn.Parameter, what: str) -> Tensor:
-    where = f"{what} {tensors}" if isinstance(tensors, TensorFile) else what
-    if name not in tensors:
-        raise UserError(f"the {where} has no tensor {name}, which is scored; was it made for another model or depth?")
-    tensor = tensors[name]
-    shape = zero3.full_shape(parameter)
-    if tensor.shape != shape:
-        raise UserError(f"the {where} holds {name} of shape {tuple(tensor.shape)}; the model's is {tuple(shape)}")
-    return tensor
+        if changed:
+            raise UserError(
+                f"{found} holds a Fisher with other settings; remove it, set fisher.output to another folder, or use "
+                "it as it is with valuation.fisher:\n  " + "\n  ".join(changed)
+            )

@@ -67,6 +67,31 @@ def head_loss(
     return nll_R, grad_RH
 
 
+def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Samples a token per row from softmax(logits), temperature 1: the first whose cumulative probability is above u.
+
+    uniform_R: (R,) in [0, 1). Returns (R,) int64. The same numbers draw the same tokens, in whatever batch.
+    """
+    cumulative_RV = torch.softmax(logits_RV.double(), dim=-1).cumsum_(dim=-1)
+    threshold_R1 = (uniform_R.double() * cumulative_RV[:, -1])[:, None]
+    token_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0]
+    return token_R.clamp_max(logits_RV.shape[1] - 1)
+
+
+@torch.no_grad()
+def head_samples(hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap: float | None = None) -> Tensor:
+    """A token drawn from the model's own prediction at each of the given states after the final norm; (R,) int64."""
+    token_R = torch.empty(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device)
+    rows = max(1, _block_rows(head.weight.shape[0]) // 2)  # probabilities are float64
+    for start in range(0, hidden_RH.shape[0], rows):
+        block = slice(start, start + rows)
+        logits_RV = head(hidden_RH[block]).float()
+        if softcap is not None:
+            logits_RV = softcap * torch.tanh(logits_RV / softcap)
+        token_R[block] = draw_tokens(logits_RV, uniform_R[block])
+    return token_R
+
+
 class _BlockedNLL(torch.autograd.Function):
     """Head and cross-entropy whose backward recomputes the logits block by block, unless one block is all there is."""
 

@@ -9,6 +9,7 @@ target term are exact; they differ in cost only (see `cheaper_contraction`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
@@ -33,8 +34,40 @@ class TokenValues:
     causal_proxy: Tensor
     composite: Tensor
 
+    @classmethod
+    def from_terms(cls, terms: Sequence[Tensor], weights: tuple[float, float]) -> TokenValues:
+        """`terms` in the order of TERMS. `weights` multiply adaptation and stability: (1, lambda) in Eq. 12."""
+        direct_target, causal_target, direct_proxy, causal_proxy = terms
+        composite = weights[0] * (direct_target + causal_target) + weights[1] * (direct_proxy + causal_proxy)
+        return cls(direct_target, causal_target, direct_proxy, causal_proxy, composite)
+
     def items(self) -> list[tuple[str, Tensor]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+class RunningScales:
+    """Running standard deviations of adaptation and stability (`balance: std`): the part weights follow from them.
+
+    Each is the root of an exponential mean of the variances of optimizer steps, unbiased by its start; steps in which a
+    part does not vary, as stability before anything has moved, do not count.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self) -> None:
+        self.state: list[list[float]] = [[0.0, 0.0], [0.0, 0.0]]
+        """Per part, the decayed sum of variances and of ones."""
+
+    def observe(self, deviations: Sequence[float]) -> None:
+        """Takes in the standard deviations of adaptation and stability in one optimizer step."""
+        for part, deviation in zip(self.state, deviations, strict=True):
+            if deviation > 0:
+                part[:] = [self.DECAY * part[0] + deviation**2, self.DECAY * part[1] + 1.0]
+
+    def part_weights(self, stability_weight: float) -> tuple[float, float]:
+        """(1 / deviation of adaptation, lambda / deviation of stability); 0 for a part that has not varied yet."""
+        inverse = [(count / total) ** 0.5 if total > 0 else 0.0 for total, count in self.state]
+        return inverse[0] or 1.0, stability_weight * inverse[1]
 
 
 def target_matrix(val_outgrad_NO: Tensor, val_act_NI: Tensor) -> Tensor:
@@ -121,3 +154,25 @@ def cheaper_contraction(
 def drift(fisher: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
     """V = F * (W - W_ref), elementwise, float32 (Eq. 10). All three have one shape, a weight's or a slice of it."""
     return fisher.float() * (weight.float() - reference.float())
+
+
+# Rows of a sequence's gradient that are formed at once when it is squared.
+SQUARE_BLOCK_ELEMENTS = 2**22
+
+
+def add_fisher_square(
+    total_OI: Tensor, outgrad_BTO: Tensor, act_BTI: Tensor, square: Literal["token", "sequence"]
+) -> None:
+    """Adds the squared gradients of B sequences to `total_OI` (float32), in place (Eq. 5, before the mean).
+
+    token, as published: sum over all positions of d_t[i]^2 h_t[j]^2. sequence, the true diagonal: for each sequence
+    (sum_t d_t[i] h_t[j])^2, a block of rows at a time. Positions without gradient, such as padding, add nothing.
+    """
+    if square == "token":
+        total_OI.addmm_(outgrad_BTO.flatten(0, 1).float().square().T, act_BTI.flatten(0, 1).float().square())
+        return
+    rows = max(1, SQUARE_BLOCK_ELEMENTS // total_OI.shape[1])
+    for outgrad_TO, act_TI in zip(outgrad_BTO, act_BTI.float(), strict=True):
+        for start in range(0, total_OI.shape[0], rows):
+            block = slice(start, start + rows)
+            total_OI[block] += (outgrad_TO[:, block].float().T @ act_TI).square_()

@@ -9,7 +9,7 @@ reference) share one layout, so elementwise work on slices needs no communicatio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,12 +76,51 @@ def master_slice(parameter: Parameter, device: torch.device) -> Tensor:
     return flat.to(device=device, dtype=torch.float32)
 
 
-def padded_slice(whole: Tensor, parameter: Parameter) -> Tensor:
-    """This rank's slice of a tensor shaped like the whole weight, flat and zero-padded like `ds_tensor`."""
+def padded(own: Tensor, parameter: Parameter) -> Tensor:
+    """This rank's elements of a tensor shaped like the whole weight, zero-padded to the length of `ds_tensor`."""
     start, end = slice_range(parameter)
-    own = whole.reshape(-1)[start:end]
     length = parameter.ds_tensor.numel() if is_sharded(parameter) else end - start
     return nn.functional.pad(own, (0, length - own.numel()))
+
+
+def sum_to_slice(whole: Tensor, parameter: Parameter) -> Tensor:
+    """This rank's slice, flat and padded, of the sum over ranks of tensors shaped like the whole weight.
+
+    One reduce-scatter of the tensor; an all-reduce where the parameter is not sharded.
+    """
+    if is_sharded(parameter):
+        return collectives.sum_to_slices([whole])[0]
+    return collectives.sum_over_ranks(whole).flatten()
+
+
+# Odd 64-bit constants (the golden ratio and a prime of xxHash) as signed integers.
+_SPREAD, _MIX = 0x9E3779B97F4A7C15 - 2**64, 0xC2B2AE3D27D4EB4F - 2**64
+
+
+@torch.no_grad()
+def checksums(
+    parameters: Mapping[str, Parameter], device: torch.device, read: Callable[[str, int, int], Tensor] | None = None
+) -> dict[str, int]:
+    """A 64-bit checksum of every whole weight, rounded to bf16: the same on any number of ranks and in either dtype.
+
+    Each element's bits are multiplied by a number that depends on its position; the sums wrap. Every rank reads its own
+    slices; one all-reduce of an int64 per parameter. With `read(name, start, end)` the flat weights come from there.
+    """
+    sums = torch.zeros(len(parameters), dtype=torch.int64, device=device)
+    for number, (name, parameter) in enumerate(parameters.items()):
+        start, end = slice_range(parameter)
+        if collectives.rank() > 0 and not is_sharded(parameter):  # every rank has the same
+            continue
+        if read is not None:
+            own = read(name, start, end)
+        else:
+            own = (parameter.ds_tensor if is_sharded(parameter) else parameter).detach().flatten()[: end - start]
+        for block in own.split(2**22):
+            bits = block.to(device, torch.bfloat16).view(torch.int16).long()
+            place = torch.arange(start, start + len(bits), device=device) * _SPREAD
+            start += len(bits)
+            sums[number] += ((bits + 2**16) * ((place ^ (place >> 29)) * _MIX | 1)).sum()
+    return dict(zip(parameters, collectives.sum_over_ranks(sums).tolist(), strict=True))
 
 
 def consolidated_state(engine: Any) -> dict[str, Tensor] | None:

@@ -1,0 +1,101 @@
+"""Stability: how far the scored weights have moved from the reference, weighed by its diagonal Fisher.
+
+Everything is kept as this rank's flat slices (`zero3`), so drift costs no communication until the product is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alphatoken import collectives, valuation, zero3
+from alphatoken.errors import UserError
+from alphatoken.slices import TensorFile
+
+
+class Drift:
+    """V = F * (W - W_ref) for each scored weight, from the fp32 masters (Eq. 10).
+
+    `fisher` and `reference` map full parameter names to whole tensors of the weight's shape; of a `TensorFile` only
+    this rank's slices are read. Without `reference` the weights of this moment are the reference, and the drift starts
+    at exactly zero. Per element it keeps 4 bytes of Fisher and 2 (where bf16 holds it exactly) or 4 of the reference.
+    Raises UserError, on any rank by itself, when a scored weight is missing from either, has another shape, or a Fisher
+    entry is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        fisher: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor] | None,
+        device: torch.device,
+    ) -> None:
+        self._parameters = parameters
+        self._device = device
+        self._fisher: dict[str, Tensor] = {}
+        self._reference: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            importance = self._own_slice(fisher, name, "Fisher")
+            if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+                raise UserError(f"the Fisher of {name} has negative or non-finite entries; estimate it again")
+            self._fisher[name] = importance
+            start = zero3.master_slice(parameter, device)
+            self._reference[name] = _compact(
+                start if reference is None else self._own_slice(reference, name, "reference")
+            )
+
+    def matrices(self, names: Sequence[str]) -> list[Tensor]:
+        """The whole V of the named weights, float32: one all-gather of this rank's slices. Every rank must call it."""
+        slices = [
+            valuation.drift(
+                self._fisher[name], zero3.master_slice(self._parameters[name], self._device), self._reference[name]
+            )
+            for name in names
+        ]
+        shapes = [zero3.full_shape(self._parameters[name]) for name in names]
+        if not zero3.is_sharded(self._parameters[names[0]]):
+            return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
+        return collectives.gather_slices(slices, shapes)
+
+    @torch.no_grad()
+    def magnitudes(self) -> tuple[float, float]:
+        """|W - W_ref| over all scored weights, and 1/2 sum F (W - W_ref)^2: how much the reference's loss has risen,
+        to second order. One all-reduce of 2 float64; every rank must call it.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for name, parameter in self._parameters.items():
+            start, end = zero3.slice_range(parameter)
+            own = slice(0, end - start)  # what lies behind is padding, of any content
+            moved = zero3.master_slice(parameter, self._device)[own] - self._reference[name][own].float()
+            squares = moved.double().square_()
+            sums += torch.stack([squares.sum(), 0.5 * (self._fisher[name][own] * squares).sum()])
+        if any(map(zero3.is_sharded, self._parameters.values())):
+            collectives.sum_over_ranks(sums)
+        squared_norm, weighted = sums.tolist()
+        return squared_norm**0.5, weighted
+
+    def _own_slice(self, tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:
+        parameter = self._parameters[name]
+        shape, (start, end) = zero3.full_shape(parameter), zero3.slice_range(parameter)
+        where = f"{what} {tensors}" if isinstance(tensors, TensorFile) else what
+        if name not in tensors:
+            raise UserError(
+                f"the {where} has no tensor {name}, which is scored; was it made for another model or depth?"
+            )
+        if isinstance(tensors, TensorFile):
+            found = tensors.shape(name)
+            own = tensors.flat(name, start, end) if found == shape else None
+        else:
+            found = tensors[name].shape
+            own = tensors[name].reshape(-1)[start:end]
+        if own is None or found != shape:
+            raise UserError(f"the {where} holds {name} of shape {tuple(found)}; the model's is {tuple(shape)}")
+        return zero3.padded(own, parameter).to(self._device, torch.float32).clone()
+
+
+def _compact(reference: Tensor) -> Tensor:
+    """A copy in bf16 where that loses nothing, as with a checkpoint that was bf16; else in float32."""
+    rounded = reference.to(torch.bfloat16)
+    return rounded if torch.equal(rounded.float(), reference) else reference.clone()
