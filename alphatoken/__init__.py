@@ -5,7 +5,8 @@ from importlib.metadata import version
 from alphatoken.api import score_tokens
 from alphatoken.config import ValuationConfig
 from alphatoken.errors import UserError
+from alphatoken.slices import load_fisher
 from alphatoken.valuation import TokenValues
 
-__all__ = ["TokenValues", "UserError", "ValuationConfig", "score_tokens"]
+__all__ = ["TokenValues", "UserError", "ValuationConfig", "load_fisher", "score_tokens"]
 __version__ = version("alphatoken")

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from alphatoken.architectures import Decoder, decoder_of, scored_depth
 from alphatoken.config import ValuationConfig
+from alphatoken.drift import Drift
 from alphatoken.errors import UserError
-from alphatoken.fisher import Drift
 from alphatoken.losses import IGNORE_INDEX, loss_positions
+from alphatoken.sampling import evaluating
 from alphatoken.scorer import Scorer
 from alphatoken.valuation import TERMS, TokenValues
 
@@ -48,28 +49,26 @@ def score_tokens(
         given, missing = ("fisher", "reference") if reference is None else ("reference", "fisher")
         raise UserError(f"{given} is given without {missing}; stability needs both")
 
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model), torch.no_grad():
         drift = None
-        if fisher is not None:
-            parameters = {
-                linear.name: decoder.model.get_parameter(linear.name) for linear in decoder.scored_linears(depth)
-            }
-            drift = Drift(parameters, fisher, reference, device)
+        if fisher is not None and reference is not None:
+            names = [linear.name for linear in decoder.scored_linears(depth)]
+            drift = Drift({name: decoder.model.get_parameter(name) for name in names}, fisher, reference, device)
         scorer = Scorer(decoder, config, device, drift)
         scored_tokens = int(loss_positions(batch["labels"])[0].sum())
         scorer.refresh(list(_row_groups(decoder, validation, config.chunk_tokens, device)), scored_tokens)
-        values: dict[str, list[Tensor]] = {name: [] for name in (*TERMS, "composite")}
+        scored, responses = [], []
         for rows in _row_groups(decoder, batch, config.chunk_tokens, device):
-            with torch.no_grad(), scorer.capture() as capture:
+            with scorer.capture() as capture:
                 decoder.hidden_states(rows)
-            for name, value_BT in scorer.score(capture.entry, rows["labels"]).values.items():
-                values[name].append(value_BT)
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-    return TokenValues(**{name: torch.cat(parts) for name, parts in values.items()})
+            scored.append(scorer.score(capture.entry, rows["labels"]).values)
+            responses.append(loss_positions(rows["labels"])[0])
+    terms = [torch.cat([getattr(values, name) for values in scored]) for name in TERMS]
+    if config.balance == "std":
+        response_BT = torch.cat(responses)
+        parts = terms[0] + terms[1], terms[2] + terms[3]
+        scorer.scales.observe([float(part_BT[response_BT].double().std(correction=0)) for part_BT in parts])
+    return TokenValues.from_terms(terms, scorer.part_weights)
 
 
 def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,8 @@ from alphatoken.config import RunConfig
 from alphatoken.config_file import save_config
 from alphatoken.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
 DESCRIPTION = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -87,11 +88,12 @@ def start_run_folder(folder: RunFolder, config: RunConfig) -> None:
     collectives.barrier()
 
 
-def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int) -> Path:
-    """Saves the engine's complete state after `step` optimizer steps. Every rank must call it, between steps.
+def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int, state: dict[str, Any]) -> Path:
+    """Saves the engine's complete state, and `state` (the same on every rank), after `step` optimizer steps.
 
-    All ranks write their shards, then each hashes and flushes its share of the files, and rank 0 makes the checkpoint
-    valid. Raises UserError when the disk refuses; older checkpoints stay as they are.
+    Every rank must call it, between steps. All ranks write their shards, then each hashes and flushes its share of the
+    files, and rank 0 makes the checkpoint valid. Raises UserError when the disk refuses; older checkpoints stay as they
+    are.
     """
     final = folder.checkpoints / f"step-{step}"
     partial = final.with_name(final.name + ".partial")
@@ -102,7 +104,11 @@ def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int
 
     collectives.agree(remove_leftovers)
     try:
-        collectives.agree(lambda: engine.save_checkpoint(str(folder.checkpoints), tag=partial.name, save_latest=False))
+        collectives.agree(
+            lambda: engine.save_checkpoint(
+                str(folder.checkpoints), tag=partial.name, client_state={STATE: state}, save_latest=False
+            )
+        )
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         own = files[collectives.rank() :: collectives.world_size()]
         digests = collectives.agree(lambda: {str(file.relative_to(partial)): _flush_and_digest(file) for file in own})
@@ -132,12 +138,15 @@ def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int
     return final
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> int:
-    """Loads the engine's complete state; returns the number of optimizer steps done. Every rank must call it."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+def load_checkpoint(engine: Any, checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Loads the engine's complete state; returns the number of optimizer steps done and what was saved as `state`.
+
+    Every rank must call it.
+    """
+    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
-    return int(_read_description(checkpoint)["step"])
+    return int(_read_description(checkpoint)["step"]), client_state[STATE]
 
 
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

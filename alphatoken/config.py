@@ -104,11 +104,41 @@ class ValuationConfig(Section):
         "resident",
         description="Keep tower weights and drift on every rank, or gather one layer at a time: slower, small.",
     )
+    balance: Literal["none", "std"] = Field(
+        "none",
+        description="std divides adaptation and stability by their running standard deviations before they are added; "
+        "none adds them as published, whatever their scales.",
+    )
     fisher: FilePath | None = Field(
-        None, description="Diagonal Fisher file of the reference model; without one stability is zero."
+        None,
+        description="Diagonal Fisher of the reference model (recipes/fisher.py makes such a folder; or safetensors by "
+        "parameter name); default: estimated before training as section `fisher` says, unless stability_weight is 0.",
     )
     reference: FilePath | None = Field(
         None, description="Folder of the stability reference model; default: the starting weights."
+    )
+
+
+class FisherConfig(Section):
+    prompts: Sources | None = Field(
+        None, description="Rows whose prompts the reference model answers, never trained on; default: data.validation."
+    )
+    num_prompts: int = Field(1000, ge=1, description="Use at most so many of them (N).")
+    sampling: Literal["rollout", "teacher_forced", "empirical"] = Field(
+        "rollout",
+        description="Whose tokens the gradients are of: completions sampled from the model, tokens it predicts along "
+        "given responses (no generation), or the given responses themselves.",
+    )
+    square: Literal["token", "sequence"] = Field(
+        "token", description="Square each position's gradient (published), or each sequence's: the true diagonal."
+    )
+    max_prompt_tokens: int = Field(256, ge=1, description="Longest prompt of a rollout; longer ones are left out.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest sampled completion of a rollout.")
+    batch_size: int = Field(8, ge=1, description="Prompts per pass on one rank.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of prompts and of the sampled tokens.")
+    save_every: int = Field(32, ge=1, description="Passes after which an unfinished estimate is saved.")
+    output: FilePath | None = Field(
+        None, description="Folder the estimate is written to; default: train.output_dir/fisher."
     )
 
 
@@ -215,11 +245,17 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     valuation: ValuationConfig = Field(default_factory=ValuationConfig)
+    fisher: FisherConfig = Field(default_factory=FisherConfig)
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @property
+    def estimates_fisher(self) -> bool:
+        """Whether a training run has to estimate the Fisher by itself."""
+        return self.valuation.enabled and self.valuation.fisher is None and self.valuation.stability_weight > 0
 
     @model_validator(mode="after")
     def _valuation_has_data(self) -> RunConfig:
@@ -233,6 +269,8 @@ class RunConfig(Section):
                 f"train.save_every={self.train.save_every} is not a multiple of valuation.refresh_every="
                 f"{self.valuation.refresh_every}: a resumed run could not rebuild the validation signals"
             )
+        if self.valuation.balance == "std" and not self.valuation.split_terms:
+            raise ValueError("valuation.balance=std needs adaptation and stability apart: valuation.split_terms=true")
         if self.valuation.reference is not None and self.valuation.fisher is None:
             raise ValueError("valuation.reference is given without valuation.fisher; stability needs the Fisher file")
         if not self.valuation.enabled and self.selection.policy == "top_value":

@@ -1,4 +1,4 @@
-"""DeepSpeed: process group, configuration, model loading and engine."""
+"""DeepSpeed: process group, configuration, model and tokenizer loading, and engine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
 
 from alphatoken import zero3
-from alphatoken.architectures import Decoder, decoder_of
+from alphatoken.architectures import Decoder, architecture_of_config, check_attention, check_valuation, decoder_of
 from alphatoken.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from alphatoken.errors import UserError
+from alphatoken.slices import TensorFile
 
 # What a DeepSpeed configuration may not say, because one of our fields does.
 OUR_FIELDS = {
@@ -141,7 +150,10 @@ def initialise_ranks() -> torch.device:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, deepspeed_values: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW without weight decay on norms and biases; DeepSpeed's CPU version where the states are offloaded."""
+    """AdamW without weight decay on norms and biases; DeepSpeed's CPU version where the states are offloaded.
+
+    (Unless the DeepSpeed configuration says `zero_force_ds_cpu_optimizer: false`; that version has to be compiled.)
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if len(zero3.full_shape(p)) >= 2], "weight_decay": config.weight_decay},
@@ -149,12 +161,51 @@ def build_optimizer(model: nn.Module, config: OptimConfig, deepspeed_values: dic
     ]
     groups = [group for group in groups if group["params"]]
     offload = deepspeed_values.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload != "none":
+    if offload != "none" and deepspeed_values.get("zero_force_ds_cpu_optimizer", True):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         return offloaded
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token. Raises UserError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
+    return tokenizer
+
+
+def check_before_loading(config: RunConfig) -> None:
+    """What `config.json` and the stability files can tell before any weight is read. Raises UserError."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.model.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}") from None
+    architecture = architecture_of_config(model_config)
+    check_attention(model_config, config.model.attn_implementation, config.model.dtype)
+    if config.data.packing and architecture.recurrent:
+        raise UserError(
+            f"data.packing=true is not possible with {model_config.model_type}: its linear-attention layers carry a "
+            "state from one document into the next"
+        )
+    if config.valuation.enabled:
+        check_valuation(model_config, config.valuation.layers)
+    for file in (config.valuation.fisher, config.valuation.reference):
+        if file is not None:
+            TensorFile(file)
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:
+    """Every token that ends a turn: the tokenizer's and those that stop generation."""
+    stops: Any = generation.eos_token_id if generation is not None else None
+    return sorted(
+        {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
+    )
 
 
 def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:
@@ -238,3 +289,13 @@ def build_engine(model: nn.Module, config: RunConfig, deepspeed_values: dict[str
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_values, dist_init_required=False
     )
     return engine
+
+
+def build_inference_engine(model: PreTrainedModel, deepspeed_values: dict[str, Any], device: torch.device) -> None:
+    """Lets a model run forward without an optimizer: below stage 3 on this rank's device, else by DeepSpeed's hooks."""
+    if deepspeed_values.get("zero_optimization", {}).get("stage", 0) < 3:
+        model.to(device)
+        return
+    import deepspeed
+
+    deepspeed.initialize(model=model, config=deepspeed_values, dist_init_required=False)

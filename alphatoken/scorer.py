@@ -17,11 +17,11 @@ from alphatoken.architectures import Decoder, ScoredLinear, scored_depth
 from alphatoken.attention import AttentionCall, attention_band, mix_band
 from alphatoken.capture import Entry, EntryCapture
 from alphatoken.config import ValuationConfig
-from alphatoken.fisher import Drift
+from alphatoken.drift import Drift
 from alphatoken.held_out import HeldOutSignals
 from alphatoken.losses import loss_positions
 from alphatoken.tower import Coefficients, Tower
-from alphatoken.valuation import TERMS, Contraction, Materialised, TokenValues
+from alphatoken.valuation import TERMS, Contraction, Materialised, RunningScales, TokenValues
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Scorer:
         features = {linear.name: self._features(linear) for linear in self.tower.scored}
         self._held_out = HeldOutSignals(features, config.contraction, self._dtype, device)
         self._products: dict[str, Products] = {}
+        self.scales = RunningScales()
         self._nonfinite = torch.zeros(len(self.linears), dtype=torch.bool, device=device)
 
     def capture(self) -> EntryCapture:
@@ -111,6 +112,13 @@ class Scorer:
         nll_BT = self.tower.run(entry, labels_BT, sink, coefficients)
         self._nonfinite |= sink.nonfinite
         return Scores(sink.values(), nll_BT)
+
+    @property
+    def part_weights(self) -> tuple[float, float]:
+        """What adaptation and stability are multiplied by before they are added."""
+        if self.config.balance == "std":
+            return self.scales.part_weights(self.config.stability_weight)
+        return 1.0, self.config.stability_weight
 
     @contextmanager
     def layer_products(self, layer: int) -> Iterator[None]:
@@ -182,9 +190,11 @@ class _Accumulator:
         self.nonfinite = torch.zeros(len(self._order), dtype=torch.bool, device=response_BT.device)
 
     def values(self) -> TokenValues:
-        if not self._config.split_terms:
-            for term in TERMS:
-                self._sums[term][self._response_BT] = torch.nan
+        if self._config.split_terms:
+            terms = [self._sums[term] for term in TERMS]
+            return TokenValues.from_terms(terms, self._scorer.part_weights)
+        for term in TERMS:
+            self._sums[term][self._response_BT] = torch.nan
         return TokenValues(**self._sums)
 
     def layer(self, layer: int) -> AbstractContextManager[None]:

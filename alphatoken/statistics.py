@@ -13,18 +13,25 @@ from alphatoken.errors import NonFiniteError
 from alphatoken.model import StepOutput
 from alphatoken.valuation import TERMS
 
-VALUE_NAMES = (*TERMS, "composite")
+# What is multiplied with each other: the Gram matrix of these columns gives all means, deviations and covariances.
+COLUMNS = ("one", *TERMS, "composite")
 
 
 class StepStatistics:
-    """Collects on the device, without making the host wait, until `reduce`."""
+    """Collects on the device, without making the host wait, until `reduce`.
 
-    def __init__(self, device: torch.device) -> None:
+    `part_weights` are what adaptation and stability are multiplied by in the composite of this step; `has_drift` says
+    whether there is any stability.
+    """
+
+    def __init__(self, device: torch.device, part_weights: tuple[float, float], has_drift: bool) -> None:
+        self._part_weights = part_weights
+        self._has_drift = has_drift
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
-        self._moments = torch.zeros(len(VALUE_NAMES), 2, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(len(COLUMNS), len(COLUMNS), dtype=torch.float64, device=device)
         self._faults = torch.zeros(1, dtype=torch.float64, device=device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
-        self._has_values = False
+        self._parts = [torch.zeros(0, 2, device=device)]
 
     def add_validation(self, batch: Mapping[str, Tensor], nll_BT: Tensor) -> None:
         """Losses of held-out rows at a refresh."""
@@ -35,11 +42,12 @@ class StepStatistics:
         assessment, weight_BT = output["assessment"], output["weight_BT"]
         nll_BT, values = assessment["nll_BT"], assessment["values"]
         self._losses += torch.stack([output["kept_nll_R"].double().sum(), nll_BT.double().sum()])
-        for index, name in enumerate(VALUE_NAMES):
-            if name in values:
-                self._has_values = True
-                value_R = values[name][assessment["response_BT"]].double()
-                self._moments[index] += torch.stack([value_R.sum(), value_R.square().sum()])
+        if "composite" in values:
+            response_BT = assessment["response_BT"]
+            terms_R = [values[name][response_BT].double() for name in COLUMNS[1:]]
+            table_RC = torch.stack([torch.ones_like(terms_R[0]), *terms_R], dim=1)
+            self._gram += table_RC.T @ table_RC
+            self._parts.append(torch.stack([table_RC[:, 1:3].sum(1), table_RC[:, 3:5].sum(1)], dim=1).float())
         everything_BT = nll_BT + values.get("composite", 0.0)
         everything_BT[weight_BT > 0] += output["kept_nll_R"]
         self._check("data.train", batch, everything_BT)
@@ -54,21 +62,42 @@ class StepStatistics:
         self._seen.append((part, rows, faults == 0))
 
     def reduce(self, response_tokens: int, kept_tokens: int) -> dict[str, float]:
-        """Means over all ranks, from one all-reduce of 13 float64; the token counts are of the whole step.
+        """Means over all ranks, from one all-reduce of 39 float64; the token counts are of the whole step.
 
         Raises NonFiniteError on every rank if any rank saw something that is not finite.
         """
-        packed = torch.cat([self._losses, self._faults, self._moments.flatten()])
-        sums = collectives.sum_over_ranks(packed).tolist()
-        if sums[2] > 0:
+        packed = torch.cat([self._losses, self._faults, self._gram.flatten()])
+        sums = collectives.sum_over_ranks(packed)
+        kept_sum, response_sum, faults = sums[:3].tolist()
+        if faults > 0:
             raise NonFiniteError("a loss or signal is not finite")
-        metrics = {"loss_kept": sums[0] / max(kept_tokens, 1), "loss_response": sums[1] / max(response_tokens, 1)}
-        if self._has_values:
-            for index, name in enumerate(VALUE_NAMES):
-                mean = sums[3 + 2 * index] / max(response_tokens, 1)
-                variance = sums[4 + 2 * index] / max(response_tokens, 1) - mean**2
-                if not math.isnan(mean):  # a term that was not computed is absent
-                    metrics |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(variance, 0.0))}
+        metrics = {"loss_kept": kept_sum / max(kept_tokens, 1), "loss_response": response_sum / max(response_tokens, 1)}
+        gram_CC = sums[3:].view_as(self._gram).cpu()
+        if gram_CC[0, 0] > 0:
+            metrics |= self._value_metrics(gram_CC / gram_CC[0, 0])
+        return metrics
+
+    def _value_metrics(self, moment_CC: Tensor) -> dict[str, float]:
+        """Moments of the terms; a term that was not computed is absent."""
+        mean_C = moment_CC[0]
+        covariance_CC = moment_CC - torch.outer(mean_C, mean_C)
+        metrics: dict[str, float] = {}
+        for index, name in enumerate(COLUMNS[1:], start=1):
+            if not math.isnan(mean_C[index]):
+                deviation = float(covariance_CC[index, index].clamp_min(0).sqrt())
+                metrics |= {f"{name}_mean": float(mean_C[index]), f"{name}_std": deviation}
+        if math.isnan(mean_C[1]):
+            return metrics
+        for part, columns in (("adaptation", slice(1, 3)), ("stability", slice(3, 5))):
+            metrics[f"{part}_std"] = float(covariance_CC[columns, columns].sum().clamp_min(0).sqrt())
+        # The composite is a weighted sum of the terms, so their covariances with it add up to its variance.
+        variance = float(covariance_CC[5, 5])
+        for index, name in enumerate(TERMS, start=1):
+            weight = self._part_weights[0 if index < 3 else 1]
+            metrics[f"{name}_share"] = weight * float(covariance_CC[index, 5]) / variance if variance > 0 else 0.0
+        if self._has_drift:
+            adaptation_R, stability_R = collectives.gather_rows(torch.cat(self._parts)).unbind(1)
+            metrics["adaptation_stability_rank_correlation"] = rank_correlation(adaptation_R, stability_R)
         return metrics
 
     def faulty_rows(self) -> list[tuple[str, int]]:
@@ -79,3 +108,14 @@ class StepStatistics:
             for row, fine in zip(rows.tolist(), fine_B.tolist(), strict=True)
             if not fine
         ]
+
+
+def rank_correlation(first_R: Tensor, second_R: Tensor) -> float:
+    """Spearman's: the correlation of the ranks, ties sharing their mean rank; 0 where one of them does not vary."""
+    centred = []
+    for values_R in (first_R, second_R):
+        _, place_R, count_U = values_R.unique(return_inverse=True, return_counts=True)
+        rank_U = count_U.cumsum(0).double() - 0.5 * count_U
+        centred.append(rank_U[place_R] - 0.5 * len(values_R))
+    norm = centred[0].norm() * centred[1].norm()
+    return float(centred[0] @ centred[1] / norm) if norm > 0 else 0.0

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alphatoken import collectives
 from alphatoken.architectures import (
     Decoder,
-    architecture_of_config,
-    check_attention,
-    check_valuation,
     decoder_of,
     scored_depth,
 )
 from alphatoken.checkpoint import export_model, load_checkpoint, open_run_folder, save_checkpoint, start_run_folder
-from alphatoken.config import ModelConfig, RunConfig, ValuationConfig
+from alphatoken.config import RunConfig
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset
-from alphatoken.data.splits import load_splits
-from alphatoken.engine import build_engine, deepspeed_config, initialise_ranks, load_model
-from alphatoken.errors import NonFiniteError, UserError
-from alphatoken.fisher import Drift, TensorFile
+from alphatoken.data.splits import Prompts, load_prompts, load_splits
+from alphatoken.drift import Drift
+from alphatoken.engine import (
+    build_engine,
+    check_before_loading,
+    deepspeed_config,
+    eos_token_ids,
+    initialise_ranks,
+    load_model,
+    load_tokenizer,
+)
+from alphatoken.errors import NonFiniteError
+from alphatoken.estimation import build_drift, estimate_fisher
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
-from alphatoken.report import Metrics, Report, ValuedText
+from alphatoken.report import Metrics, Report, ValuedText, peak_memory
 from alphatoken.scorer import Scorer
 from alphatoken.selection import Policy, Selection, scheduled_ratio
 from alphatoken.statistics import StepStatistics
@@ -52,11 +57,14 @@ class Trainer:
         self._objective = objective
         self._device = initialise_ranks()
         engine_config = deepspeed_config(config, collectives.world_size())
-        self._tokenizer = _load_tokenizer(config.model)
-        _check_before_loading(config)
+        self._tokenizer = load_tokenizer(config.model)
+        check_before_loading(config)
         self._folder, checkpoint = open_run_folder(config)
 
         self._splits = load_splits(config, self._tokenizer)
+        self._prompts: Prompts | None = None
+        if config.estimates_fisher:
+            self._prompts = load_prompts(config, self._tokenizer, self._splits.train)
         self._train_order = _order(self._splits.train, config.train.seed, stream=0)
         self._total_steps = config.train.max_steps or math.ceil(
             config.train.epochs * len(self._splits.train) / config.train.global_batch_size
@@ -68,17 +76,21 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         decoder = decoder_of(model.train())
         decoder.freeze_unreached()
-        eos = _eos_token_ids(self._tokenizer, model.generation_config)
+        eos = eos_token_ids(self._tokenizer, model.generation_config)
         self._model = ValuedModel(decoder, objective, self._selection_at(0), eos, self._stopwatch)
         self._engine = build_engine(self._model, config, engine_config, self._total_steps)
         # The default stability reference is the starting weights: the scorer comes before a checkpoint is loaded.
         self._notes: list[str] = []
+        self._drift: Drift | None = None
         if config.valuation.enabled:
-            self._model.attach(_build_scorer(decoder, config.valuation, self._device))
             self._notes = decoder.left_out(scored_depth(config.valuation.layers, len(decoder.layers)))
-            if config.valuation.fisher is None:
-                self._notes.append("no valuation.fisher: the stability terms are zero and values are adaptation only")
-        self._first_step = load_checkpoint(self._engine, checkpoint) if checkpoint else 0
+            self._drift = self._build_drift(decoder)
+            self._model.attach(Scorer(decoder, config.valuation, self._device, self._drift))
+        self._first_step = 0
+        if checkpoint is not None:
+            self._first_step, state = load_checkpoint(self._engine, checkpoint)
+            if self._model.scorer is not None:
+                self._model.scorer.scales.state = state["scales"]
         self._sample: ValuedText | None = None
 
     def run(self) -> None:
@@ -98,11 +110,31 @@ class Trainer:
                     metrics["eval_loss"] = self._evaluate(self._splits.eval)
                 report.step(metrics)
                 if _due(done, config.train.save_every):
-                    report.say(f"saved {save_checkpoint(self._engine, self._folder, config, done)}")
+                    report.say(f"saved {self._save(done)}")
             export_model(self._engine, self._tokenizer, self._folder.export)
             report.finish(self._folder.path, self._sample)
         finally:
             report.close()
+
+    def _build_drift(self, decoder: Decoder) -> Drift | None:
+        """Estimates the Fisher first, where none is given. None where stability counts nothing."""
+        config, prompts = self._config, self._prompts
+        fisher = config.valuation.fisher
+        if prompts is not None:
+            fisher = estimate_fisher(config, decoder, self._tokenizer, prompts, self._device)
+            self._notes.append(f"Fisher: {fisher}, estimated on {prompts}")
+        if fisher is None:
+            self._notes.append("valuation.stability_weight=0 and no valuation.fisher: values are adaptation only")
+            return None
+        drift, note = build_drift(config, fisher, decoder, self._device)
+        if note is not None:
+            self._notes.append(note)
+        return drift
+
+    def _save(self, done: int) -> Path:
+        scorer = self._model.scorer
+        state = {} if scorer is None else {"scales": scorer.scales.state}
+        return save_checkpoint(self._engine, self._folder, self._config, done, state)
 
     def _announce(self, report: Report) -> None:
         for name, part in self._splits.named().items():
@@ -126,7 +158,9 @@ class Trainer:
         # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches, divided here.
         scale = collectives.world_size() / denominator if denominator else 0.0
 
-        statistics = StepStatistics(self._device)
+        scorer = self._model.scorer
+        part_weights = (1.0, 0.0) if scorer is None else scorer.part_weights
+        statistics = StepStatistics(self._device, part_weights, self._drift is not None)
         with self._stopwatch.phase("refresh"):
             self._refresh(step, statistics, own_tokens)
         chosen = self._choose_ahead(batches)
@@ -143,6 +177,11 @@ class Trainer:
             with self._stopwatch.phase("optimizer"):
                 self._engine.step()
 
+        if scorer is not None and "stability_std" in means:
+            scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
+        if self._drift is not None:
+            with self._stopwatch.phase("refresh"):
+                means["drift_norm"], means["fisher_weighted_drift"] = self._drift.magnitudes()
         norm = self._engine.get_global_grad_norm()  # None: DeepSpeed does not tell at stage 0 in float32
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteError(
@@ -163,7 +202,7 @@ class Trainer:
             "kept_tokens": kept_tokens,
             **{f"seconds_{phase}": seconds.get(phase, 0.0) for phase in phases},
             "tokens_per_second": int(self._splits.train.lengths[rows].sum()) / seconds["step"],
-            "peak_memory_bytes": _peak_memory(self._device),
+            "peak_memory_bytes": peak_memory(self._device),
         }
 
     def _choose_ahead(self, batches: list[dict[str, Tensor]]) -> Sequence[tuple[Assessment, Tensor] | None]:
@@ -298,57 +337,9 @@ class Trainer:
             ) from None
 
 
-def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
-    return tokenizer
-
-
-def _check_before_loading(config: RunConfig) -> None:
-    """What `config.json` and the stability files can tell before any weight is read. Raises UserError."""
-    try:
-        model_config = AutoConfig.from_pretrained(config.model.name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}") from None
-    architecture = architecture_of_config(model_config)
-    check_attention(model_config, config.model.attn_implementation, config.model.dtype)
-    if config.data.packing and architecture.recurrent:
-        raise UserError(
-            f"data.packing=true is not possible with {model_config.model_type}: its linear-attention layers carry a "
-            "state from one document into the next"
-        )
-    if config.valuation.enabled:
-        check_valuation(model_config, config.valuation.layers)
-    for file in (config.valuation.fisher, config.valuation.reference):
-        if file is not None:
-            TensorFile(file)
-
-
-def _build_scorer(decoder: Decoder, config: ValuationConfig, device: torch.device) -> Scorer:
-    drift = None
-    if config.fisher is not None:
-        linears = decoder.scored_linears(scored_depth(config.layers, len(decoder.layers)))
-        parameters = {linear.name: decoder.model.get_parameter(linear.name) for linear in linears}
-        reference = None if config.reference is None else TensorFile(config.reference)
-        drift = Drift(parameters, TensorFile(config.fisher), reference, device)
-    return Scorer(decoder, config, device, drift)
-
-
 def _order(part: TokenDataset, seed: int, stream: int) -> Order:
     """The order of a part's rows; `stream` keeps the draws of different parts apart."""
     return Order(part.sizes, part.weights, (seed, stream))
-
-
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:
-    """Every token that ends a turn: the tokenizer's and those that stop generation."""
-    stops: Any = generation.eos_token_id if generation is not None else None
-    return sorted(
-        {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
-    )
 
 
 def _valued_text(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], output: StepOutput) -> ValuedText | None:
@@ -366,10 +357,3 @@ def _valued_text(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], o
 
 def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far on this rank: allocated on the accelerator, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

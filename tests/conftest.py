@@ -62,6 +62,7 @@ def run_values(tiny_model: Path, tiny_data: dict[str, str], tmp_path: Path) -> d
         "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
         "data": {**tiny_data, "cache_dir": str(tmp_path / "cache")},
         "valuation": {"layers": 2, "validation_sequences": 5, "window": 4},
+        "fisher": {"sampling": "teacher_forced", "num_prompts": 4, "batch_size": 2},
         "optim": {"lr": 1e-3},
         "train": {
             "global_batch_size": 12,

@@ -76,6 +76,7 @@ def test_a_mistake_is_named_with_its_key_and_value(file: Path, override: str, me
             "selection.policy=top_value needs valuation.enabled",
         ),
         (["train.save_every=3", "valuation.refresh_every=2"], "train.save_every=3 is not a multiple of"),
+        (["valuation.balance=std", "valuation.split_terms=false"], "valuation.balance=std needs adaptation"),
         (["valuation.reference=somewhere"], "valuation.reference is given without valuation.fisher"),
     ],
 )

@@ -19,8 +19,8 @@ from alphatoken.config import RunConfig, Source
 from alphatoken.config_file import validate
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
-from alphatoken.data.chat import Encoded, Encoder, Skipped
-from alphatoken.data.splits import load_splits
+from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, Skipped
+from alphatoken.data.splits import Prompts, load_prompts, load_splits
 from alphatoken.errors import UserError
 
 CHAT = [
@@ -247,6 +247,66 @@ def test_the_cache_is_used_again_and_only_for_the_same_content(
     write_rows(file, [{"prompt": "Hi", "response": "Hello!"}])
     read(str(file), tokenizer, tmp_path)
     assert len(calls) == 2
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_prompt_is_what_precedes_the_response(tiny_model: Path, template: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    if not template:
+        tokenizer.chat_template = None
+    row = {"prompt": "What is red?", "response": "A colour."}
+    whole = Encoder(tokenizer, 200).encode(row, "here")
+    assert isinstance(whole, Encoded)
+    for fields in (row, {"prompt": row["prompt"], "chosen": "x", "rejected": "y"}):
+        prompt = PromptEncoder(tokenizer, 200).encode(fields, "here")
+        assert isinstance(prompt, Encoded)
+        assert prompt.input_ids == whole.input_ids[: whole.response_mask.index(True)]
+        assert not any(prompt.response_mask)
+
+
+def test_a_conversation_is_asked_without_its_final_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
+    encoder = PromptEncoder(tokenizer, 200)
+    answered = encoder.encode({"messages": [*asked, {"role": "assistant", "content": "Farewell"}]}, "here")
+    assert answered == encoder.encode({"messages": asked}, "here")
+    assert isinstance(answered, Encoded)
+    assert "Bye" in tokenizer.decode(answered.input_ids)
+    assert "Farewell" not in tokenizer.decode(answered.input_ids)
+    assert PromptEncoder(tokenizer, 9).encode({"prompt": "long " * 9}, "here") == Skipped("prompt over 9 tokens")
+    assert encoder.encode({"prompt": " "}, "here") == Skipped("empty prompt")
+    with pytest.raises(UserError, match="here: a row needs a text 'prompt', or 'messages'"):
+        encoder.encode({"question": "?"}, "here")
+
+
+@pytest.mark.parametrize("sampling", ["rollout", "teacher_forced"])
+def test_prompts_of_the_fisher_are_not_trained_on(
+    run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sampling: str, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(run_values["data"]["train"]).read_text().splitlines()]
+    own = [{"prompt": f"own {index}", "response": "x"} for index in range(5)]
+    trained = [{**row, "response": "another"} for row in rows[:3]]
+
+    def prompts(rows: list[dict[str, str]], **fisher: Any) -> Prompts:
+        file = tmp_path / "prompts.jsonl"
+        write_rows(file, rows)
+        values = {**run_values, "fisher": {"prompts": str(file), "sampling": sampling, **fisher}}
+        config = validate(RunConfig, values, "of the test")
+        return load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
+
+    found = prompts([*own, *trained])
+    assert (sorted(found.rows), found.trained_on) == (list(range(5)), 3)
+    assert "(3 left out: trained on)" in str(found)
+    assert len(prompts([*own, *trained], num_prompts=2).rows) == 2
+    assert list(found.rows) != list(prompts([*own, *trained], seed=1).rows)
+    with pytest.raises(UserError, match="prompts that are not trained on"):
+        prompts(trained)
 
 
 # Splits.

@@ -19,7 +19,10 @@ from tests.ranks import run_ranks
 
 GOLDEN = Path(__file__).with_name("golden_sft.json")
 COMPARED = ("loss_kept", "loss_response", "lr", "grad_norm", "response_tokens", "kept_tokens", "eval_loss")
-VALUES = ("direct_target_mean", "direct_target_std", "causal_target_mean", "causal_target_std", "composite_std")
+VALUES = (
+    *("direct_target_mean", "direct_target_std", "causal_target_mean", "causal_target_std", "direct_proxy_std"),
+    *("composite_std", "fisher_weighted_drift"),
+)
 
 
 def tiny_run(folder: Path) -> list[dict[str, Any]]:
@@ -33,6 +36,7 @@ def tiny_run(folder: Path) -> list[dict[str, Any]]:
             "cache_dir": str(folder / "cache"),
         },
         "valuation": {"layers": 3, "validation_sequences": 8},
+        "fisher": {"num_prompts": 8, "max_new_tokens": 16},
         "optim": {"lr": 3e-3},
         "train": {
             "global_batch_size": 16,

@@ -15,7 +15,7 @@ from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.architectures import decoder_of
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import EntryCapture
-from alphatoken.fisher import Drift
+from alphatoken.drift import Drift
 from alphatoken.held_out import HeldOutSignals
 from alphatoken.scorer import Scorer
 from alphatoken.tower import Coefficients, Tower

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.statistics import rank_correlation
 from recipes.quickstart import get_model, make_data
 from tests.ranks import ROOT
 
-PARTS = {"train": slice(8), "validation": slice(8)}
+PARTS = {"train": slice(4), "validation": slice(4)}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +48,7 @@ def batch_of(model: Path, problems: list[make_data.Problem]) -> dict[str, Tensor
 
 
 def values_with(folder: Path, dtype: torch.dtype, attention: str, device: str = "cpu") -> tuple[Tensor, TokenValues]:
-    """The response mask at loss positions, and the values of eight generated problems by eight others."""
+    """The response mask at loss positions, and the values of four generated problems by four others."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(device)
     problems = make_data.problems(seed=0)
     batch, validation = (
@@ -57,12 +58,6 @@ def values_with(folder: Path, dtype: torch.dtype, attention: str, device: str = 
     response_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
     response_BT[:, :-1] = batch["labels"][:, 1:] != -100
     return response_BT, score_tokens(model, batch, validation, config=ValuationConfig())
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's."""
-    ranks = torch.stack([each.argsort().argsort().double() for each in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ import pyarrow as pa
 from filelock import FileLock
 
 from alphatoken.config import Source
-from alphatoken.data.chat import Encoder, Skipped
+from alphatoken.data.chat import RowEncoder, Skipped
 from alphatoken.data.sources import location, open_source
 from alphatoken.errors import UserError
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 SCHEMA = pa.schema(
     {
@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         "length": pa.int32(),
         "number": pa.int64(),
         "digest": pa.int64(),
+        "prompt_digest": pa.int64(),
     }
 )
 ROWS_PER_BATCH = 1000
@@ -50,7 +51,8 @@ class Report:
         notes = [f"{self.truncated} truncated"] if self.truncated else []
         notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
         detail = f" ({', '.join(notes)})" if notes else ""
-        return f"{self.path}: {self.rows} rows, {self.tokens} tokens, {self.response_tokens} of responses{detail}"
+        responses = f", {self.response_tokens} of responses" if self.response_tokens else ""
+        return f"{self.path}: {self.rows} rows, {self.tokens} tokens{responses}{detail}"
 
 
 class TokenDataset:
@@ -88,12 +90,16 @@ class TokenDataset:
         """A 64-bit hash of every row's tokens, int64."""
         return np.concatenate([np.asarray(part["digest"]) for part in self._parts])
 
+    def prompt_digests(self) -> np.ndarray[Any, Any]:
+        """The same of the tokens before the last response alone."""
+        return np.concatenate([np.asarray(part["prompt_digest"]) for part in self._parts])
+
     def _find(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, int(index - self._starts[part])
 
 
-def tokenise(sources: Sequence[Source], encoder: Encoder, cache_dir: Path) -> TokenDataset:
+def tokenise(sources: Sequence[Source], encoder: RowEncoder, cache_dir: Path) -> TokenDataset:
     """The tokenised rows of all sources, from the cache where it has them.
 
     Raises UserError for unreadable or malformed data and for a source without a usable row.
@@ -105,7 +111,7 @@ def tokenise(sources: Sequence[Source], encoder: Encoder, cache_dir: Path) -> To
     return TokenDataset(sources, [_tokenise_source(source, encoder, cache_dir.expanduser()) for source in sources])
 
 
-def _tokenise_source(source: Source, encoder: Encoder, cache_dir: Path) -> Path:
+def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Path:
     fingerprint, rows = open_source(source)
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, fingerprint, encoder.identity]).encode()).hexdigest()
     file = cache_dir / f"{key[:32]}.arrow"
@@ -127,7 +133,7 @@ def _read_report(file: Path) -> Report:
     return Report(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
 
 
-def _write(source: Source, rows: Iterator[Any], encoder: Encoder, file: Path) -> Report:
+def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path) -> Report:
     skipped: Counter[str] = Counter()
     kept = truncated = tokens = response_tokens = 0
     batch: list[dict[str, Any]] = []
@@ -141,14 +147,14 @@ def _write(source: Source, rows: Iterator[Any], encoder: Encoder, file: Path) ->
             truncated += encoded.truncated
             tokens += len(encoded.input_ids)
             response_tokens += sum(encoded.response_mask[1:])
-            digest = hashlib.blake2b(np.asarray(encoded.input_ids, dtype=np.int32).tobytes(), digest_size=8)
             batch.append(
                 {
                     "input_ids": encoded.input_ids,
                     "response_mask": encoded.response_mask,
                     "length": len(encoded.input_ids),
                     "number": row.number,
-                    "digest": int.from_bytes(digest.digest(), "little", signed=True),
+                    "digest": _digest(encoded.input_ids),
+                    "prompt_digest": _digest(encoded.input_ids[: _last_response(encoded.response_mask)]),
                 }
             )
             if len(batch) == ROWS_PER_BATCH:
@@ -156,3 +162,14 @@ def _write(source: Source, rows: Iterator[Any], encoder: Encoder, file: Path) ->
                 batch.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     return Report(source.path, kept, truncated, dict(skipped), tokens, response_tokens)
+
+
+def _digest(ids: Sequence[int]) -> int:
+    content = np.asarray(ids, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _last_response(mask: Sequence[bool]) -> int:
+    """Index of the first token of the last response; the length, where there is none."""
+    starts = (index for index in range(len(mask) - 1, -1, -1) if mask[index] and (index == 0 or not mask[index - 1]))
+    return next(starts, len(mask))

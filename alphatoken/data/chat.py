@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,19 @@ class Skipped:
     reason: str
 
 
+class RowEncoder(Protocol):
+    """How a source's rows become tokens."""
+
+    @property
+    def identity(self) -> str:
+        """Everything that decides how a row is tokenised, as text."""
+        ...
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """`where` names the row in errors."""
+        ...
+
+
 class Encoder:
     """Tokenises rows {"prompt", "response"} or {"messages"} for one tokenizer and length limit.
 
@@ -56,7 +69,6 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """Everything that decides how a row is tokenised, as text."""
         return json.dumps(
             {
                 "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
@@ -67,7 +79,6 @@ class Encoder:
         )
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        """`where` names the row in errors."""
         messages = _as_messages(fields, where)
         if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
             return Skipped("empty response")
@@ -88,6 +99,16 @@ class Encoder:
         if not any(mask[1:]):
             return Skipped("response cut away by truncation")
         return Encoded(ids, mask, truncated)
+
+    def encode_prompt(self, messages: Sequence[Message], where: str) -> list[int]:
+        """The tokens that precede an answer to `messages`."""
+        if self._template is not None:
+            text = self._render(messages, where, tokenize=False, add_generation_prompt=True)
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if [message["role"] for message in messages] != ["user"]:
+            raise UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
+        ids = list(self._tokenizer(messages[0]["content"])["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def _encode_plain(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
         """Without a template: prompt, response, EOS, with whatever the tokenizer puts in front."""
@@ -147,16 +168,35 @@ class Encoder:
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
 
+class PromptEncoder:
+    """Tokenises what a model is asked: the prompt of rows {"prompt", ...}, or {"messages"} without a final answer.
+
+    No token is a response. Prompts longer than `max_tokens` are skipped: cut ones would lose the question or the
+    template's marks. Raises UserError, naming the row, for a wrong schema.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self._encoder = Encoder(tokenizer, max_tokens)
+        self._max_tokens = max_tokens
+
+    @property
+    def identity(self) -> str:
+        return f"prompts {self._encoder.identity}"
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        messages = _as_prompt(fields, where)
+        if not any(message["content"].strip() for message in messages):
+            return Skipped("empty prompt")
+        ids = self._encoder.encode_prompt(messages, where)
+        if len(ids) > self._max_tokens:
+            return Skipped(f"prompt over {self._max_tokens} tokens")
+        return Encoded(ids, [False] * len(ids), truncated=False)
+
+
 def _as_messages(fields: dict[str, Any], where: str) -> list[Message]:
     """The row as a conversation. Raises UserError naming what is wrong with it."""
     if "messages" in fields and not ("prompt" in fields or "response" in fields):
-        messages = fields["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"{where}: 'messages' must be a non-empty list of {{role, content}}")
-        for index, message in enumerate(messages):
-            for key in ("role", "content"):
-                if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                    raise UserError(f"{where}: message {index + 1} needs a text {key!r}, but is {_shortened(message)}")
+        messages = _checked_messages(fields["messages"], where)
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{where}: the conversation has no message with role 'assistant' to train on")
         return messages
@@ -171,6 +211,26 @@ def _as_messages(fields: dict[str, Any], where: str) -> list[Message]:
     raise UserError(
         f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has {', '.join(sorted(fields))}"
     )
+
+
+def _checked_messages(messages: Any, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: 'messages' must be a non-empty list of {{role, content}}")
+    for index, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise UserError(f"{where}: message {index + 1} needs a text {key!r}, but is {_shortened(message)}")
+    return messages
+
+
+def _as_prompt(fields: dict[str, Any], where: str) -> list[Message]:
+    """The row's conversation without the answer it ends with. Raises UserError naming what is wrong with it."""
+    if "messages" in fields and "prompt" not in fields:
+        messages = _checked_messages(fields["messages"], where)
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not isinstance(fields.get("prompt"), str):
+        raise UserError(f"{where}: a row needs a text 'prompt', or 'messages'; this one is {_shortened(fields)}")
+    return [{"role": "user", "content": fields["prompt"]}]
 
 
 def _shortened(value: Any) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.config import RunConfig, Source
+from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
-from alphatoken.data.chat import Encoder
+from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
 from alphatoken.errors import UserError
 
 
@@ -49,6 +50,42 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
         )
     _refuse_shared_rows(splits.named())
     return splits
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the Fisher is estimated on: `rows` of a dataset, as many as were asked for if there are."""
+
+    dataset: TokenDataset
+    rows: Indices
+    trained_on: int
+    """How many were left out because `data.train` has them."""
+
+    def __str__(self) -> str:
+        left_out = f" ({self.trained_on} left out: trained on)" if self.trained_on else ""
+        return f"{len(self.rows)} prompts of {', '.join(report.path for report in self.dataset.reports)}{left_out}"
+
+
+def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TokenDataset) -> Prompts:
+    """Prompts alone where completions are sampled, else prompts with responses, in an order that depends on the seed.
+
+    Raises UserError for bad rows, or when all prompts are trained on.
+    """
+    sources = config.fisher.prompts or config.data.validation
+    assert sources is not None, "valuation needs data.validation"
+    encoder: RowEncoder = Encoder(tokenizer, config.data.max_length)
+    if config.fisher.sampling == "rollout":
+        encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens)
+    dataset = tokenise(sources, encoder, config.data.cache_dir)
+    trained_on = np.isin(dataset.prompt_digests(), train.prompt_digests())
+    if trained_on.all():
+        raise UserError(
+            f"the Fisher needs prompts that are not trained on, but data.train has all those of {sources[0].path}; "
+            "set fisher.prompts to other rows"
+        )
+    epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))
+    rows = epoch[~trained_on[epoch]][: config.fisher.num_prompts]
+    return Prompts(dataset, rows, int(trained_on.sum()))
 
 
 def _refuse_shared_rows(parts: dict[str, TokenDataset]) -> None:
