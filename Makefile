@@ -33,14 +33,14 @@ $(VENV)/dev: $(VENV)/installed
 	$(PIP_INSTALL) --editable '.[gguf,dev]'
 	touch $@
 
-# One pass per rank and optimizer step: the 16 rows of a step are cut into as many micro-batches as there are ranks.
+# One pass per rank and optimizer step: the 8 rows of a step are cut into as many micro-batches as there are ranks.
 quickstart: $(VENV)/installed
 	python -m recipes.quickstart.make_data runs/quickstart-data
 	DS_ACCELERATOR=cpu TQDM_DISABLE=1 python -m recipes.quickstart.get_model $(MODEL) models/$(MODEL)
 	rm -rf runs/quickstart
-	ranks=$$(python -c 'import torch; n = torch.cuda.device_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n) if n else 2)'); \
+	ranks=$$(python -c 'import torch; n = torch.cuda.device_count(); print(max(r for r in (1, 2, 4, 8) if r <= n) if n else 2)'); \
 		RANKS=$$ranks launch/local.sh recipes/sft.py --config configs/sft/quickstart.yaml \
-			model.name_or_path=models/$(MODEL) train.micro_batch_size=$$((16 / ranks))
+			model.name_or_path=models/$(MODEL) train.micro_batch_size=$$((8 / ranks))
 
 test: $(VENV)/dev
 	python -m pytest

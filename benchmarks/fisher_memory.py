@@ -1,0 +1,77 @@
+"""Peak memory of a Fisher estimate, per rank, beside the sum of what it should have to hold.
+
+    launch/local.sh benchmarks/fisher_memory.py --config configs/sft/smollm2_gsm8k.yaml fisher.batch_size=1 \
+        fisher.num_prompts=4 fisher.output=FOLDER
+
+Takes the configuration of `recipes/fisher.py`. Linux: the kernel's high-water mark is reset once the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from alphatoken import collectives, zero3
+from alphatoken.architectures import Decoder, scored_depth
+from alphatoken.cli import readable_errors
+from alphatoken.config import RunConfig
+from alphatoken.config_file import parse_arguments
+from alphatoken.estimation import estimate_fisher, prepare_estimate
+from alphatoken.losses import LOGIT_BLOCK_ELEMENTS
+
+
+def resident(which: str) -> int:
+    """Bytes of this process: VmRSS now, or VmHWM at the peak."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"{which}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def expected(decoder: Decoder, config: RunConfig, tokens: int, responses: int) -> dict[str, int]:
+    """Bytes of what has to be held at once besides the loaded shards, on one rank, for one sequence."""
+    size = 4 if config.model.dtype == "float32" else 2
+    text: PretrainedConfig = decoder.config
+    depth = scored_depth(config.valuation.layers, len(decoder.layers))
+    scored = [zero3.full_shape(decoder.model.get_parameter(each.name)) for each in decoder.scored_linears(depth)]
+    whole = {name: zero3.full_shape(each).numel() for name, each in decoder.model.named_parameters()}
+    layer = sum(numel for name, numel in whole.items() if ".layers.0." in name)
+    # Of one layer: what its linears take in and give out, and the gradients of that; and the states between layers.
+    features = sum(sum(shape) for shape in scored) // depth
+    rows = min(responses, max(1, LOGIT_BLOCK_ELEMENTS // text.vocab_size))
+    return {
+        "largest gathered layer": max(layer, *whole.values()) * size,
+        "activations of one sequence": tokens * (2 * features + (depth + 1) * text.hidden_size) * size,
+        "one block of logits and probabilities": rows * text.vocab_size * (4 + 4 + 8),
+        "Fisher shards": sum(shape.numel() for shape in scored) * 4 // collectives.world_size(),
+        "one dense linear": max(shape.numel() for shape in scored) * 4,
+    }
+
+
+def main() -> None:
+    config = parse_arguments(RunConfig, "Peak memory of a Fisher estimate.")
+    decoder, tokenizer, prompts, device = prepare_estimate(config)
+    longest = max(prompts.rows, key=lambda row: prompts.dataset.lengths[row])
+    tokens, mask = prompts.dataset[int(longest)]
+    if config.fisher.sampling == "rollout":
+        length, responses = len(tokens) + config.fisher.max_new_tokens, config.fisher.max_new_tokens
+    else:
+        length, responses = len(tokens), int(mask.sum())
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    estimate_fisher(config, decoder, tokenizer, prompts, device)
+    peaks = collectives.gather_objects(resident("VmHWM") - before)
+    parts = expected(decoder, config, length, responses)
+    if collectives.rank() == 0:
+        shown = {**parts, "sum": sum(parts.values()), "measured above the loaded shards, per rank": peaks}
+        json.dump(shown, sys.stdout, indent=1)
+        print()
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
