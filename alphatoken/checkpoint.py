@@ -25,6 +25,7 @@ from alphatoken import collectives, zero3
 from alphatoken.config import RunConfig
 from alphatoken.config_file import save_config
 from alphatoken.errors import UserError
+from alphatoken.slices import flush
 
 FORMAT_VERSION = 2
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
@@ -32,7 +33,9 @@ DESCRIPTION = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 # Configuration that may differ between a run and its continuation without changing what is computed.
-HARMLESS_KEYS = re.compile(r"logging\..*|train\.(resume|output_dir|save_every|eval_every)|data\.cache_dir")
+HARMLESS_KEYS = re.compile(
+    r"logging\..*|train\.(resume|output_dir|save_every|eval_every)|data\.cache_dir|fisher\.(output|save_every)"
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int
         partial.rename(final)
         _write_durably(folder.checkpoints / "latest.partial", final.name)
         (folder.checkpoints / "latest.partial").replace(folder.checkpoints / "latest")
-        _flush_folder(folder.checkpoints)
+        flush(folder.checkpoints)
 
     collectives.agree(describe)
     return final
@@ -191,7 +194,7 @@ def _newest_complete(checkpoints: Path) -> Path | None:
 
 
 def _damage_on_rank_0(checkpoint: Path) -> str | None:
-    return collectives.gather_objects(damage(checkpoint) if collectives.rank() == 0 else None)[0]
+    return collectives.on_rank_0(lambda: damage(checkpoint))
 
 
 def _check_compatible(checkpoint: Path, config: RunConfig) -> None:
@@ -251,11 +254,3 @@ def _write_durably(file: Path, text: str) -> None:
         content.write(text)
         content.flush()
         os.fsync(content.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -91,9 +91,11 @@ def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
     rows = []
     for tensor in tensors:
         flat = tensor.reshape(-1)
-        rows.append(torch.nn.functional.pad(flat, (0, -flat.numel() % ranks)).view(ranks, -1))
+        if flat.numel() % ranks:
+            flat = torch.nn.functional.pad(flat, (0, -flat.numel() % ranks))
+        rows.append(flat.view(ranks, -1))
     lengths = [part.shape[1] for part in rows]
-    packed = torch.cat(rows, dim=1)
+    packed = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]  # a lone large matrix is not copied
     comm = _comm()
     if comm:
         own = torch.empty(packed.shape[1], dtype=packed.dtype, device=packed.device)
@@ -146,6 +148,11 @@ def agree(work: Callable[[], T]) -> T:
     if first is not None:
         raise RemoteError(first)
     return result  # type: ignore[return-value]
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0; every rank ends with its (small, picklable) result, or raises if it raised."""
+    return gather_objects(agree(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 class RemoteError(RuntimeError):

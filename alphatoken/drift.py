@@ -21,8 +21,8 @@ class Drift:
     `fisher` and `reference` map full parameter names to whole tensors of the weight's shape; of a `TensorFile` only
     this rank's slices are read. Without `reference` the weights of this moment are the reference, and the drift starts
     at exactly zero. Per element it keeps 4 bytes of Fisher and 2 (where bf16 holds it exactly) or 4 of the reference.
-    Raises UserError, on any rank by itself, when a scored weight is missing from either, has another shape, or a Fisher
-    entry is negative or not finite.
+    Every rank must build it. Raises UserError when a scored weight is missing from either, has another shape, or a
+    Fisher entry is negative or not finite.
     """
 
     def __init__(
@@ -36,15 +36,20 @@ class Drift:
         self._device = device
         self._fisher: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            importance = self._own_slice(fisher, name, "Fisher")
-            if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-                raise UserError(f"the Fisher of {name} has negative or non-finite entries; estimate it again")
-            self._fisher[name] = importance
-            start = zero3.master_slice(parameter, device)
-            self._reference[name] = _compact(
-                start if reference is None else self._own_slice(reference, name, "reference")
-            )
+
+        def read() -> None:
+            for name in parameters:
+                importance = self._own_slice(fisher, name, "Fisher")
+                if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+                    raise UserError(f"the Fisher of {name} has negative or non-finite entries; estimate it again")
+                self._fisher[name] = importance
+                if reference is not None:
+                    self._reference[name] = _compact(self._own_slice(reference, name, "reference"))
+
+        collectives.agree(read)
+        if reference is None:
+            for name, parameter in parameters.items():
+                self._reference[name] = _compact(zero3.master_slice(parameter, device))
 
     def matrices(self, names: Sequence[str]) -> list[Tensor]:
         """The whole V of the named weights, float32: one all-gather of this rank's slices. Every rank must call it."""

@@ -29,7 +29,6 @@ from alphatoken import zero3
 from alphatoken.architectures import Decoder, architecture_of_config, check_attention, check_valuation, decoder_of
 from alphatoken.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from alphatoken.errors import UserError
-from alphatoken.slices import TensorFile
 
 # What a DeepSpeed configuration may not say, because one of our fields does.
 OUR_FIELDS = {
@@ -97,6 +96,21 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
         )
+    return {
+        **_shared_config(config),
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // per_pass,
+        "gradient_clipping": config.optim.clip,
+    }
+
+
+def inference_config(config: RunConfig) -> dict[str, Any]:
+    """The same for running the model forward only, on any number of ranks."""
+    return {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
+
+
+def _shared_config(config: RunConfig) -> dict[str, Any]:
     values = read_deepspeed_config(config.deepspeed.config)
     offload = values.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
     if offload == "nvme" and config.valuation.enabled:
@@ -106,10 +120,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         )
     return {
         **values,
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // per_pass,
-        "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "steps_per_print": 2**31,  # our own report speaks instead
     }
@@ -181,7 +191,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_before_loading(config: RunConfig) -> None:
-    """What `config.json` and the stability files can tell before any weight is read. Raises UserError."""
+    """What the model's `config.json` can tell before any weight is read. Raises UserError."""
     try:
         model_config = AutoConfig.from_pretrained(config.model.name_or_path)
     except (OSError, ValueError) as error:
@@ -195,9 +205,6 @@ def check_before_loading(config: RunConfig) -> None:
         )
     if config.valuation.enabled:
         check_valuation(model_config, config.valuation.layers)
-    for file in (config.valuation.fisher, config.valuation.reference):
-        if file is not None:
-            TensorFile(file)
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:

@@ -26,8 +26,8 @@ from alphatoken.drift import Drift
 from alphatoken.engine import (
     build_inference_engine,
     check_before_loading,
-    deepspeed_config,
     eos_token_ids,
+    inference_config,
     initialise_ranks,
     load_model,
     load_tokenizer,
@@ -65,6 +65,7 @@ def estimate_fisher(
         **_settings(chosen, tokenizer, prompts),
         "dtype": config.model.dtype,
         "layers": depth,
+        "lora": _lora(config),
         "model_sha256": model_sha256,
     }
     about = {
@@ -120,8 +121,13 @@ def prepare_estimate(config: RunConfig) -> tuple[Decoder, PreTrainedTokenizerBas
     """What `estimate_fisher` needs, outside of training. Raises UserError for bad input before any weight is read."""
     if config.fisher.prompts is None and config.data.validation is None:
         raise UserError("the Fisher needs prompts: set fisher.prompts, or data.validation")
+    if config.valuation.reference is not None:
+        raise UserError(
+            f"the Fisher is of the reference: set model.name_or_path={config.valuation.reference} and leave out "
+            "valuation.reference"
+        )
     device = initialise_ranks()
-    deepspeed_values = deepspeed_config(config, collectives.world_size())
+    deepspeed_values = inference_config(config)
     tokenizer = load_tokenizer(config.model)
     check_before_loading(config)
     prompts = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
@@ -141,13 +147,17 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
     names = [linear.name for linear in decoder.scored_linears(depth)]
     parameters = {name: decoder.model.get_parameter(name) for name in names}
 
-    def load() -> tuple[TensorFile, TensorFile | None, Drift]:
-        files = TensorFile(fisher), None if reference is None else TensorFile(reference)
-        return *files, Drift(parameters, *files, device)
-
-    file, reference_file, drift = collectives.agree(load)
+    file = collectives.agree(lambda: TensorFile(fisher))
+    reference_file = None if reference is None else collectives.agree(lambda: TensorFile(reference))
+    drift = Drift(parameters, file, reference_file, device)
     if "settings" not in file.header:
         return drift, f"valuation.fisher={file} does not say which model it is of, so that was not checked"
+    if not file.header["finished"]:
+        raise UserError(f"{file} holds the sums of an unfinished estimate; run recipes/fisher.py again to finish it")
+    if file.header["settings"]["lora"] != _lora(config):
+        raise UserError(
+            f"the Fisher {file} was estimated with model.lora={file.header['settings']['lora']}, not {_lora(config)}"
+        )
     if reference_file is None:
         expected, (found, _) = file.header["settings"]["model_sha256"], _model_identity(decoder.model, device)
         same, whose = expected == found, f"model.name_or_path={config.model.name_or_path}"
@@ -159,6 +169,7 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
         raise UserError(
             f"the Fisher {file} was estimated for {file.header['model']} with other weights than those of {whose}; "
             "estimate it again for this reference"
+            + ("" if config.model.lora is None else ", or set the train.seed that its adapters started from")
         )
     return drift, None
 
@@ -175,6 +186,10 @@ def _answered(
     if not rows:
         answered["labels"].fill_(IGNORE_INDEX)
     return answered
+
+
+def _lora(config: RunConfig) -> dict[str, Any] | None:
+    return None if config.model.lora is None else config.model.lora.model_dump(mode="json")
 
 
 def _settings(config: FisherConfig, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> dict[str, Any]:

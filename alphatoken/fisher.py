@@ -21,7 +21,7 @@ from alphatoken.architectures import Decoder, ScoredLinear
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import Entry, EntryCapture
 from alphatoken.errors import UserError
-from alphatoken.slices import TensorFile, save_slices
+from alphatoken.slices import TensorFile, flush, save_slices
 from alphatoken.tower import Tower
 
 Square = Literal["token", "sequence"]
@@ -64,11 +64,11 @@ class FisherSum:
 
     def _take(self, linear: ScoredLinear, signals: Sequence[tuple[Tensor, Tensor]]) -> None:
         parameter, own = self.parameters[linear.name], self.slices[linear.name]
-        rows, columns = zero3.full_shape(parameter)
-        matrix_OI = torch.zeros((columns, rows) if linear.transposed else (rows, columns), device=own.device)
+        squares = torch.zeros(zero3.full_shape(parameter), device=own.device)
         for act_BTI, outgrad_BTO in signals:
-            valuation.add_fisher_square(matrix_OI, outgrad_BTO, act_BTI, self._square)
-        own += zero3.sum_to_slice(matrix_OI.T.contiguous() if linear.transposed else matrix_OI, parameter)
+            rows, columns = (act_BTI, outgrad_BTO) if linear.transposed else (outgrad_BTO, act_BTI)
+            valuation.add_fisher_square(squares, rows, columns, self._square)
+        own += zero3.sum_to_slice(squares, parameter)
 
 
 class _Squares:
@@ -107,25 +107,30 @@ class EstimateFolder:
         self._header = {"settings": settings, **about}
 
     def is_complete(self) -> bool:
-        """Whether the estimate is there. Every rank must ask, before any writes."""
+        """Whether the estimate is there. Every rank must ask."""
 
         def check() -> bool:
-            if not self.path.exists():
+            if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
                 return False
-            self._check_settings(TensorFile(self.path))
+            self._check_settings(TensorFile(self.path), "or use it as it is with valuation.fisher")
             return True
 
-        return collectives.agree(check)
+        return collectives.on_rank_0(check)
 
     def resume(self, total: FisherSum) -> int:
         """Loads the newest sums, saved by any number of ranks; returns how many prompts they are of, 0 if none."""
 
-        def load() -> int:
+        def newest() -> Path | None:
             states = sorted(self._partial.glob("prompts-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-            if not states:
-                return 0
-            state = TensorFile(states[-1])
-            self._check_settings(state)
+            return states[-1] if states else None
+
+        folder = collectives.on_rank_0(newest)
+        if folder is None:
+            return 0
+
+        def load() -> int:
+            state = TensorFile(folder)
+            self._check_settings(state, "or finish it with the settings it has")
             for name, own in total.slices.items():
                 start, end = zero3.slice_range(total.parameters[name])
                 own[: end - start] = state.flat(name, start, end).to(own.device)
@@ -136,15 +141,15 @@ class EstimateFolder:
     def save(self, total: FisherSum, prompts: int) -> None:
         """Saves the sums over the first `prompts` prompts in place of older ones."""
         final = self._partial / f"prompts-{prompts}"
-        self._write(total.slices, total, final, {**self._header, "prompts": prompts})
+        self._write(total.slices, total, final, {**self._header, "prompts": prompts, "finished": False})
         if collectives.rank() == 0:
             for older in self._partial.iterdir():
                 if older != final:
-                    shutil.rmtree(older)
+                    shutil.rmtree(older, ignore_errors=True)
         collectives.barrier()
 
     def finish(self, total: FisherSum, prompts: int) -> None:
-        """Writes the mean over all `prompts` prompts, and removes what was kept for resuming.
+        """Writes the mean over all `prompts` prompts; what was kept for resuming is removed.
 
         Raises UserError on every rank, and writes nothing, where the mean is not finite.
         """
@@ -152,6 +157,7 @@ class EstimateFolder:
         def check() -> None:
             faulty = [name for name, own in total.slices.items() if not bool(torch.isfinite(own).all())]
             if faulty:
+                shutil.rmtree(self._partial, ignore_errors=True)  # no use going on from there
                 raise UserError(
                     f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on these prompts; try "
                     "model.dtype=float32"
@@ -159,7 +165,7 @@ class EstimateFolder:
 
         collectives.agree(check)
         mean = {name: own / prompts for name, own in total.slices.items()}
-        self._write(mean, total, self.path, {**self._header, "prompts": prompts})
+        self._write(mean, total, self.path, {**self._header, "prompts": prompts, "finished": True})
         if collectives.rank() == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
         collectives.barrier()
@@ -169,20 +175,22 @@ class EstimateFolder:
         writing = self._partial / f"{final.name}.writing"
 
         def prepare() -> None:
-            if collectives.rank() == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+
+        def publish() -> None:
+            flush(writing)
+            writing.rename(final)
+            flush(final.parent)
 
         try:
-            collectives.agree(prepare)
+            collectives.on_rank_0(prepare)
             collectives.agree(lambda: save_slices(writing, slices, total.parameters, header))
-            if collectives.rank() == 0:
-                writing.rename(final)
+            collectives.on_rank_0(publish)
         except OSError as error:
             raise UserError(f"cannot write the Fisher to {final}: {error}") from None
-        collectives.barrier()
 
-    def _check_settings(self, found: TensorFile) -> None:
+    def _check_settings(self, found: TensorFile, otherwise: str) -> None:
         theirs = found.header.get("settings", {})
         changed = [
             f"{key}: {theirs.get(key)!r} there, {self._settings.get(key)!r} here"
@@ -191,6 +199,6 @@ class EstimateFolder:
         ]
         if changed:
             raise UserError(
-                f"{found} holds a Fisher with other settings; remove it, set fisher.output to another folder, or use "
-                "it as it is with valuation.fisher:\n  " + "\n  ".join(changed)
+                f"{found} holds a Fisher with other settings; remove it, set fisher.output to another folder, "
+                f"{otherwise}:\n  " + "\n  ".join(changed)
             )

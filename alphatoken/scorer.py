@@ -223,7 +223,8 @@ class _Accumulator:
                 proxy_R = products.proxy(outgrad_RO, act_RI)
                 composite_R += self._config.stability_weight * proxy_R
                 self._add(f"{path}_proxy", rows, proxy_R)
-        self._add("composite", rows, composite_R)
+        if not self._config.split_terms:  # otherwise it follows from the terms
+            self._add("composite", rows, composite_R)
         self.nonfinite[self._order[name]] |= ~torch.isfinite(composite_R).all()
 
     def _add(self, term: str, rows: slice, value_R: Tensor) -> None:

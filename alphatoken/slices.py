@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def save_slices(
     """Writes this rank's slices (flat, padded like `zero3` has them) of tensors shaped like the named parameters.
 
     Where parameters are not sharded, rank 0 writes them whole and the others nothing. The same input gives the same
-    bytes. Every rank must call it; they do not wait for each other.
+    bytes. Every rank must call it; they do not wait for each other. Raises OSError when the disk refuses.
     """
     rank, ranks = collectives.rank(), collectives.world_size()
     own, places = {}, {}
@@ -50,7 +51,21 @@ def save_slices(
             own[name] = flat[: end - start].detach().cpu().contiguous()
             places[name] = {"shape": list(zero3.full_shape(parameters[name])), "start": start}
     text = json.dumps({**header, "tensors": places}, sort_keys=True)
-    save_file(own, folder / f"slices-{rank:05}-of-{ranks:05}.safetensors", {HEADER: text})
+    file = folder / f"slices-{rank:05}-of-{ranks:05}.safetensors"
+    try:
+        save_file(own, file, {HEADER: text})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from None
+    flush(file)
+
+
+def flush(path: Path) -> None:
+    """Makes sure that a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class TensorFile(Mapping[str, Tensor]):

@@ -20,7 +20,7 @@ from alphatoken.architectures import (
     scored_depth,
 )
 from alphatoken.checkpoint import export_model, load_checkpoint, open_run_folder, save_checkpoint, start_run_folder
-from alphatoken.config import RunConfig
+from alphatoken.config import FisherConfig, RunConfig
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
@@ -41,6 +41,7 @@ from alphatoken.model import Assessment, StepOutput, ValuedModel
 from alphatoken.report import Metrics, Report, ValuedText, peak_memory
 from alphatoken.scorer import Scorer
 from alphatoken.selection import Policy, Selection, scheduled_ratio
+from alphatoken.slices import TensorFile
 from alphatoken.statistics import StepStatistics
 from alphatoken.timing import Stopwatch
 
@@ -48,8 +49,8 @@ from alphatoken.timing import Stopwatch
 class Trainer:
     """One run, built from its configuration. Every rank builds it and calls `run`.
 
-    Building raises UserError for whatever can be known to be wrong before training starts, and writes nothing into the
-    run folder.
+    Building raises UserError for whatever can be known to be wrong before training starts. It writes nothing into the
+    run folder but the Fisher, where that has to be estimated.
     """
 
     def __init__(self, config: RunConfig, objective: Objective) -> None:
@@ -59,6 +60,9 @@ class Trainer:
         engine_config = deepspeed_config(config, collectives.world_size())
         self._tokenizer = load_tokenizer(config.model)
         check_before_loading(config)
+        for file in (config.valuation.fisher, config.valuation.reference):
+            if file is not None:
+                TensorFile(file)
         self._folder, checkpoint = open_run_folder(config)
 
         self._splits = load_splits(config, self._tokenizer)
@@ -126,6 +130,8 @@ class Trainer:
         if fisher is None:
             self._notes.append("valuation.stability_weight=0 and no valuation.fisher: values are adaptation only")
             return None
+        if prompts is None and config.fisher != FisherConfig():
+            self._notes.append("section fisher is not used: valuation.fisher is given")
         drift, note = build_drift(config, fisher, decoder, self._device)
         if note is not None:
             self._notes.append(note)

@@ -65,7 +65,7 @@ class RunningScales:
                 part[:] = [self.DECAY * part[0] + deviation**2, self.DECAY * part[1] + 1.0]
 
     def part_weights(self, stability_weight: float) -> tuple[float, float]:
-        """(1 / deviation of adaptation, lambda / deviation of stability); 0 for a part that has not varied yet."""
+        """(1 / deviation of adaptation, lambda / deviation of stability); (1, 0) before they have varied."""
         inverse = [(count / total) ** 0.5 if total > 0 else 0.0 for total, count in self.state]
         return inverse[0] or 1.0, stability_weight * inverse[1]
 

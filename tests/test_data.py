@@ -309,6 +309,43 @@ def test_prompts_of_the_fisher_are_not_trained_on(
         prompts(trained)
 
 
+@pytest.mark.parametrize("template", [True, False])
+def test_a_prompt_is_recognised_where_it_was_trained_on(
+    run_values: dict[str, Any], tiny_model: Path, tmp_path: Path, template: bool
+) -> None:
+    """In an earlier turn of a conversation too, and without a template."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    turns = [{"role": role, "content": f"{role} {turn}"} for turn in range(2) for role in ("user", "assistant")]
+    train: list[dict[str, Any]] = [{"messages": turns}, {"prompt": "single", "response": "x"}]
+    asked: list[dict[str, Any]] = [{"prompt": "user 0"}, {"messages": turns[:3]}, {"prompt": "single"}]
+    if not template:
+        tokenizer.chat_template = None
+        train, asked = train[1:], asked[2:]
+    asked.append({"prompt": "new"})
+    for name, rows in (("train", train * 12), ("asked", asked)):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    values = {
+        **run_values,
+        "data": {**run_values["data"], "train": str(tmp_path / "train.jsonl")},
+        "fisher": {"prompts": str(tmp_path / "asked.jsonl")},
+    }
+    config = validate(RunConfig, values, "of the test")
+    found = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
+    assert (list(found.rows), found.trained_on) == ([len(asked) - 1], len(asked) - 1)
+
+
+def test_a_mixture_of_prompts_has_none_twice(
+    run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    for name, size in (("small", 2), ("large", 20)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {row}"} for row in range(size)])
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in ("small", "large")]
+    config = validate(RunConfig, {**run_values, "fisher": {"prompts": sources}}, "of the test")
+    rows = load_prompts(config, tokenizer, load_splits(config, tokenizer).train).rows.tolist()
+    assert len(rows) == len(set(rows))
+    assert {0, 1} < set(rows)
+
+
 # Splits.
 
 

@@ -128,6 +128,13 @@ def test_an_interrupted_estimate_goes_on_to_the_same_bytes(run_values: dict[str,
     # Resumed on another number of ranks, and refused with other settings.
     with pytest.raises(AssertionError, match="killed in pass 3"):
         run_ranks("fisher_estimates", 2, tmp_path / "d", configs={"": values["moved"]}, killed_in_pass=3)
+    unfinished = changed(
+        run_values,
+        valuation={"fisher": str(tmp_path / "moved.partial" / "prompts-4")},
+        train={"output_dir": str(tmp_path / "run")},
+    )
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "unfinished", configs={"": unfinished})
+    assert "holds the sums of an unfinished estimate" in messages[""]
     other = changed(values["moved"], fisher={"square": "sequence"})
     configs = {"other": other, "same": values["moved"], "again": values["moved"], "other again": other}
     (messages,) = run_ranks("fisher_estimates", 1, tmp_path / "e", configs=configs)

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from alphatoken.config import Source
@@ -30,7 +31,7 @@ SCHEMA = pa.schema(
         "length": pa.int32(),
         "number": pa.int64(),
         "digest": pa.int64(),
-        "prompt_digest": pa.int64(),
+        "asked": pa.list_(pa.int64()),
     }
 )
 ROWS_PER_BATCH = 1000
@@ -90,9 +91,13 @@ class TokenDataset:
         """A 64-bit hash of every row's tokens, int64."""
         return np.concatenate([np.asarray(part["digest"]) for part in self._parts])
 
-    def prompt_digests(self) -> np.ndarray[Any, Any]:
-        """The same of the tokens before the last response alone."""
-        return np.concatenate([np.asarray(part["prompt_digest"]) for part in self._parts])
+    def asked(self) -> np.ndarray[Any, Any]:
+        """A 64-bit hash of what precedes each answer of any row, int64."""
+        return np.concatenate([np.asarray(pc.list_flatten(part.data.column("asked"))) for part in self._parts])
+
+    def last_asked(self) -> np.ndarray[Any, Any]:
+        """The same of what precedes the last answer of each row."""
+        return np.asarray([row[-1] for part in self._parts for row in part.data.column("asked").to_pylist()])
 
     def _find(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -147,14 +152,15 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
             truncated += encoded.truncated
             tokens += len(encoded.input_ids)
             response_tokens += sum(encoded.response_mask[1:])
+            digest = hashlib.blake2b(np.asarray(encoded.input_ids, dtype=np.int32).tobytes(), digest_size=8)
             batch.append(
                 {
                     "input_ids": encoded.input_ids,
                     "response_mask": encoded.response_mask,
                     "length": len(encoded.input_ids),
                     "number": row.number,
-                    "digest": _digest(encoded.input_ids),
-                    "prompt_digest": _digest(encoded.input_ids[: _last_response(encoded.response_mask)]),
+                    "digest": int.from_bytes(digest.digest(), "little", signed=True),
+                    "asked": encoded.asked,
                 }
             )
             if len(batch) == ROWS_PER_BATCH:
@@ -162,14 +168,3 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
                 batch.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     return Report(source.path, kept, truncated, dict(skipped), tokens, response_tokens)
-
-
-def _digest(ids: Sequence[int]) -> int:
-    content = np.asarray(ids, dtype=np.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
-def _last_response(mask: Sequence[bool]) -> int:
-    """Index of the first token of the last response; the length, where there is none."""
-    starts = (index for index in range(len(mask) - 1, -1, -1) if mask[index] and (index == 0 or not mask[index - 1]))
-    return next(starts, len(mask))

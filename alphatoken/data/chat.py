@@ -6,6 +6,7 @@ or, without them, what the template adds when an assistant message is appended t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ class Encoded:
     input_ids: list[int]
     response_mask: list[bool]
     truncated: bool
+    asked: tuple[int, ...]
+    """A 64-bit hash of the text that precedes each answer: what the model is asked for it."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,27 @@ class Encoder:
         ids, mask = ids[: self._max_length], mask[: self._max_length]
         if not any(mask[1:]):
             return Skipped("response cut away by truncation")
-        return Encoded(ids, mask, truncated)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+        asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
+        return Encoded(ids, mask, truncated, asked)
 
-    def encode_prompt(self, messages: Sequence[Message], where: str) -> list[int]:
-        """The tokens that precede an answer to `messages`."""
+    def encode_prompt(self, messages: Sequence[Message], where: str) -> Encoded:
+        """The tokens that precede an answer to `messages`; none is a response."""
+        text = self.prompt_text(messages, where)
+        ids = list(self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
+        if self._template is None and ids and ids[-1] == self._tokenizer.eos_token_id:
+            del ids[-1]
+        return Encoded(ids, [False] * len(ids), truncated=False, asked=(_digest(text),))
+
+    def prompt_text(self, messages: Sequence[Message], where: str) -> str:
+        """The text that precedes an answer to `messages`."""
         if self._template is not None:
-            text = self._render(messages, where, tokenize=False, add_generation_prompt=True)
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            text: str = self._render(messages, where, tokenize=False, add_generation_prompt=True)
+            return text
         if [message["role"] for message in messages] != ["user"]:
             raise UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
-        ids = list(self._tokenizer(messages[0]["content"])["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids
+        prompt: str = messages[0]["content"]
+        return prompt
 
     def _encode_plain(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
         """Without a template: prompt, response, EOS, with whatever the tokenizer puts in front."""
@@ -133,7 +146,7 @@ class Encoder:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:index], where, tokenize=False, add_generation_prompt=True)
+            before = self.prompt_text(messages[:index], where)
             after = self._render(messages[: index + 1], where, tokenize=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
@@ -187,10 +200,10 @@ class PromptEncoder:
         messages = _as_prompt(fields, where)
         if not any(message["content"].strip() for message in messages):
             return Skipped("empty prompt")
-        ids = self._encoder.encode_prompt(messages, where)
-        if len(ids) > self._max_tokens:
+        encoded = self._encoder.encode_prompt(messages, where)
+        if len(encoded.input_ids) > self._max_tokens:
             return Skipped(f"prompt over {self._max_tokens} tokens")
-        return Encoded(ids, [False] * len(ids), truncated=False)
+        return encoded
 
 
 def _as_messages(fields: dict[str, Any], where: str) -> list[Message]:
@@ -231,6 +244,10 @@ def _as_prompt(fields: dict[str, Any], where: str) -> list[Message]:
     if not isinstance(fields.get("prompt"), str):
         raise UserError(f"{where}: a row needs a text 'prompt', or 'messages'; this one is {_shortened(fields)}")
     return [{"role": "user", "content": fields["prompt"]}]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _shortened(value: Any) -> str:

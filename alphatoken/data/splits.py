@@ -77,14 +77,16 @@ def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: T
     if config.fisher.sampling == "rollout":
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens)
     dataset = tokenise(sources, encoder, config.data.cache_dir)
-    trained_on = np.isin(dataset.prompt_digests(), train.prompt_digests())
-    if trained_on.all():
+    trained_on = np.isin(dataset.last_asked(), train.asked())
+    epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))
+    _, first = np.unique(epoch, return_index=True)  # a mixture with weights repeats rows
+    distinct = epoch[np.sort(first)]
+    rows = distinct[~trained_on[distinct]][: config.fisher.num_prompts]
+    if len(rows) == 0:
         raise UserError(
             f"the Fisher needs prompts that are not trained on, but data.train has all those of {sources[0].path}; "
             "set fisher.prompts to other rows"
         )
-    epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))
-    rows = epoch[~trained_on[epoch]][: config.fisher.num_prompts]
     return Prompts(dataset, rows, int(trained_on.sum()))
 
 
