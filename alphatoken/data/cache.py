@@ -22,7 +22,7 @@ from alphatoken.data.sources import location, open_source
 from alphatoken.errors import UserError
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 SCHEMA = pa.schema(
     {
