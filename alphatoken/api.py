@@ -12,9 +12,9 @@ from alphatoken.architectures import Decoder, decoder_of, scored_depth
 from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.errors import UserError
+from alphatoken.estimators import build_scorer
 from alphatoken.losses import IGNORE_INDEX, loss_positions
 from alphatoken.sampling import evaluating
-from alphatoken.scorer import Scorer
 from alphatoken.valuation import TERMS, TokenValues
 
 
@@ -27,12 +27,14 @@ def score_tokens(
     reference: Mapping[str, Tensor] | None = None,
     config: ValuationConfig | None = None,
 ) -> TokenValues:
-    """Values every response token of `batch` by the held-out examples `validation` (Eqs. 8-12 of arXiv 2606.01635).
+    """Values every response token of `batch` by the held-out examples `validation` (Eqs. 8-12 of arXiv 2606.01635, or
+    with `estimator="exact"` the first-order effect of each).
 
     `batch` and `validation` hold `input_ids`, `attention_mask` and `labels`, (B, T) int64 each, labels -100 off the
     response; padding on either side. Packed rows also hold `document_ids` (a number per document) or `position_ids`
     that start anew with each document. `fisher` and `reference` map full parameter names to tensors of the weight's
-    shape; both or neither must be given, and without them the proxy terms are zero. The model runs in eval mode and is
+    shape; both or neither must be given, and without them the proxy terms are zero; so they are for parameters whose
+    Fisher `recipes/fisher.py` does not estimate (experts, say) unless it is given. The model runs in eval mode and is
     left as it was. The four terms are always computed separately, each (B, T) float32 at the position that predicts
     the token.
     Raises UserError for an unsupported model, wrong shapes, a missing tensor, or a validation batch without response.
@@ -52,16 +54,16 @@ def score_tokens(
     with evaluating(model), torch.no_grad():
         drift = None
         if fisher is not None and reference is not None:
-            names = [linear.name for linear in decoder.scored_linears(depth)]
-            drift = Drift({name: decoder.model.get_parameter(name) for name in names}, fisher, reference, device)
-        scorer = Scorer(decoder, config, device, drift)
+            stable = decoder.stable_parameters(depth, config.parameters, also=fisher)
+            drift = Drift(stable, fisher, reference, device)
+        scorer = build_scorer(decoder, config, device, drift)
         scored_tokens = int(loss_positions(batch["labels"])[0].sum())
         scorer.refresh(list(_row_groups(decoder, validation, config.chunk_tokens, device)), scored_tokens)
         scored, responses = [], []
         for rows in _row_groups(decoder, batch, config.chunk_tokens, device):
             with scorer.capture() as capture:
                 decoder.hidden_states(rows)
-            scored.append(scorer.score(capture.entry, rows["labels"]).values)
+            scored.append(scorer.score(capture.entry, rows).values)
             responses.append(loss_positions(rows["labels"])[0])
     terms = [torch.cat([getattr(values, name) for values in scored]) for name in TERMS]
     if config.balance == "std":

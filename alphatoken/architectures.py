@@ -6,10 +6,11 @@ library speaks of a `Decoder`, which is one architecture applied to one model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,25 @@ class ScoredLinear:
     """Index of its decoder layer."""
 
 
+Stage = int | Literal["embeddings", "norm", "head"]
+"""A part of a decoder that is run on its own: a layer by its index, what comes before the layers, or after."""
+
+ParameterSet = Literal["linears", "norms", "all"]
+
+
+@dataclass(frozen=True)
+class ScoredParameter:
+    """One use of a parameter that values are computed for. Tied embeddings and head are two uses of one name."""
+
+    name: str
+    """Full parameter name."""
+    stage: Stage
+    path: str
+    """Dotted path inside the stage's module."""
+    kind: Literal["linear", "norm", "embedding", "other"]
+    """What module owns it. Of `other` (experts, convolutions, ...) there is no gradient by position, so no Fisher."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A model seen as body = embeddings + layers + norm, followed by a head."""
@@ -178,9 +198,50 @@ class Decoder:
         to what comes later, and kernels are faster without a mask. `position_ids` (B, T) that start anew tell packed
         documents apart.
         """
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        hidden: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
+        hidden: Tensor = self.body(**body_inputs(batch)).last_hidden_state
         return hidden
+
+    def stage(self, stage: Stage) -> nn.Module:
+        """The module of a stage; that of the embeddings is the body, of which `stage_parameters` names a part."""
+        named = {"embeddings": self.body, "norm": self.norm, "head": self.head}
+        return self.layers[stage] if isinstance(stage, int) else named[stage]
+
+    def stage_parameters(self, stage: Stage) -> dict[str, nn.Parameter]:
+        """Parameters by their path inside the stage's module."""
+        later = (f"{self.architecture.layers}.", f"{self.architecture.norm}.") if stage == "embeddings" else ()
+        named = self.stage(stage).named_parameters()
+        return {path: parameter for path, parameter in named if not path.startswith(later)}
+
+    def scored_parameters(self, depth: int, chosen: ParameterSet) -> list[ScoredParameter]:
+        """Every use of the chosen parameters of the last `depth` layers, in order of the forward pass.
+
+        linears: `scored_linears`. norms: all normalisations of the layers, and the final one. all: every parameter of
+        the layers, the final norm and the head; with all layers, the embeddings too. A head that is tied to embeddings
+        is left out where those are, as a gradient of one use is not the parameter's. With adapters: theirs alone.
+        Raises UserError for norms of a model with adapters, which are not trained.
+        """
+        if self.has_adapters and chosen == "norms":
+            raise UserError("valuation.parameters=norms, but LoRA trains no norms: use linears or all")
+        first = len(self.layers) - depth
+        stages: list[Stage] = [*range(first, len(self.layers))]
+        if chosen != "linears":
+            stages.append("norm")
+        if chosen == "all":
+            stages.append("head")
+            if first == 0:
+                stages.insert(0, "embeddings")
+        linears = {linear.name for linear in self.scored_linears(depth)}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        embeddings = {id(parameter) for parameter in self.stage_parameters("embeddings").values()}
+        found = []
+        for stage in stages:
+            for path, parameter in self.stage_parameters(stage).items():
+                name, owner = names[id(parameter)], self.stage(stage).get_submodule(path.rpartition(".")[0])
+                among = {"linears": name in linears, "norms": "Norm" in type(owner).__name__, "all": True}[chosen]
+                tied_alone = first > 0 and id(parameter) in embeddings
+                if among and not tied_alone and (name in linears or not self.has_adapters):
+                    found.append(ScoredParameter(name, stage, path, _kind_of(owner)))
+        return found
 
     def freeze_unreached(self) -> None:
         """Freezes what text never runs through, such as a vision tower: without gradients it would only decay."""
@@ -199,18 +260,31 @@ class Decoder:
             for linear in self._linears_of(self.layers[index])
         ]
 
-    def left_out(self, depth: int) -> list[str]:
+    def stable_parameters(self, depth: int, chosen: ParameterSet, also: Container[str] = ()) -> dict[str, nn.Parameter]:
+        """By name, the scored parameters that have a Fisher: those whose gradient by position is known, and `also`."""
+        return {
+            scored.name: self.model.get_parameter(scored.name)
+            for scored in self.scored_parameters(depth, chosen)
+            if scored.kind != "other" or scored.name in also
+        }
+
+    def left_out(self, depth: int, chosen: ParameterSet, estimator: Literal["ghost", "exact"]) -> list[str]:
         """What valuation does not see in the last `depth` layers, a sentence each."""
         first = len(self.layers) - depth
         paths = {index: dict(self.layers[index].named_modules()) for index in range(first, len(self.layers))}
         notes = []
         unscored = [part for part in self.architecture.unscored if any(part in layer for layer in paths.values())]
-        if unscored:
+        if unscored and chosen == "linears":
             notes.append(f"{' and '.join(unscored)} of the scored layers are trained but not scored")
         no_attention = [index for index, layer in paths.items() if self.architecture.value_projection not in layer]
-        if no_attention:
+        if no_attention and estimator == "ghost":
             layers = ", ".join(map(str, no_attention))
             notes.append(f"no causal term from layers without an attention matrix: {layers}")
+        others = [scored.path for scored in self.scored_parameters(depth, chosen) if scored.kind == "other"]
+        if others:
+            notes.append(f"no stability from {', '.join(sorted(set(others)))}, whose Fisher is not estimated")
+        if chosen == "all" and first > 0 and self.head.weight is self.model.get_input_embeddings().weight:
+            notes.append("the head is tied to the embeddings, so both are scored with valuation.layers=all only")
         return notes
 
     def _linears_of(self, layer: nn.Module) -> list[ScoredLinear]:
@@ -237,6 +311,20 @@ class Decoder:
     def has_adapters(self) -> bool:
         """Whether LoRA adapters were injected (peft); then they are what is trained and scored."""
         return any(hasattr(module, "lora_A") for module in self.layers.modules())
+
+
+def _kind_of(owner: nn.Module) -> Literal["linear", "norm", "embedding", "other"]:
+    if isinstance(owner, nn.Linear | Conv1D):
+        return "linear"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "norm" if re.search("Norm(?!Gated)", type(owner).__name__) else "other"
+
+
+def body_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What of a batch a model's body is called with."""
+    keys = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    return {**{key: batch[key] for key in keys if key in batch}, "use_cache": False}
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:

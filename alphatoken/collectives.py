@@ -59,13 +59,28 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+# A longer shard is gathered in several messages, as some backends (gloo) hold another copy of what they receive.
+MESSAGE_BYTES = 2**24
+
+
 def gather_equal(shard: Tensor) -> Tensor:
     """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n elements per rank."""
     comm = _comm()
     if not comm:
         return shard[None]
-    out = torch.empty(world_size() * shard.numel(), dtype=shard.dtype, device=shard.device)
-    comm.all_gather_into_tensor(out, shard.contiguous())
+    ranks, limit = world_size(), MESSAGE_BYTES // shard.element_size()
+    if shard.numel() <= limit:
+        return _gather_message(shard)
+    out = shard.new_empty(ranks, shard.numel())
+    for start in range(0, shard.numel(), limit):
+        block = slice(start, start + limit)
+        out[:, block] = _gather_message(shard[block])
+    return out
+
+
+def _gather_message(shard: Tensor) -> Tensor:
+    out = shard.new_empty(world_size() * shard.numel())
+    _comm().all_gather_into_tensor(out, shard.contiguous())  # type: ignore[union-attr]
     return out.view(world_size(), -1)
 
 
@@ -76,7 +91,7 @@ def gather_slices(slices: Sequence[Tensor], shapes: Sequence[torch.Size]) -> lis
     """
     if not slices:
         return []
-    gathered = gather_equal(torch.cat(list(slices)))
+    gathered = gather_equal(torch.cat(list(slices)) if len(slices) > 1 else slices[0])
     columns = gathered.split([part.numel() for part in slices], dim=1)
     return [part.reshape(-1)[: math.prod(shape)].view(shape) for part, shape in zip(columns, shapes, strict=True)]
 

@@ -82,11 +82,24 @@ class DataConfig(Section):
 
 class ValuationConfig(Section):
     enabled: bool = Field(True, description="Value tokens and train on the valuable ones; false is plain fine-tuning.")
-    estimator: Literal["ghost"] = Field("ghost", description="How values are estimated; ghost is the paper's.")
-    layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        3, description="Number of last decoder layers whose linears are scored (K)."
+    estimator: Literal["ghost", "exact"] = Field(
+        "ghost",
+        description="How values are estimated: the paper's contractions, or the true first-order effect of each token "
+        "by forward-mode differentiation.",
     )
-    parameters: Literal["linears"] = Field("linears", description="Which weights of those layers are scored.")
+    layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        3, description="Number of last decoder layers that are scored (K)."
+    )
+    parameters: Literal["linears", "norms", "all"] = Field(
+        "linears",
+        description="Which weights of those layers are scored; norms and all (with the final norm and the head, and "
+        "with all layers the embeddings) need estimator exact.",
+    )
+    preconditioner: Literal["none", "adam"] = Field(
+        "none",
+        description="adam scales directions like the optimizer scales gradients, by the inverse root of its second "
+        "moment; needs estimator exact.",
+    )
     window: int = Field(32, ge=0, description="How many later positions the causal path looks at (w); 0 turns it off.")
     stability_weight: float = Field(1.5, ge=0, description="Weight of stability against adaptation (lambda).")
     validation_sequences: int = Field(32, ge=1, description="Held-out sequences per refresh, over all ranks together.")
@@ -100,9 +113,10 @@ class ValuationConfig(Section):
     chunk_tokens: int = Field(
         16384, ge=1, description="Tokens per scoring pass (whole sequences, at least one): bounds scoring's memory."
     )
-    residency: Literal["resident", "streamed"] = Field(
-        "resident",
-        description="Keep tower weights and drift on every rank, or gather one layer at a time: slower, small.",
+    residency: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="Keep the scored layers' weights and directions on every rank, or gather one layer at a time: "
+        "slower, small; auto keeps them for ghost and streams them for exact.",
     )
     balance: Literal["none", "std"] = Field(
         "none",
@@ -117,6 +131,23 @@ class ValuationConfig(Section):
     reference: FilePath | None = Field(
         None, description="Folder of the stability reference model; default: the starting weights."
     )
+
+    @property
+    def is_resident(self) -> bool:
+        return self.residency == "resident" or (self.residency == "auto" and self.estimator == "ghost")
+
+    @model_validator(mode="after")
+    def _estimator_reads_its_keys(self) -> ValuationConfig:
+        foreign = ("parameters", "preconditioner") if self.estimator == "ghost" else ("window", "contraction")
+        other = "exact" if self.estimator == "ghost" else "ghost"
+        for key in foreign:
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if value != default:
+                raise ValueError(
+                    f"valuation.{key}={value} needs valuation.estimator={other}; estimator {self.estimator} has only "
+                    f"{key}={default}"
+                )
+        return self
 
 
 class FisherConfig(Section):

@@ -51,18 +51,18 @@ class Drift:
             for name, parameter in parameters.items():
                 self._reference[name] = _compact(zero3.master_slice(parameter, device))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    @torch.no_grad()
+    def own(self, name: str) -> Tensor:
+        """This rank's slice of the named weight's V, float32, flat and padded."""
+        master = zero3.master_slice(self._parameters[name], self._device)
+        return valuation.drift(self._fisher[name], master, self._reference[name])
+
     def matrices(self, names: Sequence[str]) -> list[Tensor]:
         """The whole V of the named weights, float32: one all-gather of this rank's slices. Every rank must call it."""
-        slices = [
-            valuation.drift(
-                self._fisher[name], zero3.master_slice(self._parameters[name], self._device), self._reference[name]
-            )
-            for name in names
-        ]
-        shapes = [zero3.full_shape(self._parameters[name]) for name in names]
-        if not zero3.is_sharded(self._parameters[names[0]]):
-            return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
-        return collectives.gather_slices(slices, shapes)
+        return zero3.whole_tensors([self.own(name) for name in names], [self._parameters[name] for name in names])
 
     @torch.no_grad()
     def magnitudes(self) -> tuple[float, float]:

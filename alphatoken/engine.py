@@ -96,8 +96,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
         )
+    shared = _shared_config(config)
+    if config.valuation.preconditioner == "adam" and not shared.get("zero_optimization", {}).get("stage", 0):
+        raise UserError(
+            "valuation.preconditioner=adam reads the optimizer's moments from ZeRO's shards: set "
+            "zero_optimization.stage to 1, 2 or 3 in deepspeed.config"
+        )
     return {
-        **_shared_config(config),
+        **shared,
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // per_pass,
@@ -105,9 +111,15 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+# Weights are gathered for the module that runs, and released after it; by default DeepSpeed keeps up to 1e9 elements.
+FRUGAL = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+
 def inference_config(config: RunConfig) -> dict[str, Any]:
-    """The same for running the model forward only, on any number of ranks."""
-    return {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
+    """The same for running the model forward only, on any number of ranks, with few weights held unless told."""
+    values = {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
+    zero = values.get("zero_optimization", {})
+    return {**values, "zero_optimization": {**FRUGAL, **zero} if zero.get("stage") == 3 else zero}
 
 
 def _shared_config(config: RunConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from alphatoken.sampling import evaluating, rollouts, teacher_forced
 from alphatoken.selection import uniform_noise
 from alphatoken.slices import TensorFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def fisher_folder(config: RunConfig) -> Path:
@@ -59,12 +59,20 @@ def estimate_fisher(
     """
     chosen, ranks = config.fisher, collectives.world_size()
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
-    total = FisherSum(decoder, depth, chosen.square, device, config.valuation.chunk_tokens)
+    total = FisherSum(
+        decoder,
+        depth,
+        chosen.square,
+        device,
+        parameters=config.valuation.parameters,
+        chunk_tokens=config.valuation.chunk_tokens,
+    )
     model_sha256, weights = _model_identity(decoder.model, device)
     settings = {
         **_settings(chosen, tokenizer, prompts),
         "dtype": config.model.dtype,
         "layers": depth,
+        "parameters": config.valuation.parameters,
         "lora": _lora(config),
         "model_sha256": model_sha256,
     }
@@ -89,13 +97,12 @@ def estimate_fisher(
             batch = {key: tensor.to(device) for key, tensor in dealt.items()}
             if chosen.sampling == "rollout":
                 batch = _answered(batch, decoder, chosen, stops, layout.pad_token)
-            with total.capture() as capture:
-                hidden_BTH = decoder.hidden_states({"input_ids": batch["input_ids"]})
+            entry, hidden_BTH = total.forward(batch["input_ids"])
             labels_BT = batch["labels"]
             if chosen.sampling == "teacher_forced":
                 with total.head() as head:
                     labels_BT = teacher_forced(labels_BT, hidden_BTH, head, batch["noise"], decoder.logit_softcap)
-            total.add(capture.entry, labels_BT)
+            total.add(entry, {"input_ids": batch["input_ids"], "labels": labels_BT})
             done = min(done + chosen.batch_size * ranks, len(by_length))
             countdown.advance(done)
             if number % chosen.save_every == 0 and number < len(batches):
@@ -144,10 +151,8 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
     """
     reference = config.valuation.reference
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
-    names = [linear.name for linear in decoder.scored_linears(depth)]
-    parameters = {name: decoder.model.get_parameter(name) for name in names}
-
     file = collectives.agree(lambda: TensorFile(fisher))
+    parameters = decoder.stable_parameters(depth, config.valuation.parameters, also=file)
     reference_file = None if reference is None else collectives.agree(lambda: TensorFile(reference))
     drift = Drift(parameters, file, reference_file, device)
     if "settings" not in file.header:
@@ -163,7 +168,7 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
         same, whose = expected == found, f"model.name_or_path={config.model.name_or_path}"
     else:
         checksums = zero3.checksums(parameters, device, reference_file.flat)
-        same = checksums == {name: file.header["weights"].get(name) for name in names}
+        same = checksums == {name: file.header["weights"].get(name) for name in parameters}
         whose = f"valuation.reference={reference}"
     if not same:
         raise UserError(

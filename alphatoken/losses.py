@@ -67,12 +67,46 @@ def head_loss(
     return nll_R, grad_RH
 
 
+@torch.no_grad()
+def head_outgrads(hidden_RH: Tensor, head: nn.Linear, targets_R: Tensor, softcap: float | None = None) -> Tensor:
+    """Gradient of each row's loss with respect to the head's output before any cap, (R, V) float32."""
+    return _block_loss(hidden_RH, head.weight, head.bias, targets_R, softcap)[1]
+
+
+@torch.no_grad()
+def head_jvp(
+    hidden_RH: Tensor,
+    tangent_RH: Tensor,
+    head: nn.Linear,
+    weight_tangents: Mapping[str, Tensor],
+    targets_R: Tensor,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and their derivatives when the states after the norm move along `tangent_RH` and the head's weights along
+    `weight_tangents` (whole, by name; absent ones do not move): (R,) float32 each, one block of logits at a time.
+    """
+    nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
+    derivative_R = torch.empty_like(nll_R)
+    rows = _block_rows(head.weight.shape[0])
+    for start in range(0, hidden_RH.shape[0], rows):
+        block = slice(start, start + rows)
+        nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
+        tangent_RV = F.linear(tangent_RH[block], head.weight)
+        if "weight" in weight_tangents:
+            tangent_RV += F.linear(hidden_RH[block], weight_tangents["weight"])
+        if "bias" in weight_tangents:
+            tangent_RV += weight_tangents["bias"]
+        derivative_R[block] = torch.linalg.vecdot(grad_RV, tangent_RV.float())
+    return nll_R, derivative_R
+
+
 def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """Samples a token per row from softmax(logits), temperature 1: the first whose cumulative probability is above u.
 
     uniform_R: (R,) in [0, 1). Returns (R,) int64. The same numbers draw the same tokens, in whatever batch.
     """
-    cumulative_RV = torch.softmax(logits_RV.double(), dim=-1).cumsum_(dim=-1)
+    largest_R1 = logits_RV.amax(dim=-1, keepdim=True).double()
+    cumulative_RV = logits_RV.double().sub_(largest_R1).exp_().cumsum_(dim=-1)  # in place: it is large
     threshold_R1 = (uniform_R.double() * cumulative_RV[:, -1])[:, None]
     token_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0]
     return token_R.clamp_max(logits_RV.shape[1] - 1)
@@ -82,7 +116,7 @@ def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
 def head_samples(hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap: float | None = None) -> Tensor:
     """A token drawn from the model's own prediction at each of the given states after the final norm; (R,) int64."""
     token_R = torch.empty(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device)
-    rows = max(1, _block_rows(head.weight.shape[0]) // 2)  # probabilities are float64
+    rows = max(1, _block_rows(head.weight.shape[0]) // 16)  # probabilities are float64
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
         logits_RV = head(hidden_RH[block]).float()
@@ -137,6 +171,14 @@ class _BlockedNLL(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
+def head_nll(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_R: Tensor, softcap: float | None
+) -> Tensor:
+    """Negative log likelihood of each row, (R,) float32, differentiable; memory is bounded by one block of logits."""
+    nll_R: Tensor = _BlockedNLL.apply(hidden_RH, weight_VH, bias_V, targets_R, softcap)  # type: ignore[no-untyped-call]
+    return nll_R
+
+
 class HeadLoss(nn.Module):
     """The head and its cross-entropy as one module, sharing the head's parameters.
 
@@ -151,11 +193,8 @@ class HeadLoss(nn.Module):
         self._softcap = softcap
 
     def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-        """Negative log likelihood of each row, (R,) float32; memory is bounded by one block of logits."""
-        nll_R: Tensor = _BlockedNLL.apply(  # type: ignore[no-untyped-call]
-            hidden_RH, self.weight, self.bias, targets_R, self._softcap
-        )
-        return nll_R
+        """As `head_nll`."""
+        return head_nll(hidden_RH, self.weight, self.bias, targets_R, self._softcap)
 
 
 Batch = Mapping[str, Tensor]

@@ -125,7 +125,7 @@ class ValuedModel(nn.Module):
 
     def _score(self, batch: Batch, scorer: Scorer, entry: Entry) -> Assessment:
         with self._stopwatch.phase("score"):
-            scores = scorer.score(entry, batch["labels"], partial(self._objective.coefficients, batch))
+            scores = scorer.score(entry, batch, partial(self._objective.coefficients, batch))
             return self._assessment(batch, scores.nll_BT, dict(scores.values.items()))
 
     def _assessment(self, batch: Batch, nll_BT: Tensor, values: dict[str, Tensor]) -> Assessment:

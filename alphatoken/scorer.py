@@ -1,27 +1,20 @@
-"""Token values of a batch: `refresh` takes in the held-out signals and the drift, `score` contracts with them.
-
-Shape legend: B sequences, T positions, R response positions of one chunk, N validation positions over all ranks, I and
-O the features of a linear.
-"""
+"""What every estimator of token values offers: `refresh` takes in held-out rows and drift, `score` values a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from alphatoken.architectures import Decoder, ScoredLinear, scored_depth
-from alphatoken.attention import AttentionCall, attention_band, mix_band
+from alphatoken.architectures import Decoder
 from alphatoken.capture import Entry, EntryCapture
 from alphatoken.config import ValuationConfig
-from alphatoken.drift import Drift
-from alphatoken.held_out import HeldOutSignals
-from alphatoken.losses import loss_positions
-from alphatoken.tower import Coefficients, Tower
-from alphatoken.valuation import TERMS, Contraction, Materialised, RunningScales, TokenValues
+from alphatoken.passes import Coefficients
+from alphatoken.valuation import RunningScales, TokenValues
+
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,85 +26,13 @@ class Scores:
     """Token losses, (B, T) float32, zero off the response."""
 
 
-@dataclass(frozen=True)
-class Products:
-    """What the signals of one linear are contracted with. `target` may hold G + lambda V; then there is no `proxy`."""
+class Scorer(ABC):
+    """Values response tokens of batches. Every rank must call `refresh` together, and `score` unless it is resident."""
 
-    target: Contraction
-    proxy: Contraction | None
-
-
-class Scorer:
-    """Values response tokens on the last K layers of a decoder, with estimator `ghost`.
-
-    Every rank must call `refresh` together; with `residency: streamed`, `score` too.
-    """
-
-    def __init__(self, decoder: Decoder, config: ValuationConfig, device: torch.device, drift: Drift | None) -> None:
+    def __init__(self, decoder: Decoder, config: ValuationConfig) -> None:
         self._decoder = decoder
         self.config = config
-        self._drift = drift
-        self._resident = config.residency == "resident"
-        depth = scored_depth(config.layers, len(decoder.layers))
-        self._layers = list(decoder.layers)[len(decoder.layers) - depth :]
-        self.tower = Tower(decoder, depth, device, resident=self._resident, chunk_tokens=config.chunk_tokens)
-        self.linears: dict[str, ScoredLinear] = {linear.name: linear for linear in self.tower.scored}
-        self._dtype = next(decoder.model.parameters()).dtype
-        features = {linear.name: self._features(linear) for linear in self.tower.scored}
-        self._held_out = HeldOutSignals(features, config.contraction, self._dtype, device)
-        self._products: dict[str, Products] = {}
         self.scales = RunningScales()
-        self._nonfinite = torch.zeros(len(self.linears), dtype=torch.bool, device=device)
-
-    def capture(self) -> EntryCapture:
-        """Wrap the model's forward pass in this, then hand its `.entry` to `score`."""
-        return EntryCapture(self._layers)
-
-    def nonfinite_linears(self) -> list[str]:
-        """Scored linears whose signals were not finite since the last call, in order of the forward pass."""
-        flags = self._nonfinite.tolist()
-        self._nonfinite.zero_()
-        return [name for name, flag in zip(self.linears, flags, strict=True) if flag]
-
-    @torch.no_grad()
-    def refresh(self, batches: Sequence[Mapping[str, Tensor]] | None, scored_tokens: int = 0) -> list[Tensor]:
-        """Takes over the current weights and drift and, from `batches`, new held-out signals (None keeps the old ones).
-
-        `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels` and, unless all
-        padding is on the right, `attention_mask`), equally many on every rank; one without response positions is a
-        placeholder. `scored_tokens`, about as many as this rank will score with them, helps to choose contractions.
-        Returns their token losses, (B, T) float32 each.
-        """
-        self.tower.streamer.refresh()
-        losses = []
-        if batches is not None:
-            responses = [loss_positions(batch["labels"])[0] for batch in batches]
-            self._held_out.begin(sum(int(response.sum()) for response in responses), scored_tokens)
-            for batch, response_BT in zip(batches, responses, strict=True):
-                with self.capture() as capture:
-                    self._decoder.hidden_states(batch)
-                sink = _Collector(self._held_out, self._names, response_BT)
-                losses.append(self.tower.run(capture.entry, batch["labels"], sink))
-            if self._resident:
-                for layer in self.tower.layers:
-                    self._held_out.reduce(self._names(layer))
-        if self._resident:
-            self._products = {}
-            for layer in self.tower.layers:
-                self._products |= self._gather_products(layer)
-        return losses
-
-    @torch.no_grad()
-    def score(self, entry: Entry, labels_BT: Tensor, coefficients: Coefficients | None = None) -> Scores:
-        """Values of every response position of a batch whose forward pass was captured as `entry`.
-
-        `coefficients(nll_BT, response_BT)` (B, T) scales the signals of each position's sequence (1 for SFT).
-        """
-        response_BT, _ = loss_positions(labels_BT)
-        sink = _Accumulator(self, response_BT)
-        nll_BT = self.tower.run(entry, labels_BT, sink, coefficients)
-        self._nonfinite |= sink.nonfinite
-        return Scores(sink.values(), nll_BT)
 
     @property
     def part_weights(self) -> tuple[float, float]:
@@ -120,127 +41,30 @@ class Scorer:
             return self.scales.part_weights(self.config.stability_weight)
         return 1.0, self.config.stability_weight
 
-    @contextmanager
-    def layer_products(self, layer: int) -> Iterator[None]:
-        """Has a streamed layer's products at hand: gathered on entry, dropped on exit."""
-        self._products = self._gather_products(layer)
-        yield
-        self._products = {}
+    @abstractmethod
+    def capture(self) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `score`."""
 
-    def products(self, name: str) -> Products:
-        return self._products[name]
+    @abstractmethod
+    def refresh(
+        self, batches: Sequence[Batch] | None, scored_tokens: int = 0, optimizer_steps: int = 0
+    ) -> list[Tensor]:
+        """Takes over the current weights and drift and, from `batches`, new held-out signals (None keeps the old ones).
 
-    def _names(self, layer: int) -> list[str]:
-        return [name for name, linear in self.linears.items() if linear.layer == layer]
+        `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels` and, unless all
+        padding is on the right, `attention_mask`), equally many on every rank; one without response positions is a
+        placeholder. `scored_tokens`, about as many as this rank will score with them, helps to choose contractions;
+        `optimizer_steps`, as many as were taken, unbiases Adam's moments. Returns the batches' token losses, (B, T)
+        float32 each.
+        """
 
-    def _gather_products(self, layer: int) -> dict[str, Products]:
-        """What a layer's signals are contracted with, from all ranks' slices; one message for G, one for V."""
-        names, weight = self._names(layer), self.config.stability_weight
-        targets = self._held_out.contractions(names)
-        if self._drift is None:
-            return {name: Products(targets[name], None) for name in names}
-        products = {}
-        for name, drift in zip(names, self._drift.matrices(names), strict=True):
-            drift_OI = drift.T if self.linears[name].transposed else drift
-            target = targets[name]
-            if isinstance(target, Materialised) and not self.config.split_terms:
-                fused_OI = target.matrix_OI.float() + weight * drift_OI
-                products[name] = Products(Materialised(fused_OI.to(self._dtype)), None)
-            else:
-                products[name] = Products(target, Materialised(drift_OI.to(self._dtype)))
-        return products
+    @abstractmethod
+    def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
+        """Values of every response position of a batch whose forward pass was captured as `entry`.
 
-    def _features(self, linear: ScoredLinear) -> tuple[int, int]:
-        rows, columns = self.tower.weight(linear.layer, linear.path).shape
-        return (columns, rows) if linear.transposed else (rows, columns)
+        `coefficients(nll_BT, response_BT)` (B, T) scales the values of each position's sequence (1 for SFT).
+        """
 
-
-class _Collector:
-    """Sink of held-out signals: at response positions, into `HeldOutSignals`."""
-
-    def __init__(self, held_out: HeldOutSignals, names: Callable[[int], list[str]], response_BT: Tensor) -> None:
-        self._held_out = held_out
-        self._names = names
-        self._response_BT = response_BT
-
-    @contextmanager
-    def layer(self, layer: int) -> Iterator[None]:
-        yield
-        self._held_out.reduce(self._names(layer))
-
-    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
-        pass
-
-    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-        response_BT = self._response_BT[rows]
-        self._held_out.add(name, outgrad_BTO[response_BT], act_BTI[response_BT])
-
-
-class _Accumulator:
-    """Sink of a batch's signals: contracts them as they come and sums the terms over linears."""
-
-    def __init__(self, scorer: Scorer, response_BT: Tensor) -> None:
-        self._scorer = scorer
-        self._config = scorer.config
-        self._response_BT = response_BT
-        self._order = {name: place for place, name in enumerate(scorer.linears)}
-        self._sums = {name: torch.zeros(response_BT.shape, device=response_BT.device) for name in (*TERMS, "composite")}
-        self._bands: dict[int, Tensor] = {}
-        self._mixed: dict[int, Tensor] = {}
-        self.nonfinite = torch.zeros(len(self._order), dtype=torch.bool, device=response_BT.device)
-
-    def values(self) -> TokenValues:
-        if self._config.split_terms:
-            terms = [self._sums[term] for term in TERMS]
-            return TokenValues.from_terms(terms, self._scorer.part_weights)
-        for term in TERMS:
-            self._sums[term][self._response_BT] = torch.nan
-        return TokenValues(**self._sums)
-
-    def layer(self, layer: int) -> AbstractContextManager[None]:
-        return self._scorer.layer_products(layer)
-
-    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
-        if self._config.window:
-            self._bands[layer] = attention_band(call, self._config.window)
-
-    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-        linear = self._scorer.linears[name]
-        response_BT = self._response_BT[rows]
-        act_RI = act_BTI[response_BT]
-        outgrads = {"direct": outgrad_BTO[response_BT]}
-        if linear.is_value and self._config.window:
-            outgrads["causal"] = self._causal(linear, outgrad_BTO)[response_BT]
-        if not self._config.split_terms:
-            outgrads = {"direct": sum(outgrads.values(), torch.zeros_like(outgrads["direct"]))}
-        products = self._scorer.products(name)
-        composite_R = torch.zeros(act_RI.shape[0], device=act_RI.device)
-        for path, outgrad_RO in outgrads.items():
-            target_R = products.target(outgrad_RO, act_RI)
-            composite_R += target_R
-            self._add(f"{path}_target", rows, target_R)
-            if products.proxy is not None:
-                proxy_R = products.proxy(outgrad_RO, act_RI)
-                composite_R += self._config.stability_weight * proxy_R
-                self._add(f"{path}_proxy", rows, proxy_R)
-        if not self._config.split_terms:  # otherwise it follows from the terms
-            self._add("composite", rows, composite_R)
-        self.nonfinite[self._order[name]] |= ~torch.isfinite(composite_R).all()
-
-    def _add(self, term: str, rows: slice, value_R: Tensor) -> None:
-        chunk_BT = self._sums[term][rows]
-        chunk_BT[self._response_BT[rows]] += value_R
-
-    def _causal(self, linear: ScoredLinear, outgrad_BTO: Tensor) -> Tensor:
-        """sum_k A[k, t] d_k for every position, (B, T, O); zero in output rows that are no values."""
-        if linear.feeds is not None:
-            # What flows back into an adapter's A came through its B, and of that only the value rows count.
-            return self._mixed[linear.layer] @ self._scorer.tower.weight(linear.layer, linear.feeds)
-        band_BTW, value_rows = self._bands[linear.layer], linear.value_rows
-        if value_rows is None:
-            mixed_BTO = mix_band(band_BTW, outgrad_BTO)
-        else:
-            mixed_BTO = torch.zeros_like(outgrad_BTO)
-            mixed_BTO[..., value_rows] = mix_band(band_BTW, outgrad_BTO[..., value_rows])
-        self._mixed[linear.layer] = mixed_BTO
-        return mixed_BTO
+    @abstractmethod
+    def nonfinite_parts(self) -> list[str]:
+        """Parts of the model whose signals were not finite since the last call, in order of the forward pass."""

@@ -1,14 +1,14 @@
-"""Plain copies of a decoder's layers, final norm and head, filled with the model's weights while they are needed.
+"""Plain copies of a decoder's layers, final norm, head and embeddings, filled with weights while they are needed.
 
-They live outside the engine: no ZeRO hooks, no gradients on weights. With one layer at a time in memory they run the
+They live outside the engine: no ZeRO hooks, no gradients on weights. With one stage at a time in memory they run the
 decoder forward, backward (vector-Jacobian) and in forward mode (Jacobian-vector), under any ZeRO stage. Every rank must
-ask for the same layers in the same order, whatever it then does with them.
+ask for the same stages in the same order, whatever it then does with them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,49 +16,78 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from alphatoken import collectives, zero3
-from alphatoken.architectures import Decoder, decoder_of
+from alphatoken import zero3
+from alphatoken.architectures import Decoder, Stage, body_inputs, decoder_of
 from alphatoken.capture import BLOCKED_ATTENTION, CAPTURING_ATTENTION, AttentionCapture, AttentionConsumer, LayerInput
+from alphatoken.errors import UserError
+
+NO_INPUT = LayerInput((), {})
 
 
 class LayerStreamer:
-    """Layers `first` to the last, the norm and the head of a decoder.
+    """Layers `first` to the last, the norm, the head and the embeddings of a decoder.
 
-    resident: keep them all, filled at every `refresh` (sharded weights are gathered, others shared with the model);
-    otherwise each is filled when it is entered and emptied when it is left.
+    resident: keep all but the embeddings, filled at every `refresh` (sharded weights are gathered, others shared with
+    the model); otherwise each is filled when it is entered and emptied when it is left. forward_mode: experts run one
+    after the other, as their grouped kernel has no forward derivative.
     """
 
-    def __init__(self, decoder: Decoder, first: int, device: torch.device, resident: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, first: int, device: torch.device, *, resident: bool, forward_mode: bool = False
+    ) -> None:
         self.indices = range(first, len(decoder.layers))
+        self._decoder = decoder
         self._device = device
         self._resident = resident
         self._attention: str = decoder.config._attn_implementation
         skeleton = _skeleton(decoder)
-        self._layers = {index: (skeleton.layers[index], decoder.layers[index]) for index in self.indices}
-        self._norm, self._head = (skeleton.norm, decoder.norm), (skeleton.head, decoder.head)
+        if forward_mode:
+            skeleton.model.set_experts_implementation("eager")
+        self._modules: dict[Stage, nn.Module] = {index: skeleton.layers[index] for index in self.indices}
+        self._modules |= {"norm": skeleton.norm, "head": skeleton.head}
+        # Without layers and norm, the body computes what enters the first layer.
+        skeleton.body.set_submodule(decoder.architecture.layers, nn.ModuleList())
+        skeleton.body.set_submodule(decoder.architecture.norm, nn.Identity())
+        self._modules["embeddings"] = skeleton.body
 
-    def module(self, index: int) -> nn.Module:
-        """The plain copy of a layer, filled or not."""
-        return self._layers[index][0]
+    def module(self, stage: Stage) -> nn.Module:
+        """The plain copy of a stage, filled or not."""
+        return self._modules[stage]
 
     def refresh(self) -> None:
         """Takes over the model's current weights, where they are kept. One all-gather per layer, norm and head."""
         if self._resident:
-            for pair in (*self._layers.values(), self._norm, self._head):
-                self._fill(*pair)
+            for stage in self._modules:
+                if stage != "embeddings":
+                    self._fill(stage)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """One layer, filled. Communicates one all-gather unless it is resident."""
-        with self._filled(*self._layers[index]) as module:
+    def stage(self, stage: Stage) -> Iterator[nn.Module]:
+        """One stage, filled. Communicates one all-gather unless it is resident."""
+        module = self._modules[stage]
+        if self._resident and stage != "embeddings":
             yield module
+            return
+        self._fill(stage)
+        try:
+            yield module
+        finally:
+            module.to("meta")
 
     @contextmanager
     def top(self) -> Iterator[tuple[nn.Module, nn.Linear]]:
         """Final norm and head, filled."""
-        with self._filled(*self._norm) as norm, self._filled(*self._head) as head:
+        with self.stage("norm") as norm, self.stage("head") as head:
             assert isinstance(head, nn.Linear)
             yield norm, head
+
+    def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """What enters the first layer, (B, T, H), from the filled embeddings; linear in `weights`, all of them by path.
+
+        Their tangents in place of the weights therefore give the derivative.
+        """
+        hidden: Tensor = functional_call(self._modules["embeddings"], dict(weights), (), body_inputs(batch))[0]
+        return hidden
 
     def forward(
         self,
@@ -72,21 +101,28 @@ class LayerStreamer:
             return _output_of(module(hidden_BTH, *inputs.args, **inputs.kwargs))
 
     def vjp(
-        self, module: nn.Module, hidden_BTH: Tensor, inputs: LayerInput, outgrad_BTH: Tensor
+        self,
+        module: nn.Module,
+        hidden_BTH: Tensor,
+        inputs: LayerInput,
+        outgrad_BTH: Tensor,
+        paths: Collection[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Vector-Jacobian product of a filled layer: gradients of <outgrad, output>.
+        """Vector-Jacobian product of a filled layer or norm: gradients of <outgrad, output>.
 
-        Returns the gradient at the input (B, T, H), and this rank's slices of the weights' gradients summed over all
-        ranks (float32, by name inside the layer; one reduce-scatter).
+        Returns the gradient at the input (B, T, H), and those of the parameters named by `paths`.
         """
         with torch.enable_grad():
             entry = hidden_BTH.detach().requires_grad_()
-            weights = {name: weight.detach().requires_grad_() for name, weight in module.named_parameters()}
+            weights = {path: module.get_parameter(path).detach().requires_grad_() for path in paths}
             with AttentionCapture(self._attention):
                 output = _output_of(functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs)))
-            gradients = torch.autograd.grad(output, [entry, *weights.values()], outgrad_BTH)
-        slices = collectives.sum_to_slices([gradient.float() for gradient in gradients[1:]])
-        return gradients[0], dict(zip(weights, slices, strict=True))
+            gradients = torch.autograd.grad(output, [entry, *weights.values()], outgrad_BTH, allow_unused=True)
+        pairs = zip(weights, gradients[1:], strict=True)
+        absent = {path: torch.zeros_like(weights[path]) for path, gradient in pairs if gradient is None}
+        return gradients[0], absent | {
+            path: gradient for path, gradient in zip(weights, gradients[1:], strict=True) if gradient is not None
+        }
 
     def jvp(
         self,
@@ -96,40 +132,37 @@ class LayerStreamer:
         inputs: LayerInput,
         weight_tangents: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Jacobian-vector product of a filled layer: output and its derivative, (B, T, H) each.
+        """Jacobian-vector product of a filled layer or norm: output and its derivative, of the input's shape each.
 
-        `tangent_BTH` is the direction of the input, `weight_tangents` (by name inside the layer, whole weights) those
+        `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module, whole weights) those
         of weights; absent ones do not move. Attention runs in query blocks, the only kernel with a forward derivative.
+        Raises UserError where a layer has an operation without one.
         """
         with torch.no_grad(), forward_ad.dual_level(), AttentionCapture(BLOCKED_ATTENTION):
             hidden = forward_ad.make_dual(hidden_BTH, tangent_BTH)
             weights = {
-                name: forward_ad.make_dual(weight.detach(), weight_tangents[name])
-                if name in weight_tangents
-                else weight
-                for name, weight in module.named_parameters()
+                path: forward_ad.make_dual(module.get_parameter(path).detach(), tangent)
+                for path, tangent in weight_tangents.items()
             }
-            output = _output_of(functional_call(module, weights, (hidden, *inputs.args), dict(inputs.kwargs)))
-            primal, tangent = forward_ad.unpack_dual(output)
+            try:
+                result = functional_call(module, weights, (hidden, *inputs.args), dict(inputs.kwargs))
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward AD" not in str(error) and "forward-mode" not in str(error) and "jvp" not in str(error):
+                    raise
+                raise UserError(
+                    f"valuation.estimator=exact is not possible with {type(self._decoder.model).__name__} here: a "
+                    f"{type(module).__name__} has no forward derivative ({error}); use valuation.estimator=ghost"
+                ) from None
+            primal, tangent = forward_ad.unpack_dual(_output_of(result))
             return primal, torch.zeros_like(primal) if tangent is None else tangent
 
-    @contextmanager
-    def _filled(self, module: nn.Module, source: nn.Module) -> Iterator[nn.Module]:
-        if self._resident:
-            yield module
-            return
-        self._fill(module, source)
-        try:
-            yield module
-        finally:
-            module.to("meta")
-
-    def _fill(self, module: nn.Module, source: nn.Module) -> None:
-        names, parameters = zip(*source.named_parameters(), strict=True)
-        state = dict(zip(names, zero3.full_weights(parameters, self._device), strict=True))
+    def _fill(self, stage: Stage) -> None:
+        module, source = self._modules[stage], self._decoder.stage(stage)
+        paths, parameters = zip(*self._decoder.stage_parameters(stage).items(), strict=True)
+        state = dict(zip(paths, zero3.full_weights(parameters, self._device), strict=True))
         module.load_state_dict(state, strict=False, assign=True)
-        for path, part in source.named_modules():
-            module.get_submodule(path)._buffers.update(part._buffers)
+        for path, part in module.named_modules():
+            part._buffers.update(source.get_submodule(path)._buffers)
 
 
 def _skeleton(decoder: Decoder) -> Decoder:

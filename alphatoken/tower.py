@@ -3,16 +3,15 @@
 From the hidden state that entered the scored layers it computes token losses and, in a backward pass of its own, the
 signals (h, d) of every scored linear, which it hands to a sink as they arise.
 
-`resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a time and the K entry
-states of all chunks, and runs each layer forward twice; every rank must then run it together.
+`resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a time and needs every
+state between the layers; every rank must then run it together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,10 +20,8 @@ from torch import Tensor, nn
 from alphatoken.architectures import Decoder, ScoredLinear
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import Entry, SignalCapture
-from alphatoken.losses import head_loss, loss_positions
+from alphatoken.passes import Chunk, Coefficients, chunks_of, top_backward
 from alphatoken.streamer import LayerStreamer
-
-Coefficients = Callable[[Tensor, Tensor], Tensor]
 
 
 class SignalSink(Protocol):
@@ -51,7 +48,7 @@ class Tower:
     ) -> None:
         first = len(decoder.layers) - depth
         self.scored: list[ScoredLinear] = decoder.scored_linears(depth)
-        self.streamer = LayerStreamer(decoder, first, device, resident)
+        self.streamer = LayerStreamer(decoder, first, device, resident=resident)
         self._softcap = decoder.logit_softcap
         self._resident = resident
         self._chunk_tokens = chunk_tokens
@@ -74,56 +71,42 @@ class Tower:
         `coefficients(nll_BT, response_BT)` (B, T) if given. The batch runs in chunks of whole sequences of at most
         `chunk_tokens` tokens, padding included; one without response positions yields no signals.
         """
-        batch, length = labels_BT.shape
-        size = max(1, self._chunk_tokens // length)
-        chunks = [
-            _Chunk(rows, entry.rows(rows), labels_BT[rows])
-            for rows in (slice(start, min(start + size, batch)) for start in range(0, batch, size))
-        ]
         run = self._run_resident if self._resident else self._run_streamed
-        return torch.cat(run(chunks, sink, coefficients))
+        return torch.cat(run(chunks_of(entry, labels_BT, self._chunk_tokens), sink, coefficients))
 
-    def _run_resident(self, chunks: list[_Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
+    def _run_resident(self, chunks: list[Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
         losses = []
         for chunk in chunks:
             with torch.enable_grad(), self._capture(self.layers, chunk, sink):
-                hidden_BTH = chunk.entry.hidden_BTH
+                hidden_BTH = chunk.entry.states[0]
                 if chunk.has_response:
                     for index in self.layers:
                         hidden_BTH = self._forward(index, self.streamer.module(index), hidden_BTH, chunk, sink)
                 with self.streamer.top() as top:
-                    nll_BT, outgrad_BTH = self._head(*top, hidden_BTH.detach(), chunk, coefficients)
+                    nll_BT, outgrad_BTH = top_backward(*top, hidden_BTH.detach(), chunk, self._softcap, coefficients)
                 if chunk.has_response:
                     hidden_BTH.backward(outgrad_BTH)
             losses.append(nll_BT)
         return losses
 
-    def _run_streamed(self, chunks: list[_Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
-        states = [[chunk.entry.hidden_BTH] for chunk in chunks]
-        with torch.no_grad():
-            for index in self.layers:
-                with self.streamer.layer(index) as module:
-                    for chunk, state in zip(chunks, states, strict=True):
-                        state.append(self._forward(index, module, state[-1], chunk, None))
+    def _run_streamed(self, chunks: list[Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
         with self.streamer.top() as top:
-            heads = [
-                self._head(*top, state.pop(), chunk, coefficients) for chunk, state in zip(chunks, states, strict=True)
-            ]
+            heads = [top_backward(*top, chunk.entry.states[-1], chunk, self._softcap, coefficients) for chunk in chunks]
         outgrads = [outgrad_BTH for _, outgrad_BTH in heads]
-        for index in reversed(self.layers):
-            with self.streamer.layer(index) as module, sink.layer(index):
-                for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-                    hidden_BTH = state.pop()
+        for place, index in reversed(list(enumerate(self.layers))):
+            with self.streamer.stage(index) as module, sink.layer(index):
+                for number, chunk in enumerate(chunks):
                     if not chunk.has_response:
                         continue
+                    hidden_BTH = chunk.entry.states[place].detach()
                     with torch.enable_grad(), self._capture([index], chunk, sink):
-                        hidden_BTH.requires_grad_(index != self.layers[0])
+                        hidden_BTH.requires_grad_(place > 0)
                         self._forward(index, module, hidden_BTH, chunk, sink).backward(outgrads[number])
                     if hidden_BTH.grad is not None:
                         outgrads[number] = hidden_BTH.grad
         return [nll_BT for nll_BT, _ in heads]
 
-    def _capture(self, layers: Iterable[int], chunk: _Chunk, sink: SignalSink) -> SignalCapture:
+    def _capture(self, layers: Iterable[int], chunk: Chunk, sink: SignalSink) -> SignalCapture:
         linears = {
             scored.name: self.streamer.module(scored.layer).get_submodule(scored.path)
             for scored in self.scored
@@ -132,39 +115,8 @@ class Tower:
         return SignalCapture(linears, partial(sink.signal, chunk.rows))
 
     def _forward(
-        self, index: int, module: nn.Module, hidden_BTH: Tensor, chunk: _Chunk, sink: SignalSink | None
+        self, index: int, module: nn.Module, hidden_BTH: Tensor, chunk: Chunk, sink: SignalSink | None
     ) -> Tensor:
         watch = None if sink is None else partial(sink.attention, chunk.rows)
         inputs = chunk.entry.layer_inputs[index - self.layers[0]]
         return self.streamer.forward(module, hidden_BTH, inputs, watch)
-
-    def _head(
-        self, norm: nn.Module, head: nn.Linear, hidden_BTH: Tensor, chunk: _Chunk, coefficients: Coefficients | None
-    ) -> tuple[Tensor, Tensor]:
-        """Token losses (B, T) and the gradient of their (scaled) sum at the last layer's output (B, T, H)."""
-        response_BT, targets_BT = loss_positions(chunk.labels_BT)
-        with torch.enable_grad():
-            hidden_RH = hidden_BTH[response_BT].requires_grad_()
-            normed_RH = norm(hidden_RH)
-        nll_R, outgrad_RH = head_loss(normed_RH.detach(), head, targets_BT[response_BT], self._softcap)
-        nll_BT = torch.zeros(response_BT.shape, device=nll_R.device)
-        nll_BT[response_BT] = nll_R
-        if coefficients is not None:
-            scale_R = coefficients(nll_BT, response_BT)[response_BT]
-            outgrad_RH = outgrad_RH * scale_R[:, None].to(outgrad_RH.dtype)
-        outgrad_BTH = torch.zeros_like(hidden_BTH)
-        (outgrad_BTH[response_BT],) = torch.autograd.grad(normed_RH, hidden_RH, outgrad_RH)
-        return nll_BT, outgrad_BTH
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some sequences of the batch."""
-
-    rows: slice
-    entry: Entry
-    labels_BT: Tensor
-
-    @cached_property
-    def has_response(self) -> bool:
-        return bool(loss_positions(self.labels_BT)[0].any())

@@ -36,10 +36,10 @@ from alphatoken.engine import (
 )
 from alphatoken.errors import NonFiniteError
 from alphatoken.estimation import build_drift, estimate_fisher
+from alphatoken.estimators import build_scorer
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
 from alphatoken.report import Metrics, Report, ValuedText, peak_memory
-from alphatoken.scorer import Scorer
 from alphatoken.selection import Policy, Selection, scheduled_ratio
 from alphatoken.slices import TensorFile
 from alphatoken.statistics import StepStatistics
@@ -87,9 +87,10 @@ class Trainer:
         self._notes: list[str] = []
         self._drift: Drift | None = None
         if config.valuation.enabled:
-            self._notes = decoder.left_out(scored_depth(config.valuation.layers, len(decoder.layers)))
+            chosen, depth = config.valuation, scored_depth(config.valuation.layers, len(decoder.layers))
+            self._notes = decoder.left_out(depth, chosen.parameters, chosen.estimator)
             self._drift = self._build_drift(decoder)
-            self._model.attach(Scorer(decoder, config.valuation, self._device, self._drift))
+            self._model.attach(build_scorer(decoder, chosen, self._device, self._drift, config.optim))
         self._first_step = 0
         if checkpoint is not None:
             self._first_step, state = load_checkpoint(self._engine, checkpoint)
@@ -249,12 +250,12 @@ class Trainer:
             return
         draw, waited = divmod(step, self._config.valuation.refresh_every)
         if waited:
-            scorer.refresh(None)
+            scorer.refresh(None, optimizer_steps=step)
             return
         order = _order(validation, self._config.train.seed, stream=1)
         rows = order.step(draw, self._config.valuation.validation_sequences)
         batches = self._micro_batches(validation, rows, step)
-        losses = scorer.refresh(batches, own_tokens * self._config.valuation.refresh_every)
+        losses = scorer.refresh(batches, own_tokens * self._config.valuation.refresh_every, optimizer_steps=step)
         for batch, nll_BT in zip(batches, losses, strict=True):
             statistics.add_validation(batch, nll_BT)
 
@@ -330,12 +331,12 @@ class Trainer:
         try:
             return statistics.reduce(response_tokens, kept_tokens)
         except NonFiniteError as error:
-            linears = self._model.scorer.nonfinite_linears() if self._model.scorer else []
+            faulty = self._model.scorer.nonfinite_parts() if self._model.scorer else []
             parts = self._splits.named()
             rows = [f"{part} {parts[part].location(row)}" for part, row in statistics.faulty_rows()]
             own = f"rank {collectives.rank()}: {', '.join(rows)}" if rows else ""
-            if own and linears:
-                own += f" (signals of {len(linears)} linears, the last in the forward pass: {linears[-1]})"
+            if own and faulty:
+                own += f" (signals of {len(faulty)} parts, the last in the forward pass: {faulty[-1]})"
             found = "\n  ".join(line for line in collectives.gather_objects(own) if line)
             raise NonFiniteError(
                 f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n  {found}\n"

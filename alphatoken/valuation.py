@@ -1,4 +1,4 @@
-"""The algebra of token values (estimator `ghost`): plain tensors, no modules, no ranks.
+"""The algebra of token values: plain tensors, no modules, no ranks.
 
 Shape legend: B sequences, T loss positions, R scored positions (flattened over B and T), N validation positions,
 I and O the input and output features of one linear map with weight W (O, I).
@@ -25,7 +25,7 @@ class TokenValues:
     """Values of every loss position, (B, T) float32 each, zero off the response; positive is worth training on.
 
     `composite` is Eq. 12. When only the composite was computed (`split_terms: false`) the four terms are NaN
-    on the response.
+    on the response. Estimator `exact` does not tell causal from direct paths: the direct terms hold both.
     """
 
     direct_target: Tensor
@@ -156,23 +156,7 @@ def drift(fisher: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
     return fisher.float() * (weight.float() - reference.float())
 
 
-# Rows of a sequence's gradient that are formed at once when it is squared.
-SQUARE_BLOCK_ELEMENTS = 2**22
-
-
-def add_fisher_square(
-    total_OI: Tensor, outgrad_BTO: Tensor, act_BTI: Tensor, square: Literal["token", "sequence"]
-) -> None:
-    """Adds the squared gradients of B sequences to `total_OI` (float32), in place (Eq. 5, before the mean).
-
-    token, as published: sum over all positions of d_t[i]^2 h_t[j]^2. sequence, the true diagonal: for each sequence
-    (sum_t d_t[i] h_t[j])^2, a block of rows at a time. Positions without gradient, such as padding, add nothing.
-    """
-    if square == "token":
-        total_OI.addmm_(outgrad_BTO.flatten(0, 1).float().square().T, act_BTI.flatten(0, 1).float().square())
-        return
-    rows = max(1, SQUARE_BLOCK_ELEMENTS // total_OI.shape[1])
-    for outgrad_TO, act_TI in zip(outgrad_BTO, act_BTI.float(), strict=True):
-        for start in range(0, total_OI.shape[0], rows):
-            block = slice(start, start + rows)
-            total_OI[block] += (outgrad_TO[:, block].float().T @ act_TI).square_()
+def adam_scale(second_moment: Tensor, steps: int, beta2: float, eps: float) -> Tensor:
+    """What Adam multiplies a gradient by after `steps` >= 1 steps: 1 / (sqrt(v / (1 - beta2^steps)) + eps), float32."""
+    unbiased = second_moment.float() / (1 - beta2**steps)
+    return (unbiased.sqrt_() + eps).reciprocal_()

@@ -83,14 +83,38 @@ def padded(own: Tensor, parameter: Parameter) -> Tensor:
     return nn.functional.pad(own, (0, length - own.numel()))
 
 
-def sum_to_slice(whole: Tensor, parameter: Parameter) -> Tensor:
-    """This rank's slice, flat and padded, of the sum over ranks of tensors shaped like the whole weight.
+def sum_to_slices(wholes: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
+    """This rank's slices, flat and padded, of the sums over ranks of tensors shaped like the whole weights.
 
-    One reduce-scatter of the tensor; an all-reduce where the parameter is not sharded.
+    One reduce-scatter of the tensors; an all-reduce of each where the parameters are not sharded.
     """
-    if is_sharded(parameter):
-        return collectives.sum_to_slices([whole])[0]
-    return collectives.sum_over_ranks(whole).flatten()
+    if wholes and is_sharded(parameters[0]):
+        return collectives.sum_to_slices(wholes)
+    return [collectives.sum_over_ranks(whole).flatten() for whole in wholes]
+
+
+def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
+    """Tensors shaped like the whole weights from this and all other ranks' slices of them, in one all-gather."""
+    shapes = [full_shape(parameter) for parameter in parameters]
+    if slices and is_sharded(parameters[0]):
+        return collectives.gather_slices(slices, shapes)
+    return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
+
+
+@torch.no_grad()
+def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor | None:
+    """This rank's slice of Adam's second moment, laid out like `master_slice`; None before the first optimizer step.
+
+    At stages 1 and 2 the whole of it, gathered from the ranks that hold its parts, so every rank must ask.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+    read = safe_get_local_optimizer_state if is_sharded(parameter) else safe_get_full_optimizer_state
+    try:
+        moment: Any = read(parameter, "exp_avg_sq")
+    except KeyError:  # there is no state yet
+        return None
+    return None if moment is None else moment.detach().flatten().to(device=device, dtype=torch.float32)
 
 
 # Odd 64-bit constants (the golden ratio and a prime of xxHash) as signed integers.
@@ -115,7 +139,7 @@ def checksums(
             own = read(name, start, end)
         else:
             own = (parameter.ds_tensor if is_sharded(parameter) else parameter).detach().flatten()[: end - start]
-        for block in own.split(2**22):
+        for block in own.split(2**18):
             bits = block.to(device, torch.bfloat16).view(torch.int16).long()
             place = torch.arange(start, start + len(bits), device=device) * _SPREAD
             start += len(bits)

@@ -114,22 +114,18 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
         batch = trainer._micro_batches(trainer._splits.train, rows, step=0)[0]
         with torch.no_grad(), EntryCapture(list(decoder.layers)[1:]) as capture:
             decoder.hidden_states(batch)
-        streamer = LayerStreamer(decoder, 1, trainer._device, resident=False)
+        streamer = LayerStreamer(decoder, 1, trainer._device, resident=False, forward_mode=True)
         streamer.refresh()
         generator = torch.Generator().manual_seed(collectives.rank())
-        hidden = capture.entry.hidden_BTH
+        hidden = capture.entry.states[0]
         products = {}
         for index, inputs in zip(streamer.indices, capture.entry.layer_inputs, strict=True):
             outgrad = torch.randn(hidden.shape, generator=generator)
-            with streamer.layer(index) as module, torch.no_grad():
+            with streamer.stage(index) as module, torch.no_grad():
                 output = streamer.forward(module, hidden, inputs)
-                gradient, slices = streamer.vjp(module, hidden, inputs, outgrad)
-                shapes = [parameter.shape for parameter in module.parameters()]
-                whole = collectives.gather_slices(list(slices.values()), shapes)
-                tangents = {
-                    weight: torch.randn(shape, generator=generator)
-                    for weight, shape in zip(slices, shapes, strict=True)
-                }
+                paths = [path for path, _ in module.named_parameters()]
+                gradient, weights = streamer.vjp(module, hidden, inputs, outgrad, paths)
+                tangents = {path: torch.randn(each.shape, generator=generator) for path, each in weights.items()}
                 _, derivative = streamer.jvp(module, hidden, outgrad, inputs, tangents)
             products[index] = {
                 "hidden": hidden,
@@ -137,7 +133,7 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
                 "outgrad": outgrad,
                 "output": output,
                 "gradient": gradient,
-                "weights": dict(zip(slices, whole, strict=True)),
+                "weights": weights,
                 "tangents": tangents,
                 "derivative": derivative,
             }

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.oracle import Scored, oracle_copy, sequence_signals
@@ -35,6 +36,53 @@ def squares(model: PreTrainedModel, names: Collection[str], ids: Tensor, labels:
         transposed = _is_transposed(model, name)
         found[name] = Squares(pair.token.T, pair.sequence.T) if transposed else pair
     return found
+
+
+def position_gradients(
+    model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor
+) -> dict[str, list[Tensor]]:
+    """The gradient of the summed loss by any parameter, position by position of the modules that own it.
+
+    For every position one pass over the sequence, in which the owners use the parameter there, and a constant of the
+    same value elsewhere. `model` is an `oracle_copy`.
+    """
+    owners: dict[int, nn.Module] = {}
+    parameters = [model.get_parameter(name) for name in names]
+    wanted = {id(parameter) for parameter in parameters}
+    for module in model.modules():
+        if any(id(own) in wanted for own in module.parameters(recurse=False)):
+            owners[id(module)] = module
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for position in range(len(ids)):
+        with ExitStack() as stack:
+            for module in owners.values():
+                stack.enter_context(_parameters_at(module, position))
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        nll = nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        gradients = torch.autograd.grad(nll, parameters, allow_unused=True)
+        for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+            found[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return found
+
+
+@contextmanager
+def _parameters_at(module: nn.Module, position: int) -> Iterator[None]:
+    """Lets gradients reach a module's parameters through one position of its output, (1, T, ...), only."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = original(*args, **kwargs)
+        module.requires_grad_(False)
+        constant: Tensor = original(*args, **kwargs)
+        module.requires_grad_(True)
+        here = torch.arange(output.shape[1]) == position
+        return torch.where(here.view(1, -1, *[1] * (output.dim() - 2)), output, constant)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.forward = original
 
 
 def _is_transposed(model: PreTrainedModel, name: str) -> bool:

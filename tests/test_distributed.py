@@ -21,6 +21,7 @@ from tests.ranks import run_ranks
 from tests.tiny import CASES, SMALL, collate, tokenised
 
 GLOBAL_BATCH, MICRO_BATCH, KEEP = 12, 2, 0.5
+SCORED_BY = ("estimator", "layers", "parameters", "window")
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
 
 
@@ -56,7 +57,7 @@ class PlainStep:
             collate([held_out[row] for row in validation]),
             fisher=fisher,
             reference=reference,
-            config=ValuationConfig(layers=valuation["layers"], window=valuation["window"]),
+            config=ValuationConfig.model_validate({key: valuation[key] for key in SCORED_BY if key in valuation}),
         )
         self.row_place = {int(row): place for place, row in enumerate(chosen)}
         lengths = np.array([len(train[row][0]) for row in chosen])
@@ -123,6 +124,10 @@ def variant(run_values: dict[str, Any], folder: Path, **sections: dict[str, Any]
     return values
 
 
+def exact(parameters: str, layers: int | str) -> dict[str, Any]:
+    return {"estimator": "exact", "parameters": parameters, "layers": layers, "window": 32}
+
+
 def stage(number: int) -> dict[str, Any]:
     return {"config": {"zero_optimization": {"stage": number}}}
 
@@ -157,6 +162,19 @@ def test_values_masks_and_gradient_equal_one_process(
         },
         **{f"stage {number}": {"valuation": stability, "deepspeed": stage(number)} for number in (0, 1, 2)},
         "stage 2, streamed": {"valuation": streamed, "deepspeed": stage(2)},
+        "exact": {"valuation": exact("linears", 2)},
+        "exact, norms": {"valuation": exact("norms", "all")},
+        "exact, all": {"valuation": {**exact("all", "all"), **stability}},
+        "exact, all, resident, chunked": {
+            "valuation": {**exact("all", "all"), **stability, "residency": "resident", "chunk_tokens": 1}
+        },
+        "exact, composite only, packed, checkpointed": {
+            "valuation": {**exact("all", 2), **stability, "split_terms": False},
+            "data": {"packing": True},
+            "train": {"gradient_checkpointing": True},
+        },
+        "exact, global batch": {"valuation": exact("all", 2), "selection": {"scope": "global_batch"}},
+        "exact, stage 2": {"valuation": {**exact("all", "all"), **stability}, "deepspeed": stage(2)},
     }
     configs = {
         name: variant(run_values, tmp_path / name.replace(" ", "-"), **sections) for name, sections in variants.items()
@@ -164,7 +182,8 @@ def test_values_masks_and_gradient_equal_one_process(
     results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
     plain: dict[str, PlainStep] = {}
     for name, values in configs.items():
-        key = json.dumps(["fisher" in values["valuation"], values["selection"]["scope"]])
+        chosen = [values["valuation"].get(key) for key in SCORED_BY]
+        key = json.dumps(["fisher" in values["valuation"], values["selection"]["scope"], *chosen])
         if key not in plain:
             plain[key] = PlainStep(values)
             assert plain[key].values.direct_proxy.any() == ("fisher" in values["valuation"])

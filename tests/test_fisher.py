@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from functools import cache
@@ -12,23 +13,28 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from alphatoken import losses, valuation
-from alphatoken.architectures import Decoder, decoder_of
+from alphatoken import losses
+from alphatoken import squares as square_rules
+from alphatoken.architectures import ParameterSet, decoder_of
 from alphatoken.fisher import FisherSum
 from alphatoken.losses import draw_tokens, head_samples
 from alphatoken.sampling import rollouts, teacher_forced
-from tests.fisher_oracle import ExactFisher, Squares, completions, exact_fisher, squares
+from tests.fisher_oracle import ExactFisher, Squares, completions, exact_fisher, position_gradients, squares
 from tests.oracle import oracle_copy, relative_error
+from tests.test_exact import parameter_names
 from tests.tiny import CASES, VOCABULARY, collate, random_sequences, scored_linears
 
 CPU = torch.device("cpu")
 Square = Literal["token", "sequence"]
 SQUARES: tuple[Square, ...] = get_args(Square)
+WITHOUT_FISHER = r"experts|mlp\.gate\.|conv1d|A_log|dt_bias|linear_attn\.norm"
 BATCHES = ([(3, 9), (5, 4), (4, 0)], [(2, 14), (6, 1)])
 
 
-def built(name: str) -> PreTrainedModel:
-    model = CASES[name].build()
+def built(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = CASES[name].build().to(dtype)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped kernel has no float64
     if CASES[name].eager_only:
         model.set_attn_implementation("eager")
     return model
@@ -61,10 +67,8 @@ def expected_squares(name: str) -> dict[str, Squares]:
     }
 
 
-def add(total: FisherSum, decoder: Decoder, ids_BT: Tensor, labels_BT: Tensor) -> None:
-    with torch.no_grad(), total.capture() as capture:
-        decoder.hidden_states({"input_ids": ids_BT})
-    total.add(capture.entry, labels_BT)
+def add(total: FisherSum, ids_BT: Tensor, labels_BT: Tensor) -> None:
+    total.add(total.forward(ids_BT)[0], {"input_ids": ids_BT, "labels": labels_BT})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -83,15 +87,15 @@ def test_the_oracles_sequence_square_is_the_squared_gradient(name: str) -> None:
 @pytest.mark.parametrize("square", SQUARES)
 @pytest.mark.parametrize("name", CASES)
 def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
-    model = built(name)
+    model = built(name, torch.float64)  # squares double what rounding there is
     decoder = decoder_of(model)
     expected = expected_squares(name)
     tolerance = 1e-4 if name == "qwen3_5" else 1e-5  # its linear attention is float32 in the oracle too
     for chunk_tokens in (16384, 1):
-        total = FisherSum(decoder, 2, square, CPU, chunk_tokens)
+        total = FisherSum(decoder, 2, square, CPU, chunk_tokens=chunk_tokens)
         for sequences in relabelled_batches():
             batch = collate(sequences)
-            add(total, decoder, batch["input_ids"], batch["labels"])
+            add(total, batch["input_ids"], batch["labels"])
         assert total.slices.keys() == expected.keys()
         for linear, pair in expected.items():
             actual = total.slices[linear].view(model.get_parameter(linear).shape)
@@ -99,8 +103,37 @@ def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
             assert error <= tolerance, f"{linear} is off by {error:.1e} with chunk_tokens={chunk_tokens}"
 
         before = {linear: own.clone() for linear, own in total.slices.items()}
-        add(total, decoder, batch["input_ids"], torch.full_like(batch["labels"], -100))
+        add(total, batch["input_ids"], torch.full_like(batch["labels"], -100))
         assert all(torch.equal(own, before[linear]) for linear, own in total.slices.items())
+
+
+@pytest.mark.parametrize(("depth", "chosen"), [(None, "all"), (2, "all"), (2, "norms")])
+@pytest.mark.parametrize("name", CASES)
+def test_norms_embeddings_and_heads_match_the_oracle(name: str, depth: int | None, chosen: ParameterSet) -> None:
+    """Every parameter that has a Fisher, in both squares, from gradients position by position."""
+    model = built(name, torch.float64)
+    decoder = decoder_of(model)
+    batch = relabelled_batches()[0]
+    every_depth = len(decoder.layers) if depth is None else depth
+    totals = {square: FisherSum(decoder, every_depth, square, CPU, parameters=chosen) for square in SQUARES}
+    names = list(totals["token"].parameters)
+    expected_names = parameter_names(CASES[name], model, every_depth, chosen)
+    assert set(names) == {each for each in expected_names if not re.search(WITHOUT_FISHER, each)}
+    twin = oracle_copy(model)
+    expected = {each: Squares(torch.zeros(()), torch.zeros(())) for each in names}
+    for ids, labels in batch:
+        for each, gradients in position_gradients(twin, names, ids, labels).items():
+            stacked = torch.stack(gradients)
+            own = Squares(stacked.square().sum(0), stacked.sum(0).square())
+            expected[each] = Squares(*(a + b for a, b in zip(expected[each], own, strict=True)))
+    together = collate(batch)
+    for square, total in totals.items():
+        add(total, together["input_ids"], together["labels"])
+        for each in names:
+            actual = total.slices[each].view(model.get_parameter(each).shape)
+            error = relative_error(actual, getattr(expected[each], square))
+            # Norms, rotations and linear attention are float32 in the oracle too, and squares double that.
+            assert error <= (1e-4 if name == "qwen3_5" else 2e-5), f"{square} of {each} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("square", SQUARES)
@@ -110,10 +143,10 @@ def test_squaring_leaves_the_signals_as_they_were(monkeypatch: pytest.MonkeyPatc
     outgrad_BTO, act_BTI = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
     totals = []
     for block in (2**22, 3):
-        monkeypatch.setattr(valuation, "SQUARE_BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(square_rules, "SQUARE_BLOCK_ELEMENTS", block)
         before = outgrad_BTO.clone(), act_BTI.clone()
         totals.append(torch.ones(4, 3))
-        valuation.add_fisher_square(totals[-1], outgrad_BTO, act_BTI, square)
+        square_rules.add_linear_square(totals[-1], outgrad_BTO, act_BTI, square)
         assert outgrad_BTO.equal(before[0])
         assert act_BTI.equal(before[1])
     outer_BTOI = outgrad_BTO[..., None] * act_BTI[:, :, None]
@@ -154,7 +187,7 @@ class Sampled:
             for number, labels in enumerate(batch["labels"]):
                 self.counts[number % len(PROMPTS)][tuple(labels[labels != -100].tolist())] += 1
             for total in totals.values():
-                add(total, decoder, batch["input_ids"], batch["labels"])
+                add(total, batch["input_ids"], batch["labels"])
         self.estimate = {
             square: {name: total.slices[name].double() / DRAWS for name in self.names}
             for square, total in totals.items()

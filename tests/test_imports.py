@@ -14,11 +14,13 @@ LAYERS = (
     "config_file",
     "timing",
     "valuation",
+    "squares",
     "attention",
     "selection",
     "losses",
     "architectures",
     "capture",
+    "passes",
     "collectives",
     "zero3",
     "slices",
@@ -28,7 +30,11 @@ LAYERS = (
     "held_out",
     "tower",
     "fisher",
+    "gradient",
     "scorer",
+    "ghost",
+    "exact",
+    "estimators",
     "api",
     "model",
     "statistics",
@@ -40,7 +46,7 @@ LAYERS = (
     "training",
     "cli",
 )
-MATHEMATICS = ("valuation", "attention", "selection", "losses")
+MATHEMATICS = ("valuation", "squares", "attention", "selection", "losses")
 ALLOWED_IN_MATHEMATICS = {
     *("torch", "numpy", "math", "collections", "dataclasses", "typing", "fractions", "__future__", "alphatoken")
 }

@@ -16,9 +16,10 @@ from alphatoken.architectures import decoder_of
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import EntryCapture
 from alphatoken.drift import Drift
+from alphatoken.ghost import GhostScorer
 from alphatoken.held_out import HeldOutSignals
-from alphatoken.scorer import Scorer
-from alphatoken.tower import Coefficients, Tower
+from alphatoken.passes import Coefficients
+from alphatoken.tower import Tower
 from alphatoken.valuation import bilinear_product, cheaper_contraction, ghost_product, target_matrix
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
@@ -68,7 +69,7 @@ def test_direct_values_of_all_positions_sum_to_the_gradient_product(name: str, r
     decoder = decoder_of(model)
     tower = Tower(decoder, 3, CPU, resident=resident, chunk_tokens=30)
     tower.streamer.refresh()
-    with torch.no_grad(), EntryCapture(list(decoder.layers)[-3:]) as capture:
+    with torch.no_grad(), EntryCapture(list(decoder.layers)[-3:], decoder.norm) as capture:
         decoder.hidden_states({"input_ids": batch["input_ids"]})
     oriented = {name: matrix.T if case.transposed else matrix for name, matrix in matrices.items()}
     sink = ContractEverywhere(oriented)
@@ -155,14 +156,14 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
     config = ValuationConfig(layers=2, window=4, contraction=contraction)
 
     def scores(validation_scale: float, training_scale: float) -> TokenValues:
-        scorer = Scorer(decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU))
+        scorer = GhostScorer(decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU))
         run, coefficients = scorer.tower.run, scaled_by(validation_scale)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scorer.tower, "run", lambda entry, labels, sink: run(entry, labels, sink, coefficients))
             scorer.refresh([validation])
         with torch.no_grad(), scorer.capture() as capture:
             decoder.hidden_states(batch)
-        return scorer.score(capture.entry, batch["labels"], scaled_by(training_scale)).values
+        return scorer.score(capture.entry, batch, scaled_by(training_scale)).values
 
     once, scaled = scores(1.0, 1.0), scores(-2.0, 3.0)
     for term, factor in {"direct_target": -6, "causal_target": -6, "direct_proxy": 3, "causal_proxy": 3}.items():

@@ -23,7 +23,7 @@ from alphatoken.selection import uniform_noise
 from alphatoken.slices import TensorFile
 from alphatoken.statistics import rank_correlation
 from alphatoken.valuation import RunningScales
-from tests.fisher_oracle import squares
+from tests.fisher_oracle import position_gradients, squares
 from tests.oracle import oracle_copy, relative_error
 from tests.ranks import run_ranks
 from tests.test_training import changed
@@ -83,6 +83,10 @@ def test_estimates_on_any_number_of_ranks_equal_the_oracle(
             with_fisher(run_values, tmp_path / f"stage-{ranks}", sampling="empirical"),
             deepspeed={"config": {"zero_optimization": {"stage": 2}}},
         )
+        for square in ("token", "sequence"):
+            values = with_fisher(run_values, tmp_path / f"all-{square}-{ranks}", sampling="empirical", square=square)
+            exact = {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}
+            configs[f"all {square}"] = changed(values, valuation=exact)
         run_ranks("fisher_estimates", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -105,6 +109,20 @@ def test_estimates_on_any_number_of_ranks_equal_the_oracle(
                 for name in names:
                     error = relative_error(estimate[name], sums[name][index] / PROMPTS)
                     assert error <= 1e-5, f"{sampling}, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+    names = list(TensorFile(tmp_path / "all-token-1"))
+    assert len(names) == len(list(model.parameters()))
+    everything: dict[str, list[Tensor]] = {name: [torch.zeros(()), torch.zeros(())] for name in names}
+    for row in chosen:
+        for name, gradients in position_gradients(model, names, *rows[row]).items():
+            stacked = torch.stack(gradients)
+            own = stacked.square().sum(0), stacked.sum(0).square()
+            everything[name] = [total + square for total, square in zip(everything[name], own, strict=True)]
+    for ranks in (1, 2, 3):
+        for index, square in enumerate(("token", "sequence")):
+            estimate = TensorFile(tmp_path / f"all-{square}-{ranks}")
+            for name in names:
+                error = relative_error(estimate[name], everything[name][index] / PROMPTS)
+                assert error <= 1e-5, f"all parameters, {square}, {ranks} ranks: {name} is off by {error:.1e}"
     for ranks in (1, 2, 3):
         lower_stage, whole = TensorFile(tmp_path / f"stage-{ranks}"), TensorFile(tmp_path / "empirical-token-1")
         assert all(relative_error(lower_stage[name], whole[name]) <= 1e-5 for name in whole)

@@ -220,7 +220,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer_step(
             assert "step 1: a loss or signal is not finite; the optimizer step was not taken" in messages[part]
             assert f"data.{part} {tmp_path}/{part}.jsonl:3" in messages[part]
         assert [step["step"] for step in metrics_of(tmp_path / part)] == [0]
-    assert "signals of 14 linears, the last in the forward pass: model.layers.3.mlp.down_proj" in both[0]["train"]
+    assert "signals of 14 parts, the last in the forward pass: model.layers.3.mlp.down_proj" in both[0]["train"]
 
 
 @pytest.mark.slow

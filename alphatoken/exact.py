@@ -1,0 +1,210 @@
+"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda V, in forward mode.
+
+All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass through the scored layers
+in dual numbers, one layer at a time, without a backward pass, hooks or attention matrices. Every path counts.
+
+Shape legend: B sequences, T positions, R response positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from alphatoken import valuation, zero3
+from alphatoken.architectures import Decoder, Stage, scored_depth
+from alphatoken.capture import Entry, EntryCapture
+from alphatoken.config import OptimConfig, ValuationConfig
+from alphatoken.drift import Drift
+from alphatoken.errors import UserError
+from alphatoken.gradient import ValidationGradient
+from alphatoken.losses import head_jvp, loss_positions
+from alphatoken.passes import Chunk, Coefficients, chunks_of
+from alphatoken.scorer import Batch, Scorer, Scores
+from alphatoken.streamer import NO_INPUT, LayerStreamer
+from alphatoken.valuation import TERMS, TokenValues
+
+Direction = dict[str, Tensor]
+"""How the weights of a stage move: whole tensors by path inside it; absent ones do not move."""
+
+
+@dataclass(frozen=True)
+class _Dual:
+    """A chunk on its way up: the hidden state (B, T, H), and its derivative in each direction."""
+
+    chunk: Chunk
+    hidden_BTH: Tensor
+    tangents: tuple[Tensor, ...]
+
+
+class ExactScorer(Scorer):
+    """Values response tokens on the chosen parameters of the last K layers.
+
+    With `split_terms` and drift there are two directions, G and V, and a layer runs once for each; otherwise one, the
+    weighted sum. `balance` and `stability_weight` then work as in `ghost`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ValuationConfig,
+        device: torch.device,
+        drift: Drift | None,
+        optim: OptimConfig | None,
+    ) -> None:
+        super().__init__(decoder, config)
+        if config.preconditioner == "adam" and optim is None:
+            raise UserError("valuation.preconditioner=adam needs the optimizer of a training run; here it must be none")
+        self._adam = optim if config.preconditioner == "adam" else None
+        self._drift = drift
+        depth = scored_depth(config.layers, len(decoder.layers))
+        scored = decoder.scored_parameters(depth, config.parameters)
+        first = len(decoder.layers) - depth
+        self._streamer = LayerStreamer(decoder, first, device, resident=config.is_resident, forward_mode=True)
+        self._gradient = ValidationGradient(decoder, scored, self._streamer, device)
+        self._device = device
+        self._dtype = next(decoder.model.parameters()).dtype
+        self._embeds = any(each.stage == "embeddings" for each in scored)
+        self._stages: list[Stage] = [*self._streamer.indices, "norm", "head"]
+        if self._embeds:
+            self._stages.insert(0, "embeddings")
+        self._scored: dict[Stage, dict[str, tuple[str, nn.Parameter]]] = {stage: {} for stage in self._stages}
+        for each in scored:
+            parameter = decoder.stage_parameters(each.stage)[each.path]
+            self._scored[each.stage][each.path] = each.name, parameter
+        self._kept: dict[Stage, list[Direction]] = {}
+        self._optimizer_steps = 0
+        self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
+
+    @property
+    def _splits(self) -> bool:
+        return self.config.split_terms and self._drift is not None
+
+    def capture(self) -> EntryCapture:
+        return EntryCapture([self._decoder.layers[index] for index in self._streamer.indices])
+
+    def nonfinite_parts(self) -> list[str]:
+        flags = self._nonfinite.tolist()
+        self._nonfinite.zero_()
+        names = [f"layer {stage}" if isinstance(stage, int) else str(stage) for stage in self._stages]
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
+
+    @torch.no_grad()
+    def refresh(
+        self, batches: Sequence[Batch] | None, scored_tokens: int = 0, optimizer_steps: int = 0
+    ) -> list[Tensor]:
+        self._streamer.refresh()
+        self._optimizer_steps = optimizer_steps
+        losses = [] if batches is None else self._gradient.refresh(batches)
+        if self.config.is_resident:
+            self._kept = {stage: self._gather(stage) for stage in self._stages}
+        return losses
+
+    @torch.no_grad()
+    def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
+        response_BT, targets_BT = loss_positions(batch["labels"])
+        duals = self._enter(entry, batch)
+        for place, index in enumerate(self._streamer.indices):
+            directions = self._directions(index)
+            with self._streamer.stage(index) as module:
+                duals = [self._through(module, dual, place, directions) for dual in duals]
+        nll_BT = torch.zeros(response_BT.shape, device=self._device)
+        effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
+        norms, heads = self._directions("norm"), self._directions("head")
+        with self._streamer.top() as (norm, head):
+            for dual in duals:
+                rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
+                for effect_BT, tangent_BTH, norm_direction, head_direction in zip(
+                    effects, dual.tangents, norms, heads, strict=True
+                ):
+                    normed_RH, tangent_RH = self._streamer.jvp(
+                        norm, dual.hidden_BTH[response], tangent_BTH[response], NO_INPUT, norm_direction
+                    )
+                    targets_R = targets_BT[rows][response]
+                    nll_R, effect_R = head_jvp(
+                        normed_RH, tangent_RH, head, head_direction, targets_R, self._decoder.logit_softcap
+                    )
+                    nll_BT[rows][response] = nll_R
+                    effect_BT[rows][response] = effect_R
+                    self._watch("head", effect_R)
+        if coefficients is not None:
+            effects = [effect_BT * coefficients(nll_BT, response_BT) for effect_BT in effects]
+        return Scores(self._values(effects, response_BT), nll_BT)
+
+    def _enter(self, entry: Entry, batch: Batch) -> list[_Dual]:
+        """What enters the first scored layer: with embeddings among the scored it moves, else it stands still."""
+        chunks = chunks_of(entry, batch["labels"], self.config.chunk_tokens)
+        count = 2 if self._splits else 1
+        if not self._embeds:
+            still = [torch.zeros_like(chunk.entry.states[0]) for chunk in chunks]
+            pairs = zip(chunks, still, strict=True)
+            return [_Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count) for chunk, zero_BTH in pairs]
+        directions = self._directions("embeddings")
+        duals = []
+        with self._streamer.stage("embeddings"):
+            for chunk in chunks:
+                inputs = {key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch}
+                tangents = (self._streamer.embed(direction, inputs) for direction in directions)
+                duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
+        return duals
+
+    def _through(self, module: nn.Module, dual: _Dual, place: int, directions: list[Direction]) -> _Dual:
+        """One layer further."""
+        if not dual.chunk.has_response:
+            return dual
+        inputs = dual.chunk.entry.layer_inputs[place]
+        results = [
+            self._streamer.jvp(module, dual.hidden_BTH, tangent_BTH, inputs, direction)
+            for tangent_BTH, direction in zip(dual.tangents, directions, strict=True)
+        ]
+        tangents = tuple(tangent_BTH for _, tangent_BTH in results)
+        for tangent_BTH in tangents:
+            self._watch(self._streamer.indices[place], tangent_BTH)
+        return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
+
+    def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
+        if self.config.split_terms:
+            nothing_BT = torch.zeros_like(effects[0])
+            target_BT, proxy_BT = effects if self._splits else (effects[0], nothing_BT)
+            return TokenValues.from_terms([target_BT, nothing_BT, proxy_BT, nothing_BT], self.part_weights)
+        unknown_BT = torch.zeros_like(effects[0]).masked_fill(response_BT, torch.nan)
+        return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
+
+    def _directions(self, stage: Stage) -> list[Direction]:
+        return self._kept[stage] if self.config.is_resident else self._gather(stage)
+
+    def _gather(self, stage: Stage) -> list[Direction]:
+        """A stage's directions, whole, from all ranks' slices: one all-gather."""
+        scored = self._scored[stage]
+        targets, drifts = [], []
+        for name, parameter in scored.values():
+            scale = self._preconditioner(parameter)
+            targets.append(scale * self._gradient.own(name))
+            if self._drift is not None:
+                own = self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
+                drifts.append(scale * own)
+        if self._splits:
+            moving = [targets, drifts]
+        elif self._drift is not None:
+            weight = self.config.stability_weight
+            moving = [[target + weight * drift for target, drift in zip(targets, drifts, strict=True)]]
+        else:
+            moving = [targets]
+        slices = [own.to(self._dtype) for direction in moving for own in direction]
+        parameters = [parameter for _, parameter in scored.values()] * len(moving)
+        wholes = iter(zero3.whole_tensors(slices, parameters))
+        return [{path: next(wholes) for path in scored} for _ in moving]
+
+    def _preconditioner(self, parameter: nn.Parameter) -> Tensor | float:
+        """What Adam multiplies a gradient by, on this rank's slice; 1 before its first step."""
+        if self._adam is None or self._optimizer_steps == 0:
+            return 1.0
+        moment = zero3.second_moment_slice(parameter, self._device)
+        assert moment is not None, "an optimizer that has taken steps has a second moment"
+        return valuation.adam_scale(moment, self._optimizer_steps, self._adam.betas[1], self._adam.eps)
+
+    def _watch(self, stage: Stage, derivative: Tensor) -> None:
+        self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()
