@@ -52,7 +52,6 @@ DEFAULT_DEEPSPEED = {
         "stage": 3,
         "overlap_comm": False,  # DeepSpeed issues 5545 and 5347 report races with it
         "contiguous_gradients": True,
-        "memory_efficient_linear": False,  # it patches F.linear everywhere, the scoring tower's included
     }
 }
 
@@ -130,6 +129,15 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
             "zero_optimization.offload_param.device=nvme is not possible with valuation, which reads the weight shards "
             "between steps: use cpu, or valuation.enabled=false"
         )
+    if "zero_optimization" in values:
+        # By default it replaces F.linear in the whole process, by a function without a forward derivative.
+        zero = {"memory_efficient_linear": False, **values["zero_optimization"]}
+        if zero["memory_efficient_linear"] and config.valuation.estimator == "exact":
+            raise UserError(
+                "zero_optimization.memory_efficient_linear=true is not possible with valuation.estimator=exact, as its "
+                "linear has no forward derivative: set it to false"
+            )
+        values = {**values, "zero_optimization": zero}
     return {
         **values,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from alphatoken.architectures import Decoder
-from alphatoken.config import OptimConfig, ValuationConfig
+from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
-from alphatoken.exact import ExactScorer
+from alphatoken.exact import ExactScorer, SliceScale
 from alphatoken.ghost import GhostScorer
 from alphatoken.scorer import Scorer
 
@@ -17,12 +17,13 @@ def build_scorer(
     config: ValuationConfig,
     device: torch.device,
     drift: Drift | None,
-    optim: OptimConfig | None = None,
+    adam_scale: SliceScale | None = None,
 ) -> Scorer:
-    """`optim` is that of the run, if there is one. Every rank must call it.
+    """`adam_scale`, for `preconditioner: adam`, is what the run's optimizer multiplies gradients by.
 
-    Raises UserError when the model has not the configured layers or parameters, or no optimizer that is needed.
+    Every rank must call it. Raises UserError when the model has not the configured layers or parameters, or
+    `adam_scale` is needed and missing.
     """
     if config.estimator == "ghost":
         return GhostScorer(decoder, config, device, drift)
-    return ExactScorer(decoder, config, device, drift, optim)
+    return ExactScorer(decoder, config, device, drift, adam_scale)

@@ -8,16 +8,16 @@ Shape legend: B sequences, T positions, R response positions, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from alphatoken import valuation, zero3
+from alphatoken import zero3
 from alphatoken.architectures import Decoder, Stage, scored_depth
 from alphatoken.capture import Entry, EntryCapture
-from alphatoken.config import OptimConfig, ValuationConfig
+from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.errors import UserError
 from alphatoken.gradient import ValidationGradient
@@ -26,6 +26,9 @@ from alphatoken.passes import Chunk, Coefficients, chunks_of
 from alphatoken.scorer import Batch, Scorer, Scores
 from alphatoken.streamer import NO_INPUT, LayerStreamer
 from alphatoken.valuation import TERMS, TokenValues
+
+SliceScale = Callable[[nn.Parameter], Tensor | float]
+"""What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
 
 Direction = dict[str, Tensor]
 """How the weights of a stage move: whole tensors by path inside it; absent ones do not move."""
@@ -53,12 +56,12 @@ class ExactScorer(Scorer):
         config: ValuationConfig,
         device: torch.device,
         drift: Drift | None,
-        optim: OptimConfig | None,
+        adam_scale: SliceScale | None,
     ) -> None:
         super().__init__(decoder, config)
-        if config.preconditioner == "adam" and optim is None:
+        if config.preconditioner == "adam" and adam_scale is None:
             raise UserError("valuation.preconditioner=adam needs the optimizer of a training run; here it must be none")
-        self._adam = optim if config.preconditioner == "adam" else None
+        self._scale = adam_scale if config.preconditioner == "adam" else None
         self._drift = drift
         depth = scored_depth(config.layers, len(decoder.layers))
         scored = decoder.scored_parameters(depth, config.parameters)
@@ -76,7 +79,6 @@ class ExactScorer(Scorer):
             parameter = decoder.stage_parameters(each.stage)[each.path]
             self._scored[each.stage][each.path] = each.name, parameter
         self._kept: dict[Stage, list[Direction]] = {}
-        self._optimizer_steps = 0
         self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
 
     @property
@@ -93,11 +95,8 @@ class ExactScorer(Scorer):
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     @torch.no_grad()
-    def refresh(
-        self, batches: Sequence[Batch] | None, scored_tokens: int = 0, optimizer_steps: int = 0
-    ) -> list[Tensor]:
+    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
         self._streamer.refresh()
-        self._optimizer_steps = optimizer_steps
         losses = [] if batches is None else self._gradient.refresh(batches)
         if self.config.is_resident:
             self._kept = {stage: self._gather(stage) for stage in self._stages}
@@ -181,7 +180,7 @@ class ExactScorer(Scorer):
         scored = self._scored[stage]
         targets, drifts = [], []
         for name, parameter in scored.values():
-            scale = self._preconditioner(parameter)
+            scale = 1.0 if self._scale is None else self._scale(parameter)
             targets.append(scale * self._gradient.own(name))
             if self._drift is not None:
                 own = self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
@@ -197,14 +196,6 @@ class ExactScorer(Scorer):
         parameters = [parameter for _, parameter in scored.values()] * len(moving)
         wholes = iter(zero3.whole_tensors(slices, parameters))
         return [{path: next(wholes) for path in scored} for _ in moving]
-
-    def _preconditioner(self, parameter: nn.Parameter) -> Tensor | float:
-        """What Adam multiplies a gradient by, on this rank's slice; 1 before its first step."""
-        if self._adam is None or self._optimizer_steps == 0:
-            return 1.0
-        moment = zero3.second_moment_slice(parameter, self._device)
-        assert moment is not None, "an optimizer that has taken steps has a second moment"
-        return valuation.adam_scale(moment, self._optimizer_steps, self._adam.betas[1], self._adam.eps)
 
     def _watch(self, stage: Stage, derivative: Tensor) -> None:
         self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()

@@ -60,9 +60,7 @@ class GhostScorer(Scorer):
         return [name for name, flag in zip(self.linears, flags, strict=True) if flag]
 
     @torch.no_grad()
-    def refresh(
-        self, batches: Sequence[Batch] | None, scored_tokens: int = 0, optimizer_steps: int = 0
-    ) -> list[Tensor]:
+    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
         self.tower.streamer.refresh()
         losses = []
         if batches is not None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken import collectives
+from alphatoken import collectives, zero3
 from alphatoken.architectures import (
     Decoder,
     decoder_of,
@@ -44,6 +44,7 @@ from alphatoken.selection import Policy, Selection, scheduled_ratio
 from alphatoken.slices import TensorFile
 from alphatoken.statistics import StepStatistics
 from alphatoken.timing import Stopwatch
+from alphatoken.valuation import adam_scale
 
 
 class Trainer:
@@ -90,8 +91,8 @@ class Trainer:
             chosen, depth = config.valuation, scored_depth(config.valuation.layers, len(decoder.layers))
             self._notes = decoder.left_out(depth, chosen.parameters, chosen.estimator)
             self._drift = self._build_drift(decoder)
-            self._model.attach(build_scorer(decoder, chosen, self._device, self._drift, config.optim))
-        self._first_step = 0
+            self._model.attach(build_scorer(decoder, chosen, self._device, self._drift, self._adam_scale))
+        self._first_step = self._steps_taken = 0
         if checkpoint is not None:
             self._first_step, state = load_checkpoint(self._engine, checkpoint)
             if self._model.scorer is not None:
@@ -155,6 +156,7 @@ class Trainer:
     def _optimizer_step(self, step: int, report: Report) -> Metrics:
         """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the accumulation window."""
         began = time.perf_counter()
+        self._steps_taken = step
         self._model.selection = self._selection_at(step)
         rows = self._train_order.step(step, self._config.train.global_batch_size)
         batches = self._micro_batches(self._splits.train, rows, step)
@@ -248,16 +250,25 @@ class Trainer:
         scorer, validation = self._model.scorer, self._splits.validation
         if scorer is None or validation is None:
             return
+        if self._config.valuation.preconditioner == "adam" and self._steps_taken > 0:
+            zero3.link_moments(self._engine)
         draw, waited = divmod(step, self._config.valuation.refresh_every)
         if waited:
-            scorer.refresh(None, optimizer_steps=step)
+            scorer.refresh(None)
             return
         order = _order(validation, self._config.train.seed, stream=1)
         rows = order.step(draw, self._config.valuation.validation_sequences)
         batches = self._micro_batches(validation, rows, step)
-        losses = scorer.refresh(batches, own_tokens * self._config.valuation.refresh_every, optimizer_steps=step)
+        losses = scorer.refresh(batches, own_tokens * self._config.valuation.refresh_every)
         for batch, nll_BT in zip(batches, losses, strict=True):
             statistics.add_validation(batch, nll_BT)
+
+    def _adam_scale(self, parameter: nn.Parameter) -> Tensor | float:
+        """What the optimizer multiplies a gradient by, on this rank's slice; 1 before its first step."""
+        if self._steps_taken == 0:
+            return 1.0
+        moment, chosen = zero3.second_moment_slice(parameter, self._device), self._config.optim
+        return adam_scale(moment, self._steps_taken, chosen.betas[1], chosen.eps)
 
     def _evaluate(self, part: TokenDataset) -> float:
         """Mean loss per response token over all rows of `part`."""

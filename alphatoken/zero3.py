@@ -101,20 +101,29 @@ def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
     return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
 
 
+def link_moments(engine: Any) -> None:
+    """Lets `second_moment_slice` find Adam's moments; to be called after an optimizer step.
+
+    At stages 1 and 2 DeepSpeed (0.19.8) links them to parameters once the first parameter group has been stepped, when
+    the others have none yet, and never again.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
 @torch.no_grad()
-def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor | None:
-    """This rank's slice of Adam's second moment, laid out like `master_slice`; None before the first optimizer step.
+def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor:
+    """This rank's slice of Adam's second moment, float32, laid out like `master_slice`; after `link_moments`.
 
     At stages 1 and 2 the whole of it, gathered from the ranks that hold its parts, so every rank must ask.
     """
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     read = safe_get_local_optimizer_state if is_sharded(parameter) else safe_get_full_optimizer_state
-    try:
-        moment: Any = read(parameter, "exp_avg_sq")
-    except KeyError:  # there is no state yet
-        return None
-    return None if moment is None else moment.detach().flatten().to(device=device, dtype=torch.float32)
+    moment: Tensor = read(parameter, "exp_avg_sq").detach().flatten()
+    return moment.to(device=device, dtype=torch.float32)
 
 
 # Odd 64-bit constants (the golden ratio and a prime of xxHash) as signed integers.

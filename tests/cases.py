@@ -104,6 +104,36 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     return result
 
 
+def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Values of the next step's rows after some optimizer steps, with the weights and Adam's moments they depend on."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    results = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        report = Report(trainer._config, folder / "metrics.jsonl", 0, steps, active=False)
+        for step in range(steps):
+            trainer._optimizer_step(step, report)
+        trainer._steps_taken = steps
+        batches = trainer._micro_batches(
+            trainer._splits.train, trainer._train_order.step(steps, values["train"]["global_batch_size"]), steps
+        )
+        trainer._refresh(steps, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own_tokens=1)
+        rows = {}
+        for batch in batches:
+            value_BT = trainer._model.assess(batch)["values"]["direct_target"]
+            for number, row in enumerate(batch["rows"].tolist()):
+                rows[row] = value_BT[batch["document_ids"] == number]
+        parameters = {key.removeprefix("lm."): each for key, each in trainer._model.named_parameters() if "lm." in key}
+        results[name] = {
+            "rows": rows,
+            "weights": {key: safe_get_full_fp32_param(each).clone() for key, each in parameters.items()},
+            "moments": {key: safe_get_full_optimizer_state(each, "exp_avg_sq") for key, each in parameters.items()},
+        }
+        trainer._engine.destroy()
+    return results
+
+
 def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Forward, vjp and jvp of the last layers under ZeRO, on rows and directions of this rank's own."""
     results = {}

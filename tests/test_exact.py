@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
+from alphatoken.data.batches import Order
 from tests.exact_oracle import exact_values
 from tests.oracle import relative_error
-from tests.test_valuation import LENGTHS, VALIDATION_LENGTHS, stability
-from tests.tiny import CASES, TinyCase, collate, pack, random_sequences, scored_linears, unpack, unpad
+from tests.ranks import run_ranks
+from tests.test_training import changed
+from tests.test_valuation import LENGTHS, VALIDATION_LENGTHS, stability, with_adapters
+from tests.tiny import CASES, TinyCase, collate, pack, random_sequences, scored_linears, tokenised, unpack, unpad
 
 PARAMETERS = ("linears", "norms", "all")
 
@@ -79,3 +83,66 @@ def test_every_architecture_matches_per_token_gradients(name: str, depth: int | 
                 pack(setting.sequences, 2), pack(setting.validation, 1), residency="resident", chunk_tokens=1
             )
             setting.check(partial(unpack, sequences=setting.sequences, rows=2), values, "packed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_preconditioned_values_match_per_token_gradients(
+    world_size: int, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """After two optimizer steps: directions are multiplied by what Adam multiplies gradients by, at any ZeRO stage."""
+    settings = {"estimator": "exact", "parameters": "all", "layers": "all", "preconditioner": "adam", "window": 32}
+    values = changed(run_values, valuation={**settings, "stability_weight": 0.0}, train={"max_steps": 3})
+    configs = {
+        f"stage {stage}": changed(
+            values,
+            train={"output_dir": str(tmp_path / f"{stage}")},
+            deepspeed={"config": {"zero_optimization": {"stage": stage}}},
+        )
+        for stage in (1, 2, 3)
+    }
+    results = run_ranks("scored_after", world_size, tmp_path / "ranks", configs=configs, steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(run_values["model"]["name_or_path"])
+    train, held_out = (tokenised(tokenizer, run_values["data"][part]) for part in ("train", "validation"))
+    rows = Order([len(train)], None, (0, 0)).step(2, 12)
+    validation = Order([len(held_out)], None, (0, 1)).step(2, 5)
+    for name in configs:
+        model = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"])
+        model.load_state_dict(results[0][name]["weights"], strict=False)
+        scale = {key: 1 / ((v / (1 - 0.999**2)).sqrt() + 1e-8) for key, v in results[0][name]["moments"].items()}
+        expected = exact_values(
+            model, [train[row] for row in rows], [held_out[row] for row in validation], list(scale), scale=scale
+        )
+        actual = {row: value for result in results for row, value in result[name]["rows"].items()}
+        assert actual.keys() == set(rows.tolist())
+        error = relative_error(
+            torch.cat([actual[int(row)] for row in rows]), torch.cat([each["direct_target"] for each in expected])
+        )
+        assert error <= 1e-4, f"{name}: off by {error:.1e}"
+
+
+def test_what_exact_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate(random_sequences(LENGTHS, seed=1))
+    with pytest.raises(UserError, match="preconditioner=adam needs the optimizer of a training run"):
+        score_tokens(
+            CASES["llama"].build(), batch, batch, config=ValuationConfig(estimator="exact", preconditioner="adam")
+        )
+    adapted = with_adapters(CASES["llama"], CASES["llama"].build(), wrapped=False)
+    with pytest.raises(UserError, match="LoRA trains no norms"):
+        score_tokens(adapted, batch, batch, config=ValuationConfig(estimator="exact", parameters="norms", layers=2))
+    model = CASES["mixtral"].build()
+    monkeypatch.setattr(type(model), "set_experts_implementation", lambda *_: None)
+    with pytest.raises(UserError, match="not possible with MixtralForCausalLM here: a MixtralDecoderLayer has no forw"):
+        score_tokens(model, batch, batch, config=ValuationConfig(estimator="exact", layers=2))
+
+
+@pytest.mark.parametrize("chosen", ["linears", "all"])
+def test_adapters_are_what_is_scored_with_lora(chosen: str) -> None:
+    model = with_adapters(CASES["llama"], CASES["llama"].build(), wrapped=False)
+    sequences, validation = random_sequences(LENGTHS, seed=1), random_sequences(VALIDATION_LENGTHS, seed=2)
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    expected = exact_values(model, sequences, validation, names)
+    config = ValuationConfig.model_validate({"estimator": "exact", "layers": "all", "parameters": chosen})
+    values = score_tokens(model, collate(sequences), collate(validation), config=config)
+    actual = torch.cat(unpad(values.composite, sequences))
+    assert relative_error(actual, torch.cat([row["direct_target"] for row in expected])) <= 1e-4

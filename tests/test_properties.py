@@ -75,6 +75,16 @@ def test_direct_values_of_all_positions_sum_to_the_gradient_product(name: str, r
     sink = ContractEverywhere(oriented)
     nll_BT = tower.run(capture.entry, batch["labels"], sink)
     assert sink.total == pytest.approx(expected, rel=1e-4)
+    # `exact` spreads the same sum over the response tokens: with F = 1 and W_ref = W - u the drift is u.
+    values = score_tokens(
+        model,
+        batch,
+        batch,
+        fisher={name: torch.ones_like(matrix) for name, matrix in matrices.items()},
+        reference={name: model.get_parameter(name).detach() - matrix for name, matrix in matrices.items()},
+        config=ValuationConfig(estimator="exact", layers=3, residency="resident" if resident else "streamed"),
+    )
+    assert float(values.direct_proxy.sum()) == pytest.approx(expected, rel=1e-4)
     assert float(nll_BT.sum()) == pytest.approx(float(loss), rel=1e-5)
 
 

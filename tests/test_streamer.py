@@ -85,7 +85,7 @@ def test_products_under_zero_equal_one_process(world_size: int, run_values: dict
         f"stage {stage}": {
             **run_values,
             "train": {**run_values["train"], "output_dir": str(tmp_path / str(stage))},
-            "deepspeed": {"config": {"zero_optimization": {"stage": stage, "memory_efficient_linear": False}}},
+            "deepspeed": {"config": {"zero_optimization": {"stage": stage}}},
         }
         for stage in (2, 3)
     }
