@@ -8,6 +8,7 @@ Shape legend: B sequences, H query heads, G key/value heads (H a multiple of G),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,20 +88,36 @@ def log_sum_exp(call: AttentionCall, block: int = 128) -> Tensor:
     return torch.cat(blocks, dim=-1)
 
 
+class _Softmax(torch.autograd.Function):
+    """Softmax over the last dimension whose forward derivative takes the probabilities; torch's computes them anew."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores, dim=-1)
+        ctx.probabilities = probabilities
+        return probabilities
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        moved: Tensor = ctx.probabilities * tangent
+        return moved - ctx.probabilities * moved.sum(-1, keepdim=True)
+
+
 def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128) -> Tensor:
-    """softmax(scores) v, (B, H, T, D) in the dtype of the values, in blocks of `block` queries."""
+    """softmax(scores) v, (B, H, T, D) in the dtype of the values, in blocks of `block` queries; without a backward."""
     groups = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
     key_BHTD = call.key_BGTD.repeat_interleave(groups, dim=1)
     value_BHTD = value_BGTD.repeat_interleave(groups, dim=1)
     positions = torch.arange(call.query_BHTD.shape[2], device=key_BHTD.device)
     blocks = []
     for start in range(0, len(positions), block):
-        queries = positions[start : start + block]
-        keys = positions if call.visibility.explicit is not None else positions[: start + block]
+        queries = slice(start, start + block)
+        keys = slice(None) if call.visibility.explicit is not None else slice(start + block)
         products = (call.query_BHTD[:, :, queries] @ key_BHTD[:, :, keys].transpose(2, 3)).float()
         # The most negative finite number, not -inf: a query that sees nothing must not become NaN.
-        bias = call.visibility.bias(queries[:, None], keys[None, :]).clamp_min(torch.finfo(torch.float32).min)
-        probabilities = torch.softmax(call.scores(products) + bias, dim=-1)
+        bias = call.visibility.bias(positions[queries, None], positions[None, keys])
+        scores = call.scores(products) + bias.clamp_min(torch.finfo(torch.float32).min)
+        probabilities: Tensor = _Softmax.apply(scores)  # type: ignore[no-untyped-call]
         blocks.append(probabilities.to(value_BHTD.dtype) @ value_BHTD[:, :, keys])
     return torch.cat(blocks, dim=2)
 
