@@ -99,8 +99,9 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        moved: Tensor = ctx.probabilities * tangent
-        return moved - ctx.probabilities * moved.sum(-1, keepdim=True)
+        probabilities: Tensor = ctx.probabilities
+        moved = probabilities * tangent
+        return moved - probabilities * moved.sum(-1, keepdim=True)
 
 
 def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128) -> Tensor:

@@ -1,6 +1,6 @@
 """What values are worth: every estimator against explicit per-token gradients and against real optimizer steps.
 
-    python benchmarks/fidelity.py --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+    python -m benchmarks.fidelity --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
 
 One process, a copy of the model in float32 as the truth and one in bf16 for the estimators. Rows that are not longer
 than `--max-length` tokens are taken in order: first the validation sequences, then the responses to value.
@@ -350,9 +350,9 @@ def step_truth(truth: Truth, optimizers: Optimizers) -> dict[str, list[float]]:
     whole = {kind: optimizers.loss_after(kind, [each / tokens for each in total]) for kind in rises}
     for number, row in track(rows.sequences, "steps without a group"):
         losses_R = truth.losses(one_row(rows.train[number], row))
-        half = len(losses_R) // 2
-        for part in (slice(None, half), slice(half, None)):
-            left_out = truth.gradient(losses_R[part].sum(), keep_graph=True)
+        halves = losses_R.tensor_split(2)
+        gradients = [truth.gradient(part.sum(), keep_graph=True) for part in halves]  # before the weights move
+        for left_out in gradients:
             without = [(a - b) / tokens for a, b in zip(total, left_out, strict=True)]
             for kind in rises:
                 rises[kind].append(optimizers.loss_after(kind, without) - whole[kind])
@@ -365,12 +365,7 @@ def step_table(
     """By estimator and optimizer: rank correlation of summed values with the measured rise, with its interval."""
     table: dict[str, Any] = {}
     for name, values in found.items():
-        sums = [
-            float(part.sum())
-            for batch in values
-            for row in batch
-            for part in (row[: len(row) // 2], row[len(row) // 2 :])
-        ]
+        sums = [float(part.sum()) for batch in values for row in batch for part in row.tensor_split(2)]
         table[name] = {}
         for kind, measured in rises.items():
 
@@ -406,7 +401,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     values = truth.token_values()
     found_with_truth = {**found, "per-token gradients": values}
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python -m benchmarks.fidelity " + " ".join(sys.argv[1:]),
         "device": device_name(device),
         "versions": {package: version(package) for package in ("torch", "transformers", "alphatoken")},
         "model": Path(arguments.model).name,

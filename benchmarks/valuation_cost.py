@@ -2,11 +2,11 @@
 
     python benchmarks/valuation_cost.py --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
 
-One process. `plain` is this engine with valuation off; `valued` scores (paper settings: last 3 layers, window 32),
-selects half of the tokens and trains on them; `published` is the paper's procedure as its text describes it: validation
-sequences appended to every micro-batch, eager attention returning the weights of all layers, one backward pass for the
-signals and a second one, over the retained graph, for the masked loss. In its favour rows are padded to the longest
-only, and its head runs on response positions only. Each round runs every variant on the same micro-batch; the table
+One process. `plain` is this engine with valuation off; `valued` scores (paper settings: last 3 layers, window 32, but
+adaptation only), selects half of the tokens and trains on them; `published` is the paper's procedure as its text
+describes it: validation sequences appended to every micro-batch, eager attention returning the weights of all layers,
+one backward pass for the signals and a second one, over the retained graph, for the masked loss. In its favour rows are
+padded to the longest only, and its head runs on response positions only. Each round runs every variant on the same micro-batch; the table
 holds medians, and medians of the ratios within rounds.
 """
 
@@ -180,7 +180,7 @@ def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
             "max_length": arguments.max_length,
             "cache_dir": folder,
         },
-        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms},
+        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms, "stability_weight": 0.0},
         "selection": {"keep_ratio": 0.5},
         "train": {
             "global_batch_size": PAPER_MICRO_BATCHES * arguments.micro_batch,

@@ -1,0 +1,161 @@
+"""What estimator `exact` costs, for each set of parameters, beside `ghost`: on the same micro-batches of real rows.
+
+    python -m benchmarks.exact_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+
+One process. `plain` is the engine with valuation off; every other case scores, selects half of the response tokens and
+trains on them. Each round runs all cases on one micro-batch; ratios are medians over rounds of ratios within a round.
+Refreshing (once per optimizer step) is timed apart. Scores are of G + lambda V in one direction, as with
+`split_terms: false`; the case `two directions` keeps G and V apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from alphatoken.architectures import decoder_of, scored_depth
+from alphatoken.config import ValuationConfig
+from alphatoken.drift import Drift
+from alphatoken.estimators import build_scorer
+from alphatoken.scorer import Scorer
+from benchmarks.valuation_cost import PAPER_MICRO_BATCHES, Peak, build_trainer, device_name, flops, seconds
+
+
+def settings(layers: int) -> dict[str, dict[str, Any]]:
+    exact: dict[str, Any] = {"estimator": "exact", "layers": "all", "split_terms": False}
+    return {
+        "ghost, last 3": {"layers": 3, "split_terms": False},
+        f"exact, linears, last {layers // 2}": {**exact, "layers": layers // 2},
+        "exact, norms, all layers": {**exact, "parameters": "norms"},
+        "exact, linears, all layers": exact,
+        "exact, all parameters": {**exact, "parameters": "all"},
+        "exact, all parameters, two directions": {**exact, "parameters": "all", "split_terms": True},
+    }
+
+
+class Cases:
+    """Everything that is timed, by name; each call takes the number of a micro-batch."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
+        trainer = build_trainer(arguments, folder)
+        self.device = trainer._device
+        self._engine, self._model = trainer._engine, trainer._model
+        self._valued, self._all = trainer._selection_at(0), replace(trainer._selection_at(0), policy="all")
+        rows = trainer._train_order.step(0, PAPER_MICRO_BATCHES * arguments.micro_batch)
+        self._batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
+        # They come sorted by length: spread the rounds over all lengths.
+        self._picked = np.linspace(0, len(self._batches) - 1, arguments.rounds + 1).astype(int)
+        assert trainer._splits.validation is not None
+        self._held_out = trainer._micro_batches(
+            trainer._splits.validation, np.arange(arguments.validation_sequences), step=0
+        )
+        decoder = decoder_of(self._model.lm)
+        scorers: dict[str, Scorer] = {}
+        for name, values in settings(len(decoder.layers)).items():
+            config = ValuationConfig.model_validate(values)
+            stable = decoder.stable_parameters(scored_depth(config.layers, len(decoder.layers)), config.parameters)
+            ones = {key: torch.ones(1).expand(decoder.model.get_parameter(key).ds_shape) for key in stable}
+            scorers[name] = build_scorer(decoder, config, self.device, Drift(stable, ones, None, self.device))
+        self.calls: dict[str, Callable[[int], None]] = {"plain": self.plain}
+        self.calls |= {name: partial(self.valued, scorer) for name, scorer in scorers.items()}
+        self.refreshes = {name: partial(self.refresh, scorer) for name, scorer in scorers.items()}
+
+    def plain(self, number: int) -> None:
+        self._model.attach(None)
+        self._model.selection = self._all
+        self._train(number)
+
+    def valued(self, scorer: Scorer, number: int) -> None:
+        self._model.attach(scorer)
+        self._model.selection = self._valued
+        self._train(number)
+
+    def refresh(self, scorer: Scorer) -> None:
+        scorer.refresh(self._held_out, 0)
+
+    def _train(self, number: int) -> None:
+        total = self._engine(self._batches[self._picked[number]])["total"]
+        self._engine.backward(total / 1000, scale_wrt_gas=False)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        cases = Cases(arguments, folder)
+        peak = Peak(cases.device)
+        refreshes: dict[str, float] = {}
+        for name, refresh in cases.refreshes.items():
+            refresh()
+            refreshes[name] = statistics.median(seconds(refresh, cases.device) for _ in range(3))
+        for call in cases.calls.values():  # warm-up: lazy allocations, kernels, DeepSpeed's prefetch trace
+            call(0)
+        times: dict[str, list[float]] = {name: [] for name in cases.calls}
+        for number in range(1, arguments.rounds + 1):
+            for name, call in cases.calls.items():
+                times[name].append(seconds(partial(call, number), cases.device))
+        peaks = {name: peak.of(partial(call, 1)) for name, call in cases.calls.items()}
+        operations = {name: flops(partial(call, 1)) for name, call in cases.calls.items()}
+    return {
+        "command": "python -m benchmarks.exact_cost " + " ".join(sys.argv[1:]),
+        "device": device_name(cases.device),
+        "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},
+        "threads": torch.get_num_threads(),
+        "model": Path(arguments.model).name,
+        "micro_batch": arguments.micro_batch,
+        "validation_sequences": arguments.validation_sequences,
+        "seconds": times,
+        "seconds_of_refresh": refreshes,
+        "flops": operations,
+        "peak_bytes_above_resident": peaks,
+        "ratios": {
+            name: {
+                "valued / plain": statistics.median(a / b for a, b in zip(own, times["plain"], strict=True)),
+                "in FLOPs": operations[name] / operations["plain"],
+                "refresh / plain": refreshes[name] / statistics.median(times["plain"]),
+            }
+            for name, own in times.items()
+            if name != "plain"
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("case", "valued / plain, without refresh", "in FLOPs", "refresh / plain", title=result["device"])
+    for name, ratios in result["ratios"].items():
+        table.add_row(name, *(f"{ratios[key]:.2f}" for key in ("valued / plain", "in FLOPs", "refresh / plain")))
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}; the first 64 are held out")
+    parser.add_argument("--output", type=Path, help="where to write the result as JSON")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--validation-sequences", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
+    parser.set_defaults(split_terms=False)
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    show(result)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
