@@ -143,11 +143,10 @@ class ExactScorer(Scorer):
             return [_Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count) for chunk, zero_BTH in pairs]
         directions = self._directions("embeddings")
         duals = []
-        with self._streamer.stage("embeddings"):
-            for chunk in chunks:
-                inputs = {key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch}
-                tangents = (self._streamer.embed(direction, inputs) for direction in directions)
-                duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
+        for chunk in chunks:
+            inputs = {key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch}
+            tangents = (self._streamer.embed(direction, inputs) for direction in directions)
+            duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
         return duals
 
     def _through(self, module: nn.Module, dual: _Dual, place: int, directions: list[Direction]) -> _Dual:

@@ -99,13 +99,15 @@ class ValidationGradient:
 
     def _embeddings(self, batches: Sequence[Batch], outgrads: Sequence[Tensor]) -> None:
         gradients = self._zeros("embeddings")
-        with self._streamer.stage("embeddings") as module, torch.enable_grad():
-            for batch, outgrad_BTH in zip(batches, outgrads, strict=True):
-                weights = {path: module.get_parameter(path).detach().requires_grad_() for path in gradients}
+        # What is linear in its weights has the same gradient whatever they are, so they need not be gathered.
+        dtype = outgrads[0].dtype
+        weights = {path: torch.zeros_like(each, dtype=dtype).requires_grad_() for path, each in gradients.items()}
+        for batch, outgrad_BTH in zip(batches, outgrads, strict=True):
+            with torch.enable_grad():
                 hidden_BTH = self._streamer.embed(weights, batch)
-                found = torch.autograd.grad(hidden_BTH, list(weights.values()), outgrad_BTH)
-                for path, gradient in zip(weights, found, strict=True):
-                    gradients[path] += gradient
+            found = torch.autograd.grad(hidden_BTH, list(weights.values()), outgrad_BTH)
+            for path, gradient in zip(weights, found, strict=True):
+                gradients[path] += gradient
         self._reduce("embeddings", gradients)
 
     def _paths(self, stage: Stage) -> dict[str, str]:

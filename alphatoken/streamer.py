@@ -82,10 +82,11 @@ class LayerStreamer:
             yield norm, head
 
     def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """What enters the first layer, (B, T, H), from the filled embeddings; linear in `weights`, all of them by path.
+        """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by path); linear in them.
 
-        Their tangents in place of the weights therefore give the derivative.
+        Their tangents in place of the weights therefore give the derivative, and gradients depend on no weight.
         """
+        self._take_buffers("embeddings")
         hidden: Tensor = functional_call(self._modules["embeddings"], dict(weights), (), body_inputs(batch))[0]
         return hidden
 
@@ -157,11 +158,15 @@ class LayerStreamer:
             return primal, torch.zeros_like(primal) if tangent is None else tangent
 
     def _fill(self, stage: Stage) -> None:
-        module, source = self._modules[stage], self._decoder.stage(stage)
+        module = self._modules[stage]
         paths, parameters = zip(*self._decoder.stage_parameters(stage).items(), strict=True)
         state = dict(zip(paths, zero3.full_weights(parameters, self._device), strict=True))
         module.load_state_dict(state, strict=False, assign=True)
-        for path, part in module.named_modules():
+        self._take_buffers(stage)
+
+    def _take_buffers(self, stage: Stage) -> None:
+        source = self._decoder.stage(stage)
+        for path, part in self._modules[stage].named_modules():
             part._buffers.update(source.get_submodule(path)._buffers)
 
 

@@ -6,8 +6,8 @@ One process. `plain` is this engine with valuation off; `valued` scores (paper s
 adaptation only), selects half of the tokens and trains on them; `published` is the paper's procedure as its text
 describes it: validation sequences appended to every micro-batch, eager attention returning the weights of all layers,
 one backward pass for the signals and a second one, over the retained graph, for the masked loss. In its favour rows are
-padded to the longest only, and its head runs on response positions only. Each round runs every variant on the same micro-batch; the table
-holds medians, and medians of the ratios within rounds.
+padded to the longest only, and its head runs on response positions only. Each round runs every variant on the same
+micro-batch; the table holds medians, and medians of the ratios within rounds.
 """
 
 from __future__ import annotations
