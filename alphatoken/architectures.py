@@ -6,7 +6,6 @@ library speaks of a `Decoder`, which is one architecture applied to one model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +56,8 @@ class Architecture:
     """Parts of a layer with weights that are left out of the scored set (experts and their router)."""
     recurrent: bool = False
     """Whether some layers carry a state along the row, so that documents cannot be packed into one."""
+    head_first_norms: tuple[str, ...] = ()
+    """Norms of heads that see (B, heads, T, F) rather than (B, T, heads, F)."""
     external_weights: tuple[tuple[str, str], ...] = ()
     """(part of a layer, weight inside it) that the part reads without calling its module, as ZeRO-3 wants."""
 
@@ -66,15 +67,18 @@ GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 LLAMA_LIKE = Architecture(linears=(*ATTENTION, *GATED_MLP), value_projection="self_attn.v_proj")
 
+GEMMA3 = replace(LLAMA_LIKE, head_first_norms=("self_attn.q_norm", "self_attn.k_norm"))
+
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(
         (
             *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
-            *("Gemma3ForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM"),
+            *("Olmo2ForCausalLM", "SmolLM3ForCausalLM"),
         ),
         LLAMA_LIKE,
     ),
-    "Gemma3ForConditionalGeneration": replace(LLAMA_LIKE, body="model.language_model"),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(GEMMA3, body="model.language_model"),
     "Qwen3_5ForCausalLM": replace(
         LLAMA_LIKE,
         linears=(
@@ -237,7 +241,7 @@ class Decoder:
         for stage in stages:
             for path, parameter in self.stage_parameters(stage).items():
                 name, owner = names[id(parameter)], self.stage(stage).get_submodule(path.rpartition(".")[0])
-                among = {"linears": name in linears, "norms": "Norm" in type(owner).__name__, "all": True}[chosen]
+                among = {"linears": name in linears, "norms": is_norm(owner), "all": True}[chosen]
                 tied_alone = first > 0 and id(parameter) in embeddings
                 if among and not tied_alone and (name in linears or not self.has_adapters):
                     found.append(ScoredParameter(name, stage, path, _kind_of(owner)))
@@ -313,12 +317,17 @@ class Decoder:
         return any(hasattr(module, "lora_A") for module in self.layers.modules())
 
 
+def is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
 def _kind_of(owner: nn.Module) -> Literal["linear", "norm", "embedding", "other"]:
     if isinstance(owner, nn.Linear | Conv1D):
         return "linear"
     if isinstance(owner, nn.Embedding):
         return "embedding"
-    return "norm" if re.search("Norm(?!Gated)", type(owner).__name__) else "other"
+    gated = "Gated" in type(owner).__name__  # its gradient by position would need the gate too
+    return "norm" if is_norm(owner) and not gated else "other"
 
 
 def body_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -143,21 +143,20 @@ def _detached(value: Any) -> Any:
 CAPTURING_ATTENTION = "alphatoken_capture"
 """The attention implementation that layers are configured with to run inside `AttentionCapture`."""
 
-BLOCKED_ATTENTION = "alphatoken_blocked"
-"""Explicit softmax in query blocks: it has a forward derivative, unlike fused kernels, and never holds (T, T)."""
-
 AttentionConsumer = Callable[[int, AttentionCall], None]
 
 
 class AttentionCapture(AbstractContextManager["AttentionCapture"]):
     """Runs layers configured with CAPTURING_ATTENTION and hands `(layer, AttentionCall)` of each to `consume`.
 
-    `implementation` is the one the model was loaded with, so that the same kernel runs, or BLOCKED_ATTENTION.
+    `implementation` is the one the model was loaded with; the same kernel runs, and masks are read as it reads them.
+    With `blocked` an explicit softmax in query blocks runs instead: it has a forward derivative, unlike fused kernels.
     """
 
-    def __init__(self, implementation: str, consume: AttentionConsumer | None = None) -> None:
+    def __init__(self, implementation: str, consume: AttentionConsumer | None = None, *, blocked: bool = False) -> None:
         self._implementation = implementation
         self._consume = consume
+        self._blocked = blocked
         self._token: Token[AttentionCapture | None] | None = None
 
     def __enter__(self) -> AttentionCapture:
@@ -187,7 +186,7 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
             layer = module.layer_idx
             assert isinstance(layer, int)
             self._consume(layer, AttentionCall(query.detach(), key.detach(), scale, visibility, softcap))
-        if self._implementation == BLOCKED_ATTENTION:
+        if self._blocked:
             call = AttentionCall(query, key, scale, visibility, softcap)
             return blocked_attention(call, value).transpose(1, 2).contiguous(), None
         # Every Hugging Face modelling file brings its own eager function.

@@ -59,7 +59,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# A longer shard is gathered in several messages, as some backends (gloo) hold another copy of what they receive.
+# On a CPU a longer shard is gathered in several messages, as gloo holds another copy of what it receives.
 MESSAGE_BYTES = 2**24
 
 
@@ -69,7 +69,7 @@ def gather_equal(shard: Tensor) -> Tensor:
     if not comm:
         return shard[None]
     ranks, limit = world_size(), MESSAGE_BYTES // shard.element_size()
-    if shard.numel() <= limit:
+    if shard.numel() <= limit or shard.device.type != "cpu":
         return _gather_message(shard)
     out = shard.new_empty(ranks, shard.numel())
     for start in range(0, shard.numel(), limit):

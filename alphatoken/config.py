@@ -104,7 +104,7 @@ class ValuationConfig(Section):
     stability_weight: float = Field(1.5, ge=0, description="Weight of stability against adaptation (lambda).")
     validation_sequences: int = Field(32, ge=1, description="Held-out sequences per refresh, over all ranks together.")
     refresh_every: int = Field(
-        1, ge=1, description="Optimizer steps between refreshes of validation signals and tower; 1 is exact."
+        1, ge=1, description="Optimizer steps between refreshes of the held-out signals; 1 is exact."
     )
     contraction: Literal["auto", "ghost", "materialised"] = Field(
         "auto", description="How target terms are contracted; auto takes the cheaper per linear. All are exact."

@@ -96,7 +96,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
         )
     shared = _shared_config(config)
-    if config.valuation.preconditioner == "adam" and not shared.get("zero_optimization", {}).get("stage", 0):
+    adam = config.valuation.enabled and config.valuation.preconditioner == "adam"
+    if adam and not shared.get("zero_optimization", {}).get("stage", 0):
         raise UserError(
             "valuation.preconditioner=adam reads the optimizer's moments from ZeRO's shards: set "
             "zero_optimization.stage to 1, 2 or 3 in deepspeed.config"
@@ -129,15 +130,6 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
             "zero_optimization.offload_param.device=nvme is not possible with valuation, which reads the weight shards "
             "between steps: use cpu, or valuation.enabled=false"
         )
-    if "zero_optimization" in values:
-        # By default it replaces F.linear in the whole process, by a function without a forward derivative.
-        zero = {"memory_efficient_linear": False, **values["zero_optimization"]}
-        if zero["memory_efficient_linear"] and config.valuation.estimator == "exact":
-            raise UserError(
-                "zero_optimization.memory_efficient_linear=true is not possible with valuation.estimator=exact, as its "
-                "linear has no forward derivative: set it to false"
-            )
-        values = {**values, "zero_optimization": zero}
     return {
         **values,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},

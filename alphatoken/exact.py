@@ -21,9 +21,9 @@ from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.errors import UserError
 from alphatoken.gradient import ValidationGradient
-from alphatoken.losses import head_jvp, loss_positions
+from alphatoken.losses import Batch, head_jvp, loss_positions
 from alphatoken.passes import Chunk, Coefficients, chunks_of
-from alphatoken.scorer import Batch, Scorer, Scores
+from alphatoken.scorer import Scorer, Scores
 from alphatoken.streamer import NO_INPUT, LayerStreamer
 from alphatoken.valuation import TERMS, TokenValues
 
@@ -78,6 +78,7 @@ class ExactScorer(Scorer):
         for each in scored:
             parameter = decoder.stage_parameters(each.stage)[each.path]
             self._scored[each.stage][each.path] = each.name, parameter
+        self._slices: dict[Stage, list[list[Tensor]]] = {}
         self._kept: dict[Stage, list[Direction]] = {}
         self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
 
@@ -98,6 +99,7 @@ class ExactScorer(Scorer):
     def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
         self._streamer.refresh()
         losses = [] if batches is None else self._gradient.refresh(batches)
+        self._slices = {stage: self._form(stage) for stage in self._stages}
         if self.config.is_resident:
             self._kept = {stage: self._gather(stage) for stage in self._stages}
         return losses
@@ -176,25 +178,31 @@ class ExactScorer(Scorer):
 
     def _gather(self, stage: Stage) -> list[Direction]:
         """A stage's directions, whole, from all ranks' slices: one all-gather."""
-        scored = self._scored[stage]
+        parameters = [parameter for _, parameter in self._scored[stage].values()]
+        directions = self._slices[stage]
+        slices = [own for direction in directions for own in direction]
+        wholes = iter(zero3.whole_tensors(slices, parameters * len(directions)))
+        return [{path: next(wholes) for path in self._scored[stage]} for _ in directions]
+
+    def _form(self, stage: Stage) -> list[list[Tensor]]:
+        """This rank's slices of a stage's directions, in the model's dtype, for all that is scored until the next step.
+
+        No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks that hold them.
+        """
         targets, drifts = [], []
-        for name, parameter in scored.values():
+        for name, parameter in self._scored[stage].values():
             scale = 1.0 if self._scale is None else self._scale(parameter)
             targets.append(scale * self._gradient.own(name))
             if self._drift is not None:
                 own = self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
                 drifts.append(scale * own)
+        directions = [targets]
         if self._splits:
-            moving = [targets, drifts]
+            directions = [targets, drifts]
         elif self._drift is not None:
             weight = self.config.stability_weight
-            moving = [[target + weight * drift for target, drift in zip(targets, drifts, strict=True)]]
-        else:
-            moving = [targets]
-        slices = [own.to(self._dtype) for direction in moving for own in direction]
-        parameters = [parameter for _, parameter in scored.values()] * len(moving)
-        wholes = iter(zero3.whole_tensors(slices, parameters))
-        return [{path: next(wholes) for path in scored} for _ in moving]
+            directions = [[target + weight * drift for target, drift in zip(targets, drifts, strict=True)]]
+        return [[own.to(self._dtype) for own in direction] for direction in directions]
 
     def _watch(self, stage: Stage, derivative: Tensor) -> None:
         self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()

@@ -133,6 +133,8 @@ class FisherSum:
         """One layer's backward pass; the gradient at its input, where something below wants it."""
 
         def remember(path: str, act: Tensor, outgrad: Tensor) -> None:
+            if path in self._decoder.architecture.head_first_norms:
+                act, outgrad = act.transpose(1, 2), outgrad.transpose(1, 2)
             signals[path].append((act, outgrad))
 
         watched = {path: module.get_submodule(path) for path in self._owners.get(self._streamer.indices[place], {})}

@@ -19,9 +19,9 @@ from alphatoken.capture import Entry, EntryCapture
 from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.held_out import HeldOutSignals
-from alphatoken.losses import loss_positions
+from alphatoken.losses import Batch, loss_positions
 from alphatoken.passes import Coefficients
-from alphatoken.scorer import Batch, Scorer, Scores
+from alphatoken.scorer import Scorer, Scores
 from alphatoken.tower import Tower
 from alphatoken.valuation import TERMS, Contraction, Materialised, TokenValues
 

@@ -15,10 +15,8 @@ from torch.func import functional_call
 from alphatoken import collectives, zero3
 from alphatoken.architectures import Decoder, ScoredParameter, Stage
 from alphatoken.capture import Entry, EntryCapture
-from alphatoken.losses import head_nll, loss_positions
+from alphatoken.losses import Batch, head_nll, loss_positions
 from alphatoken.streamer import LayerStreamer
-
-Batch = Mapping[str, Tensor]
 
 
 class ValidationGradient:
@@ -100,12 +98,12 @@ class ValidationGradient:
     def _embeddings(self, batches: Sequence[Batch], outgrads: Sequence[Tensor]) -> None:
         gradients = self._zeros("embeddings")
         # What is linear in its weights has the same gradient whatever they are, so they need not be gathered.
-        dtype = outgrads[0].dtype
-        weights = {path: torch.zeros_like(each, dtype=dtype).requires_grad_() for path, each in gradients.items()}
+        weights = {path: torch.zeros_like(each).requires_grad_() for path, each in gradients.items()}
         for batch, outgrad_BTH in zip(batches, outgrads, strict=True):
             with torch.enable_grad():
                 hidden_BTH = self._streamer.embed(weights, batch)
-            found = torch.autograd.grad(hidden_BTH, list(weights.values()), outgrad_BTH)
+            # In float32, also of a bf16 model: some tokens come many times, and their gradients are added one by one.
+            found = torch.autograd.grad(hidden_BTH, list(weights.values()), outgrad_BTH.to(hidden_BTH.dtype))
             for path, gradient in zip(weights, found, strict=True):
                 gradients[path] += gradient
         self._reduce("embeddings", gradients)

@@ -5,7 +5,6 @@ Shape legend: B rows, T loss positions, R response (or kept) positions in order 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TypedDict
 
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 
 from alphatoken.architectures import Decoder
 from alphatoken.capture import Entry
-from alphatoken.losses import HeadLoss, Objective, loss_positions
+from alphatoken.losses import Batch, HeadLoss, Objective, loss_positions
 from alphatoken.scorer import Scorer
 from alphatoken.selection import Selection, ranking
 from alphatoken.timing import Stopwatch
-
-Batch = Mapping[str, Tensor]
 
 
 class Assessment(TypedDict):

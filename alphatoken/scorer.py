@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from alphatoken.architectures import Decoder
 from alphatoken.capture import Entry, EntryCapture
 from alphatoken.config import ValuationConfig
+from alphatoken.losses import Batch
 from alphatoken.passes import Coefficients
 from alphatoken.valuation import RunningScales, TokenValues
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from alphatoken import zero3
 from alphatoken.architectures import Decoder, Stage, body_inputs, decoder_of
-from alphatoken.capture import BLOCKED_ATTENTION, CAPTURING_ATTENTION, AttentionCapture, AttentionConsumer, LayerInput
+from alphatoken.capture import CAPTURING_ATTENTION, AttentionCapture, AttentionConsumer, LayerInput
 from alphatoken.errors import UserError
 
 NO_INPUT = LayerInput((), {})
@@ -119,10 +119,9 @@ class LayerStreamer:
             with AttentionCapture(self._attention):
                 output = _output_of(functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs)))
             gradients = torch.autograd.grad(output, [entry, *weights.values()], outgrad_BTH, allow_unused=True)
-        pairs = zip(weights, gradients[1:], strict=True)
-        absent = {path: torch.zeros_like(weights[path]) for path, gradient in pairs if gradient is None}
-        return gradients[0], absent | {
-            path: gradient for path, gradient in zip(weights, gradients[1:], strict=True) if gradient is not None
+        return gradients[0], {
+            path: torch.zeros_like(weights[path]) if gradient is None else gradient
+            for path, gradient in zip(weights, gradients[1:], strict=True)
         }
 
     def jvp(
@@ -139,7 +138,8 @@ class LayerStreamer:
         of weights; absent ones do not move. Attention runs in query blocks, the only kernel with a forward derivative.
         Raises UserError where a layer has an operation without one.
         """
-        with torch.no_grad(), forward_ad.dual_level(), AttentionCapture(BLOCKED_ATTENTION):
+        attention = AttentionCapture(self._attention, blocked=True)
+        with torch.no_grad(), forward_ad.dual_level(), attention, zero3.plain_linears():
             hidden = forward_ad.make_dual(hidden_BTH, tangent_BTH)
             weights = {
                 path: forward_ad.make_dual(module.get_parameter(path).detach(), tangent)

@@ -186,7 +186,9 @@ class Trainer:
             with self._stopwatch.phase("optimizer"):
                 self._engine.step()
 
-        if scorer is not None and "stability_std" in means:
+        # Before Adam's first step its scale is 1, so values are in another unit than ever after.
+        comparable = self._config.valuation.preconditioner == "none" or step > 0
+        if scorer is not None and "stability_std" in means and comparable:
             scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
         if self._drift is not None:
             with self._stopwatch.phase("refresh"):

@@ -9,13 +9,34 @@ reference) share one layout, so elementwise work on slices needs no communicatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphatoken import collectives
+
+
+@contextmanager
+def plain_linears() -> Iterator[None]:
+    """Torch's own `F.linear` inside. ZeRO-3 replaces it in the whole process by a function whose graph does not hold on
+    to gathered weights, which training needs, but which has no forward derivative.
+    """
+    if "deepspeed" not in sys.modules:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    current = nn.functional.linear
+    nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", current)
+    try:
+        yield
+    finally:
+        nn.functional.linear = current
+
 
 # An nn.Parameter; DeepSpeed adds attributes that type checkers cannot know.
 Parameter = Any

@@ -2,15 +2,15 @@
 
     python -m benchmarks.fidelity --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
 
-One process, a copy of the model in float32 as the truth and one in bf16 for the estimators. Rows that are not longer
-than `--max-length` tokens are taken in order: first the validation sequences, then the responses to value.
+One process, a copy of the model in float32 as the truth and one in bf16 for the estimators, both with the same (bf16)
+weights. Rows of at most `--max-length` tokens are taken in order: first the validation sequences, then the responses.
 
 - **Token truth.** <grad l_t, G> over all parameters for every response token, one backward pass each, G the gradient of
   the validation loss. For every estimator and baseline policy: the rank correlation (Spearman) with the truth, and the
   value captured, the truth of the tokens it would keep over that of the best ones; within sequences, within
   micro-batches, and over all tokens. Intervals: 95 %, by bootstrap over sequences.
-- **Step truth.** From a state of AdamW some steps into training: how much the validation loss after one more step rises
-  when a group of tokens (half a response) is left out of it, measured, for SGD and for AdamW. Beside it the rank
+- **Step truth.** With the moments of AdamW some steps into training: how much the validation loss after one more step
+  rises when a group of tokens (half a response) is left out of it, measured, for SGD and for AdamW. Beside it the rank
   correlation of each estimator's sum over the group.
 - **Cost.** Seconds of a scoring pass over those of a plain training step on the same rows.
 """
@@ -155,7 +155,7 @@ class Truth:
 
 
 def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
+    return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in zip(first, second, strict=True))
 
 
 def one_row(batch: Mapping[str, Tensor], row: int) -> Batch:
@@ -300,6 +300,9 @@ class Optimizers:
         for batch in track(truth.rows.warm_up, "warm-up of AdamW"):
             losses_R = truth.losses(batch)
             self._step("adamw", truth.gradient(losses_R.mean()), keep=True)
+        with torch.no_grad():  # to weights that a bf16 model can have: the estimators' is one
+            for parameter in parameters:
+                parameter.copy_(parameter.bfloat16())
 
     @torch.no_grad()
     def _step(self, kind: str, gradient: Sequence[Tensor], keep: bool) -> list[Tensor]:
@@ -465,7 +468,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}")
     parser.add_argument("--output", type=Path, required=True, help="JSON; the plot lies beside it as .png")
-    parser.add_argument("--responses", type=int, default=24)
+    parser.add_argument("--responses", type=int, default=20)
     parser.add_argument("--validation-sequences", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=144, help="longer rows are left out")
     parser.add_argument("--micro-batch", type=int, default=4)

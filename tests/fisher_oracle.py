@@ -6,6 +6,7 @@ Nothing here is shared with the code it checks.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,24 +40,25 @@ def squares(model: PreTrainedModel, names: Collection[str], ids: Tensor, labels:
 
 
 def position_gradients(
-    model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor
+    model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor, head_first: str = "$^"
 ) -> dict[str, list[Tensor]]:
     """The gradient of the summed loss by any parameter, position by position of the modules that own it.
 
     For every position one pass over the sequence, in which the owners use the parameter there, and a constant of the
-    same value elsewhere. `model` is an `oracle_copy`.
+    same value elsewhere. `model` is an `oracle_copy`. Outputs are (1, T, ...), or (1, heads, T, F) of modules whose
+    path matches `head_first`.
     """
-    owners: dict[int, nn.Module] = {}
+    owners: dict[int, tuple[nn.Module, int]] = {}
     parameters = [model.get_parameter(name) for name in names]
     wanted = {id(parameter) for parameter in parameters}
-    for module in model.modules():
+    for path, module in model.named_modules():
         if any(id(own) in wanted for own in module.parameters(recurse=False)):
-            owners[id(module)] = module
+            owners[id(module)] = module, 2 if re.search(head_first, path) else 1
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for position in range(len(ids)):
         with ExitStack() as stack:
-            for module in owners.values():
-                stack.enter_context(_parameters_at(module, position))
+            for module, axis in owners.values():
+                stack.enter_context(_parameters_at(module, position, axis, len(ids)))
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
         nll = nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
         gradients = torch.autograd.grad(nll, parameters, allow_unused=True)
@@ -66,8 +68,8 @@ def position_gradients(
 
 
 @contextmanager
-def _parameters_at(module: nn.Module, position: int) -> Iterator[None]:
-    """Lets gradients reach a module's parameters through one position of its output, (1, T, ...), only."""
+def _parameters_at(module: nn.Module, position: int, axis: int, length: int) -> Iterator[None]:
+    """Lets gradients reach a module's parameters through one position of its output, along `axis`, only."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -75,8 +77,9 @@ def _parameters_at(module: nn.Module, position: int) -> Iterator[None]:
         module.requires_grad_(False)
         constant: Tensor = original(*args, **kwargs)
         module.requires_grad_(True)
-        here = torch.arange(output.shape[1]) == position
-        return torch.where(here.view(1, -1, *[1] * (output.dim() - 2)), output, constant)
+        assert output.shape[axis] == length
+        here = torch.arange(length) == position
+        return torch.where(here.view([-1 if each == axis else 1 for each in range(output.dim())]), output, constant)
 
     module.forward = forward
     try:

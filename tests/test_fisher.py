@@ -122,7 +122,7 @@ def test_norms_embeddings_and_heads_match_the_oracle(name: str, depth: int | Non
     twin = oracle_copy(model)
     expected = {each: Squares(torch.zeros(()), torch.zeros(())) for each in names}
     for ids, labels in batch:
-        for each, gradients in position_gradients(twin, names, ids, labels).items():
+        for each, gradients in position_gradients(twin, names, ids, labels, CASES[name].head_first).items():
             stacked = torch.stack(gradients)
             own = Squares(stacked.square().sum(0), stacked.sum(0).square())
             expected[each] = Squares(*(a + b for a, b in zip(expected[each], own, strict=True)))

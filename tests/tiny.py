@@ -45,6 +45,8 @@ class TinyCase:
     eager_only: bool = False
     packable: bool = True
     transposed: bool = False
+    head_first: str = "$^"
+    """Matches the paths of norms that see (B, heads, T, F)."""
 
 
 def _build(model: str, config: str, **overrides: object) -> Callable[[], PreTrainedModel]:
@@ -93,8 +95,12 @@ CASES: dict[str, TinyCase] = {
         ),
         eager_only=True,
     ),
-    "gemma3": TinyCase(_build("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, **MIXED_WINDOWS)),
-    "gemma3_multimodal": TinyCase(_gemma3_multimodal, layer_prefix="model.language_model.layers"),
+    "gemma3": TinyCase(
+        _build("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, **MIXED_WINDOWS), head_first=r"[qk]_norm$"
+    ),
+    "gemma3_multimodal": TinyCase(
+        _gemma3_multimodal, layer_prefix="model.language_model.layers", head_first=r"[qk]_norm$"
+    ),
     "olmo2": TinyCase(_build("Olmo2ForCausalLM", "Olmo2Config")),
     "smollm3": TinyCase(_build("SmolLM3ForCausalLM", "SmolLM3Config")),
     "qwen3_5": TinyCase(
