@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available
 
 from alphatoken.errors import UserError
 
@@ -113,9 +112,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         replace(LLAMA_LIKE, unscored=("mlp.experts", "mlp.gate")),
     ),
 }
-
-# Names under which Hugging Face configs keep dropout probabilities.
-DROPOUT_FIELDS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout")
 
 
 @dataclass(frozen=True)
@@ -340,7 +336,7 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     """Sees through a peft wrapper. Raises UserError for a model class without an architecture entry."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return Decoder(model, _architecture(type(model).__name__))
+    return Decoder(model, architecture_named(type(model).__name__))
 
 
 def scored_depth(layers: int | str, num_layers: int) -> int:
@@ -356,51 +352,7 @@ def scored_depth(layers: int | str, num_layers: int) -> int:
     return layers
 
 
-def architecture_of_config(config: PretrainedConfig) -> Architecture:
-    """The architecture that a `config.json` will be loaded as. Raises UserError where there is none."""
-    return _architecture(_model_class(config).__name__)
-
-
-def check_attention(config: PretrainedConfig, implementation: str, dtype: str) -> None:
-    """Refuses an attention kernel that the model, its dtype or this machine cannot run. Raises UserError."""
-    model_class, setting = _model_class(config), f"model.attn_implementation={implementation}"
-    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # some versions would drop it silently
-    if implementation == "sdpa" and (softcap is not None or not model_class._supports_sdpa):
-        raise UserError(f"{setting} is not possible with {model_class.__name__}: set model.attn_implementation=eager")
-    if implementation == "flash_attention_2":
-        if not model_class._supports_flash_attn:
-            raise UserError(f"{setting} is not possible with {model_class.__name__}: set it to sdpa or eager")
-        if dtype != "bfloat16":
-            raise UserError(f"{setting} needs model.dtype=bfloat16, not {dtype}")
-        if not is_flash_attn_2_available():
-            raise UserError(f"{setting} needs a CUDA device and flash-attn: pip install 'alphatoken[flash]'")
-
-
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    try:
-        model_class: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UserError(
-            f"model type {config.model_type!r} is not a causal language model; "
-            f"supported classes: {', '.join(ARCHITECTURES)}"
-        ) from None
-    return model_class
-
-
-def check_valuation(config: PretrainedConfig, layers: int | str) -> None:
-    """Refuses, from `config.json` alone, a model that cannot be valued on its last `layers`. Raises UserError."""
-    text = config.get_text_config()
-    scored_depth(layers, text.num_hidden_layers)
-    for field in DROPOUT_FIELDS:
-        probability: Any = getattr(text, field, 0.0)
-        if probability:
-            raise UserError(
-                f"the model's config.json has {field}={probability}: with dropout, scoring and training would see "
-                f"different networks; set it to 0, or valuation.enabled=false"
-            )
-
-
-def _architecture(model_class: str) -> Architecture:
+def architecture_named(model_class: str) -> Architecture:
     if model_class not in ARCHITECTURES:
         raise UserError(
             f"model class {model_class} has no entry in alphatoken/architectures.py, which must say where its layers, "

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from alphatoken import zero3
-from alphatoken.architectures import Decoder, architecture_of_config, check_attention, check_valuation, decoder_of
+from alphatoken.architectures import Decoder, decoder_of
+from alphatoken.compatibility import architecture_of_config, check_attention, check_valuation
 from alphatoken.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from alphatoken.errors import UserError
 

@@ -16,6 +16,7 @@ from alphatoken.attention import (
     log_sum_exp,
     mix_band,
 )
+from alphatoken.capture import AttentionCapture
 from tests.oracle import relative_error
 
 
@@ -108,3 +109,23 @@ def test_log_sum_exp_does_not_depend_on_its_blocks(block: int) -> None:
         torch.testing.assert_close(log_sum_exp(call, block=block), log_sum_exp(call, block=64), rtol=1e-6, atol=1e-6)
     blind = log_sum_exp(AttentionCall(query, key, 0.3, padded))[1, :, :12]
     assert torch.isneginf(blind).all(), "padding rows attend to nothing"
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_forward_mode_keeps_packed_documents_apart_as_flash_attention_does(sliding_window: int | None) -> None:
+    """Flash attention gets no mask for packed rows, but positions that start anew; forward mode reads them alike."""
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    positions = torch.tensor([[*range(5), *range(7)]])
+
+    def attend(rows: slice, position_ids: Tensor) -> Tensor:
+        with AttentionCapture("flash_attention_2", blocked=True) as capture:
+            states = (each[:, :, rows] for each in (query, key, value))
+            output, _ = capture.attend(
+                torch.nn.Identity(), *states, None, position_ids=position_ids, sliding_window=sliding_window
+            )
+        return output
+
+    packed = attend(slice(12), positions)
+    apart = [attend(rows, positions[:, rows]) for rows in (slice(5), slice(5, 12))]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=1))
+    assert not torch.allclose(packed, attend(slice(12), torch.arange(12)[None]))

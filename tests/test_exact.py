@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
+from alphatoken.valuation import adam_scale
 from tests.exact_oracle import exact_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -146,3 +147,10 @@ def test_adapters_are_what_is_scored_with_lora(chosen: str) -> None:
     values = score_tokens(model, collate(sequences), collate(validation), config=config)
     actual = torch.cat(unpad(values.composite, sequences))
     assert relative_error(actual, torch.cat([row["direct_target"] for row in expected])) <= 1e-4
+
+
+def test_adam_scales_nothing_where_it_has_seen_no_gradient() -> None:
+    moment = torch.tensor([0.0, 1e-4, 4.0])
+    scale = adam_scale(moment, steps=3, beta2=0.9, eps=1e-2)
+    expected = [0.0, *(1 / ((v / (1 - 0.9**3)) ** 0.5 + 1e-2) for v in (1e-4, 4.0))]
+    torch.testing.assert_close(scale, torch.tensor(expected))

@@ -19,6 +19,7 @@ LAYERS = (
     "selection",
     "losses",
     "architectures",
+    "compatibility",
     "capture",
     "passes",
     "collectives",
