@@ -104,6 +104,17 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     return result
 
 
+def long_gathers(folder: Path, lengths: list[int], message_bytes: int) -> list[Tensor]:
+    """Gathers a shard of each length, in messages of at most so many bytes."""
+    initialise_ranks()
+    collectives.MESSAGE_BYTES = message_bytes
+    return [collectives.gather_equal(shard_of(collectives.rank(), length)) for length in lengths]
+
+
+def shard_of(rank: int, length: int) -> Tensor:
+    return torch.arange(length, dtype=torch.float32) + 1000 * rank
+
+
 def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
     """Values of the next step's rows after some optimizer steps, with the weights and Adam's moments they depend on."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -119,9 +119,9 @@ def test_forward_mode_keeps_packed_documents_apart_as_flash_attention_does(slidi
 
     def attend(rows: slice, position_ids: Tensor) -> Tensor:
         with AttentionCapture("flash_attention_2", blocked=True) as capture:
-            states = (each[:, :, rows] for each in (query, key, value))
+            q, k, v = (each[:, :, rows] for each in (query, key, value))
             output, _ = capture.attend(
-                torch.nn.Identity(), *states, None, position_ids=position_ids, sliding_window=sliding_window
+                torch.nn.Identity(), q, k, v, None, position_ids=position_ids, sliding_window=sliding_window
             )
         return output
 

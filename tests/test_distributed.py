@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
+from tests.cases import shard_of
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.tiny import CASES, SMALL, collate, tokenised
@@ -246,3 +247,12 @@ def test_other_architectures_train_and_score_under_zero(
             assert one.keys() == two.keys()
             for key in one.keys() & {"loss_kept", "loss_response", "grad_norm", "composite_std", "eval_loss"}:
                 assert two[key] == pytest.approx(one[key], rel=1e-4), f"{name}: {key} of step {one['step']}"
+
+
+@pytest.mark.slow
+def test_a_shard_gathered_in_several_messages_is_whole(tmp_path: Path) -> None:
+    lengths = [0, 1, 7, 8, 9, 16, 29]  # messages of 8 numbers
+    results = run_ranks("long_gathers", 3, tmp_path, lengths=lengths, message_bytes=32)
+    for result in results:
+        for length, gathered in zip(lengths, result, strict=True):
+            assert torch.equal(gathered, torch.stack([shard_of(rank, length) for rank in range(3)]))

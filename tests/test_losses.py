@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken import losses
-from alphatoken.losses import HeadLoss, SupervisedObjective, head_loss, loss_positions
+from alphatoken.losses import HeadLoss, SupervisedObjective, head_jvp, head_loss, head_outgrads, loss_positions
 from tests.oracle import relative_error
 
 
@@ -66,3 +66,41 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
     assert objective.total({}, torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), torch.tensor([0, 1])) == 6.0
     assert objective.denominator(kept_tokens=4, response_tokens=9) == 4
     assert objective.coefficients({}, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)).equal(torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("moving", [("weight", "bias"), ("weight",), ()])
+@pytest.mark.parametrize("rows_per_block", [1, 3, 100])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_the_heads_derivatives_equal_autograds(
+    monkeypatch: pytest.MonkeyPatch, rows: int, rows_per_block: int, moving: tuple[str, ...], softcap: float | None
+) -> None:
+    vocabulary = 13
+    monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
+    head = nn.Linear(6, vocabulary).requires_grad_(False)
+    hidden, targets = torch.randn(rows, 6), torch.randint(0, vocabulary, (rows,))
+    tangent, directions = torch.randn(rows, 6), {name: torch.randn(head.get_parameter(name).shape) for name in moving}
+
+    def nll(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+        logits = hidden_RH.double() @ weight_VH.double().T + bias_V.double()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    inputs = (hidden, head.weight.detach(), head.bias.detach())
+    still = (tangent, torch.zeros_like(head.weight), torch.zeros_like(head.bias))
+    moved = (tangent, directions.get("weight", still[1]), directions.get("bias", still[2]))
+    expected, derivative = torch.func.jvp(nll, inputs, moved)  # type: ignore[misc]
+    actual_nll, actual = head_jvp(hidden, tangent, head, directions, targets, softcap)
+    assert actual.shape == (rows,)
+    if rows:
+        assert relative_error(actual_nll, expected) <= 1e-5
+        assert relative_error(actual, derivative) <= 1e-5
+
+    bias = head.bias.clone().requires_grad_()
+    loss = nll(hidden, head.weight, bias)
+    by_row = [torch.autograd.grad(each, bias, retain_graph=True)[0] for each in loss]
+    found = head_outgrads(hidden, head, targets, softcap)
+    assert found.shape == (rows, vocabulary)
+    if rows:
+        assert relative_error(found, torch.stack(by_row)) <= 1e-5
