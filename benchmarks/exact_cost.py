@@ -11,15 +11,11 @@ Refreshing (once per optimizer step) is timed apart. Scores are of G + lambda V 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +28,16 @@ from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.estimators import build_scorer
 from alphatoken.scorer import Scorer
-from benchmarks.valuation_cost import PAPER_MICRO_BATCHES, Peak, build_trainer, device_name, flops, seconds
+from benchmarks.measuring import (
+    PAPER_MICRO_BATCHES,
+    Peak,
+    build_trainer,
+    circumstances,
+    cost_parser,
+    flops,
+    seconds,
+    write_result,
+)
 
 
 def settings(layers: int) -> dict[str, dict[str, Any]]:
@@ -109,11 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         peaks = {name: peak.of(partial(call, 1)) for name, call in cases.calls.items()}
         operations = {name: flops(partial(call, 1)) for name, call in cases.calls.items()}
     return {
-        "command": "python -m benchmarks.exact_cost " + " ".join(sys.argv[1:]),
-        "device": device_name(cases.device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},
-        "threads": torch.get_num_threads(),
-        "model": Path(arguments.model).name,
+        **circumstances("benchmarks.exact_cost", cases.device, arguments.model),
         "micro_batch": arguments.micro_batch,
         "validation_sequences": arguments.validation_sequences,
         "seconds": times,
@@ -140,21 +141,14 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}; the first 64 are held out")
-    parser.add_argument("--output", type=Path, help="where to write the result as JSON")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser = cost_parser(__doc__)
     parser.add_argument("--validation-sequences", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
     parser.set_defaults(split_terms=False)
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from alphatoken.config import RunConfig
 from alphatoken.engine import initialise_ranks
 from alphatoken.losses import SupervisedObjective
 from alphatoken.training import Trainer
-from benchmarks.valuation_cost import Peak
+from benchmarks.measuring import Peak
 from recipes.quickstart.get_model import save_tiny
 
 DEPTHS = (4, 8, 16)

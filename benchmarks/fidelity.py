@@ -18,13 +18,11 @@ weights. Rows of at most `--max-length` tokens are taken in order: first the val
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ from alphatoken.estimators import build_scorer
 from alphatoken.losses import head_nll, loss_positions
 from alphatoken.statistics import rank_correlation
 from alphatoken.valuation import adam_scale
-from benchmarks.valuation_cost import device_name
+from benchmarks.measuring import circumstances, write_result
 
 Batch = dict[str, Tensor]
 SCOPES = ("sequence", "micro_batch", "global_batch")
@@ -404,10 +402,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     values = truth.token_values()
     found_with_truth = {**found, "per-token gradients": values}
     return {
-        "command": "python -m benchmarks.fidelity " + " ".join(sys.argv[1:]),
-        "device": device_name(device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "alphatoken")},
-        "model": Path(arguments.model).name,
+        **circumstances("benchmarks.fidelity", device, arguments.model),
         "dtype": arguments.dtype,
         "responses": len(rows.sequences),
         "response_tokens": sum(len(row) for batch in values for row in batch),
@@ -482,8 +477,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, arguments.output)
     plot(result, arguments.output.with_suffix(".png"))
 
 

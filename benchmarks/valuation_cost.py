@@ -1,6 +1,6 @@
 """What valuation costs: this engine with and without it, and the published procedure, on the same micro-batches.
 
-    python benchmarks/valuation_cost.py --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+    python -m benchmarks.valuation_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
 
 One process. `plain` is this engine with valuation off; `valued` scores (paper settings: last 3 layers, window 32, but
 adaptation only), selects half of the tokens and trains on them; `published` is the paper's procedure as its text
@@ -13,20 +13,12 @@ micro-batch; the table holds medians, and medians of the ratios within rounds.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
-import platform
 import random
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,15 +26,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alphatoken.config import RunConfig
-from alphatoken.losses import SupervisedObjective, loss_positions
-from alphatoken.training import Trainer
-
-PAPER_MICRO_BATCHES = 16
+from alphatoken.losses import loss_positions
+from benchmarks.measuring import (
+    PAPER_MICRO_BATCHES,
+    Peak,
+    build_trainer,
+    circumstances,
+    cost_parser,
+    flops,
+    seconds,
+    write_result,
+)
 
 
 class Published:
@@ -111,85 +107,6 @@ def _keep(acts: dict[Any, Tensor], outputs: dict[Any, Tensor], key: Any, args: A
     acts[key] = args[0].detach()
     outputs[key] = output
     output.retain_grad()
-
-
-class Peak:
-    """Peak memory of a call above what was in use before it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def of(self, call: Callable[[], None]) -> int:
-        gc.collect()
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def seconds(call: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-class FlopCounter(TorchDispatchMode):
-    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear `autograd.grad`."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
-        return result
-
-
-def flops(call: Callable[[], None]) -> int:
-    counter = FlopCounter()
-    with counter:
-        call()
-    return counter.total
-
-
-def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
-    source = {"path": str(arguments.data)}
-    values = {
-        "model": {"name_or_path": str(arguments.model), "dtype": "bfloat16"},
-        "data": {
-            "train": {**source, "skip": 64},
-            "validation": {**source, "first": 64},
-            "max_length": arguments.max_length,
-            "cache_dir": folder,
-        },
-        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms, "stability_weight": 0.0},
-        "selection": {"keep_ratio": 0.5},
-        "train": {
-            "global_batch_size": PAPER_MICRO_BATCHES * arguments.micro_batch,
-            "micro_batch_size": arguments.micro_batch,
-            "max_steps": 1000,
-            "output_dir": f"{folder}/run",
-        },
-    }
-    return Trainer(RunConfig.model_validate(values), SupervisedObjective())
 
 
 class Cases:
@@ -278,11 +195,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         operations = {name: flops(partial(call, 1)) for name, call in cases.calls.items() if name != "optimizer"}
         tokens = [cases.tokens(number) for number in range(1, arguments.rounds + 1)]
     return {
-        "command": "python " + " ".join(sys.argv),
-        "device": device_name(cases.device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},
-        "threads": torch.get_num_threads(),
-        "model": Path(arguments.model).name,
+        **circumstances("benchmarks.valuation_cost", cases.device, arguments.model),
         "micro_batch": arguments.micro_batch,
         "micro_batches_per_step": PAPER_MICRO_BATCHES,
         "max_length": arguments.max_length,
@@ -323,16 +236,6 @@ def costs(cost: Mapping[str, float], size: int) -> dict[str, tuple[float, float]
     }
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"CPU, {torch.get_num_threads()} threads ({model})"
-
-
 def show(result: dict[str, Any]) -> None:
     console = Console(width=110)
     table = Table("case", "median seconds", "TFLOP", "peak MiB above resident", title=result["device"])
@@ -352,23 +255,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama-like model")
-    parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}; the first 64 are held out")
-    parser.add_argument("--output", type=Path, help="where to write the result as JSON")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser = cost_parser(__doc__)
     parser.add_argument(
         "--validation-sequences", type=int, nargs="+", default=[8, 32], help="numbers to measure; the paper has 32"
     )
-    parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
     parser.add_argument("--split-terms", action="store_true", help="keep the four terms apart")
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result, arguments.output)
 
 
 if __name__ == "__main__":

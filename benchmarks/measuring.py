@@ -1,0 +1,142 @@
+"""What the cost benchmarks share: a trainer on real rows, clocks, peaks and FLOPs, and how a result is kept."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from alphatoken.config import RunConfig
+from alphatoken.losses import SupervisedObjective
+from alphatoken.training import Trainer
+
+PAPER_MICRO_BATCHES = 16
+
+
+class Peak:
+    """Peak memory of a call above what was in use before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def of(self, call: Callable[[], None]) -> int:
+        gc.collect()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class FlopCounter(TorchDispatchMode):
+    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear `autograd.grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
+
+
+def flops(call: Callable[[], None]) -> int:
+    counter = FlopCounter()
+    with counter:
+        call()
+    return counter.total
+
+
+def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
+    source = {"path": str(arguments.data)}
+    values = {
+        "model": {"name_or_path": str(arguments.model), "dtype": "bfloat16"},
+        "data": {
+            "train": {**source, "skip": 64},
+            "validation": {**source, "first": 64},
+            "max_length": arguments.max_length,
+            "cache_dir": folder,
+        },
+        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms, "stability_weight": 0.0},
+        "selection": {"keep_ratio": 0.5},
+        "train": {
+            "global_batch_size": PAPER_MICRO_BATCHES * arguments.micro_batch,
+            "micro_batch_size": arguments.micro_batch,
+            "max_steps": 1000,
+            "output_dir": f"{folder}/run",
+        },
+    }
+    return Trainer(RunConfig.model_validate(values), SupervisedObjective())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"CPU, {torch.get_num_threads()} threads ({model})"
+
+
+def cost_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every cost benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama-like model")
+    parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}; the first 64 are held out")
+    parser.add_argument("--output", type=Path, help="where to write the result as JSON")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
+    return parser
+
+
+def circumstances(module: str, device: torch.device, model: Path) -> dict[str, Any]:
+    """What has to be known about a measurement: command, machine and versions."""
+    return {
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
+        "device": device_name(device),
+        "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},
+        "threads": torch.get_num_threads(),
+        "model": model.name,
+    }
+
+
+def write_result(result: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
