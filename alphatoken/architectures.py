@@ -274,7 +274,7 @@ class Decoder:
         paths = {index: dict(self.layers[index].named_modules()) for index in range(first, len(self.layers))}
         notes = []
         unscored = [part for part in self.architecture.unscored if any(part in layer for layer in paths.values())]
-        if unscored and chosen == "linears":
+        if unscored and chosen != "all":
             notes.append(f"{' and '.join(unscored)} of the scored layers are trained but not scored")
         no_attention = [index for index, layer in paths.items() if self.architecture.value_projection not in layer]
         if no_attention and estimator == "ghost":

@@ -88,7 +88,7 @@ class ValuationConfig(Section):
         "by forward-mode differentiation.",
     )
     layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        3, description="Number of last decoder layers that are scored (K)."
+        3, description="Number of last decoder layers that are scored (K), or all."
     )
     parameters: Literal["linears", "norms", "all"] = Field(
         "linears",
@@ -104,12 +104,17 @@ class ValuationConfig(Section):
     stability_weight: float = Field(1.5, ge=0, description="Weight of stability against adaptation (lambda).")
     validation_sequences: int = Field(32, ge=1, description="Held-out sequences per refresh, over all ranks together.")
     refresh_every: int = Field(
-        1, ge=1, description="Optimizer steps between refreshes of the held-out signals; 1 is exact."
+        1,
+        ge=1,
+        description="Optimizer steps between refreshes of the held-out signals; with 1 they are never out of date.",
     )
     contraction: Literal["auto", "ghost", "materialised"] = Field(
-        "auto", description="How target terms are contracted; auto takes the cheaper per linear. All are exact."
+        "auto",
+        description="How target terms are contracted; auto takes the cheaper per linear. The values are the same.",
     )
-    split_terms: bool = Field(True, description="Report the four terms separately; false computes the composite only.")
+    split_terms: bool = Field(
+        True, description="Report the terms separately (exact has two, direct ones); false computes the composite only."
+    )
     chunk_tokens: int = Field(
         16384, ge=1, description="Tokens per scoring pass (whole sequences, at least one): bounds scoring's memory."
     )
@@ -140,13 +145,14 @@ class ValuationConfig(Section):
     def _estimator_reads_its_keys(self) -> ValuationConfig:
         foreign = ("parameters", "preconditioner") if self.estimator == "ghost" else ("window", "contraction")
         other = "exact" if self.estimator == "ghost" else "ghost"
-        for key in foreign:
-            value, default = getattr(self, key), type(self).model_fields[key].default
-            if value != default:
-                raise ValueError(
-                    f"valuation.{key}={value} needs valuation.estimator={other}; estimator {self.estimator} has only "
-                    f"{key}={default}"
-                )
+        defaults = {key: type(self).model_fields[key].default for key in foreign}
+        wrong = [key for key in foreign if getattr(self, key) != defaults[key]]
+        if wrong:
+            settings = " and ".join(f"{key}={getattr(self, key)}" for key in wrong)
+            raise ValueError(
+                f"{settings}: only valuation.estimator={other} reads this; with {self.estimator} leave it out (or at "
+                f"{', '.join(f'{key}={defaults[key]}' for key in wrong)})"
+            )
         return self
 
 
@@ -304,6 +310,8 @@ class RunConfig(Section):
             raise ValueError("valuation.balance=std needs adaptation and stability apart: valuation.split_terms=true")
         if self.valuation.reference is not None and self.valuation.fisher is None:
             raise ValueError("valuation.reference is given without valuation.fisher; stability needs the Fisher file")
+        if self.model.lora is not None and self.valuation.parameters == "norms":
+            raise ValueError("valuation.parameters=norms, but model.lora trains no norms: use linears or all")
         if not self.valuation.enabled and self.selection.policy == "top_value":
             raise ValueError("selection.policy=top_value needs valuation.enabled=true")
         policy = self.selection.policy or ("top_value" if self.valuation.enabled else "all")

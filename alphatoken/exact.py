@@ -1,7 +1,7 @@
 """Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda V, in forward mode.
 
 All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass through the scored layers
-in dual numbers, one layer at a time, without a backward pass, hooks or attention matrices. Every path counts.
+in dual numbers, one layer at a time, without a backward pass, and with attention in query blocks. Every path counts.
 
 Shape legend: B sequences, T positions, R response positions, H hidden size.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -106,31 +107,11 @@ class ExactScorer(Scorer):
 
     @torch.no_grad()
     def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
-        response_BT, targets_BT = loss_positions(batch["labels"])
+        response_BT, _ = loss_positions(batch["labels"])
         duals = self._enter(entry, batch)
         for place, index in enumerate(self._streamer.indices):
-            directions = self._directions(index)
-            with self._streamer.stage(index) as module:
-                duals = [self._through(module, dual, place, directions) for dual in duals]
-        nll_BT = torch.zeros(response_BT.shape, device=self._device)
-        effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
-        norms, heads = self._directions("norm"), self._directions("head")
-        with self._streamer.top() as (norm, head):
-            for dual in duals:
-                rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
-                for effect_BT, tangent_BTH, norm_direction, head_direction in zip(
-                    effects, dual.tangents, norms, heads, strict=True
-                ):
-                    normed_RH, tangent_RH = self._streamer.jvp(
-                        norm, dual.hidden_BTH[response], tangent_BTH[response], NO_INPUT, norm_direction
-                    )
-                    targets_R = targets_BT[rows][response]
-                    nll_R, effect_R = head_jvp(
-                        normed_RH, tangent_RH, head, head_direction, targets_R, self._decoder.logit_softcap
-                    )
-                    nll_BT[rows][response] = nll_R
-                    effect_BT[rows][response] = effect_R
-                    self._watch("head", effect_R)
+            duals = self._through(duals, place, index)
+        nll_BT, effects = self._top(duals, batch["labels"])
         if coefficients is not None:
             effects = [effect_BT * coefficients(nll_BT, response_BT) for effect_BT in effects]
         return Scores(self._values(effects, response_BT), nll_BT)
@@ -151,10 +132,14 @@ class ExactScorer(Scorer):
             duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
         return duals
 
-    def _through(self, module: nn.Module, dual: _Dual, place: int, directions: list[Direction]) -> _Dual:
-        """One layer further."""
-        if not dual.chunk.has_response:
-            return dual
+    def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
+        """All chunks at the output of one layer. Weights and directions are dropped before the next are gathered."""
+        directions = self._directions(index)
+        with self._streamer.stage(index) as module:
+            return [self._layer(module, dual, place, directions) if dual.chunk.has_response else dual for dual in duals]
+
+    def _layer(self, module: nn.Module, dual: _Dual, place: int, directions: Sequence[Direction]) -> _Dual:
+        """One chunk at the output of one layer."""
         inputs = dual.chunk.entry.layer_inputs[place]
         results = [
             self._streamer.jvp(module, dual.hidden_BTH, tangent_BTH, inputs, direction)
@@ -164,6 +149,25 @@ class ExactScorer(Scorer):
         for tangent_BTH in tangents:
             self._watch(self._streamer.indices[place], tangent_BTH)
         return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
+
+    def _top(self, duals: Sequence[_Dual], labels_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the response."""
+        response_BT, targets_BT = loss_positions(labels_BT)
+        nll_BT = torch.zeros(response_BT.shape, device=self._device)
+        effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
+        norms, heads = self._directions("norm"), self._directions("head")
+        with self._streamer.top() as (norm, head):
+            for dual, number in product(duals, range(len(effects))):
+                rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
+                hidden_RH, tangent_RH = self._streamer.jvp(
+                    norm, dual.hidden_BTH[response], dual.tangents[number][response], NO_INPUT, norms[number]
+                )
+                targets_R, softcap = targets_BT[rows][response], self._decoder.logit_softcap
+                nll_R, effect_R = head_jvp(hidden_RH, tangent_RH, head, heads[number], targets_R, softcap)
+                nll_BT[rows][response] = nll_R
+                effects[number][rows][response] = effect_R
+                self._watch("head", effect_R)
+        return nll_BT, effects
 
     def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
         if self.config.split_terms:

@@ -96,8 +96,8 @@ class FisherSum:
         """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must call it.
 
         `batch` has `input_ids` and `labels`, padded on the right. Memory: the states between the layers, one layer with
-        the signals of its modules, one block of logits, and one parameter's matrix in float32, which is reduced before
-        the next is formed.
+        the signals of its modules, one block of logits (all those of one sequence where the head is scored), and one
+        parameter's matrix in float32, which is reduced before the next is formed.
         """
         chunks = chunks_of(entry, batch["labels"], self._chunk_tokens)
         outgrads = self._top(chunks)

@@ -54,20 +54,23 @@ class ValidationGradient:
 
         losses, outgrads = self._top(batches, entries)
         for place, index in reversed(list(enumerate(layers))):
-            paths = self._paths(index)
-            gradients = self._zeros(index)
-            with self._streamer.stage(index) as module:
-                for number, entry in enumerate(entries):
-                    inputs = entry.layer_inputs[place]
-                    outgrads[number], found = self._streamer.vjp(
-                        module, entry.states[place], inputs, outgrads[number], paths
-                    )
-                    for path, gradient in found.items():
-                        gradients[path] += gradient
-            self._reduce(index, gradients)
+            outgrads = self._layer(index, place, entries, outgrads)
         if self._paths("embeddings"):
             self._embeddings(batches, outgrads)
         return losses
+
+    def _layer(self, index: int, place: int, entries: Sequence[Entry], outgrads: Sequence[Tensor]) -> list[Tensor]:
+        """Takes in a layer's gradients; returns those at its input, (B, T, H) per batch."""
+        paths, gradients, below = self._paths(index), self._zeros(index), []
+        with self._streamer.stage(index) as module:
+            for entry, outgrad_BTH in zip(entries, outgrads, strict=True):
+                inputs = entry.layer_inputs[place]
+                ingrad_BTH, found = self._streamer.vjp(module, entry.states[place], inputs, outgrad_BTH, paths)
+                below.append(ingrad_BTH)
+                for path, gradient in found.items():
+                    gradients[path] += gradient
+        self._reduce(index, gradients)
+        return below
 
     def _top(self, batches: Sequence[Batch], entries: Sequence[Entry]) -> tuple[list[Tensor], list[Tensor]]:
         """Token losses of each batch, and the gradient at the last layer's output, (B, T, H)."""

@@ -36,7 +36,7 @@ def add_linear_square(total_OI: Tensor, outgrad_BTO: Tensor, act_BTI: Tensor, sq
 
 
 def vector_square(gradient_BTF: Tensor, square: Square) -> Tensor:
-    """The same of a bias or a norm's parameter, from its gradient by position: (F,) float32."""
+    """Squares of a bias's or norm parameter's gradients by position, summed as those of a linear: (F,) float32."""
     gradient_BTF = gradient_BTF.float()
     if square == "token":
         return gradient_BTF.square().sum((0, 1))

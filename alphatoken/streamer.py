@@ -8,6 +8,7 @@ ask for the same stages in the same order, whatever it then does with them.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -147,12 +148,13 @@ class LayerStreamer:
             }
             try:
                 result = functional_call(module, weights, (hidden, *inputs.args), dict(inputs.kwargs))
-            except (NotImplementedError, RuntimeError) as error:
-                if "forward AD" not in str(error) and "forward-mode" not in str(error) and "jvp" not in str(error):
+            except RuntimeError as error:
+                if not re.search("forward AD|forward-mode|jvp", str(error)):
                     raise
+                lacking = str(error).partition(" that does not")[0]
                 raise UserError(
                     f"valuation.estimator=exact is not possible with {type(self._decoder.model).__name__} here: a "
-                    f"{type(module).__name__} has no forward derivative ({error}); use valuation.estimator=ghost"
+                    f"{type(module).__name__} has no forward derivative ({lacking}); use valuation.estimator=ghost"
                 ) from None
             primal, tangent = forward_ad.unpack_dual(_output_of(result))
             return primal, torch.zeros_like(primal) if tangent is None else tangent

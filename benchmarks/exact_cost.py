@@ -35,8 +35,8 @@ from benchmarks.measuring import (
     circumstances,
     cost_parser,
     flops,
+    run_cost,
     seconds,
-    write_result,
 )
 
 
@@ -144,11 +144,7 @@ def main() -> None:
     parser = cost_parser(__doc__)
     parser.add_argument("--validation-sequences", type=int, default=8)
     parser.set_defaults(split_terms=False)
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    show(result)
-    if arguments.output:
-        write_result(result, arguments.output)
+    run_cost(parser, measure, show)
 
 
 if __name__ == "__main__":

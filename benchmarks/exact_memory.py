@@ -100,16 +100,12 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
     scorer.score(entry, batch)  # warm-up
     peak = Peak(trainer._device)
     peaks = {
-        "refresh": peak.of(lambda: _drop(scorer.refresh(held_out))),
-        "score": peak.of(lambda: _drop(scorer.score(entry, batch))),
+        "refresh": peak.of(lambda: scorer.refresh(held_out)),
+        "score": peak.of(lambda: scorer.score(entry, batch)),
     }
     state = batch["input_ids"].numel() * WIDTH * 4
     trainer._engine.destroy()
     return {**peaks, "states between the layers (in refresh)": (depth + 1) * state}
-
-
-def _drop(_result: object) -> None:
-    pass
 
 
 def main() -> None:

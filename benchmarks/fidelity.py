@@ -3,7 +3,8 @@
     python -m benchmarks.fidelity --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
 
 One process, a copy of the model in float32 as the truth and one in bf16 for the estimators, both with the same (bf16)
-weights. Rows of at most `--max-length` tokens are taken in order: first the validation sequences, then the responses.
+weights. Rows of at most `--max-length` tokens are taken in order: first the validation sequences, then the responses,
+then those of AdamW's warm-up (which has no weight decay).
 
 - **Token truth.** <grad l_t, G> over all parameters for every response token, one backward pass each, G the gradient of
   the validation loss. For every estimator and baseline policy: the rank correlation (Spearman) with the truth, and the
@@ -18,11 +19,13 @@ weights. Rows of at most `--max-length` tokens are taken in order: first the val
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from alphatoken.architectures import decoder_of
+from alphatoken.architectures import Decoder, decoder_of
 from alphatoken.config import Source, ValuationConfig
 from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
@@ -106,6 +109,13 @@ def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
     )
 
 
+def token_losses(decoder: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
+    """Losses of the response positions, (R,)."""
+    response_BT, targets_BT = loss_positions(batch["labels"])
+    hidden_RH, head = decoder.hidden_states(batch)[response_BT], decoder.head
+    return head_nll(hidden_RH, head.weight, head.bias, targets_BT[response_BT], decoder.logit_softcap)
+
+
 class Truth:
     """A float32 model with whole gradients."""
 
@@ -117,11 +127,7 @@ class Truth:
         self._validation_tokens = sum(int(loss_positions(batch["labels"])[0].sum()) for batch in rows.validation)
 
     def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Token losses of the response positions, (R,)."""
-        response_BT, targets_BT = loss_positions(batch["labels"])
-        hidden_RH = self._decoder.hidden_states(batch)[response_BT]
-        head = self._decoder.head
-        return head_nll(hidden_RH, head.weight, head.bias, targets_BT[response_BT], self._decoder.logit_softcap)
+        return token_losses(self._decoder, batch)
 
     def gradient(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(self.parameters.values()), retain_graph=keep_graph))
@@ -215,29 +221,17 @@ def baselines(truth: Truth, seed: int) -> dict[str, list[list[Tensor]]]:
 
 def plain_step_seconds(model: PreTrainedModel, rows: Rows) -> float:
     """Forward and backward of the mean loss of every response token, all micro-batches; gradients are dropped."""
-    truth = Truth(model, rows)
-    for batch in rows.train[:1]:  # warm-up
-        truth.losses(batch).mean().backward()
+    decoder = decoder_of(model)
+    token_losses(decoder, rows.train[0]).mean().backward()  # warm-up
     with timed() as plain:
         for batch in rows.train:
-            truth.losses(batch).mean().backward()
+            token_losses(decoder, batch).mean().backward()
     model.zero_grad(set_to_none=True)
     return plain[0]
 
 
-def groups_of(scope: str, rows: Rows) -> list[list[int]]:
-    """Places in `rows.sequences` that compete with each other."""
-    count = len(rows.sequences)
-    if scope == "sequence":
-        return [[place] for place in range(count)]
-    if scope == "global_batch":
-        return [list(range(count))]
-    batches = [number for number, _ in rows.sequences]
-    return [[place for place in range(count) if batches[place] == each] for each in sorted(set(batches))]
-
-
 def fidelity(
-    truth: list[Tensor], values: list[Tensor], groups: list[list[int]], keep_ratio: float
+    truth: list[Tensor], values: list[Tensor], groups: list[list[int]], keep_ratio: Fraction
 ) -> tuple[float, float]:
     """Rank correlation, a mean over groups by tokens, and the value captured over all groups."""
     correlation = weight = kept = best = 0.0
@@ -245,9 +239,9 @@ def fidelity(
         true_R, value_R = (torch.cat([each[place] for place in group]) for each in (truth, values))
         correlation += len(true_R) * rank_correlation(true_R, value_R)
         weight += len(true_R)
-        count = -(-len(true_R) * keep_ratio // 1)
-        kept += float(true_R[value_R.argsort(descending=True, stable=True)[: int(count)]].sum())
-        best += float(true_R.sort(descending=True).values[: int(count)].sum())
+        count = math.ceil(keep_ratio * len(true_R))
+        kept += float(true_R[value_R.argsort(descending=True, stable=True)[:count]].sum())
+        best += float(true_R.sort(descending=True).values[:count].sum())
     return correlation / weight, kept / best
 
 
@@ -272,14 +266,14 @@ def token_table(
         table[name] = {}
         for scope in SCOPES:
 
-            def measure(places: list[int], scope: str = scope, flat: list[Tensor] = flat) -> tuple[float, float]:
+            def of_drawn(places: list[int], scope: str = scope, flat: list[Tensor] = flat) -> tuple[float, float]:
                 members: dict[int, list[int]] = {}
                 for position, place in enumerate(places):
                     key = {"sequence": position, "micro_batch": batch_of[place], "global_batch": 0}[scope]
                     members.setdefault(key, []).append(place)
                 return fidelity(flat_truth, flat, list(members.values()), arguments.keep_ratio)
 
-            correlation, captured = with_interval(measure, len(flat), arguments.bootstrap, seed=1)
+            correlation, captured = with_interval(of_drawn, len(flat), arguments.bootstrap, seed=1)
             table[name][scope] = {"rank correlation": correlation, "value captured": captured}
     return table
 
@@ -333,9 +327,10 @@ class Optimizers:
                 parameter.copy_(old)
         return loss
 
-    def scale(self, names: Mapping[str, int], name: str) -> Tensor:
+    def scale(self, name: str) -> Tensor:
         """What AdamW multiplies a named parameter's gradient by, flat."""
-        return adam_scale(self._square[names[name]].flatten(), self.steps, self._betas[1], self._eps)
+        place = list(self._truth.parameters).index(name)
+        return adam_scale(self._square[place].flatten(), self.steps, self._betas[1], self._eps)
 
 
 def step_truth(truth: Truth, optimizers: Optimizers) -> dict[str, list[float]]:
@@ -370,11 +365,11 @@ def step_table(
         table[name] = {}
         for kind, measured in rises.items():
 
-            def measure(places: list[int], measured: list[float] = measured, sums: list[float] = sums) -> tuple[float]:
+            def of_drawn(places: list[int], measured: list[float] = measured, sums: list[float] = sums) -> tuple[float]:
                 pairs = [index for place in places for index in (2 * place, 2 * place + 1)]  # halves stay together
                 return (rank_correlation(torch.tensor(measured)[pairs], torch.tensor(sums)[pairs]),)
 
-            (table[name][kind],) = with_interval(measure, len(sums) // 2, arguments.bootstrap, seed=2)
+            (table[name][kind],) = with_interval(of_drawn, len(sums) // 2, arguments.bootstrap, seed=2)
     return table
 
 
@@ -388,13 +383,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     coarse = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     coarse = coarse.to(device).eval()
     coarse.load_state_dict(full.state_dict())
-    names = {name: place for place, name in enumerate(truth.parameters)}
     by_identity = {id(parameter): name for name, parameter in coarse.named_parameters()}
     found, costs = {}, {}
     for name, settings in estimators(len(decoder_of(coarse).layers)).items():
         print(f"{name} ...", flush=True)
         found[name], costs[name] = estimate(
-            coarse, rows, settings, lambda parameter: optimizers.scale(names, by_identity[id(parameter)])
+            coarse, rows, settings, lambda parameter: optimizers.scale(by_identity[id(parameter)])
         )
     plain = plain_step_seconds(coarse, rows)
     found |= baselines(truth, seed=0)
@@ -408,7 +402,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "response_tokens": sum(len(row) for batch in values for row in batch),
         "validation_sequences": arguments.validation_sequences,
         "warm_up_steps": optimizers.steps,
-        "keep_ratio": arguments.keep_ratio,
+        "keep_ratio": float(arguments.keep_ratio),
         "seconds_of_plain_steps": plain,
         "seconds": costs,
         "tokens": token_table(values, found, rows, arguments),
@@ -467,7 +461,7 @@ def main() -> None:
     parser.add_argument("--validation-sequences", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=144, help="longer rows are left out")
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--keep-ratio", type=Fraction, default=Fraction(1, 2))
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the estimators' model")
     parser.add_argument("--warm-up-steps", type=int, default=8, help="of AdamW, before anything is measured")
     parser.add_argument("--adamw-lr", type=float, default=2e-5)

@@ -1,18 +1,16 @@
 """Peak memory of a Fisher estimate, per rank, beside the sum of what it should have to hold.
 
-    MALLOC_MMAP_THRESHOLD_=65536 launch/local.sh benchmarks/fisher_memory.py --config configs/sft/smollm2_gsm8k.yaml \
-        fisher.batch_size=1 fisher.num_prompts=4 fisher.output=FOLDER
+    MALLOC_MMAP_THRESHOLD_=65536 launch/local.sh --module benchmarks.fisher_memory \
+        --config configs/sft/smollm2_gsm8k.yaml fisher.batch_size=1 fisher.num_prompts=4 fisher.output=FOLDER
 
-Takes the configuration of `recipes/fisher.py`. Linux: the kernel's high-water mark is reset once the model is loaded.
+Takes the configuration of `recipes/fisher.py`. The peak is above what is resident once the model is loaded.
 The variable makes glibc give back what is freed; otherwise it keeps some, which shows as resident.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -23,14 +21,7 @@ from alphatoken.config import RunConfig
 from alphatoken.config_file import parse_arguments
 from alphatoken.estimation import estimate_fisher, prepare_estimate
 from alphatoken.losses import LOGIT_BLOCK_ELEMENTS
-
-
-def resident(which: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at the peak."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{which}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
+from benchmarks.measuring import Peak
 
 
 def expected(decoder: Decoder, config: RunConfig, tokens: int, responses: int) -> dict[str, int]:
@@ -62,10 +53,8 @@ def main() -> None:
         length, responses = len(tokens) + config.fisher.max_new_tokens, config.fisher.max_new_tokens
     else:
         length, responses = len(tokens), int(mask.sum())
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    estimate_fisher(config, decoder, tokenizer, prompts, device)
-    peaks = collectives.gather_objects(resident("VmHWM") - before)
+    peak = Peak(device).of(lambda: estimate_fisher(config, decoder, tokenizer, prompts, device))
+    peaks = collectives.gather_objects(peak)
     parts = expected(decoder, config, length, responses)
     if collectives.rank() == 0:
         shown = {**parts, "sum": sum(parts.values()), "measured above the loaded shards, per rank": peaks}

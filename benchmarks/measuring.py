@@ -31,7 +31,7 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
-    def of(self, call: Callable[[], None]) -> int:
+    def of(self, call: Callable[[], object]) -> int:
         gc.collect()
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -135,6 +135,19 @@ def circumstances(module: str, device: torch.device, model: Path) -> dict[str, A
         "threads": torch.get_num_threads(),
         "model": model.name,
     }
+
+
+def run_cost(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """The whole of a cost benchmark's command."""
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    show(result)
+    if arguments.output:
+        write_result(result, arguments.output)
 
 
 def write_result(result: dict[str, Any], file: Path) -> None:

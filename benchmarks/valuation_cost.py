@@ -36,8 +36,8 @@ from benchmarks.measuring import (
     circumstances,
     cost_parser,
     flops,
+    run_cost,
     seconds,
-    write_result,
 )
 
 
@@ -260,11 +260,7 @@ def main() -> None:
         "--validation-sequences", type=int, nargs="+", default=[8, 32], help="numbers to measure; the paper has 32"
     )
     parser.add_argument("--split-terms", action="store_true", help="keep the four terms apart")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    show(result)
-    if arguments.output:
-        write_result(result, arguments.output)
+    run_cost(parser, measure, show)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ("selection.keep_ratio=1.5", "selection.keep_ratio: input should be less than or equal to 1, not 1.5"),
         ("valuation.layers=0", "valuation.layers: input should be greater than or equal to 1, not 0"),
         ("valuation.estimator=magic", "valuation.estimator: input should be 'ghost' or 'exact', not 'magic'"),
+        (
+            "valuation.parameters=all",
+            "parameters=all: only valuation.estimator=exact reads this; with ghost leave it out",
+        ),
+        (
+            "valuation={estimator: exact, window: 4, contraction: ghost}",
+            "window=4 and contraction=ghost: only valuation",
+        ),
+        ("valuation={estimator: exact, preconditioner: sgd}", "input should be 'none' or 'adam', not 'sgd'"),
         ("logging.every=true", "logging.every: input should be a valid integer, not True"),
         ("train.micro_batch_size=7", "train.global_batch_size=64 is not a multiple of train.micro_batch_size=7"),
         ("data.validation=null", "valuation.enabled=true needs data.validation"),

@@ -192,12 +192,13 @@ def test_values_masks_and_gradient_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["resident", "streamed"])
+@pytest.mark.parametrize("way", ["resident", "streamed", "exact"])
 def test_a_rank_without_response_tokens_takes_part(
-    residency: str, run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+    way: str, run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
     """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no loss."""
-    values = variant(run_values, tmp_path / "run", valuation={**stability, "residency": residency})
+    valuation = exact("all", "all") if way == "exact" else {"residency": way}
+    values = variant(run_values, tmp_path / "run", valuation={**stability, **valuation})
     results = run_ranks("one_empty_micro_batch", 2, tmp_path / "ranks", values=values)
     assert results[1]["kept"][1] == 0
     assert results[1]["kept"][0] > 0
@@ -219,11 +220,12 @@ def test_a_rank_without_response_tokens_takes_part(
 def test_other_architectures_train_and_score_under_zero(
     run_values: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps under ZeRO-3 on two ranks give the metrics of one process with whole weights."""
+    """Two steps under ZeRO-3 on two ranks give the metrics of one process with whole weights, with either estimator."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     monkeypatch.setitem(SMALL, "vocab_size", len(tokenizer))
     monkeypatch.setitem(SMALL, "max_position_embeddings", 512)
     names = ("qwen3_5", "mixtral", "qwen3_moe", "gemma3", "gemma2", "phi3", "gpt_neox", "gpt2")
+    every_parameter = {**exact("all", "all"), "validation_sequences": 5}
     for name in names:
         CASES[name].build().save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -233,16 +235,18 @@ def test_other_architectures_train_and_score_under_zero(
         for name in names:
             model = {"name_or_path": str(tmp_path / name), "dtype": "float32"}
             model["attn_implementation"] = "eager" if CASES[name].eager_only else "sdpa"
-            folder = str(tmp_path / f"{name}-{ranks}")
-            train = {**run_values["train"], "output_dir": folder}
-            configs[name] = {**run_values, "model": model, "train": train, "deepspeed": stage(zero_stage)}
+            for estimator, valuation in (("ghost", run_values["valuation"]), ("exact", every_parameter)):
+                run = f"{name}, {estimator}"
+                train = {**run_values["train"], "output_dir": str(tmp_path / f"{run}-{ranks}")}
+                sections = {"model": model, "train": train, "valuation": valuation, "deepspeed": stage(zero_stage)}
+                configs[run] = {**run_values, **sections}
         (messages, *_) = run_ranks("run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
         assert not any(messages.values()), messages
-        files = {name: tmp_path / f"{name}-{ranks}" / "metrics.jsonl" for name in names}
+        files = {run: tmp_path / f"{run}-{ranks}" / "metrics.jsonl" for run in configs}
         return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
 
     alone, sharded = metrics(1, 1), metrics(2, 3)
-    for name in names:
+    for name in alone:
         for one, two in zip(alone[name], sharded[name], strict=True):
             assert one.keys() == two.keys()
             for key in one.keys() & {"loss_kept", "loss_response", "grad_norm", "composite_std", "eval_loss"}:

@@ -16,6 +16,7 @@ from alphatoken.architectures import decoder_of
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import EntryCapture
 from alphatoken.drift import Drift
+from alphatoken.estimators import build_scorer
 from alphatoken.ghost import GhostScorer
 from alphatoken.held_out import HeldOutSignals
 from alphatoken.passes import Coefficients
@@ -178,6 +179,23 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
     once, scaled = scores(1.0, 1.0), scores(-2.0, 3.0)
     for term, factor in {"direct_target": -6, "causal_target": -6, "direct_proxy": 3, "causal_proxy": 3}.items():
         assert relative_error(getattr(scaled, term), factor * getattr(once, term)) <= 1e-5, term
+
+
+def test_scaling_the_loss_scales_exact_values() -> None:
+    plain = Plain()
+    batch, validation = collate(plain.sequences), collate(plain.validation)
+    decoder = decoder_of(plain.model.eval())
+    parameters = {name: plain.model.get_parameter(name) for name in plain.fisher}
+    config = ValuationConfig(estimator="exact", layers=2)
+    drift = Drift(parameters, plain.fisher, plain.reference, CPU)
+    scorer = build_scorer(decoder, config, CPU, drift)
+    scorer.refresh([validation])
+    with torch.no_grad(), scorer.capture() as capture:
+        decoder.hidden_states(batch)
+    once, scaled = (scorer.score(capture.entry, batch, scaled_by(factor)).values for factor in (1.0, -3.0))
+    for term in ("direct_target", "direct_proxy", "composite"):
+        assert getattr(once, term).any()
+        assert relative_error(getattr(scaled, term), -3 * getattr(once, term)) <= 1e-6, term
 
 
 def scaled_by(factor: float) -> Coefficients:

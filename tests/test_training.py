@@ -242,6 +242,7 @@ def test_lora_trains_values_and_exports_adapters(run_values: dict[str, Any], tmp
             "plain": {},
             "checkpointed": {"train": {"gradient_checkpointing": True}},
             "streamed": {"valuation": {"residency": "streamed"}},
+            "exact": {"valuation": {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}},
         }
         return {
             name: changed(changed(lora, **content), train={"output_dir": str(tmp_path / f"{name}-{ranks}")})
@@ -259,6 +260,10 @@ def test_lora_trains_values_and_exports_adapters(run_values: dict[str, Any], tmp
         for ours, theirs in zip(metrics_of(tmp_path / name), expected, strict=True):
             for key in theirs.keys() & {"loss_kept", "eval_loss", "composite_std", "causal_target_std", "grad_norm"}:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), f"{name}, step {ours['step']}: {key}"
+
+    for ours, theirs in zip(metrics_of(tmp_path / "exact-2"), metrics_of(tmp_path / "exact-1"), strict=True):
+        for key in theirs.keys() & {"loss_kept", "eval_loss", "composite_std", "direct_proxy_std", "grad_norm"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), f"exact, step {ours['step']}: {key}"
 
     export = tmp_path / "checkpointed-2" / "export"
     assert (export / "adapter_config.json").exists()
