@@ -99,7 +99,7 @@ class LayerStreamer:
         on_attention: AttentionConsumer | None = None,
     ) -> Tensor:
         """The output of a filled layer, (B, T, H); a graph is built where gradients are enabled and needed."""
-        with AttentionCapture(self._attention, on_attention):
+        with AttentionCapture(self._attention, on_attention), zero3.plain_linears():
             return _output_of(module(hidden_BTH, *inputs.args, **inputs.kwargs))
 
     def vjp(
@@ -117,7 +117,7 @@ class LayerStreamer:
         with torch.enable_grad():
             entry = hidden_BTH.detach().requires_grad_()
             weights = {path: module.get_parameter(path).detach().requires_grad_() for path in paths}
-            with AttentionCapture(self._attention):
+            with AttentionCapture(self._attention), zero3.plain_linears():
                 output = _output_of(functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs)))
             gradients = torch.autograd.grad(output, [entry, *weights.values()], outgrad_BTH, allow_unused=True)
         return gradients[0], {

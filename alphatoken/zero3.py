@@ -23,7 +23,7 @@ from alphatoken import collectives
 @contextmanager
 def plain_linears() -> Iterator[None]:
     """Torch's own `F.linear` inside. ZeRO-3 replaces it in the whole process by a function whose graph does not hold on
-    to gathered weights, which training needs, but which has no forward derivative.
+    to gathered weights, which training needs; but it has no forward derivative, and keeps inputs of frozen weights.
     """
     if "deepspeed" not in sys.modules:
         yield
