@@ -66,12 +66,12 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
             assert error <= 1e-12, f"{weight} is off by {error:.1e}"
         assert relative_error(primal, output) <= 1e-6  # softmax in float32
         # <outgrad, J tangent> = <J^T outgrad, tangent>
-        forward_mode = float((outgrad * derivative).sum())
-        reverse_mode = sum(
-            float((gradient * direction).sum())
-            for gradient, direction in zip(expected, [tangent, *tangents.values()], strict=True)
-        )
-        assert forward_mode == pytest.approx(reverse_mode, rel=1e-5)
+        products = [
+            gradient * direction for gradient, direction in zip(expected, [tangent, *tangents.values()], strict=True)
+        ]
+        forward_mode, reverse_mode = float((outgrad * derivative).sum()), sum(float(each.sum()) for each in products)
+        magnitude = sum(float(each.abs().sum()) for each in products)  # the terms may cancel
+        assert abs(forward_mode - reverse_mode) <= 1e-6 * magnitude
         hidden = output.detach()
         if not resident:
             assert all(parameter.is_meta for parameter in streamer.module(index).parameters())
