@@ -98,6 +98,7 @@ class ExactScorer(Scorer):
 
     @torch.no_grad()
     def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+        self._slices, self._kept = {}, {}  # the old ones go before the new are formed
         self._streamer.refresh()
         losses = [] if batches is None else self._gradient.refresh(batches)
         self._slices = {stage: self._form(stage) for stage in self._stages}
