@@ -20,10 +20,7 @@ app = typer.Typer(name="alphatoken", no_args_is_help=True, add_completion=False,
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the process with status 2 and, on rank 0, a message instead of a traceback, when the user has to act.
-
-    Leaves the other ranks in an orderly way, in that case and at the end.
-    """
+    """Ends the process when what is inside is done: with status 2 and a message on rank 0 where the user has to act."""
     try:
         yield
         collectives.barrier()
@@ -33,9 +30,8 @@ def readable_errors() -> Iterator[None]:
         else:
             # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
             time.sleep(2)
-        collectives.leave()
-        sys.exit(2)
-    collectives.leave()
+        collectives.end_process(2)
+    collectives.end_process(0)
 
 
 def _print_version(wanted: bool) -> None:

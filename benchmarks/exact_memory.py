@@ -116,7 +116,6 @@ def main() -> None:
         json.dump({f"{depth} layers": ranks for depth, ranks in results.items()}, sys.stdout, indent=1)
         print()
         shutil.rmtree(shared)
-    collectives.leave()
 
 
 if __name__ == "__main__":

@@ -317,4 +317,4 @@ def run(case: str, folder: Path) -> None:
     result = globals()[case](folder, **arguments)
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
     collectives.barrier()
-    collectives.leave()
+    collectives.end_process(0)
