@@ -180,10 +180,10 @@ class FisherConfig(Section):
 
 
 class SelectionConfig(Section):
-    policy: Literal["top_value", "random", "loss", "low_perplexity", "all"] | None = Field(
+    policy: Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"] | None = Field(
         None,
-        description="What is kept: highest value, a random choice, highest or lowest loss, or everything; "
-        "default: top_value, or all where valuation is off.",
+        description="What is kept: highest value, a random choice, highest or lowest loss, highest loss above that of "
+        "reference.model (Rho-1), or everything; default: top_value, or all where valuation is off.",
     )
     keep_ratio: float = Field(0.5, gt=0, le=1, description="Share of response tokens to train on (rho).")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -221,6 +221,37 @@ class SelectionConfig(Section):
                 "no min_keep"
             )
         return self
+
+
+class ReferenceConfig(Section):
+    model: str | None = Field(
+        None,
+        description="Folder or hub name of the model whose token losses are compared; default: the start.",
+    )
+    mode: Literal["cached", "online"] = Field(
+        "cached",
+        description="Compute its losses of all rows once, before training, or keep it loaded (sharded like the model) "
+        "and run it on every micro-batch.",
+    )
+    offload: bool = Field(False, description="online: keep its shards in host memory while it does not run.")
+    cache: FilePath | None = Field(
+        None,
+        description="Folder of the cached losses, refused if it is of other data, lengths, tokenizer or model; "
+        "default: one under data.cache_dir for each combination of these.",
+    )
+    save_every: int = Field(1024, ge=1, description="Rows after which unfinished cached losses are saved.")
+
+    @model_validator(mode="after")
+    def _mode_reads_its_keys(self) -> ReferenceConfig:
+        if self.offload and self.mode == "cached":
+            raise ValueError("reference.offload=true: only reference.mode=online keeps a reference to offload")
+        if self.cache is not None and self.mode == "online":
+            raise ValueError(f"reference.cache={self.cache}: reference.mode=online caches nothing")
+        return self
+
+
+def _as_reference(value: Any) -> Any:
+    return {"mode": value} if isinstance(value, str) else value
 
 
 class OptimConfig(Section):
@@ -284,6 +315,8 @@ class RunConfig(Section):
     valuation: ValuationConfig = Field(default_factory=ValuationConfig)
     fisher: FisherConfig = Field(default_factory=FisherConfig)
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    # `reference: online` is short for `reference: {mode: online}`.
+    reference: Annotated[ReferenceConfig, BeforeValidator(_as_reference)] = Field(default_factory=ReferenceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
@@ -293,6 +326,16 @@ class RunConfig(Section):
     def estimates_fisher(self) -> bool:
         """Whether a training run has to estimate the Fisher by itself."""
         return self.valuation.enabled and self.valuation.fisher is None and self.valuation.stability_weight > 0
+
+    @property
+    def selections(self) -> tuple[SelectionConfig, ...]:
+        """The selection of each response of a row: its only one here, the chosen and the rejected one of pairs."""
+        return (self.selection,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the token losses of a reference model are needed."""
+        return any(selection.policy == "excess_loss" for selection in self.selections)
 
     @model_validator(mode="after")
     def _valuation_has_data(self) -> RunConfig:
@@ -312,9 +355,12 @@ class RunConfig(Section):
             raise ValueError("valuation.reference is given without valuation.fisher; stability needs the Fisher file")
         if self.model.lora is not None and self.valuation.parameters == "norms":
             raise ValueError("valuation.parameters=norms, but model.lora trains no norms: use linears or all")
-        if not self.valuation.enabled and self.selection.policy == "top_value":
-            raise ValueError("selection.policy=top_value needs valuation.enabled=true")
-        policy = self.selection.policy or ("top_value" if self.valuation.enabled else "all")
-        if self.selection.weights == "sigmoid" and policy in ("all", "random"):
-            raise ValueError(f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}")
+        for selection in self.selections:
+            if not self.valuation.enabled and selection.policy == "top_value":
+                raise ValueError("selection.policy=top_value needs valuation.enabled=true")
+            policy = selection.policy or ("top_value" if self.valuation.enabled else "all")
+            if selection.weights == "sigmoid" and policy in ("all", "random"):
+                raise ValueError(f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}")
+            if policy == "excess_loss" and self.reference.model is None:
+                raise ValueError("selection.policy=excess_loss needs reference.model, trained on data that is wanted")
         return self

@@ -176,10 +176,11 @@ def _nearest(config_class: type[Section], location: list[str]) -> str:
     *_, wrong = location
     known = list(_keys(config_class))
     siblings = [key for key in known if key.split(".")[:-1] == location[:-1]]
-    by_name = {key.split(".")[-1]: key for key in reversed([*siblings, *known])}
-    matches = difflib.get_close_matches(wrong, by_name, n=1)
-    if matches:
-        return f"; did you mean {by_name[matches[0]]}?"
+    for candidates in (siblings, known):
+        by_name = {key.split(".")[-1]: key for key in reversed(candidates)}
+        matches = difflib.get_close_matches(wrong, by_name, n=1)
+        if matches:
+            return f"; did you mean {by_name[matches[0]]}?"
     return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
 
 

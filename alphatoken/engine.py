@@ -116,11 +116,18 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 FRUGAL = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
-def inference_config(config: RunConfig) -> dict[str, Any]:
-    """The same for running the model forward only, on any number of ranks, with few weights held unless told."""
+def inference_config(config: RunConfig, offload: bool = False) -> dict[str, Any]:
+    """The same for running a model forward only, on any number of ranks, with few weights held unless told.
+
+    `offload` keeps its shards in host memory. Raises UserError where there are no shards.
+    """
     values = {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
     zero = values.get("zero_optimization", {})
-    return {**values, "zero_optimization": {**FRUGAL, **zero} if zero.get("stage") == 3 else zero}
+    if zero.get("stage") == 3:
+        zero = {**FRUGAL, **zero, **({"offload_param": {"device": "cpu"}} if offload else {})}
+    elif offload:
+        raise UserError("reference.offload=true needs zero_optimization.stage=3 in deepspeed.config")
+    return {**values, "zero_optimization": zero}
 
 
 def _shared_config(config: RunConfig) -> dict[str, Any]:
@@ -311,7 +318,7 @@ def build_engine(model: nn.Module, config: RunConfig, deepspeed_values: dict[str
     return engine
 
 
-def build_inference_engine(model: PreTrainedModel, deepspeed_values: dict[str, Any], device: torch.device) -> None:
+def build_inference_engine(model: nn.Module, deepspeed_values: dict[str, Any], device: torch.device) -> None:
     """Lets a model run forward without an optimizer: below stage 3 on this rank's device, else by DeepSpeed's hooks."""
     if deepspeed_values.get("zero_optimization", {}).get("stage", 0) < 3:
         model.to(device)

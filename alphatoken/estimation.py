@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,7 @@ def estimate_fisher(
         parameters=config.valuation.parameters,
         chunk_tokens=config.valuation.chunk_tokens,
     )
-    model_sha256, weights = _model_identity(decoder.model, device)
+    model_sha256, weights = model_identity(dict(decoder.model.named_parameters()), device)
     settings = {
         **_settings(chosen, tokenizer, prompts),
         "dtype": config.model.dtype,
@@ -164,7 +165,10 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
             f"the Fisher {file} was estimated with model.lora={file.header['settings']['lora']}, not {_lora(config)}"
         )
     if reference_file is None:
-        expected, (found, _) = file.header["settings"]["model_sha256"], _model_identity(decoder.model, device)
+        expected, (found, _) = (
+            file.header["settings"]["model_sha256"],
+            model_identity(dict(decoder.model.named_parameters()), device),
+        )
         same, whose = expected == found, f"model.name_or_path={config.model.name_or_path}"
     else:
         checksums = zero3.checksums(parameters, device, reference_file.flat)
@@ -201,8 +205,9 @@ def _settings(config: FisherConfig, tokenizer: PreTrainedTokenizerBase, prompts:
     """What decides the estimate, besides the model. The prompts' hash covers how they were tokenised and cut."""
     tokens = hashlib.sha256()
     for row in prompts.rows:
-        for column in prompts.dataset[int(row)]:
-            tokens.update(np.ascontiguousarray(column).tobytes())
+        for document in prompts.dataset[int(row)]:
+            for column in document:
+                tokens.update(np.ascontiguousarray(column).tobytes())
     return {
         "format_version": FORMAT_VERSION,
         "sampling": config.sampling,
@@ -211,13 +216,17 @@ def _settings(config: FisherConfig, tokenizer: PreTrainedTokenizerBase, prompts:
         "max_new_tokens": config.max_new_tokens if config.sampling == "rollout" else None,
         "prompts": len(prompts.rows),
         "prompts_sha256": tokens.hexdigest(),
-        "tokenizer_sha256": hashlib.sha256(PromptEncoder(tokenizer, 0).identity.encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_identity(tokenizer),
     }
 
 
-def _model_identity(model: nn.Module, device: torch.device) -> tuple[str, dict[str, int]]:
-    """One hash of all weights, and a checksum of each by name."""
-    parameters = dict(model.named_parameters())
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer and its chat template."""
+    return hashlib.sha256(PromptEncoder(tokenizer, 0).identity.encode()).hexdigest()
+
+
+def model_identity(parameters: Mapping[str, nn.Parameter], device: torch.device) -> tuple[str, dict[str, int]]:
+    """One hash of the named weights, and a checksum of each. Every rank must call it."""
     checksums = zero3.checksums(parameters, device)
     described = [[name, list(zero3.full_shape(parameters[name])), value] for name, value in checksums.items()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest(), checksums

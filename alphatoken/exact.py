@@ -23,7 +23,7 @@ from alphatoken.drift import Drift
 from alphatoken.errors import UserError
 from alphatoken.gradient import ValidationGradient
 from alphatoken.losses import Batch, head_jvp, loss_positions
-from alphatoken.passes import Chunk, Coefficients, chunks_of
+from alphatoken.passes import Chunk, chunks_of
 from alphatoken.scorer import Scorer, Scores
 from alphatoken.streamer import NO_INPUT, LayerStreamer
 from alphatoken.valuation import TERMS, TokenValues
@@ -107,14 +107,12 @@ class ExactScorer(Scorer):
         return losses
 
     @torch.no_grad()
-    def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
+    def score(self, entry: Entry, batch: Batch) -> Scores:
         response_BT, _ = loss_positions(batch["labels"])
         duals = self._enter(entry, batch)
         for place, index in enumerate(self._streamer.indices):
             duals = self._through(duals, place, index)
         nll_BT, effects = self._top(duals, batch["labels"])
-        if coefficients is not None:
-            effects = [effect_BT * coefficients(nll_BT, response_BT) for effect_BT in effects]
         return Scores(self._values(effects, response_BT), nll_BT)
 
     def _enter(self, entry: Entry, batch: Batch) -> list[_Dual]:

@@ -20,7 +20,6 @@ from alphatoken.config import ValuationConfig
 from alphatoken.drift import Drift
 from alphatoken.held_out import HeldOutSignals
 from alphatoken.losses import Batch, loss_positions
-from alphatoken.passes import Coefficients
 from alphatoken.scorer import Scorer, Scores
 from alphatoken.tower import Tower
 from alphatoken.valuation import TERMS, Contraction, Materialised, TokenValues
@@ -81,10 +80,10 @@ class GhostScorer(Scorer):
         return losses
 
     @torch.no_grad()
-    def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
+    def score(self, entry: Entry, batch: Batch) -> Scores:
         response_BT, _ = loss_positions(batch["labels"])
         sink = _Accumulator(self, response_BT)
-        nll_BT = self.tower.run(entry, batch["labels"], sink, coefficients)
+        nll_BT = self.tower.run(entry, batch["labels"], sink)
         self._nonfinite |= sink.nonfinite
         return Scores(sink.values(), nll_BT)
 

@@ -5,7 +5,7 @@ Shape legend: B rows, T loss positions, R response (or kept) positions in order 
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -15,7 +15,7 @@ from alphatoken.architectures import Decoder
 from alphatoken.capture import Entry
 from alphatoken.losses import Batch, HeadLoss, Objective, loss_positions
 from alphatoken.scorer import Scorer
-from alphatoken.selection import Selection, ranking
+from alphatoken.selection import Selection, ranking, weigh_branches
 from alphatoken.timing import Stopwatch
 
 
@@ -42,7 +42,32 @@ class StepOutput(TypedDict):
     """Weight of each token in the objective, zero where it is masked out."""
     kept_nll_R: Tensor
     """Losses of the kept tokens from the training graph."""
+    metrics: dict[str, Tensor]
+    """What the objective reports, a number per row each."""
     assessment: Assessment
+
+
+class TokenLosses(nn.Module):
+    """A causal LM whose forward pass returns the loss of each response token, as `token_losses`: a reference model."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.lm = decoder.model
+        self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
+        self._decoder = decoder
+
+    def forward(self, batch: Batch) -> Tensor:
+        return token_losses(self._decoder, self.head_loss, batch)
+
+
+@torch.no_grad()
+def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
+    """Losses of a batch's response tokens, (B, T) float32, zero off the response."""
+    response_BT, targets_BT = loss_positions(batch["labels"])
+    hidden_BTH = decoder.hidden_states(batch)
+    nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
+    nll_BT[response_BT] = head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
+    return nll_BT
 
 
 class ValuedModel(nn.Module):
@@ -58,14 +83,14 @@ class ValuedModel(nn.Module):
         self,
         decoder: Decoder,
         objective: Objective,
-        selection: Selection,
+        selections: Sequence[Selection],
         eos_token_ids: list[int],
         stopwatch: Stopwatch,
     ) -> None:
         super().__init__()
         self.lm = decoder.model
         self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
-        self.selection = selection
+        self.selections = selections
         self._decoder = decoder
         self._objective = objective
         self._eos_token_ids = eos_token_ids
@@ -98,23 +123,17 @@ class ValuedModel(nn.Module):
             with self.scorer.capture() as capture:
                 self._decoder.hidden_states(batch)
             return self._score(batch, self.scorer, capture.entry)
-        response_BT, _ = loss_positions(batch["labels"])
-        nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
-        nll_BT[response_BT] = self.response_losses(batch)
-        return self._assessment(batch, nll_BT, {})
+        return self._assessment(batch, self.token_losses(batch), {})
 
-    @torch.no_grad()
-    def response_losses(self, batch: Batch) -> Tensor:
-        """Loss of each response token of a batch, (R,) float32, without training or scoring."""
-        response_BT, targets_BT = loss_positions(batch["labels"])
-        hidden_BTH = self._decoder.hidden_states(batch)
-        losses: Tensor = self.head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
-        return losses
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Losses of response tokens, (B, T) float32, without training or scoring."""
+        return token_losses(self._decoder, self.head_loss, batch)
 
     def choose(self, batch: Batch, assessment: Assessment) -> Tensor:
         """Weights of the response tokens of one micro-batch, (R,)."""
         response_BT = assessment["response_BT"]
-        return self.selection.weigh(
+        return weigh_branches(
+            self.selections,
             assessment["rank_BT"][response_BT],
             batch["document_ids"][response_BT],
             assessment["protected_BT"][response_BT],
@@ -122,16 +141,25 @@ class ValuedModel(nn.Module):
 
     def _score(self, batch: Batch, scorer: Scorer, entry: Entry) -> Assessment:
         with self._stopwatch.phase("score"):
-            scores = scorer.score(entry, batch, partial(self._objective.coefficients, batch))
-            return self._assessment(batch, scores.nll_BT, dict(scores.values.items()))
+            scores = scorer.score(entry, batch)
+            # Values are linear in their own sequence's gradient, so it may be scaled afterwards.
+            response_BT, _ = loss_positions(batch["labels"])
+            coefficient_BT = self._objective.coefficients(batch, scores.nll_BT, response_BT)
+            values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
+            return self._assessment(batch, scores.nll_BT, values)
 
     def _assessment(self, batch: Batch, nll_BT: Tensor, values: dict[str, Tensor]) -> Assessment:
         response_BT, targets_BT = loss_positions(batch["labels"])
+        branch_BT = batch["document_ids"] % len(self.selections)
+        rank_BT = torch.zeros_like(nll_BT)
+        for branch, selection in enumerate(self.selections):
+            others = (values.get("composite"), nll_BT, batch.get("noise"), batch.get("reference_nll"))
+            rank_BT = torch.where(branch_BT == branch, ranking(selection.policy, *others), rank_BT)
         return Assessment(
             response_BT=response_BT,
             protected_BT=torch.isin(targets_BT, torch.tensor(self._eos_token_ids, device=targets_BT.device)),
             nll_BT=nll_BT,
-            rank_BT=ranking(self.selection.policy, values.get("composite"), nll_BT, batch.get("noise")),
+            rank_BT=rank_BT,
             values=values,
         )
 
@@ -158,9 +186,10 @@ class ValuedModel(nn.Module):
         """`nll_R` are the losses of the tokens whose weight is not zero."""
         weight_BT = torch.zeros_like(assessment["nll_BT"])
         weight_BT[assessment["response_BT"]] = weight_R
-        kept_BT = weight_BT > 0
+        known = (batch, assessment["nll_BT"], assessment["response_BT"], weight_BT)
         return StepOutput(
-            total=self._objective.total(batch, nll_R, weight_BT[kept_BT], batch["document_ids"][kept_BT]),
+            total=self._objective.total(*known, nll_R),
+            metrics=self._objective.metrics(*known),
             weight_BT=weight_BT,
             kept_nll_R=nll_R.detach(),
             assessment=assessment,

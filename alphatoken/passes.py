@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 
 from alphatoken.capture import Entry
 from alphatoken.losses import head_loss, loss_positions
-
-Coefficients = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,8 @@ def top_backward(
     hidden_BTH: Tensor,
     chunk: Chunk,
     softcap: float | None,
-    coefficients: Coefficients | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token losses (B, T) and the gradient of their sum at the last layer's output `hidden_BTH` (B, T, H).
-
-    Each sequence's gradient is multiplied by `coefficients(nll_BT, response_BT)` (B, T) if given.
-    """
+    """Token losses (B, T) and the gradient of their sum at the last layer's output `hidden_BTH` (B, T, H)."""
     response_BT, targets_BT = loss_positions(chunk.labels_BT)
     with torch.enable_grad():
         hidden_RH = hidden_BTH[response_BT].requires_grad_()
@@ -55,9 +48,6 @@ def top_backward(
     nll_R, outgrad_RH = head_loss(normed_RH.detach(), head, targets_BT[response_BT], softcap)
     nll_BT = torch.zeros(response_BT.shape, device=nll_R.device)
     nll_BT[response_BT] = nll_R
-    if coefficients is not None:
-        scale_R = coefficients(nll_BT, response_BT)[response_BT]
-        outgrad_RH = outgrad_RH * scale_R[:, None].to(outgrad_RH.dtype)
     outgrad_BTH = torch.zeros_like(hidden_BTH)
     (outgrad_BTH[response_BT],) = torch.autograd.grad(normed_RH, hidden_RH, outgrad_RH)
     return nll_BT, outgrad_BTH

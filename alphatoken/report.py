@@ -42,7 +42,7 @@ class Report:
         self._console = Console(quiet=not active, highlight=False)
         self._first_step, self._total_steps = first_step, total_steps
         self._started = time.monotonic()
-        self._eval_losses: list[float] = []
+        self._evaluations: list[Metrics] = []
         self._last: Metrics = {}
         self._wandb: Any = None
         self._progress: Progress | None = None
@@ -74,7 +74,7 @@ class Report:
         if self._wandb is not None:
             self._wandb.log(metrics, step=metrics["step"])
         if "eval_loss" in metrics:
-            self._eval_losses.append(metrics["eval_loss"])
+            self._evaluations.append({key: value for key, value in metrics.items() if key.startswith("eval_")})
         self._last = metrics
         step = int(metrics["step"])
         due = step % self._config.logging.every == 0
@@ -97,9 +97,14 @@ class Report:
             self._show_values(sample)
         table = Table(title="Run summary", title_justify="left", show_header=False)
         table.add_row("optimizer steps", str(self._last["step"]))
-        if len(self._eval_losses) > 1:
-            table.add_row("eval_loss", f"{self._eval_losses[0]:.4f} -> {self._eval_losses[-1]:.4f}")
-        table.add_row("loss of kept tokens, last step", f"{self._last['loss_kept']:.4f}")
+        if len(self._evaluations) > 1:
+            first, *_, last = self._evaluations
+            for key, value in first.items():
+                changed = "" if value == last[key] else f" -> {last[key]:.4f}"
+                table.add_row(key, f"{value:.4f}{changed}")
+        for key, name in (("loss_kept", "loss of kept tokens"), ("rewards_margin", "reward margin")):
+            if key in self._last:
+                table.add_row(f"{name}, last step", f"{self._last[key]:.4f}")
         table.add_row("kept tokens, last step", f"{self._last['kept_tokens']} of {self._last['response_tokens']}")
         table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
         table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
@@ -190,18 +195,30 @@ def _start_wandb(config: RunConfig, folder: Path) -> Any:
 
 def _in_short(metrics: Metrics) -> str:
     if "loss_kept" not in metrics:
-        return f"eval_loss {metrics['eval_loss']:.4f}"
+        return _evaluated(metrics)
     kept = 100 * metrics["kept_tokens"] / max(metrics["response_tokens"], 1)
-    return f"loss {metrics['loss_kept']:.4f}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
+    objective = f"loss {metrics['loss_kept']:.4f}"
+    if "rewards_margin" in metrics:
+        objective = f"margin {metrics['rewards_margin']:.4f}  accuracy {metrics['rewards_accuracy']:.3f}"
+    return f"{objective}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
 
 
 def _in_full(metrics: Metrics) -> str:
     parts = [_in_short(metrics)]
     if "loss_kept" in metrics:
-        parts.append(f"loss of all {metrics['loss_response']:.4f}  lr {metrics['lr']:.2e}")
+        if "rewards_margin" not in metrics:
+            parts.append(f"loss of all {metrics['loss_response']:.4f}")
+        parts.append(f"lr {metrics['lr']:.2e}")
         if "eval_loss" in metrics:
-            parts.append(f"eval_loss {metrics['eval_loss']:.4f}")
+            parts.append(_evaluated(metrics))
     return "  ".join(parts)
+
+
+def _evaluated(metrics: Metrics) -> str:
+    text = f"eval_loss {metrics['eval_loss']:.4f}"
+    if "eval_rewards_accuracy" in metrics:
+        text += f"  eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer {metrics['eval_length_accuracy']:.3f})"
+    return text
 
 
 def _cut_metrics(file: Path, first_step: int) -> None:

@@ -12,7 +12,6 @@ from alphatoken.architectures import Decoder
 from alphatoken.capture import Entry, EntryCapture
 from alphatoken.config import ValuationConfig
 from alphatoken.losses import Batch
-from alphatoken.passes import Coefficients
 from alphatoken.valuation import RunningScales, TokenValues
 
 
@@ -55,11 +54,8 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def score(self, entry: Entry, batch: Batch, coefficients: Coefficients | None = None) -> Scores:
-        """Values of every response position of a batch whose forward pass was captured as `entry`.
-
-        `coefficients(nll_BT, response_BT)` (B, T) scales the values of each position's sequence (1 for SFT).
-        """
+    def score(self, entry: Entry, batch: Batch) -> Scores:
+        """Values of every response position of a batch whose forward pass was captured as `entry`; of summed losses."""
 
     @abstractmethod
     def nonfinite_parts(self) -> list[str]:

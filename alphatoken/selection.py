@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["sequence", "micro_batch", "global_batch"]
-Policy = Literal["top_value", "random", "loss", "low_perplexity", "all"]
+Policy = Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -96,10 +96,30 @@ def scheduled_ratio(schedule: Schedule, start: float | None, end: float, step: i
     return first + (last - first) * progress
 
 
-def ranking(policy: Policy, composite_BT: Tensor | None, nll_BT: Tensor, noise_BT: Tensor | None) -> Tensor:
+def weigh_branches(selections: Sequence[Selection], rank_R: Tensor, sequence_R: Tensor, protected_R: Tensor) -> Tensor:
+    """As `Selection.weigh`, every branch by its own selection, (R,) float32.
+
+    Sequences are numbered row by row, so with n selections sequence s is of branch s mod n.
+    """
+    weight_R = torch.empty(rank_R.shape, device=rank_R.device)
+    for branch, selection in enumerate(selections):
+        own_R = sequence_R % len(selections) == branch
+        order_R = sequence_R[own_R].unique(return_inverse=True)[1]
+        weight_R[own_R] = selection.weigh(rank_R[own_R], order_R, protected_R[own_R])
+    return weight_R
+
+
+def ranking(
+    policy: Policy,
+    composite_BT: Tensor | None,
+    nll_BT: Tensor,
+    noise_BT: Tensor | None = None,
+    reference_nll_BT: Tensor | None = None,
+) -> Tensor:
     """What a policy ranks tokens by, (B, T), higher is kept first.
 
-    `top_value` needs the composite value, `random` the noise; `all` keeps every token whatever its rank.
+    `top_value` needs the composite value, `random` the noise, `excess_loss` the reference's losses (Rho-1, Lin et al.,
+    arXiv 2404.07965, Eq. 3); `all` keeps every token whatever its rank.
     """
     match policy:
         case "top_value":
@@ -108,6 +128,9 @@ def ranking(policy: Policy, composite_BT: Tensor | None, nll_BT: Tensor, noise_B
         case "random":
             assert noise_BT is not None, "the random policy needs noise"
             return noise_BT
+        case "excess_loss":
+            assert reference_nll_BT is not None, "excess_loss needs a reference"
+            return nll_BT - reference_nll_BT
         case "low_perplexity":
             return -nll_BT
         case "loss" | "all":

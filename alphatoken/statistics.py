@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +17,46 @@ from alphatoken.valuation import TERMS
 COLUMNS = ("one", *TERMS, "composite")
 
 
+class Means:
+    """Means over all micro-batches and ranks of vectors by name; the names are the same in every call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, vectors: Mapping[str, Tensor]) -> None:
+        for name, vector in vectors.items():
+            own = torch.stack([vector.double().sum(), torch.full_like(vector, 1, dtype=torch.float64).sum()])
+            self._sums[name] = self._sums[name] + own if name in self._sums else own
+
+    def reduce(self) -> dict[str, float]:
+        """Every rank must call it: one all-reduce of 2 float64 per name."""
+        if not self._sums:
+            return {}
+        sums = collectives.sum_over_ranks(torch.stack(list(self._sums.values())).to(self._device))
+        return {name: total / max(count, 1) for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)}
+
+
 class StepStatistics:
     """Collects on the device, without making the host wait, until `reduce`.
 
     `part_weights` are what adaptation and stability are multiplied by in the composite of this step; `has_drift` says
-    whether there is any stability.
+    whether there is any stability; `branches` names the responses of each row where there are several.
     """
 
-    def __init__(self, device: torch.device, part_weights: tuple[float, float], has_drift: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        part_weights: tuple[float, float],
+        has_drift: bool,
+        branches: Sequence[str] = (),
+    ) -> None:
         self._part_weights = part_weights
         self._has_drift = has_drift
-        self._losses = torch.zeros(2, dtype=torch.float64, device=device)
-        self._gram = torch.zeros(len(COLUMNS), len(COLUMNS), dtype=torch.float64, device=device)
+        self._branches = branches
+        self._losses = torch.zeros(3, dtype=torch.float64, device=device)
+        self._grams = torch.zeros(len(branches) or 1, len(COLUMNS), len(COLUMNS), dtype=torch.float64, device=device)
+        self._objective = Means(device)
         self._faults = torch.zeros(1, dtype=torch.float64, device=device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._parts = [torch.zeros(0, 2, device=device)]
@@ -41,14 +69,19 @@ class StepStatistics:
         """One training micro-batch."""
         assessment, weight_BT = output["assessment"], output["weight_BT"]
         nll_BT, values = assessment["nll_BT"], assessment["values"]
-        self._losses += torch.stack([output["kept_nll_R"].double().sum(), nll_BT.double().sum()])
+        sums = (output["kept_nll_R"], nll_BT, output["total"].detach())
+        self._losses += torch.stack([numbers.double().sum() for numbers in sums])
+        self._objective.add(output["metrics"])
         if "composite" in values:
             response_BT = assessment["response_BT"]
             terms_R = [values[name][response_BT].double() for name in COLUMNS[1:]]
             table_RC = torch.stack([torch.ones_like(terms_R[0]), *terms_R], dim=1)
-            self._gram += table_RC.T @ table_RC
+            branch_R = batch["document_ids"][response_BT] % len(self._grams)
+            for branch, gram_CC in enumerate(self._grams):
+                own_RC = table_RC[branch_R == branch]
+                gram_CC += own_RC.T @ own_RC
             self._parts.append(torch.stack([table_RC[:, 1:3].sum(1), table_RC[:, 3:5].sum(1)], dim=1).float())
-        everything_BT = nll_BT + values.get("composite", 0.0)
+        everything_BT = nll_BT + values.get("composite", 0.0) + batch.get("reference_nll", 0.0)
         everything_BT[weight_BT > 0] += output["kept_nll_R"]
         self._check("data.train", batch, everything_BT)
 
@@ -61,31 +94,33 @@ class StepStatistics:
         self._faults += faults.sum()
         self._seen.append((part, rows, faults == 0))
 
-    def reduce(self, response_tokens: int, kept_tokens: int) -> dict[str, float]:
-        """Means over all ranks, from one all-reduce of 39 float64; the token counts are of the whole step.
+    def reduce(self, response_tokens: int, kept_tokens: int, denominator: int) -> dict[str, float]:
+        """Means over all ranks; the token counts and what the objective is divided by are of the whole step.
 
         Raises NonFiniteError on every rank if any rank saw something that is not finite.
         """
-        packed = torch.cat([self._losses, self._faults, self._gram.flatten()])
+        packed = torch.cat([self._losses, self._faults, self._grams.flatten()])
         sums = collectives.sum_over_ranks(packed)
-        kept_sum, response_sum, faults = sums[:3].tolist()
+        kept_sum, response_sum, total, faults = sums[:4].tolist()
         if faults > 0:
             raise NonFiniteError("a loss or signal is not finite")
         metrics = {"loss_kept": kept_sum / max(kept_tokens, 1), "loss_response": response_sum / max(response_tokens, 1)}
-        gram_CC = sums[3:].view_as(self._gram).cpu()
+        if self._branches:
+            metrics["loss"] = total / max(denominator, 1)
+        metrics |= self._objective.reduce()
+        grams = sums[4:].view_as(self._grams).cpu()
+        gram_CC = grams.sum(0)
         if gram_CC[0, 0] > 0:
             metrics |= self._value_metrics(gram_CC / gram_CC[0, 0])
+        for name, own_CC in zip(self._branches, grams, strict=False):
+            if own_CC[0, 0] > 0:
+                metrics |= {f"{key}_{name}": number for key, number in _moments(own_CC / own_CC[0, 0]).items()}
         return metrics
 
     def _value_metrics(self, moment_CC: Tensor) -> dict[str, float]:
-        """Moments of the terms; a term that was not computed is absent."""
         mean_C = moment_CC[0]
         covariance_CC = moment_CC - torch.outer(mean_C, mean_C)
-        metrics: dict[str, float] = {}
-        for index, name in enumerate(COLUMNS[1:], start=1):
-            if not math.isnan(mean_C[index]):
-                deviation = float(covariance_CC[index, index].clamp_min(0).sqrt())
-                metrics |= {f"{name}_mean": float(mean_C[index]), f"{name}_std": deviation}
+        metrics = _moments(moment_CC)
         if math.isnan(mean_C[1]):
             return metrics
         for part, columns in (("adaptation", slice(1, 3)), ("stability", slice(3, 5))):
@@ -108,6 +143,17 @@ class StepStatistics:
             for row, fine in zip(rows.tolist(), fine_B.tolist(), strict=True)
             if not fine
         ]
+
+
+def _moments(moment_CC: Tensor) -> dict[str, float]:
+    """Means and deviations of the terms; a term that was not computed is absent."""
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(COLUMNS[1:], start=1):
+        mean = float(moment_CC[0, index])
+        if not math.isnan(mean):
+            variance = float(moment_CC[index, index]) - mean**2
+            metrics |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(variance, 0.0))}
+    return metrics
 
 
 def rank_correlation(first_R: Tensor, second_R: Tensor) -> float:

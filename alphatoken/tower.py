@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alphatoken.architectures import Decoder, ScoredLinear
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import Entry, SignalCapture
-from alphatoken.passes import Chunk, Coefficients, chunks_of, top_backward
+from alphatoken.passes import Chunk, chunks_of, top_backward
 from alphatoken.streamer import LayerStreamer
 
 
@@ -62,19 +62,16 @@ class Tower:
         weight: Tensor = self.streamer.module(layer).get_parameter(f"{path}.weight")
         return weight
 
-    def run(
-        self, entry: Entry, labels_BT: Tensor, sink: SignalSink, coefficients: Coefficients | None = None
-    ) -> Tensor:
+    def run(self, entry: Entry, labels_BT: Tensor, sink: SignalSink) -> Tensor:
         """Forward and backward through the scored layers; returns the token losses, (B, T) float32, 0 off the response.
 
-        The signals are those of the summed response losses, each sequence's multiplied by
-        `coefficients(nll_BT, response_BT)` (B, T) if given. The batch runs in chunks of whole sequences of at most
+        The signals are those of the summed response losses. The batch runs in chunks of whole sequences of at most
         `chunk_tokens` tokens, padding included; one without response positions yields no signals.
         """
         run = self._run_resident if self._resident else self._run_streamed
-        return torch.cat(run(chunks_of(entry, labels_BT, self._chunk_tokens), sink, coefficients))
+        return torch.cat(run(chunks_of(entry, labels_BT, self._chunk_tokens), sink))
 
-    def _run_resident(self, chunks: list[Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
+    def _run_resident(self, chunks: list[Chunk], sink: SignalSink) -> list[Tensor]:
         losses = []
         for chunk in chunks:
             with torch.enable_grad(), self._capture(self.layers, chunk, sink):
@@ -83,15 +80,15 @@ class Tower:
                     for index in self.layers:
                         hidden_BTH = self._forward(index, self.streamer.module(index), hidden_BTH, chunk, sink)
                 with self.streamer.top() as top:
-                    nll_BT, outgrad_BTH = top_backward(*top, hidden_BTH.detach(), chunk, self._softcap, coefficients)
+                    nll_BT, outgrad_BTH = top_backward(*top, hidden_BTH.detach(), chunk, self._softcap)
                 if chunk.has_response:
                     hidden_BTH.backward(outgrad_BTH)
             losses.append(nll_BT)
         return losses
 
-    def _run_streamed(self, chunks: list[Chunk], sink: SignalSink, coefficients: Coefficients | None) -> list[Tensor]:
+    def _run_streamed(self, chunks: list[Chunk], sink: SignalSink) -> list[Tensor]:
         with self.streamer.top() as top:
-            heads = [top_backward(*top, chunk.entry.states[-1], chunk, self._softcap, coefficients) for chunk in chunks]
+            heads = [top_backward(*top, chunk.entry.states[-1], chunk, self._softcap) for chunk in chunks]
         outgrads = [outgrad_BTH for _, outgrad_BTH in heads]
         for place, index in reversed(list(enumerate(self.layers))):
             with self.streamer.stage(index) as module, sink.layer(index):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -39,10 +38,11 @@ from alphatoken.estimation import build_drift, estimate_fisher
 from alphatoken.estimators import build_scorer
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
+from alphatoken.reference import Reference, check_reference
 from alphatoken.report import Metrics, Report, ValuedText, peak_memory
-from alphatoken.selection import Policy, Selection, scheduled_ratio
 from alphatoken.slices import TensorFile
-from alphatoken.statistics import StepStatistics
+from alphatoken.statistics import Means, StepStatistics
+from alphatoken.step_selection import count_tokens, selections_at, weigh_globally
 from alphatoken.timing import Stopwatch
 from alphatoken.valuation import adam_scale
 
@@ -61,6 +61,7 @@ class Trainer:
         engine_config = deepspeed_config(config, collectives.world_size())
         self._tokenizer = load_tokenizer(config.model)
         check_before_loading(config)
+        check_reference(config, self._tokenizer)
         for file in (config.valuation.fisher, config.valuation.reference):
             if file is not None:
                 TensorFile(file)
@@ -82,7 +83,8 @@ class Trainer:
         decoder = decoder_of(model.train())
         decoder.freeze_unreached()
         eos = eos_token_ids(self._tokenizer, model.generation_config)
-        self._model = ValuedModel(decoder, objective, self._selection_at(0), eos, self._stopwatch)
+        selections = selections_at(config, 0, self._total_steps)
+        self._model = ValuedModel(decoder, objective, selections, eos, self._stopwatch)
         self._engine = build_engine(self._model, config, engine_config, self._total_steps)
         # The default stability reference is the starting weights: the scorer comes before a checkpoint is loaded.
         self._notes: list[str] = []
@@ -92,6 +94,12 @@ class Trainer:
             self._notes = decoder.left_out(depth, chosen.parameters, chosen.estimator)
             self._drift = self._build_drift(decoder)
             self._model.attach(build_scorer(decoder, chosen, self._device, self._drift, self._adam_scale))
+        self._reference: Reference | None = None
+        if config.needs_reference:
+            # The default reference is the starting model as well.
+            parts = {name: part for name, part in self._splits.named().items() if part is not self._splits.validation}
+            losses = self._model.token_losses
+            self._reference = Reference(config, self._tokenizer, parts, decoder, losses, self._device)
         self._first_step = self._steps_taken = 0
         if checkpoint is not None:
             self._first_step, state = load_checkpoint(self._engine, checkpoint)
@@ -108,12 +116,12 @@ class Trainer:
         try:
             self._announce(report)
             if self._first_step == 0 and self._splits.eval is not None:
-                report.step({"step": 0, "eval_loss": self._evaluate(self._splits.eval)})
+                report.step({"step": 0, **self._evaluate(self._splits.eval)})
             for step in range(self._first_step, total):
                 metrics = self._optimizer_step(step, report)
                 done = step + 1
                 if self._splits.eval is not None and (done == total or _due(done, config.train.eval_every)):
-                    metrics["eval_loss"] = self._evaluate(self._splits.eval)
+                    metrics |= self._evaluate(self._splits.eval)
                 report.step(metrics)
                 if _due(done, config.train.save_every):
                     report.say(f"saved {self._save(done)}")
@@ -156,12 +164,13 @@ class Trainer:
     def _optimizer_step(self, step: int, report: Report) -> Metrics:
         """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the accumulation window."""
         began = time.perf_counter()
+        self._stopwatch.read()  # what an evaluation took is no part of the step
         self._steps_taken = step
-        self._model.selection = self._selection_at(step)
+        self._model.selections = selections_at(self._config, step, self._total_steps)
         rows = self._train_order.step(step, self._config.train.global_batch_size)
         batches = self._micro_batches(self._splits.train, rows, step)
-        own_tokens, response_tokens, kept_tokens = self._count_tokens(batches)
-        denominator = self._objective.denominator(kept_tokens, response_tokens)
+        own_tokens, response_tokens, kept_tokens = count_tokens(self._model.selections, batches)
+        denominator = self._objective.denominator(kept_tokens, len(rows))
         if denominator == 0:
             report.say(f"step {step + 1}: no token to train on, so the loss of this step is zero")
         # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches, divided here.
@@ -169,7 +178,7 @@ class Trainer:
 
         scorer = self._model.scorer
         part_weights = (1.0, 0.0) if scorer is None else scorer.part_weights
-        statistics = StepStatistics(self._device, part_weights, self._drift is not None)
+        statistics = StepStatistics(self._device, part_weights, self._drift is not None, self._objective.branches)
         with self._stopwatch.phase("refresh"):
             self._refresh(step, statistics, own_tokens)
         chosen = self._choose_ahead(batches)
@@ -180,7 +189,7 @@ class Trainer:
                 self._engine.backward(output["total"] * scale, scale_wrt_gas=False)
             statistics.add(batch, output)
             if number == len(batches):
-                means = self._reduce(statistics, step, response_tokens, kept_tokens)
+                means = self._reduce(statistics, step, response_tokens, kept_tokens, denominator)
                 learning_rate = self._engine.get_lr()[0]
                 self._sample = _valued_text(self._tokenizer, batch, output) or self._sample
             with self._stopwatch.phase("optimizer"):
@@ -204,6 +213,8 @@ class Trainer:
         seconds[phases[0]] -= seconds.get("score", 0.0)  # scoring happens inside the pass that comes first
         seconds["step"] = time.perf_counter() - began
         phases = (*phases, "score", "backward", "refresh", "optimizer", "step")
+        if "reference" in seconds:
+            phases = (*phases, "reference")
         return {
             "step": step + 1,
             **means,
@@ -218,34 +229,12 @@ class Trainer:
 
     def _choose_ahead(self, batches: list[dict[str, Tensor]]) -> Sequence[tuple[Assessment, Tensor] | None]:
         """With scope `global_batch`: assesses every micro-batch, then weighs the tokens of all ranks together."""
-        if self._model.selection.scope != "global_batch":
+        if self._config.selection.scope != "global_batch":
             return [None] * len(batches)
         with self._stopwatch.phase("ahead"):
             assessments = [self._model.assess(batch) for batch in batches]
-            return list(zip(assessments, self._weigh_globally(batches, assessments), strict=True))
-
-    def _weigh_globally(self, batches: list[dict[str, Tensor]], assessments: list[Assessment]) -> list[Tensor]:
-        """Weights of each micro-batch's response tokens, (R,), chosen among those of the whole step.
-
-        Every rank gathers 4 numbers per response token of the step and makes the same choice. Tokens are ordered by
-        (micro-batch, position), so ties fall the same way on any number of ranks.
-        """
-        rank, ranks = collectives.rank(), collectives.world_size()
-        own, counts = [], []
-        for number, (batch, assessment) in enumerate(zip(batches, assessments, strict=True)):
-            response_BT = assessment["response_BT"]
-            sequence_R = batch["document_ids"][response_BT]
-            columns = (assessment["rank_BT"][response_BT], sequence_R, assessment["protected_BT"][response_BT])
-            micro_batch_R = torch.full_like(sequence_R, number * ranks + rank)
-            own.append(torch.stack([micro_batch_R.double(), *(column.double() for column in columns)], dim=1))
-            counts.append(len(sequence_R))
-        everywhere = collectives.gather_rows(torch.cat(own))
-        micro_batch_R, order_R = everywhere[:, 0].sort(stable=True)
-        _, rank_R, sequence_R, protected_R = everywhere[order_R].unbind(1)
-        number_R = micro_batch_R.long() * (self._config.train.micro_batch_size + 1) + sequence_R.long()
-        weight_R = self._model.selection.weigh(rank_R, number_R.unique(return_inverse=True)[1], protected_R > 0)
-        mine_R = weight_R[(micro_batch_R.long() % ranks) == rank]
-        return list(mine_R.split(counts))
+            weights = weigh_globally(self._model.selections, batches, assessments)
+            return list(zip(assessments, weights, strict=True))
 
     def _refresh(self, step: int, statistics: StepStatistics, own_tokens: int) -> None:
         """Current weights and drift before each step; every `refresh_every` steps, new validation signals too."""
@@ -272,15 +261,13 @@ class Trainer:
         moment, chosen = zero3.second_moment_slice(parameter, self._device), self._config.optim
         return adam_scale(moment, self._steps_taken, chosen.betas[1], chosen.eps)
 
-    def _evaluate(self, part: TokenDataset) -> float:
-        """Mean loss per response token over all rows of `part`."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+    def _evaluate(self, part: TokenDataset) -> Metrics:
+        """Means of what the objective reports of held-out rows, over all rows of `part`."""
+        means = Means(self._device)
         for batch in self._micro_batches(part, np.arange(len(part)), step=0):
-            losses_R = self._model.response_losses(batch)
-            totals[0] += losses_R.double().sum()
-            totals[1] += losses_R.numel()
-        loss, count = collectives.sum_over_ranks(totals).tolist()
-        return float(loss / count)
+            response_BT, _ = loss_positions(batch["labels"])
+            means.add(self._objective.evaluation(batch, self._model.token_losses(batch), response_BT))
+        return {f"eval_{name}": mean for name, mean in means.reduce().items()}
 
     def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches, on its device."""
@@ -295,54 +282,22 @@ class Trainer:
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=self._tokenizer.pad_token_id,
             row_tokens=row_tokens,
-            noise_key=(config.train.seed, step) if self._model.selection.policy == "random" else None,
+            noise_key=(config.train.seed, step) if any(each.policy == "random" for each in config.selections) else None,
+            reference=None if self._reference is None else self._reference.cached(part),
         )
-        batches = micro_batches(part, rows, layout, collectives.rank(), ranks)
-        return [{key: tensor.to(self._device) for key, tensor in batch.items()} for batch in batches]
-
-    def _count_tokens(self, batches: list[dict[str, Tensor]]) -> tuple[int, int, int]:
-        """Response tokens of this rank, and response and kept tokens of the step over all ranks: known from labels."""
-        selection = self._model.selection
-        counts = []
-        for batch in batches:
-            response_BT, _ = loss_positions(batch["labels"])
-            counts.append(batch["document_ids"][response_BT].bincount(minlength=1).tolist())
-        own = sum(sum(each) for each in counts)
-        sums = torch.tensor(
-            [own, sum(selection.kept_count(each) for each in counts), sum(map(selection.forced_count, counts))],
-            device=self._device,
-        )
-        response_tokens, kept_tokens, forced_tokens = collectives.sum_over_ranks(sums).tolist()
-        if selection.scope == "global_batch":
-            kept_tokens = selection.budget(response_tokens, forced_tokens)
-        return own, response_tokens, kept_tokens
-
-    def _selection_at(self, step: int) -> Selection:
-        """The selection of one optimizer step; its keep ratio may follow a schedule."""
-        chosen = self._config.selection
-        ratio = scheduled_ratio(
-            chosen.schedule,
-            chosen.keep_ratio_start,
-            chosen.keep_ratio,
-            step,
-            chosen.schedule_steps or self._total_steps,
-        )
-        default: Policy = "top_value" if self._config.valuation.enabled else "all"
-        return Selection(
-            policy=chosen.policy or default,
-            keep_ratio=ratio,
-            scope=chosen.scope,
-            protect_eos=chosen.protect_eos,
-            min_keep=chosen.min_keep,
-            soft=chosen.weights == "sigmoid",
-        )
+        dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
+        batches = [{key: tensor.to(self._device) for key, tensor in batch.items()} for batch in dealt]
+        if self._reference is not None and self._reference.is_online and part is not self._splits.validation:
+            with self._stopwatch.phase("reference"):
+                self._reference.complete(batches)
+        return batches
 
     def _reduce(
-        self, statistics: StepStatistics, step: int, response_tokens: int, kept_tokens: int
+        self, statistics: StepStatistics, step: int, response_tokens: int, kept_tokens: int, denominator: int
     ) -> dict[str, float]:
         """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if anything is not finite."""
         try:
-            return statistics.reduce(response_tokens, kept_tokens)
+            return statistics.reduce(response_tokens, kept_tokens, denominator)
         except NonFiniteError as error:
             faulty = self._model.scorer.nonfinite_parts() if self._model.scorer else []
             parts = self._splits.named()

@@ -59,7 +59,8 @@ class Cases:
         trainer = build_trainer(arguments, folder)
         self.device = trainer._device
         self._engine, self._model = trainer._engine, trainer._model
-        self._valued, self._all = trainer._selection_at(0), replace(trainer._selection_at(0), policy="all")
+        (self._valued,) = self._model.selections
+        self._all = replace(self._valued, policy="all")
         rows = trainer._train_order.step(0, PAPER_MICRO_BATCHES * arguments.micro_batch)
         self._batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
         # They come sorted by length: spread the rounds over all lengths.
@@ -81,12 +82,12 @@ class Cases:
 
     def plain(self, number: int) -> None:
         self._model.attach(None)
-        self._model.selection = self._all
+        self._model.selections = (self._all,)
         self._train(number)
 
     def valued(self, scorer: Scorer, number: int) -> None:
         self._model.attach(scorer)
-        self._model.selection = self._valued
+        self._model.selections = (self._valued,)
         self._train(number)
 
     def refresh(self, scorer: Scorer) -> None:

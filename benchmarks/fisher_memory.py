@@ -48,7 +48,7 @@ def main() -> None:
     config = parse_arguments(RunConfig, "Peak memory of a Fisher estimate.")
     decoder, tokenizer, prompts, device = prepare_estimate(config)
     longest = max(prompts.rows, key=lambda row: prompts.dataset.lengths[row])
-    tokens, mask = prompts.dataset[int(longest)]
+    ((tokens, mask),) = prompts.dataset[int(longest)]
     if config.fisher.sampling == "rollout":
         length, responses = len(tokens) + config.fisher.max_new_tokens, config.fisher.max_new_tokens
     else:

@@ -32,20 +32,24 @@ class Peak:
         self._cuda = device.type == "cuda"
 
     def of(self, call: Callable[[], object]) -> int:
-        gc.collect()
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
+        reset_high_water(self._cuda)
+        before = torch.cuda.memory_allocated() if self._cuda else status("VmRSS")
         call()
-        return _status("VmHWM") - before
+        return (torch.cuda.max_memory_allocated() if self._cuda else status("VmHWM")) - before
 
 
-def _status(field: str) -> int:
+def reset_high_water(cuda: bool) -> None:
+    """Peaks count from here on; free memory goes back to the system first."""
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(field: str) -> int:
+    """A size of this process in bytes, by its name in /proc: VmRSS is what is resident, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -117,7 +117,8 @@ class Cases:
         self.device = trainer._device
         self._engine, self._model = trainer._engine, trainer._model
         self._scorer = self._model.scorer
-        self._valued, self._all = trainer._selection_at(0), replace(trainer._selection_at(0), policy="all")
+        (self._valued,) = self._model.selections
+        self._all = replace(self._valued, policy="all")
         assert trainer._splits.validation is not None
         rows = trainer._train_order.step(0, PAPER_MICRO_BATCHES * arguments.micro_batch)
         self._batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
@@ -147,12 +148,12 @@ class Cases:
 
     def plain(self, number: int) -> None:
         self._model.attach(None)
-        self._model.selection = self._all
+        self._model.selections = (self._all,)
         self._train(number)
 
     def valued(self, number: int) -> None:
         self._model.attach(self._scorer)
-        self._model.selection = self._valued
+        self._model.selections = (self._valued,)
         self._train(number)
 
     def _train(self, number: int) -> None:

@@ -19,6 +19,7 @@ from alphatoken.capture import EntryCapture
 from alphatoken.collectives import RemoteError
 from alphatoken.config import RunConfig
 from alphatoken.config_file import validate
+from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
@@ -27,13 +28,20 @@ from alphatoken.errors import UserError
 from alphatoken.estimation import run_fisher
 from alphatoken.fisher import FisherSum
 from alphatoken.losses import SupervisedObjective
+from alphatoken.preference import PreferenceObjective
+from alphatoken.reference import CacheFolder
 from alphatoken.report import Report
 from alphatoken.statistics import StepStatistics
+from alphatoken.step_selection import count_tokens
 from alphatoken.streamer import LayerStreamer
 from alphatoken.training import Trainer
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:
+    """Of a preference run where the values have that section."""
+    if "preference" in values:
+        config = validate(PreferenceRunConfig, values, "of the test")
+        return Trainer(config, PreferenceObjective(config.preference))
     return Trainer(validate(RunConfig, values, "of the test"), SupervisedObjective())
 
 
@@ -49,18 +57,24 @@ def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One optimizer step per configuration: every micro-batch's output by row, and the gradient before the step."""
+    """One optimizer step per configuration: every micro-batch's output by document, and the gradient before the step.
+
+    Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
+    """
     results = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
         rows: dict[int, dict[str, Tensor]] = {}
+        branches = len(trainer._model.selections)
         gradients: dict[str, Tensor] = {}
 
-        def remember(_module: Any, args: tuple[Any, ...], output: Any, rows: dict[int, Any] = rows) -> None:
+        def remember(
+            _module: Any, args: tuple[Any, ...], output: Any, rows: dict[int, Any] = rows, branches: int = branches
+        ) -> None:
             assessment, documents = output["assessment"], args[0]["document_ids"]
             for number, row in enumerate(args[0]["rows"].tolist()):
                 inside = documents == number
-                rows[row] = {
+                rows[branches * row + number % branches] = {
                     "weight": output["weight_BT"][inside],
                     "nll": assessment["nll_BT"][inside],
                     **{term: value[inside] for term, value in assessment["values"].items()},
@@ -90,12 +104,13 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
     if collectives.rank() == 1:
         batches[1]["labels"].fill_(-100)
-    own, _, kept_tokens = trainer._count_tokens(batches)
+    own, _, kept_tokens = count_tokens(trainer._model.selections, batches)
     trainer._refresh(0, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own)
     result: dict[str, Any] = {"kept": [], "tokens": []}
     for number, batch in enumerate(batches):
         output = trainer._engine(batch)
-        trainer._engine.backward(output["total"] * collectives.world_size() / kept_tokens, scale_wrt_gas=False)
+        denominator = trainer._objective.denominator(kept_tokens, len(rows))
+        trainer._engine.backward(output["total"] * collectives.world_size() / denominator, scale_wrt_gas=False)
         result["kept"].append(int((output["weight_BT"] > 0).sum()))
         result["tokens"].append({"ids": batch["input_ids"], "weight": output["weight_BT"]})
         if number == len(batches) - 1:
@@ -184,8 +199,15 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
     return results
 
 
-def run_trainers(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Whole runs, one after the other; returns the error message of each, empty where it finished."""
+def run_trainers(
+    folder: Path, configs: dict[str, dict[str, Any]], killed_in_block: int | None = None
+) -> dict[str, str]:
+    """Whole runs, one after the other; returns the error message of each, empty where it finished.
+
+    Dies before it writes that block of a reference's losses, if any.
+    """
+    if killed_in_block is not None:
+        die_in_call(CacheFolder, "add", killed_in_block, f"killed in block {killed_in_block}")
 
     def run(values: dict[str, Any]) -> None:
         trainer = trainer_of(values)
@@ -206,21 +228,25 @@ def messages_of(configs: dict[str, dict[str, Any]], work: Callable[[dict[str, An
     return messages
 
 
+def die_in_call(owner: type, method: str, number: int, message: str) -> None:
+    """From now on the process ends at the start of the `number`-th call of a method."""
+    calls, original = itertools.count(1), getattr(owner, method)
+
+    def call_or_die(*arguments: Any) -> Any:
+        if next(calls) == number:
+            print(message, flush=True)
+            os._exit(1)
+        return original(*arguments)
+
+    setattr(owner, method, call_or_die)
+
+
 def fisher_estimates(
     folder: Path, configs: dict[str, dict[str, Any]], killed_in_pass: int | None = None
 ) -> dict[str, str]:
     """Estimates one after the other, or dies at the start of a pass; returns the error message of each, if any."""
     if killed_in_pass is not None:
-        passes = itertools.count(1)
-        add = FisherSum.add
-
-        def add_or_die(self: FisherSum, *arguments: Any) -> None:
-            if next(passes) == killed_in_pass:
-                print(f"killed in pass {killed_in_pass}", flush=True)
-                os._exit(1)
-            add(self, *arguments)
-
-        FisherSum.add = add_or_die  # type: ignore[method-assign, assignment]
+        die_in_call(FisherSum, "add", killed_in_pass, f"killed in pass {killed_in_pass}")
     return messages_of(configs, lambda values: run_fisher(validate(RunConfig, values, "of the test")))
 
 

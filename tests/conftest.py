@@ -55,6 +55,35 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return files
 
 
+@pytest.fixture(scope="session")
+def pair_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Pairs of different lengths, as `data.train`, `data.validation` and `data.eval`; prompts of one or three turns."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = random.Random(1)
+    files = {}
+    for part, size in (("train", 30), ("validation", 7), ("eval", 5)):
+        rows = []
+        for index in range(size):
+            colours, numbers = (
+                " ".join(rng.choice(words) for _ in range(rng.randint(1, 9)))
+                for words in (["red", "green", "blue"], ["seven", "eleven"])
+            )
+            prompt: Any = f"{part} {index}?"
+            if index % 3 == 0:
+                earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+                prompt = [*earlier, {"role": "user", "content": prompt}]
+            rows.append({"prompt": prompt, "chosen": colours, "rejected": numbers})
+        files[part] = str(folder / f"{part}.jsonl")
+        Path(files[part]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+@pytest.fixture
+def pair_values(run_values: dict[str, Any], pair_data: dict[str, str]) -> dict[str, Any]:
+    """The same for preference optimization."""
+    return {**run_values, "data": {**run_values["data"], **pair_data}, "preference": {}}
+
+
 @pytest.fixture
 def run_values(tiny_model: Path, tiny_data: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """A valid configuration for a run of two steps; tests change what they are about."""

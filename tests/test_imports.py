@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors",
     "config",
+    "config_preference",
     "config_file",
     "timing",
     "valuation",
@@ -18,6 +19,7 @@ LAYERS = (
     "attention",
     "selection",
     "losses",
+    "preference",
     "architectures",
     "compatibility",
     "capture",
@@ -39,15 +41,17 @@ LAYERS = (
     "api",
     "model",
     "statistics",
+    "step_selection",
     "data",
     "checkpoint",
     "engine",
     "report",
     "estimation",
+    "reference",
     "training",
     "cli",
 )
-MATHEMATICS = ("valuation", "squares", "attention", "selection", "losses")
+MATHEMATICS = ("valuation", "squares", "attention", "selection", "losses", "preference")
 ALLOWED_IN_MATHEMATICS = {
     *("torch", "numpy", "math", "collections", "dataclasses", "typing", "fractions", "__future__", "alphatoken")
 }

@@ -63,8 +63,9 @@ def test_blocked_head_equals_cross_entropy(
 
 def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
     objective = SupervisedObjective()
-    assert objective.total({}, torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), torch.tensor([0, 1])) == 6.0
-    assert objective.denominator(kept_tokens=4, response_tokens=9) == 4
+    nll_BT, weight_BT = torch.tensor([[1.0, 2.5, 7.0]]), torch.tensor([[1.0, 2.0, 0.0]])
+    assert objective.total({}, nll_BT, weight_BT >= 0, weight_BT, nll_BT[weight_BT > 0]) == 6.0
+    assert objective.denominator(kept_tokens=4, rows=9) == 4
     assert objective.coefficients({}, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)).equal(torch.ones(3, 5))
 
 

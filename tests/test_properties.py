@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken import TokenValues, ValuationConfig, passes, score_tokens
 from alphatoken.architectures import decoder_of
 from alphatoken.attention import AttentionCall
 from alphatoken.capture import EntryCapture
 from alphatoken.drift import Drift
-from alphatoken.estimators import build_scorer
 from alphatoken.ghost import GhostScorer
 from alphatoken.held_out import HeldOutSignals
-from alphatoken.passes import Coefficients
+from alphatoken.losses import head_loss
 from alphatoken.tower import Tower
 from alphatoken.valuation import bilinear_product, cheaper_contraction, ghost_product, target_matrix
 from tests.oracle import Sequences, relative_error
@@ -168,38 +168,29 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
 
     def scores(validation_scale: float, training_scale: float) -> TokenValues:
         scorer = GhostScorer(decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU))
-        run, coefficients = scorer.tower.run, scaled_by(validation_scale)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scorer.tower, "run", lambda entry, labels, sink: run(entry, labels, sink, coefficients))
+        with loss_scaled_by(validation_scale):
             scorer.refresh([validation])
         with torch.no_grad(), scorer.capture() as capture:
             decoder.hidden_states(batch)
-        return scorer.score(capture.entry, batch, scaled_by(training_scale)).values
+        with loss_scaled_by(training_scale):
+            return scorer.score(capture.entry, batch).values
 
     once, scaled = scores(1.0, 1.0), scores(-2.0, 3.0)
     for term, factor in {"direct_target": -6, "causal_target": -6, "direct_proxy": 3, "causal_proxy": 3}.items():
         assert relative_error(getattr(scaled, term), factor * getattr(once, term)) <= 1e-5, term
 
 
-def test_scaling_the_loss_scales_exact_values() -> None:
-    plain = Plain()
-    batch, validation = collate(plain.sequences), collate(plain.validation)
-    decoder = decoder_of(plain.model.eval())
-    parameters = {name: plain.model.get_parameter(name) for name in plain.fisher}
-    config = ValuationConfig(estimator="exact", layers=2)
-    drift = Drift(parameters, plain.fisher, plain.reference, CPU)
-    scorer = build_scorer(decoder, config, CPU, drift)
-    scorer.refresh([validation])
-    with torch.no_grad(), scorer.capture() as capture:
-        decoder.hidden_states(batch)
-    once, scaled = (scorer.score(capture.entry, batch, scaled_by(factor)).values for factor in (1.0, -3.0))
-    for term in ("direct_target", "direct_proxy", "composite"):
-        assert getattr(once, term).any()
-        assert relative_error(getattr(scaled, term), -3 * getattr(once, term)) <= 1e-6, term
+@contextmanager
+def loss_scaled_by(factor: float) -> Iterator[None]:
+    """Every gradient at the head's input becomes `factor` times as large."""
 
+    def scaled(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nll_R, outgrad_RH = head_loss(*arguments)
+        return nll_R, factor * outgrad_RH
 
-def scaled_by(factor: float) -> Coefficients:
-    return lambda nll_BT, response_BT: torch.full_like(nll_BT, factor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "head_loss", scaled)
+        yield
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -42,9 +42,9 @@ def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_recipe(file: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def start_recipe(file: Path, *overrides: str, recipe: str = "sft") -> subprocess.CompletedProcess[str]:
     """What a user types: the local launcher, two CPU ranks."""
-    command = ["launch/local.sh", "recipes/sft.py", "--config", str(file), *overrides]
+    command = ["launch/local.sh", f"recipes/{recipe}.py", "--config", str(file), *overrides]
     environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
@@ -142,12 +142,15 @@ def test_keeping_everything_equals_a_plain_deepspeed_loop(run_values: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["ghost", "exact"])
-def test_a_resumed_run_equals_an_uninterrupted_one(estimator: str, run_values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ghost", "exact", "pairs"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    kind: str, run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path
+) -> None:
     def run(name: str, **train: Any) -> dict[str, Any]:
         # The running scales of `balance` are part of the state.
-        values = changed(run_values, valuation={"balance": "std"}, optim={"warmup_ratio": 0.0})
-        if estimator == "exact":
+        start = pair_values if kind == "pairs" else run_values
+        values = changed(start, valuation={"balance": "std"}, optim={"warmup_ratio": 0.0})
+        if kind == "exact":
             exact = {"estimator": "exact", "parameters": "all", "preconditioner": "adam", "window": 32}
             values = changed(values, valuation=exact)
         return changed(values, train={"max_steps": 4, "output_dir": str(tmp_path / name), **train})

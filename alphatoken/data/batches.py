@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from alphatoken.data.cache import TokenDataset
-from alphatoken.losses import IGNORE_INDEX
+from alphatoken.losses import IGNORE_INDEX, loss_positions
 from alphatoken.selection import uniform_noise
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class ByRow(Protocol):
+    """Numbers for every row of a dataset."""
+
+    def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]: ...
 
 
 class Order:
@@ -78,13 +84,15 @@ class Layout:
 
     size: dataset rows per micro-batch. row_tokens: None puts each dataset row (document) into a row of its own, padded
     to the longest; a number packs documents into as few rows of at most so many tokens as first-fit finds.
-    noise_key: (seed, step) adds noise for the random policy.
+    noise_key: (seed, step) adds noise for the random policy. reference: by dataset row, another model's losses of its
+    response tokens, (R,) float32.
     """
 
     size: int
     pad_token: int
     row_tokens: int | None = None
     noise_key: tuple[int, int] | None = None
+    reference: ByRow | None = None
 
 
 def micro_batches(
@@ -93,9 +101,10 @@ def micro_batches(
     """This rank's micro-batches of the given rows: of all micro-batches, numbers rank, rank + world_size, ...
 
     Each is a dict of (B, T) tensors, padded on the right (so no attention mask is needed): `input_ids`, `labels`,
-    `document_ids` (int64, numbered through the micro-batch, -1 on padding), `position_ids` where documents are packed,
-    `noise` where asked for; and `rows`, the dataset index of each document. Every rank gets equally many micro-batches:
-    where they run out, a placeholder with one padding token and no label.
+    `document_ids` (int64, numbered row by row, so that those of pair i are 2 i and 2 i + 1; -1 on padding),
+    `position_ids` where documents are packed, `noise` and `reference_nll` where asked for; and `rows`, the dataset
+    index of each document. Every rank gets equally many micro-batches: where they run out, a placeholder with one
+    padding token and no label.
     """
     by_length = rows[np.argsort(-dataset.lengths[rows], kind="stable")]
     groups = [by_length[start : start + layout.size] for start in range(0, len(by_length), layout.size)]
@@ -104,7 +113,8 @@ def micro_batches(
 
 
 def _collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> dict[str, Tensor]:
-    documents = [_document(dataset, int(row), layout) for row in rows]
+    by_row = [_documents(dataset, int(row), layout) for row in rows]
+    documents = [document for of_row in by_row for document in of_row]
     lengths = [len(document["input_ids"]) for document in documents]
     places = [[number] for number in range(len(documents))]
     if layout.row_tokens is not None:
@@ -116,32 +126,46 @@ def _collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> dict[str, 
         "document_ids": torch.full(shape, -1),
         "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         "noise": torch.zeros(shape),
+        "reference_nll": torch.zeros(shape),
     }
-    order = [number for place in places for number in place]
     for row, place in enumerate(places):
         start = 0
         for number in place:
             end = start + lengths[number]
             for key, column in documents[number].items():
                 batch[key][row, start:end] = column
-            batch["document_ids"][row, start:end] = order.index(number)
+            batch["document_ids"][row, start:end] = number
             start = end
         batch["position_ids"][row, start:] -= start  # padding is a document of its own
     if layout.row_tokens is None:
         del batch["position_ids"]
     if layout.noise_key is None:
         del batch["noise"]
-    return {**batch, "rows": torch.from_numpy(rows[order])}
+    if layout.reference is None:
+        del batch["reference_nll"]
+    counts = torch.tensor([len(of_row) for of_row in by_row], dtype=torch.int64)
+    return {**batch, "rows": torch.from_numpy(rows).repeat_interleave(counts)}
 
 
-def _document(dataset: TokenDataset, row: int, layout: Layout) -> dict[str, Tensor]:
-    ids, mask = (torch.from_numpy(np.array(column)) for column in dataset[row])
-    labels = torch.where(mask, ids.long(), IGNORE_INDEX)
-    labels[0] = IGNORE_INDEX  # nothing predicts the first token of a document
-    document = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(len(ids))}
+def _documents(dataset: TokenDataset, row: int, layout: Layout) -> list[dict[str, Tensor]]:
+    """The columns of each document of a dataset row."""
+    documents = []
+    for ids, mask in dataset[row]:
+        tokens = torch.from_numpy(np.array(ids))
+        labels = torch.where(torch.from_numpy(np.array(mask)), tokens.long(), IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX  # nothing predicts the first token of a document
+        documents.append({"input_ids": tokens, "labels": labels, "position_ids": torch.arange(len(ids))})
+    lengths = [len(document["labels"]) for document in documents]
     if layout.noise_key is not None:
-        document["noise"] = uniform_noise(*layout.noise_key, row, len(ids))
-    return document
+        noise = uniform_noise(*layout.noise_key, row, sum(lengths)).split(lengths)
+        documents = [{**document, "noise": each} for document, each in zip(documents, noise, strict=True)]
+    if layout.reference is not None:
+        responses = [loss_positions(document["labels"][None])[0][0] for document in documents]
+        nll_R = torch.from_numpy(layout.reference[row])
+        parts = nll_R.split([int(response_T.sum()) for response_T in responses])
+        for document, response_T, part_R in zip(documents, responses, parts, strict=True):
+            document["reference_nll"] = torch.zeros(len(response_T)).masked_scatter(response_T, part_R)
+    return documents
 
 
 def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

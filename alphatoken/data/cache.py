@@ -22,15 +22,16 @@ from alphatoken.data.sources import location, open_source
 from alphatoken.errors import UserError
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "response_mask": pa.list_(pa.bool_()),
+        "second": pa.int32(),
         "length": pa.int32(),
         "number": pa.int64(),
-        "digest": pa.int64(),
+        "digests": pa.list_(pa.int64()),
         "asked": pa.list_(pa.int64()),
     }
 )
@@ -43,17 +44,21 @@ class Report:
 
     path: str
     rows: int
-    truncated: int
+    cut: dict[str, int]
     skipped: dict[str, int]
     tokens: int
     response_tokens: int
 
     def __str__(self) -> str:
-        notes = [f"{self.truncated} truncated"] if self.truncated else []
+        notes = [f"{count} {what}" for what, count in self.cut.items()]
         notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
         detail = f" ({', '.join(notes)})" if notes else ""
         responses = f", {self.response_tokens} of responses" if self.response_tokens else ""
         return f"{self.path}: {self.rows} rows, {self.tokens} tokens{responses}{detail}"
+
+
+# Token ids (int32) and response mask (bool), (T,) each.
+Document = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 class TokenDataset:
@@ -61,6 +66,7 @@ class TokenDataset:
 
     def __init__(self, sources: Sequence[Source], files: Sequence[Path]) -> None:
         self._sources = sources
+        self._files = files
         self._parts = [datasets.Dataset.from_file(str(file)).with_format("numpy") for file in files]
         self.reports = [_read_report(file) for file in files]
         self.sizes = [len(part) for part in self._parts]
@@ -76,20 +82,30 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Token ids (int32) and response mask (bool) of one row."""
+    @property
+    def identity(self) -> list[str]:
+        """A hash for each source of its content, how its rows were tokenised, and to which length."""
+        return [file.stem for file in self._files]
+
+    def __getitem__(self, index: int) -> list[Document]:
+        """The documents of one row: its only one, or the chosen and the rejected one of a pair."""
         part, row = self._find(index)
         fields = self._parts[part][row]
-        return fields["input_ids"], fields["response_mask"]
+        ids, mask, second = fields["input_ids"], fields["response_mask"], int(fields["second"])
+        spans = [slice(0, second), slice(second, None)] if second else [slice(None)]
+        return [(ids[span], mask[span]) for span in spans]
 
     def location(self, index: int) -> str:
         """Where a row came from: `file:line`."""
         part, row = self._find(index)
         return location(self._sources[part], int(self._parts[part][row]["number"]))
 
-    def digests(self) -> np.ndarray[Any, Any]:
-        """A 64-bit hash of every row's tokens, int64."""
-        return np.concatenate([np.asarray(part["digest"]) for part in self._parts])
+    def digests(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """A 64-bit hash of every document's tokens, int64, and the row it belongs to."""
+        digests = [pc.list_flatten(part.data.column("digests")) for part in self._parts]
+        counts = [pc.list_value_length(part.data.column("digests")) for part in self._parts]
+        rows = np.repeat(np.arange(len(self)), np.concatenate([np.asarray(each) for each in counts]))
+        return np.concatenate([np.asarray(each) for each in digests]), rows
 
     def asked(self) -> np.ndarray[Any, Any]:
         """A 64-bit hash of what precedes each answer of any row, int64."""
@@ -140,7 +156,8 @@ def _read_report(file: Path) -> Report:
 
 def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path) -> Report:
     skipped: Counter[str] = Counter()
-    kept = truncated = tokens = response_tokens = 0
+    cut: Counter[str] = Counter()
+    kept = tokens = response_tokens = 0
     batch: list[dict[str, Any]] = []
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for row in rows:
@@ -149,17 +166,18 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
                 skipped[encoded.reason] += 1
                 continue
             kept += 1
-            truncated += encoded.truncated
+            cut.update(encoded.cut)
             tokens += len(encoded.input_ids)
             response_tokens += sum(encoded.response_mask[1:])
-            digest = hashlib.blake2b(np.asarray(encoded.input_ids, dtype=np.int32).tobytes(), digest_size=8)
+            ids, second = encoded.input_ids, encoded.second
             batch.append(
                 {
                     "input_ids": encoded.input_ids,
                     "response_mask": encoded.response_mask,
-                    "length": len(encoded.input_ids),
+                    "second": second,
+                    "length": len(ids),
                     "number": row.number,
-                    "digest": int.from_bytes(digest.digest(), "little", signed=True),
+                    "digests": [_digest(ids[:second]), _digest(ids[second:])] if second else [_digest(ids)],
                     "asked": encoded.asked,
                 }
             )
@@ -167,4 +185,9 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
                 batch.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-    return Report(source.path, kept, truncated, dict(skipped), tokens, response_tokens)
+    return Report(source.path, kept, dict(cut), dict(skipped), tokens, response_tokens)
+
+
+def _digest(ids: Sequence[int]) -> int:
+    hashed = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=8)
+    return int.from_bytes(hashed.digest(), "little", signed=True)

@@ -16,9 +16,8 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from alphatoken.data.rows import Message, as_messages, as_prompt
 from alphatoken.errors import UserError
-
-Message = dict[str, Any]
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -29,9 +28,12 @@ class Encoded:
 
     input_ids: list[int]
     response_mask: list[bool]
-    truncated: bool
     asked: tuple[int, ...]
     """A 64-bit hash of the text that precedes each answer: what the model is asked for it."""
+    cut: tuple[str, ...] = ()
+    """What was cut to the limit of length."""
+    second: int = 0
+    """Where the second response of a pair begins, with its prompt: a document of its own; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,20 @@ class Encoder:
         )
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        messages = _as_messages(fields, where)
+        messages = as_messages(fields, where)
         if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
             return Skipped("empty response")
+        ids, mask = self.encode_conversation(messages, where)
+        cut = ("rows truncated",) if len(ids) > self._max_length else ()
+        ids, mask = ids[: self._max_length], mask[: self._max_length]
+        if not any(mask[1:]):
+            return Skipped("response cut away by truncation")
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+        asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
+        return Encoded(ids, mask, asked, cut)
+
+    def encode_conversation(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+        """All tokens of a conversation, and which of them the assistant says."""
         if self._template is None:
             ids, mask = self._encode_plain(messages, where)
         elif GENERATION_MARK.search(self._template):
@@ -97,13 +110,7 @@ class Encoder:
                 f"{where}: the response mask marks {found} token; the prompt and the response must both be there, and "
                 "the chat template must tell them apart"
             )
-        truncated = len(ids) > self._max_length
-        ids, mask = ids[: self._max_length], mask[: self._max_length]
-        if not any(mask[1:]):
-            return Skipped("response cut away by truncation")
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
-        asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
-        return Encoded(ids, mask, truncated, asked)
+        return ids, mask
 
     def encode_prompt(self, messages: Sequence[Message], where: str) -> Encoded:
         """The tokens that precede an answer to `messages`; none is a response."""
@@ -111,7 +118,7 @@ class Encoder:
         ids = list(self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
         if self._template is None and ids and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
-        return Encoded(ids, [False] * len(ids), truncated=False, asked=(_digest(text),))
+        return Encoded(ids, [False] * len(ids), asked=(_digest(text),))
 
     def prompt_text(self, messages: Sequence[Message], where: str) -> str:
         """The text that precedes an answer to `messages`."""
@@ -197,7 +204,7 @@ class PromptEncoder:
         return f"prompts {self._encoder.identity}"
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        messages = _as_prompt(fields, where)
+        messages = as_prompt(fields, where)
         if not any(message["content"].strip() for message in messages):
             return Skipped("empty prompt")
         encoded = self._encoder.encode_prompt(messages, where)
@@ -206,50 +213,5 @@ class PromptEncoder:
         return encoded
 
 
-def _as_messages(fields: dict[str, Any], where: str) -> list[Message]:
-    """The row as a conversation. Raises UserError naming what is wrong with it."""
-    if "messages" in fields and not ("prompt" in fields or "response" in fields):
-        messages = _checked_messages(fields["messages"], where)
-        if not any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{where}: the conversation has no message with role 'assistant' to train on")
-        return messages
-    if "prompt" in fields and "response" in fields and "messages" not in fields:
-        for key in ("prompt", "response"):
-            if not isinstance(fields[key], str):
-                raise UserError(f"{where}: {key!r} must be text, but is {_shortened(fields[key])}")
-        return [
-            {"role": "user", "content": fields["prompt"]},
-            {"role": "assistant", "content": fields["response"]},
-        ]
-    raise UserError(
-        f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has {', '.join(sorted(fields))}"
-    )
-
-
-def _checked_messages(messages: Any, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: 'messages' must be a non-empty list of {{role, content}}")
-    for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise UserError(f"{where}: message {index + 1} needs a text {key!r}, but is {_shortened(message)}")
-    return messages
-
-
-def _as_prompt(fields: dict[str, Any], where: str) -> list[Message]:
-    """The row's conversation without the answer it ends with. Raises UserError naming what is wrong with it."""
-    if "messages" in fields and "prompt" not in fields:
-        messages = _checked_messages(fields["messages"], where)
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not isinstance(fields.get("prompt"), str):
-        raise UserError(f"{where}: a row needs a text 'prompt', or 'messages'; this one is {_shortened(fields)}")
-    return [{"role": "user", "content": fields["prompt"]}]
-
-
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

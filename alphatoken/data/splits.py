@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.config import RunConfig, Source
+from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
+from alphatoken.data.pairs import ChosenEncoder, PairEncoder
 from alphatoken.errors import UserError
 
 
@@ -29,15 +32,15 @@ class Splits:
 
 def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
     """Reads and tokenises all parts. Raises UserError for bad rows, too few of them, or a row in two parts."""
-    encoder = Encoder(tokenizer, config.data.max_length)
+    rows, examples = _encoders(config, tokenizer)
 
-    def load(sources: list[Source] | None) -> TokenDataset | None:
+    def load(sources: list[Source] | None, encoder: RowEncoder) -> TokenDataset | None:
         return None if sources is None else tokenise(sources, encoder, config.data.cache_dir)
 
-    train = load(config.data.train)
+    train = load(config.data.train, rows)
     assert train is not None
-    validation = load(config.data.validation) if config.valuation.enabled else None
-    splits = Splits(train, validation, load(config.data.eval))
+    validation = load(config.data.validation, examples) if config.valuation.enabled else None
+    splits = Splits(train, validation, load(config.data.eval, rows))
     if len(train) < config.train.global_batch_size:
         raise UserError(
             f"data.train has {len(train)} usable rows, fewer than train.global_batch_size="
@@ -50,6 +53,16 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
         )
     _refuse_shared_rows(splits.named())
     return splits
+
+
+def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, RowEncoder]:
+    """For the rows that are trained on and evaluated, and for held-out examples."""
+    examples = Encoder(tokenizer, config.data.max_length)
+    if not isinstance(config, PreferenceRunConfig):
+        return examples, examples
+    lengths = config.preference.max_prompt_tokens, config.preference.max_response_tokens
+    pairs = PairEncoder(tokenizer, *lengths)
+    return pairs, ChosenEncoder(pairs, examples)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: T
     """
     sources = config.fisher.prompts or config.data.validation
     assert sources is not None, "valuation needs data.validation"
-    encoder: RowEncoder = Encoder(tokenizer, config.data.max_length)
+    _, encoder = _encoders(config, tokenizer)
     if config.fisher.sampling == "rollout":
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens)
     dataset = tokenise(sources, encoder, config.data.cache_dir)
@@ -94,11 +107,13 @@ def _refuse_shared_rows(parts: dict[str, TokenDataset]) -> None:
     names = list(parts)
     for position, name in enumerate(names):
         for other in names[position + 1 :]:
-            digests, other_digests = parts[name].digests(), parts[other].digests()
-            for index in np.flatnonzero(np.isin(other_digests, digests)):
-                twin = int(np.flatnonzero(digests == other_digests[index])[0])
-                if np.array_equal(parts[name][twin][0], parts[other][int(index)][0]):
+            (digests, rows), (other_digests, other_rows) = parts[name].digests(), parts[other].digests()
+            for found in np.flatnonzero(np.isin(other_digests, digests)):
+                row = int(other_rows[found])
+                twin = int(rows[np.flatnonzero(digests == other_digests[found])[0]])
+                pairs = itertools.product(parts[name][twin], parts[other][row])
+                if any(np.array_equal(ids, other_ids) for (ids, _), (other_ids, _) in pairs):
                     raise UserError(
-                        f"{other} must be held out, but {parts[other].location(int(index))} is also in {name}: "
+                        f"{other} must be held out, but {parts[other].location(row)} is also in {name}: "
                         f"{parts[name].location(twin)}"
                     )

@@ -1,0 +1,101 @@
+"""From a pair of answers to tokens: the prompt with the chosen one, then the prompt with the rejected one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.rows import Message, as_pair
+
+
+class PairEncoder:
+    """Tokenises rows {"prompt", "chosen", "rejected"}; both documents of a pair make up one row.
+
+    A longer prompt loses its beginning (but for a BOS token), a longer response its end. Pairs without a difference and
+    those with an empty part are skipped. Raises UserError, naming the row, for a wrong schema.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int) -> None:
+        self._encoder = Encoder(tokenizer, max_prompt_tokens + max_response_tokens)
+        self._bos = tokenizer.bos_token_id
+        self._max_prompt = max_prompt_tokens
+        self._max_response = max_response_tokens
+
+    @property
+    def identity(self) -> str:
+        lengths = {"max_prompt_tokens": self._max_prompt, "max_response_tokens": self._max_response}
+        return json.dumps({**json.loads(self._encoder.identity), **lengths})
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        pair = as_pair(fields, where)
+        if not _has_text(pair.prompt):
+            return Skipped("empty prompt")
+        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if not _has_text(answer, "assistant"):
+                return Skipped(f"empty {name} response")
+        if pair.chosen == pair.rejected:
+            return Skipped("chosen and rejected are the same")
+        chosen, rejected = (self._document(pair.prompt, answer, where) for answer in (pair.chosen, pair.rejected))
+        if chosen.input_ids == rejected.input_ids:
+            return Skipped(f"chosen and rejected are the same within {self._max_response} tokens")
+        return Encoded(
+            chosen.input_ids + rejected.input_ids,
+            chosen.response_mask + rejected.response_mask,
+            chosen.asked,
+            tuple(sorted({*chosen.cut, *rejected.cut})),
+            second=len(chosen.input_ids),
+        )
+
+    def encode_chosen(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """The chosen response alone, as an example to learn from."""
+        pair = as_pair(fields, where)
+        if not (_has_text(pair.prompt) and _has_text(pair.chosen, "assistant")):
+            return Skipped("empty prompt or chosen response")
+        return self._document(pair.prompt, pair.chosen, where)
+
+    def _document(self, prompt: list[Message], answer: list[Message], where: str) -> Encoded:
+        asked = self._encoder.encode_prompt(prompt, where)
+        ids, mask = self._encoder.encode_conversation([*prompt, *answer], where)
+        # What the assistant said before belongs to the prompt. Its last token may be fused with the answer's first.
+        earlier = max(len(asked.input_ids) - 1, 0)
+        mask[:earlier] = [False] * earlier
+        start = mask.index(True)
+        cut = []
+        prompt_ids, response_ids = ids[:start], ids[start:]
+        if len(prompt_ids) > self._max_prompt:
+            cut.append("prompts cut on the left")
+            has_bos = prompt_ids[0] == self._bos
+            prompt_ids = prompt_ids[:has_bos] + prompt_ids[start - self._max_prompt + has_bos :]
+        if len(response_ids) > self._max_response:
+            cut.append("responses cut on the right")
+        response_ids = response_ids[: self._max_response]
+        return Encoded(
+            prompt_ids + response_ids,
+            [False] * len(prompt_ids) + mask[start : start + len(response_ids)],
+            asked.asked,
+            tuple(cut),
+        )
+
+
+class ChosenEncoder:
+    """Tokenises held-out rows of a preference run: the chosen responses of pairs, or ordinary supervised rows."""
+
+    def __init__(self, pairs: PairEncoder, examples: Encoder) -> None:
+        self._pairs = pairs
+        self._examples = examples
+
+    @property
+    def identity(self) -> str:
+        return f"chosen of {self._pairs.identity}, else {self._examples.identity}"
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        if "chosen" in fields:
+            return self._pairs.encode_chosen(fields, where)
+        return self._examples.encode(fields, where)
+
+
+def _has_text(messages: list[Message], role: str | None = None) -> bool:
+    return any(message["content"].strip() for message in messages if role in (None, message["role"]))

@@ -1,0 +1,23 @@
+"""Preference optimization (the DPO family) on the valuable tokens of pairs of responses, under DeepSpeed.
+
+    deepspeed recipes/preference.py --config configs/preference/smollm2_hh_rlhf.yaml [section.key=value ...]
+
+`--help` explains every key.
+"""
+
+from alphatoken.cli import readable_errors
+from alphatoken.config_file import parse_arguments
+from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.preference import PreferenceObjective
+from alphatoken.training import Trainer
+
+
+def main() -> None:
+    with readable_errors():
+        description = "Preference optimization on the valuable tokens of pairs of responses, under DeepSpeed."
+        config = parse_arguments(PreferenceRunConfig, description)
+        Trainer(config, PreferenceObjective(config.preference)).run()
+
+
+if __name__ == "__main__":
+    main()
