@@ -28,6 +28,9 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name_or_path: str = Field(description="Folder or hub name of the Hugging Face model to fine-tune.")
+    chat_template: FilePath | None = Field(
+        None, description="Jinja file to use as the tokenizer's chat template; for base models, which have none."
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention kernel of the training forward pass; values are the same with each."
     )

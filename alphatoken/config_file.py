@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -39,8 +39,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(config_class: type[ConfigT], file: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises UserError."""
+def load_config(
+    config_class: type[ConfigT],
+    file: Path,
+    overrides: Sequence[str] = (),
+    with_section: Mapping[str, type[ConfigT]] | None = None,
+) -> ConfigT:
+    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises UserError.
+
+    Values with a section named in `with_section` are of the class given there.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -53,6 +61,9 @@ def load_config(config_class: type[ConfigT], file: Path, overrides: Sequence[str
         raise UserError(f"{file} must hold sections like 'model:' and 'data:', but holds {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
+    for section, other_class in (with_section or {}).items():
+        if section in values:
+            config_class = other_class
     return validate(config_class, values, str(file))
 
 
@@ -70,8 +81,16 @@ def save_config(config: Section, file: Path) -> None:
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def parse_arguments(config_class: type[ConfigT], description: str, arguments: Sequence[str] | None = None) -> ConfigT:
-    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains every field."""
+def parse_arguments(
+    config_class: type[ConfigT],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    with_section: Mapping[str, type[ConfigT]] | None = None,
+) -> ConfigT:
+    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains every field.
+
+    `with_section` as in `load_config`.
+    """
     parser = argparse.ArgumentParser(description=description, add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path)
@@ -83,7 +102,7 @@ def parse_arguments(config_class: type[ConfigT], description: str, arguments: Se
         raise SystemExit(0)
     if parsed.config is None:
         raise UserError("give the configuration: --config FILE [section.key=value ...] (--help lists every key)")
-    return load_config(config_class, parsed.config, parsed.overrides)
+    return load_config(config_class, parsed.config, parsed.overrides, with_section)
 
 
 def print_fields(config_class: type[Section], description: str) -> None:

@@ -200,11 +200,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig, deepspeed_values: dic
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token. Raises UserError where there is none."""
+    """The model's tokenizer, with a padding token and the configured chat template. Raises UserError without one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}") from None
+    if config.chat_template is not None:
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read model.chat_template={config.chat_template}: {error.strerror}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
     return tokenizer

@@ -10,8 +10,11 @@ import pytest
 
 from alphatoken.config import RunConfig
 from alphatoken.config_file import load_config, parse_arguments, save_config
+from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.engine import deepspeed_config
 from alphatoken.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 MINIMAL = """
 model: {name_or_path: some/model}
@@ -34,6 +37,62 @@ def test_overrides_are_yaml_and_win(file: Path) -> None:
     assert config.optim.lr == 3e-5
     assert config.valuation.layers == "all"
     assert [source.path for source in config.data.train] == ["a", "b"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
+    load_config(RunConfig, path, with_section={"preference": PreferenceRunConfig})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "preference.label_smoothing=0.1",
+            "label_smoothing=0.1: only preference.objective=dpo reads this",
+        ),
+        ("preference.objective=simpoo", "preference.objective: input should be 'alpha_dpo', 'dpo'"),
+        ("preference.beta=0", "preference.beta: input should be greater than 0"),
+        ("selection.chosen.keep_ratio=0", "selection.chosen.keep_ratio: input should be greater than 0"),
+        ("selection.chosen.scope=sequence", "selection.chosen.scope: unknown key; did you mean selection.scope?"),
+        ("selection.rejected.schedule=cosine", "selection.rejected: selection.schedule=cosine and"),
+        ("selection.rejected={policy: excess_loss}", "selection.policy=excess_loss needs reference.model"),
+        ("selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}", "needs a policy that ranks tokens"),
+        ("reference={mode: cached, offload: true}", "only reference.mode=online keeps a reference to offload"),
+        ("reference={mode: online, cache: here}", "reference.mode=online caches nothing"),
+        ("reference=offline", "reference: input should be 'cached' or 'online', not 'offline'"),
+    ],
+)
+def test_a_mistake_in_a_preference_run_is_named(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(PreferenceRunConfig, file, [override])
+    assert message in str(error.value)
+
+
+def test_branches_inherit_what_they_do_not_override(file: Path, tmp_path: Path) -> None:
+    overrides = [
+        "selection.keep_ratio=0.4",
+        "selection.min_keep=2",
+        "selection.rejected.keep_ratio=0.9",
+        "reference=online",
+    ]
+    config = load_config(PreferenceRunConfig, file, overrides)
+    chosen, rejected = config.selections
+    assert (chosen.keep_ratio, chosen.min_keep) == (0.4, 2)
+    assert (rejected.keep_ratio, rejected.min_keep) == (0.9, 2)
+    assert config.reference.mode == "online"
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(PreferenceRunConfig, tmp_path / "resolved.yaml") == config
+
+
+def test_defaults_follow_the_objective(file: Path) -> None:
+    def options(objective: str) -> tuple[float, float, bool]:
+        config = load_config(PreferenceRunConfig, file, [f"preference.objective={objective}"])
+        return config.preference.scale, config.preference.chosen_nll_weight, config.needs_reference
+
+    assert options("alpha_dpo") == options("dpo") == (0.1, 0.0, True)
+    assert options("simpo") == (2.0, 0.0, False)
+    assert options("orpo") == options("cpo") == (0.1, 1.0, False)
 
 
 def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.config import RunConfig, Source
+from alphatoken.config import ModelConfig, RunConfig, Source
 from alphatoken.config_file import validate
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, Skipped
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
+from alphatoken.engine import load_tokenizer
 from alphatoken.errors import UserError
+
+TEMPLATES = Path(__file__).parent.parent / "configs" / "chat_templates"
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -48,6 +51,20 @@ def marked(tiny_model: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = MARKED_TEMPLATE
     return tokenizer
+
+
+@pytest.mark.parametrize("file", sorted(TEMPLATES.glob("*.jinja")), ids=lambda file: file.stem)
+def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, file: Path) -> None:
+    config = ModelConfig.model_validate({"name_or_path": str(tiny_model), "chat_template": str(file)})
+    tokenizer = load_tokenizer(config)
+    encoded = Encoder(tokenizer, 1000).encode({"messages": CHAT}, "here")
+    assert spoken(tokenizer, encoded) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
+    assert isinstance(encoded, Encoded)
+    start = Encoder(tokenizer, 1000).encode_prompt(CHAT[:-1], "here").input_ids
+    assert encoded.input_ids[: len(start)] == start
+    missing = config.model_copy(update={"chat_template": file.with_name("missing.jinja")})
+    with pytest.raises(UserError, match=r"cannot read model.chat_template=.*missing.jinja: No such file"):
+        load_tokenizer(missing)
 
 
 def write_rows(file: Path, rows: list[Any]) -> str:
