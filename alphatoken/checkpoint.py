@@ -34,7 +34,8 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 
 # Configuration that may differ between a run and its continuation without changing what is computed.
 HARMLESS_KEYS = re.compile(
-    r"logging\..*|train\.(resume|output_dir|save_every|eval_every)|data\.cache_dir|fisher\.(output|save_every)"
+    r"logging\..*|train\.(resume|output_dir|save_every|eval_every)|data\.cache_dir|fisher\.(output|save_every)|"
+    r"reference\.(cache|offload|save_every)"
 )
 
 
