@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from alphatoken import collectives, squares, zero3
 from alphatoken.architectures import Decoder, ParameterSet, Stage
 from alphatoken.capture import Entry, EntryCapture, SignalCapture
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, differences
 from alphatoken.losses import head_outgrads, loss_positions
 from alphatoken.passes import Chunk, chunks_of, top_backward
 from alphatoken.slices import TensorFile, flush, save_slices
@@ -324,12 +324,7 @@ class EstimateFolder:
             raise UserError(f"cannot write the Fisher to {final}: {error}") from None
 
     def _check_settings(self, found: TensorFile, otherwise: str) -> None:
-        theirs = found.header.get("settings", {})
-        changed = [
-            f"{key}: {theirs.get(key)!r} there, {self._settings.get(key)!r} here"
-            for key in sorted(theirs.keys() | self._settings.keys())
-            if theirs.get(key) != self._settings.get(key)
-        ]
+        changed = differences(found.header.get("settings", {}), self._settings)
         if changed:
             raise UserError(
                 f"{found} holds a Fisher with other settings; remove it, set fisher.output to another folder, "

@@ -30,7 +30,7 @@ from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.engine import build_inference_engine, inference_config, load_model
-from alphatoken.errors import UserError
+from alphatoken.errors import UserError, differences
 from alphatoken.estimation import model_identity, tokenizer_identity
 from alphatoken.losses import loss_positions
 from alphatoken.model import TokenLosses
@@ -278,11 +278,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         theirs = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}; remove the folder") from None
-    changed = [
-        f"{key}: {theirs.get(key)!r} there, {settings.get(key)!r} here"
-        for key in sorted(theirs.keys() | settings.keys())
-        if theirs.get(key) != settings.get(key)
-    ]
+    changed = differences(theirs, settings)
     if changed:
         raise UserError(
             f"{file.parent} holds losses of something else; remove it, or set reference.cache to another folder:\n  "

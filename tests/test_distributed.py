@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphatoken import ValuationConfig, score_tokens
+from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
 from tests.cases import shard_of
 from tests.oracle import relative_error
@@ -60,12 +60,12 @@ class PlainStep:
             reference=reference,
             config=ValuationConfig.model_validate({key: valuation[key] for key in SCORED_BY if key in valuation}),
         )
-        self.row_place = {int(row): place for place, row in enumerate(chosen)}
+        self.places = {int(row): place for place, row in enumerate(chosen)}
         lengths = np.array([len(train[row][0]) for row in chosen])
         by_length = np.argsort(-lengths, kind="stable")
         size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": GLOBAL_BATCH}[values["selection"]["scope"]]
         groups = [by_length[start : start + size] for start in range(0, GLOBAL_BATCH, size)]
-        self.keep = torch.zeros_like(self.values.composite, dtype=torch.bool)
+        self.weight = torch.zeros_like(self.values.composite)
         batch = collate([train[row] for row in chosen])
         for group in groups:
             tokens = [
@@ -75,11 +75,11 @@ class PlainStep:
                 if batch["labels"][place, t + 1] != -100
             ]
             for _, place, t in sorted(tokens, reverse=True)[: math.ceil(KEEP * len(tokens))]:
-                self.keep[place, t] = True
+                self.weight[place, t] = 1
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         targets = batch["input_ids"][:, 1:]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        kept = self.keep[:, :-1]
+        kept = self.weight[:, :-1] > 0
         (nll[kept].sum() / kept.sum()).backward()
         self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -93,24 +93,33 @@ def stability_tensors(valuation: dict[str, Any]) -> tuple[dict[str, Tensor] | No
     return load_file(valuation["fisher"]), reference
 
 
-def check(results: list[Any], name: str, plain: PlainStep, terms: tuple[str, ...]) -> None:
+class Plain(Protocol):
+    """What one process finds: by document, the place in (N, T) values and weights; and the gradient."""
+
+    places: dict[int, int]
+    values: TokenValues
+    weight: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+def check(results: list[Any], name: str, plain: Plain, terms: tuple[str, ...] = TERMS) -> None:
     rows = {row: output for rank in results for row, output in rank[name]["rows"].items()}
-    assert sorted(rows) == sorted(plain.row_place), "the ranks together must see each row of the global batch once"
+    assert sorted(rows) == sorted(plain.places), "the ranks together must see each document of the global batch once"
     for term in terms:
         actual = torch.zeros_like(plain.values.composite)
         for row, output in rows.items():
-            actual[plain.row_place[row], : output[term].numel()] = output[term]
+            actual[plain.places[row], : output[term].numel()] = output[term]
         error = relative_error(actual, getattr(plain.values, term))
         assert error <= 1e-5, f"{name}: {term} differs from the single process by {error:.1e}"
     for row, output in rows.items():
-        keep = plain.keep[plain.row_place[row]][: output["weight"].numel()]
-        assert torch.equal(output["weight"], keep.float()), f"{name}: row {row} keeps other tokens"
+        expected = plain.weight[plain.places[row]][: output["weight"].numel()]
+        assert torch.equal(output["weight"], expected), f"{name}: document {row} keeps other tokens"
     for rank, result in enumerate(results):
         for parameter, gradient in result[name]["gradients"].items():
-            expected = plain.gradients[parameter]
-            assert expected is not None
-            error = relative_error(gradient, expected)
-            ratio = float(gradient.norm() / expected.norm())
+            whole = plain.gradients[parameter]
+            assert whole is not None
+            error = relative_error(gradient, whole)
+            ratio = float(gradient.norm() / whole.norm())
             assert error <= 1e-5, (
                 f"{name}, rank {rank}: gradient of {parameter} is off by {error:.1e}, ratio {ratio:.4f}"
             )

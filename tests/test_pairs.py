@@ -19,9 +19,8 @@ from alphatoken.config_file import validate
 from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
 from alphatoken.reference import CachedLosses, check_reference
-from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.test_distributed import SCORED_BY, TERMS, exact, stability, stability_tensors, stage, variant
+from tests.test_distributed import SCORED_BY, TERMS, check, exact, stability, stability_tensors, stage, variant
 from tests.test_preference import Side, masked_loss, section, standard
 from tests.test_training import METRICS, start_recipe
 from tests.tiny import collate, tokenised
@@ -74,11 +73,13 @@ class PlainPairs:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         train = documents_of(tokenizer, values["data"]["train"])
         held_out = [chosen for chosen, _ in documents_of(tokenizer, values["data"]["validation"])]
-        self.rows = Order([len(train)], None, (0, 0)).step(0, PAIRS)
+        rows = Order([len(train)], None, (0, 0)).step(0, PAIRS)
         validation = Order([len(held_out)], None, (0, 1)).step(0, valuation["validation_sequences"])
         fisher, stability_reference = stability_tensors(valuation)
-        batch = collate([document for row in self.rows for document in train[row]])
+        batch = collate([document for row in rows for document in train[row]])
         config = {key: valuation[key] for key in SCORED_BY if key in valuation}
+        documents = [(place, int(row), side) for place, row in enumerate(rows) for side in (0, 1)]
+        self.places = {2 * row + side: 2 * place + side for place, row, side in documents}
         self.values = score_tokens(
             model,
             batch,
@@ -102,7 +103,7 @@ class PlainPairs:
             for side, gradient in enumerate(torch.autograd.grad(loss, log_p)):
                 for term in TERMS:
                     getattr(self.values, term)[2 * place + side] *= -gradient[0]
-        self.weight = self._weights(values, response, [sum(len(ids) for ids, _ in train[row]) for row in self.rows])
+        self.weight = self._weights(values, response, [sum(len(ids) for ids, _ in train[row]) for row in rows])
 
         def side_of(document: int) -> Side:
             inside = response[document]
@@ -134,28 +135,6 @@ class PlainPairs:
 def metrics_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     file = Path(values["train"]["output_dir"]) / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def check(results: list[Any], name: str, plain: PlainPairs) -> None:
-    rows = {row: output for rank in results for row, output in rank[name]["rows"].items()}
-    places = {2 * int(row) + side: 2 * place + side for place, row in enumerate(plain.rows) for side in (0, 1)}
-    assert sorted(rows) == sorted(places), "the ranks together must see each branch of the global batch once"
-    for term in TERMS:
-        actual = torch.zeros_like(plain.values.composite)
-        for row, output in rows.items():
-            actual[places[row], : output[term].numel()] = output[term]
-        error = relative_error(actual, getattr(plain.values, term))
-        assert error <= 1e-5, f"{name}: {term} differs from the single process by {error:.1e}"
-    for row, output in rows.items():
-        expected = plain.weight[places[row]][: output["weight"].numel()]
-        assert torch.equal(output["weight"], expected), f"{name}: document {row} keeps other tokens"
-    for rank, result in enumerate(results):
-        for parameter, gradient in result[name]["gradients"].items():
-            expected = plain.gradients[parameter]
-            assert expected is not None
-            error = relative_error(gradient, expected)
-            ratio = float(gradient.norm() / expected.norm())
-            assert error <= 1e-5, f"{name}, rank {rank}: gradient of {parameter} is off by {error:.1e}, ratio {ratio}"
 
 
 @pytest.mark.slow
