@@ -1,41 +1,50 @@
-"""The run folder: checkpoints written atomically, found again, and exported.
+"""The run folder: checkpoints written and found again by all ranks together, on any number of them.
 
     config.yaml  metrics.jsonl  export/  checkpoints/{step-N/, latest}
 
-A checkpoint is written into `step-N.partial`, described in `complete.json` (format version, step, ranks, configuration,
-and the size and SHA-256 of every file), and only then renamed; `latest` names the newest. A folder without a valid
-description does not exist for us.
+What makes a checkpoint valid is in `checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import fnmatch
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken import collectives, zero3
-from alphatoken.config import RunConfig
+from alphatoken.checkpoint_files import (
+    FORMAT_VERSION,
+    LATEST,
+    damage,
+    described_files,
+    free_bytes,
+    obsolete,
+    read_description,
+    step_folders,
+    write_description,
+    write_durably,
+)
+from alphatoken.config import RunConfig, TrainConfig
 from alphatoken.config_file import save_config
 from alphatoken.errors import UserError
 from alphatoken.slices import flush
 
-FORMAT_VERSION = 2
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
-DESCRIPTION = "complete.json"
-STEP_FOLDER = re.compile(r"step-(\d+)")
 
 # Configuration that may differ between a run and its continuation without changing what is computed.
 HARMLESS_KEYS = re.compile(
-    r"logging\..*|train\.(resume|output_dir|save_every|eval_every)|data\.cache_dir|fisher\.(output|save_every)|"
-    r"reference\.(cache|offload|save_every)"
+    r"logging\..*|data\.cache_dir|fisher\.(output|save_every)|reference\.(cache|offload|save_every)|"
+    r"train\.(resume|resume_allow|output_dir|save_every|keep_last|keep_every|eval_every|grace_seconds|watchdog_seconds)"
 )
 
 
@@ -61,12 +70,29 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeats"
 
-def open_run_folder(config: RunConfig) -> tuple[RunFolder, Path | None]:
-    """The run's folder and the checkpoint to continue from, if any. Writes nothing. Every rank must call it.
 
-    Raises UserError if the folder holds another run and `train.resume` is `never`, or if the checkpoint to resume does
-    not exist, is damaged, was written by another number of ranks, or belongs to a different configuration.
+@dataclass(frozen=True)
+class Continuation:
+    """A checkpoint to go on from."""
+
+    checkpoint: Path
+    step: int
+    universal: bool
+    """Whether it was converted, as another number of ranks wrote it."""
+    notes: tuple[str, ...]
+    """What the user should know about it."""
+
+
+def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
+    """The run's folder and the checkpoint to continue from, if any. Every rank must call it.
+
+    A checkpoint of another number of ranks is converted first, beside itself; nothing else is written. Raises UserError
+    if the folder holds another run and `train.resume` is `never`, or if the checkpoint to resume does not exist, is
+    damaged, or belongs to a different configuration.
     """
     folder = RunFolder(config.train.output_dir)
     resume = config.train.resume
@@ -77,11 +103,22 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Path | None]:
                 "train.resume=auto"
             )
         return folder, None
-    checkpoint = _newest_complete(folder.checkpoints) if resume == "auto" else Path(resume)
-    if checkpoint is None:
+    notes: list[str] = []
+    found = _newest_complete(folder.checkpoints, notes) if resume == "auto" else Path(resume)
+    if found is None:
         return folder, None
-    _check_compatible(checkpoint, config)
-    return folder, checkpoint
+    checkpoint: Path = found
+    if resume != "auto":
+        problem = _damage_on_rank_0(checkpoint)
+        if problem is not None:
+            raise UserError(f"cannot resume from {checkpoint}: {problem}")
+    description = read_description(checkpoint)
+    notes += _accepted_changes(checkpoint, description["config"], config)
+    written_by, ranks = description["world_size"], collectives.world_size()
+    if written_by != ranks:
+        notes.append(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
+        checkpoint = collectives.on_rank_0(lambda: universal_checkpoint(checkpoint))
+    return folder, Continuation(checkpoint, description["step"], written_by != ranks, tuple(notes))
 
 
 def start_run_folder(folder: RunFolder, config: RunConfig) -> None:
@@ -92,21 +129,46 @@ def start_run_folder(folder: RunFolder, config: RunConfig) -> None:
     collectives.barrier()
 
 
-def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int, state: dict[str, Any]) -> Path:
+def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
+    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights themselves."""
+    sizes = [(zero3.full_shape(each).numel(), each.requires_grad) for each in module.parameters()]
+    weight = 2 if trains_in_16_bit else 4
+    return sum(count * (weight + (12 if trained else 0)) for count, trained in sizes)
+
+
+def check_space(folder: RunFolder, needed: int) -> None:
+    """Raises UserError on every rank where a checkpoint of so many bytes does not fit beside the others."""
+
+    def check() -> None:
+        free = free_bytes(folder.checkpoints)
+        if free < needed:
+            raise UserError(
+                f"{folder.checkpoints} has {free / 2**30:.2f} GiB free, but a checkpoint takes "
+                f"{needed / 2**30:.2f} GiB; make room, or keep fewer with train.keep_last"
+            )
+
+    collectives.on_rank_0(check)
+
+
+def save_checkpoint(
+    engine: Any, folder: RunFolder, config: RunConfig, step: int, state: dict[str, Any], needed: int
+) -> Path:
     """Saves the engine's complete state, and `state` (the same on every rank), after `step` optimizer steps.
 
     Every rank must call it, between steps. All ranks write their shards, then each hashes and flushes its share of the
-    files, and rank 0 makes the checkpoint valid. Raises UserError when the disk refuses; older checkpoints stay as they
-    are.
+    files, and rank 0 makes the checkpoint valid and removes those that `train.keep_last` does not keep. `needed`: bytes
+    that must be free. Raises UserError when the disk refuses; older checkpoints stay as they are.
     """
     final = folder.checkpoints / f"step-{step}"
     partial = final.with_name(final.name + ".partial")
 
     def remove_leftovers() -> None:
         if collectives.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in folder.checkpoints.glob("step-*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     collectives.agree(remove_leftovers)
+    check_space(folder, needed)
     try:
         collectives.agree(
             lambda: engine.save_checkpoint(
@@ -115,14 +177,13 @@ def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int
         )
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         own = files[collectives.rank() :: collectives.world_size()]
-        digests = collectives.agree(lambda: {str(file.relative_to(partial)): _flush_and_digest(file) for file in own})
-    except OSError as error:
+        digests = collectives.agree(lambda: described_files(partial, own))
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
+        collectives.on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise UserError(f"cannot write checkpoint {final}: {error}; older checkpoints are untouched") from None
     every = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}
 
-    def describe() -> None:
-        if collectives.rank() != 0:
-            return
+    def publish() -> None:
         description = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -131,26 +192,54 @@ def save_checkpoint(engine: Any, folder: RunFolder, config: RunConfig, step: int
             "config": config.model_dump(mode="json"),
             "files": every,
         }
-        _write_durably(partial / DESCRIPTION, json.dumps(description, indent=1))
+        write_description(partial, description)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _write_durably(folder.checkpoints / "latest.partial", final.name)
-        (folder.checkpoints / "latest.partial").replace(folder.checkpoints / "latest")
+        write_durably(folder.checkpoints / f"{LATEST}.partial", final.name)
+        (folder.checkpoints / f"{LATEST}.partial").replace(folder.checkpoints / LATEST)
         flush(folder.checkpoints)
+        _prune(folder.checkpoints, config.train)
 
-    collectives.agree(describe)
+    collectives.on_rank_0(publish)
     return final
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Loads the engine's complete state; returns the number of optimizer steps done and what was saved as `state`.
-
-    Every rank must call it.
-    """
+def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
+    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call it."""
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
-    return int(_read_description(checkpoint)["step"]), client_state[STATE]
+    state: dict[str, Any] = client_state[STATE]
+    return state
+
+
+def universal_checkpoint(checkpoint: Path) -> Path:
+    """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once, beside it.
+
+    Raises UserError with DeepSpeed's last words where it cannot be made.
+    """
+    target = checkpoint.with_name(f"{checkpoint.name}-universal")
+    if target.exists() and damage(target) is None and _source_of(target) == _source_of(checkpoint):
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"DeepSpeed cannot convert {checkpoint} for another number of ranks:\n{finished.stderr.strip()[-1000:]}"
+        )
+    names = sorted(path for path in partial.rglob("*") if path.is_file())
+    write_description(partial, {**_source_of(checkpoint), "files": described_files(partial, names)})
+    partial.rename(target)
+    # DeepSpeed's converter notes the new tag beside the checkpoints.
+    (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
+    flush(checkpoint.parent)
+    return target
 
 
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
@@ -164,33 +253,42 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) 
     collectives.barrier()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, naming the first wrong one, or None."""
-    try:
-        description = _read_description(checkpoint)
-    except UserError as error:
-        return str(error)
-    for name, expected in description["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _digest(file) != expected["sha256"]:
-            return f"{file} does not have the content that was saved"
-    return None
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """State of this rank's random number generators."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
-def _newest_complete(checkpoints: Path) -> Path | None:
-    if not checkpoints.is_dir():
-        return None
-    folders = [path for path in checkpoints.iterdir() if STEP_FOLDER.fullmatch(path.name)]
-    for checkpoint in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
+    """Takes over what `random_state` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _source_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint and its universal form have in common."""
+    description = read_description(checkpoint)
+    return {key: value for key, value in description.items() if key != "files"}
+
+
+def _prune(checkpoints: Path, config: TrainConfig) -> None:
+    """Removes what is not to be kept, the newest checkpoint never; whatever was converted, too."""
+    folders = step_folders(checkpoints)
+    for step in obsolete(folders, config.keep_last, config.keep_every):
+        shutil.rmtree(folders[step], ignore_errors=True)
+    for universal in checkpoints.glob("step-*-universal"):
+        shutil.rmtree(universal, ignore_errors=True)
+
+
+def _newest_complete(checkpoints: Path, notes: list[str]) -> Path | None:
+    for checkpoint in step_folders(checkpoints).values():
         problem = _damage_on_rank_0(checkpoint)
         if problem is None:
             return checkpoint
-        if collectives.rank() == 0:
-            print(f"warning: not resuming from {checkpoint}: {problem}", flush=True)
+        notes.append(f"warning: not resuming from {checkpoint}: {problem}")
     return None
 
 
@@ -198,35 +296,28 @@ def _damage_on_rank_0(checkpoint: Path) -> str | None:
     return collectives.on_rank_0(lambda: damage(checkpoint))
 
 
-def _check_compatible(checkpoint: Path, config: RunConfig) -> None:
-    problem = _damage_on_rank_0(checkpoint)
-    if problem is not None:
-        raise UserError(f"cannot resume from {checkpoint}: {problem}")
-    description = _read_description(checkpoint)
-    if description["world_size"] != collectives.world_size():
+def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """A note for each key that may differ and does. Raises UserError for those that may not."""
+    before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    notes, refused = [], []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key):
+            continue
+        change = f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        if key in ("train.resume", "train.resume_allow"):
+            continue
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in config.train.resume_allow):
+            notes.append(f"changed since {checkpoint.name}, as train.resume_allow says: {change}")
+        elif HARMLESS_KEYS.fullmatch(key):
+            notes.append(f"changed since {checkpoint.name}: {change}")
+        else:
+            refused.append(change)
+    if refused:
         raise UserError(
-            f"{checkpoint} was written by {description['world_size']} ranks; resume with as many, not "
-            f"{collectives.world_size()}"
+            f"{checkpoint} belongs to a run with another configuration (train.resume_allow lists keys that may change "
+            "nevertheless):\n  " + "\n  ".join(refused)
         )
-    before, now = _flatten(description["config"]), _flatten(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not HARMLESS_KEYS.fullmatch(key)
-    ]
-    if changed:
-        raise UserError(f"{checkpoint} belongs to a run with another configuration:\n  " + "\n  ".join(changed))
-
-
-def _read_description(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint / DESCRIPTION
-    try:
-        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    if description.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file} has format version {description.get('format_version')}, not {FORMAT_VERSION}")
-    return description
+    return notes
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -237,21 +328,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _flush_and_digest(file: Path) -> dict[str, Any]:
-    with file.open("rb+") as content:
-        os.fsync(content.fileno())
-    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as content:
-        content.write(text)
-        content.flush()
-        os.fsync(content.fileno())

@@ -73,7 +73,7 @@ class DataConfig(Section):
         None, description="Rows for eval_loss, disjoint from train and validation, so that the report is honest."
     )
     max_length: int = Field(
-        2048, ge=8, description="Longest row in tokens; longer ones are cut on the right and counted."
+        2048, ge=8, description="Longest supervised row in tokens; longer ones are cut on the right and counted."
     )
     packing: bool = Field(
         False, description="Lay the documents of a micro-batch into as few rows as fit max_length, instead of padding."
@@ -277,8 +277,25 @@ class TrainConfig(Section):
     resume: str = Field(
         "never", description="never, auto (newest complete checkpoint of output_dir, if any) or a checkpoint's path."
     )
+    resume_allow: list[str] = Field(
+        default_factory=list,
+        description="Keys (* stands for any part) whose values may differ from the resumed checkpoint's.",
+    )
     save_every: int | None = Field(
         None, ge=1, description="Optimizer steps between checkpoints; default: no checkpoints."
+    )
+    keep_last: int | None = Field(None, ge=1, description="Keep only so many newest checkpoints; default: all.")
+    keep_every: int | None = Field(
+        None, ge=1, description="With keep_last: keep the checkpoints of every so many steps as well."
+    )
+    grace_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Time between SIGTERM or SIGUSR1 and the end by force. Where it is too short for the current step, "
+        "the step is dropped and done again on resuming; default: the step is always finished.",
+    )
+    watchdog_seconds: float | None = Field(
+        300.0, gt=0, description="Name the rank that holds up the others when nothing moves for so long; null: never."
     )
     eval_every: int | None = Field(
         None, ge=1, description="Optimizer steps between evaluations, besides first and last."
@@ -294,6 +311,8 @@ class TrainConfig(Section):
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={self.micro_batch_size}"
             )
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError(f"train.keep_every={self.keep_every} needs train.keep_last: without it all are kept")
         return self
 
 

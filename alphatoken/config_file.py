@@ -115,14 +115,20 @@ def print_fields(config_class: type[Section], description: str) -> None:
         assert isinstance(section_class, type)
         assert issubclass(section_class, BaseModel)
         table = Table("key", "default", "why", title=f"[bold]{section}", title_justify="left", expand=True)
-        for name, field in section_class.model_fields.items():
-            default = (
-                "(required)"
-                if field.is_required()
-                else yaml.safe_dump(_plain(field), default_flow_style=True).split("\n")[0]
-            )
-            table.add_row(f"{section}.{name}", default, (field.description or "") + _choices(field))
+        _add_rows(table, section, section_class)
         console.print(table)
+
+
+def _add_rows(table: Table, prefix: str, section_class: type[BaseModel]) -> None:
+    """A row for each key, those of sections inside the section included."""
+    for name, field in section_class.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _add_rows(table, f"{prefix}.{name}", field.annotation)
+            continue
+        default = "(required)"
+        if not field.is_required():
+            default = yaml.safe_dump(_plain(field), default_flow_style=True).split("\n")[0]
+        table.add_row(f"{prefix}.{name}", default, (field.description or "") + _choices(field))
 
 
 def _plain(field: FieldInfo) -> Any:

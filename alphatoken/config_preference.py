@@ -114,6 +114,8 @@ class PairSelectionConfig(SelectionConfig):
         """The complete settings of one branch."""
         shared = self.model_dump(exclude={"chosen", "rejected"})
         overrides = getattr(self, name).model_dump(exclude_none=True)
+        if overrides.get("schedule") == "constant":
+            shared |= {"keep_ratio_start": None, "schedule_steps": None}
         return SelectionConfig.model_validate({**shared, **overrides})
 
 

@@ -5,6 +5,8 @@ Everything is kept as this rank's flat slices (`zero3`), so drift costs no commu
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -80,6 +82,17 @@ class Drift:
             collectives.sum_over_ranks(sums)
         squared_norm, weighted = sums.tolist()
         return squared_norm**0.5, weighted
+
+    def identity(self) -> str:
+        """A hash of the Fisher and the reference, the same on any number of ranks. Every rank must call it."""
+        both = []
+        for slices in (self._fisher, self._reference):
+
+            def read(name: str, start: int, end: int, slices: dict[str, Tensor] = slices) -> Tensor:
+                return slices[name][: end - start]
+
+            both.append(zero3.checksums(self._parameters, self._device, read))
+        return hashlib.sha256(json.dumps(both).encode()).hexdigest()
 
     def _own_slice(self, tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:
         parameter = self._parameters[name]

@@ -133,10 +133,10 @@ def inference_config(config: RunConfig, offload: bool = False) -> dict[str, Any]
 def _shared_config(config: RunConfig) -> dict[str, Any]:
     values = read_deepspeed_config(config.deepspeed.config)
     offload = values.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
-    if offload == "nvme" and config.valuation.enabled:
+    if offload == "nvme" and (config.valuation.enabled or config.needs_reference):
         raise UserError(
-            "zero_optimization.offload_param.device=nvme is not possible with valuation, which reads the weight shards "
-            "between steps: use cpu, or valuation.enabled=false"
+            "zero_optimization.offload_param.device=nvme is not possible with valuation or a reference, which read the "
+            "weight shards: use cpu"
         )
     return {
         **values,

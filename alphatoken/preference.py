@@ -16,6 +16,9 @@ from torch import Tensor
 from alphatoken.config_preference import BRANCHES, REFERENCE_FREE, PreferenceConfig
 from alphatoken.losses import Batch
 
+# Rewards nearer to each other than this are equal: float32 losses of the same weights, summed in another order.
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -233,12 +236,12 @@ class PreferenceObjective:
 
         Its mean over the model's own samples is the divergence from the reference per token; these are given responses.
         """
-        log_rho_R = (nll_BT - batch["reference_nll"])[response_BT]
+        log_rho_R = (nll_BT - batch["reference_nll"])[response_BT].double()
         terms = self._pairs(batch, response_BT.to(nll_BT.dtype), torch.expm1(log_rho_R) - log_rho_R)
         tokens_P = (every.chosen.tokens_P + every.rejected.tokens_P).clamp_min(1)
         return (terms.chosen.nll_P + terms.rejected.nll_P) / tokens_P
 
 
 def _preferred(difference_P: Tensor) -> Tensor:
-    """1 where the first is preferred, 1/2 for a tie, else 0."""
-    return (torch.sign(difference_P) + 1) / 2
+    """1 where the first is preferred, 1/2 for a tie, else 0. What rounding leaves of equal losses is a tie."""
+    return (torch.sign(torch.where(difference_P.abs() > ROUNDING, difference_P, 0.0)) + 1) / 2

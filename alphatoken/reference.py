@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken import collectives
+from alphatoken import collectives, zero3
 from alphatoken.architectures import Decoder, decoder_of
 from alphatoken.config import RunConfig
 from alphatoken.config_preference import PreferenceRunConfig
@@ -41,6 +41,10 @@ from alphatoken.slices import flush
 FORMAT_VERSION = 1
 ROWS_FILE = re.compile(r"rows-(\d+)-(\d+)\.parquet")
 SETTINGS = "settings.json"
+PARTIAL = ".partial"
+
+# First row, one after the last, file.
+Span = tuple[int, int, Path]
 
 # What is read from disk for one row: so many.
 ROW_GROUP = 64
@@ -51,12 +55,13 @@ Losses = Callable[[dict[str, Tensor]], Tensor]
 class CachedLosses:
     """The losses of every row's response tokens, from a complete cache; files are memory-mapped, row groups decoded."""
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        spans = _covered(folder, rows)
-        assert sum(end - start for start, end, _ in spans) == rows, "the cache is not complete"
+    def __init__(self, spans: Sequence[Span]) -> None:
         self._starts = np.array([start for start, _, _ in spans])
-        self._files = [pq.ParquetFile(file, memory_map=True) for _, _, file in spans]
+        self._paths = [path for _, _, path in spans]
+        self._file = lru_cache(maxsize=16)(self._open)
         self._group = lru_cache(maxsize=4)(self._read_group)
+        for number in range(len(spans)):
+            self._file(number)
 
     def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Losses of the response tokens of a row, (R,): those of its first document, then of its second."""
@@ -65,8 +70,20 @@ class CachedLosses:
         losses = self._group(file, group)[place].values
         return np.array(losses.to_numpy(zero_copy_only=False), dtype=np.float32)
 
-    def _read_group(self, file: int, group: int) -> Any:
-        return self._files[file].read_row_group(group, columns=["nll"]).column("nll").combine_chunks()
+    def _open(self, number: int) -> Any:
+        path = self._paths[number]
+        try:
+            return pq.ParquetFile(path, memory_map=True)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is not there for rank {collectives.rank()}, which did not write it: set reference.cache to a "
+                "folder that all nodes see"
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, and its losses are computed again") from None
+
+    def _read_group(self, number: int, group: int) -> Any:
+        return self._file(number).read_row_group(group, columns=["nll"]).column("nll").combine_chunks()
 
 
 class CacheFolder:
@@ -82,7 +99,15 @@ class CacheFolder:
 
     def done(self) -> int:
         """How many rows it has, from the first on."""
-        return collectives.on_rank_0(lambda: max((end for _, end, _ in _covered(self.path, self.rows)), default=0))
+        return max((end for _, end, _ in self._spans()), default=0)
+
+    def open(self) -> CachedLosses:
+        """Its losses, when it is complete. Raises UserError on every rank if any cannot read them."""
+        spans = self._spans()
+        return collectives.agree(lambda: CachedLosses(spans))
+
+    def _spans(self) -> list[Span]:
+        return collectives.on_rank_0(lambda: _longest_chain(self.path, self.rows))
 
     def add(self, start: int, losses: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> None:
         """Writes the losses of some consecutive rows from `start`; a crash leaves them all or none."""
@@ -91,12 +116,9 @@ class CacheFolder:
             offsets = np.cumsum([0, *map(len, losses)]).astype(np.int32)
             column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(losses)))
             final = self.path / f"rows-{start:09}-{start + len(losses):09}.parquet"
-            partial = final.with_suffix(f".{os.getpid()}.partial")
             numbers = pa.array(np.arange(start, start + len(losses)))
-            pq.write_table(pa.table({"row": numbers, "nll": column}), partial, row_group_size=ROW_GROUP)
-            flush(partial)
-            partial.replace(final)
-            flush(self.path)
+            table = pa.table({"row": numbers, "nll": column})
+            _publish(final, lambda partial: pq.write_table(table, partial, row_group_size=ROW_GROUP))
 
         try:
             collectives.on_rank_0(write)
@@ -110,11 +132,10 @@ class CacheFolder:
             if file.exists():
                 _check_settings(file, settings)
                 return
-            if any(self.path.iterdir()):
+            if any(path.suffix != PARTIAL for path in self.path.iterdir()):
                 raise UserError(f"reference.cache: {self.path} holds other files; choose an empty or a new folder")
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            partial.replace(file)
+            text = json.dumps(settings, indent=1)
+            _publish(file, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot write the reference's losses to {self.path}: {error}") from None
 
@@ -124,7 +145,8 @@ class Reference:
 
     Every rank must build it, when the starting model has its engine and before a checkpoint is loaded into it.
     `starting_losses` gives the token losses (B, T) of the model as it starts, `parts` are the datasets whose rows will
-    be asked for. Raises UserError for a cache of something else, or a loss that is not finite.
+    be asked for. `identity` is a hash of the reference's weights and configuration. Raises UserError for a cache of
+    something else, or a loss that is not finite.
     """
 
     def __init__(
@@ -138,20 +160,22 @@ class Reference:
     ) -> None:
         self._config = config
         self._device = device
+        name = config.reference.model
+        self.identity = _identity_of_start(decoder, device) if name is None else _identity_of_files(name)
         self._cached: dict[TokenDataset, CachedLosses] = {}
-        self._online: Losses | None = None
+        self._online: TokenLosses | None = None
         if config.reference.mode == "online":
             self._online = self._load()
             return
-        folders = self._folders(tokenizer, parts, decoder)
-        unfinished = [name for name, folder in folders.items() if folder.done() < folder.rows]
-        model = starting_losses
-        if unfinished and config.reference.model is not None:
-            model = self._load()
+        folders = self._folders(tokenizer, parts)
+        unfinished = [each for each, folder in folders.items() if folder.done() < folder.rows]
+        other = self._load() if unfinished and name is not None else None
         with evaluating(decoder.model) if unfinished else nullcontext():
-            for name in unfinished:
-                self._fill(folders[name], name, parts[name], model, tokenizer.pad_token_id)
-        self._cached = {part: CachedLosses(folders[name].path, len(part)) for name, part in parts.items()}
+            for each in unfinished:
+                self._fill(folders[each], each, parts[each], other or starting_losses, tokenizer.pad_token_id)
+        if other is not None:
+            zero3.release(other)
+        self._cached = {part: folders[each].open() for each, part in parts.items()}
 
     def cached(self, part: TokenDataset) -> CachedLosses | None:
         """The losses of a part's rows, where they are cached."""
@@ -167,14 +191,11 @@ class Reference:
         for batch in batches:
             batch["reference_nll"] = self._online(batch)
 
-    def _folders(
-        self, tokenizer: PreTrainedTokenizerBase, parts: dict[str, TokenDataset], decoder: Decoder
-    ) -> dict[str, CacheFolder]:
+    def _folders(self, tokenizer: PreTrainedTokenizerBase, parts: dict[str, TokenDataset]) -> dict[str, CacheFolder]:
         config = self._config
-        name = config.reference.model
         settings = {
             "format_version": FORMAT_VERSION,
-            "model_sha256": _start_identity(decoder, self._device) if name is None else _model_files_identity(name),
+            "model_sha256": self.identity,
             "dtype": config.model.dtype,
             "tokenizer_sha256": tokenizer_identity(tokenizer),
             "lengths": _lengths(config),
@@ -183,14 +204,14 @@ class Reference:
         for part_name, part in parts.items():
             own = {**settings, "data": part.identity, "rows": len(part)}
             if config.reference.cache is not None:
-                path = config.reference.cache / part_name.removeprefix("data.")
+                path = config.reference.cache.expanduser() / part_name.removeprefix("data.")
             else:
                 key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
                 path = config.data.cache_dir.expanduser() / f"reference-{key[:32]}"
             folders[part_name] = CacheFolder(path, len(part), own)
         return folders
 
-    def _load(self) -> Losses:
+    def _load(self) -> TokenLosses:
         """The reference model, sharded as the configuration has it, for forward passes."""
         config = self._config
         values = inference_config(config, offload=config.reference.offload)
@@ -261,16 +282,28 @@ def _by_row(batch: dict[str, Tensor], nll_BT: Tensor) -> Tensor:
     return torch.stack([batch["rows"][document_R].double(), nll_BT[response_BT][order_R].double()], dim=1)
 
 
-def _covered(folder: Path, rows: int) -> list[tuple[int, int, Path]]:
-    """(first, one after the last, file) of consecutive rows from 0 on, as far as there are files."""
+def _longest_chain(folder: Path, rows: int) -> list[Span]:
+    """Files that together cover the rows from 0 on, as far as any do. Two runs may have cut them differently."""
     files = sorted(
         (int(match[1]), int(match[2]), path) for path in folder.iterdir() if (match := ROWS_FILE.fullmatch(path.name))
     )
-    spans: list[tuple[int, int, Path]] = []
+    chains: dict[int, list[Span]] = {0: []}
     for start, end, path in files:
-        if start == (spans[-1][1] if spans else 0) and end <= rows:
-            spans.append((start, end, path))
-    return spans
+        if start in chains and end <= rows:
+            chains.setdefault(end, [*chains[start], (start, end, path)])
+    return chains[max(chains)]
+
+
+def _publish(final: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside `final`, then renames it: it is there whole or not at all."""
+    partial = final.with_suffix(f".{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        write(partial)
+        flush(partial)
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(final.parent)
 
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
@@ -292,20 +325,26 @@ def _lengths(config: RunConfig) -> dict[str, int]:
     return {"max_length": config.data.max_length}
 
 
-def _start_identity(decoder: Decoder, device: torch.device) -> str:
-    """Of the starting weights; fresh adapters change nothing of what the model computes."""
+def _identity_of_start(decoder: Decoder, device: torch.device) -> str:
+    """Of the starting model; fresh adapters change nothing of what it computes."""
     weights = {name: each for name, each in decoder.model.named_parameters() if "lora_" not in name}
-    return model_identity(weights, device)[0]
+    described = decoder.model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        described.pop(key, None)
+    text = json.dumps([model_identity(weights, device)[0], described], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _model_files_identity(name: str) -> str:
-    """Of the weight files in a folder, or of a hub name's commit."""
+def _identity_of_files(name: str) -> str:
+    """Of the files of weights and configuration in a folder, or of a hub name's commit."""
 
     def digest() -> str:
         if not Path(name).is_dir():
             return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
         whole = hashlib.sha256()
-        for file in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+        for file in sorted(
+            path for ending in ("*.safetensors", "*.bin", "config.json") for path in Path(name).glob(ending)
+        ):
             with file.open("rb") as content:
                 whole.update(hashlib.file_digest(content, "sha256").digest())
         return whole.hexdigest()

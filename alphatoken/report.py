@@ -6,6 +6,7 @@ import itertools
 import json
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from alphatoken.config import RunConfig
+from alphatoken.model import Assessment
 
 Metrics = dict[str, float | int]
 
@@ -171,6 +175,20 @@ class Countdown(AbstractContextManager["Countdown"]):
 
     def _text(self, done: int) -> str:
         return f"{self._title}: {done}/{self._total} {self._unit}"
+
+
+def valued_text(
+    tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], assessment: Assessment
+) -> ValuedText | None:
+    """The first response of a batch, token by token, with its values; None where there is none."""
+    first_BT = assessment["response_BT"] & (batch["document_ids"] == 0)
+    if "composite" not in assessment["values"] or not bool(first_BT.any()):
+        return None
+    (row, *_), positions = (index.tolist() for index in first_BT.nonzero(as_tuple=True))
+    ids = batch["input_ids"][row].tolist()
+    return ValuedText(
+        [tokenizer.decode([ids[t + 1]]) for t in positions], assessment["values"]["composite"][first_BT].tolist()
+    )
 
 
 def peak_memory(device: torch.device) -> int:

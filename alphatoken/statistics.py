@@ -137,12 +137,13 @@ class StepStatistics:
 
     def faulty_rows(self) -> list[tuple[str, int]]:
         """(part, dataset index) of this rank's rows with something that is not finite."""
-        return [
+        found = [
             (part, int(row))
             for part, rows, fine_B in self._seen
             for row, fine in zip(rows.tolist(), fine_B.tolist(), strict=True)
             if not fine
         ]
+        return list(dict.fromkeys(found))  # both documents of a pair
 
 
 def _moments(moment_CC: Tensor) -> dict[str, float]:

@@ -6,11 +6,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from alphatoken import collectives, zero3
 from alphatoken.architectures import (
@@ -18,7 +18,18 @@ from alphatoken.architectures import (
     decoder_of,
     scored_depth,
 )
-from alphatoken.checkpoint import export_model, load_checkpoint, open_run_folder, save_checkpoint, start_run_folder
+from alphatoken.checkpoint import (
+    Continuation,
+    check_space,
+    checkpoint_bytes,
+    export_model,
+    load_checkpoint,
+    open_run_folder,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run_folder,
+)
 from alphatoken.config import FisherConfig, RunConfig
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset
@@ -33,18 +44,20 @@ from alphatoken.engine import (
     load_model,
     load_tokenizer,
 )
-from alphatoken.errors import NonFiniteError
+from alphatoken.errors import NonFiniteError, UserError
 from alphatoken.estimation import build_drift, estimate_fisher
 from alphatoken.estimators import build_scorer
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
+from alphatoken.preemption import StopRequest, WindowDroppedError
 from alphatoken.reference import Reference, check_reference
-from alphatoken.report import Metrics, Report, ValuedText, peak_memory
+from alphatoken.report import Metrics, Report, ValuedText, peak_memory, valued_text
 from alphatoken.slices import TensorFile
 from alphatoken.statistics import Means, StepStatistics
 from alphatoken.step_selection import count_tokens, selections_at, weigh_globally
 from alphatoken.timing import Stopwatch
 from alphatoken.valuation import adam_scale
+from alphatoken.watchdog import Watchdog
 
 
 class Trainer:
@@ -65,7 +78,9 @@ class Trainer:
         for file in (config.valuation.fisher, config.valuation.reference):
             if file is not None:
                 TensorFile(file)
-        self._folder, checkpoint = open_run_folder(config)
+        self._folder, continuation = open_run_folder(config)
+        if continuation is not None and continuation.universal:
+            engine_config["checkpoint"] = {**engine_config.get("checkpoint", {}), "load_universal": True}
 
         self._splits = load_splits(config, self._tokenizer)
         self._prompts: Prompts | None = None
@@ -97,14 +112,22 @@ class Trainer:
         self._reference: Reference | None = None
         if config.needs_reference:
             # The default reference is the starting model as well.
-            parts = {name: part for name, part in self._splits.named().items() if part is not self._splits.validation}
+            wanted = ("data.train", "data.eval") if objective.branches else ("data.train",)
+            parts = {name: part for name, part in self._splits.named().items() if name in wanted}
             losses = self._model.token_losses
             self._reference = Reference(config, self._tokenizer, parts, decoder, losses, self._device)
-        self._first_step = self._steps_taken = 0
-        if checkpoint is not None:
-            self._first_step, state = load_checkpoint(self._engine, checkpoint)
-            if self._model.scorer is not None:
-                self._model.scorer.scales.state = state["scales"]
+        self._first_step = self._steps_taken = self._saved_step = 0
+        self._saving_seconds = 0.0
+        self._stop = StopRequest(self._device, config.train.grace_seconds)
+        self._watchdog = Watchdog(
+            self._folder.heartbeats, collectives.rank(), collectives.world_size(), config.train.watchdog_seconds
+        )
+        self._identity = None if self._drift is None else self._drift.identity()
+        if continuation is not None:
+            self._continue(continuation)
+        self._needed = checkpoint_bytes(self._model, config.model.dtype == "bfloat16")
+        if config.train.save_every is not None:
+            check_space(self._folder, self._needed)
         self._sample: ValuedText | None = None
 
     def run(self) -> None:
@@ -113,22 +136,29 @@ class Trainer:
         start_run_folder(self._folder, config)
         active = collectives.rank() == 0
         report = Report(config, self._folder.metrics, self._first_step, total, active)
-        try:
+        with self._stop, self._watchdog, closing(report):
             self._announce(report)
             if self._first_step == 0 and self._splits.eval is not None:
                 report.step({"step": 0, **self._evaluate(self._splits.eval)})
             for step in range(self._first_step, total):
-                metrics = self._optimizer_step(step, report)
+                if self._stop.is_agreed():
+                    self._stop_after(step, report)
+                    return
+                try:
+                    metrics = self._optimizer_step(step, report)
+                except WindowDroppedError:
+                    report.say(f"no time to finish step {step + 1}: it will be done again")
+                    self._stop_after(step, report)
+                    return
                 done = step + 1
                 if self._splits.eval is not None and (done == total or _due(done, config.train.eval_every)):
                     metrics |= self._evaluate(self._splits.eval)
                 report.step(metrics)
                 if _due(done, config.train.save_every):
                     report.say(f"saved {self._save(done)}")
+            self._watchdog.moved("the export")
             export_model(self._engine, self._tokenizer, self._folder.export)
             report.finish(self._folder.path, self._sample)
-        finally:
-            report.close()
 
     def _build_drift(self, decoder: Decoder) -> Drift | None:
         """Estimates the Fisher first, where none is given. None where stability counts nothing."""
@@ -147,10 +177,49 @@ class Trainer:
             self._notes.append(note)
         return drift
 
+    def _continue(self, continuation: Continuation) -> None:
+        """Takes over the state of a checkpoint. Raises UserError where stability was measured by something else."""
+        state = load_checkpoint(self._engine, continuation.checkpoint)
+        reference = None if self._reference is None else self._reference.identity
+        if state["reference"] != reference:
+            raise UserError(
+                f"{continuation.checkpoint} was trained against another reference than the one given now: the model "
+                "of reference.model (by default model.name_or_path) has changed"
+            )
+        if state["stability"] != self._identity:
+            raise UserError(
+                f"{continuation.checkpoint} was trained with another Fisher or stability reference than the one given "
+                "now: valuation.fisher, valuation.reference or train.output_dir/fisher have changed"
+            )
+        if self._model.scorer is not None:
+            self._model.scorer.scales.state = state["scales"]
+        if len(state["random"]) == collectives.world_size():
+            set_random_state(state["random"][collectives.rank()], self._device)
+        self._first_step = self._saved_step = continuation.step
+        self._notes += continuation.notes
+
     def _save(self, done: int) -> Path:
+        self._watchdog.moved(f"saving after step {done}")
+        began = time.perf_counter()
         scorer = self._model.scorer
-        state = {} if scorer is None else {"scales": scorer.scales.state}
-        return save_checkpoint(self._engine, self._folder, self._config, done, state)
+        state = {
+            "scales": None if scorer is None else scorer.scales.state,
+            "stability": self._identity,
+            "reference": None if self._reference is None else self._reference.identity,
+            "random": collectives.gather_objects(random_state(self._device)),
+        }
+        saved = save_checkpoint(self._engine, self._folder, self._config, done, state, self._needed)
+        self._saved_step, self._saving_seconds = done, time.perf_counter() - began
+        return saved
+
+    def _stop_after(self, done: int, report: Report) -> None:
+        """Ends a run that was asked to stop, so that it can go on."""
+        if done == 0:
+            report.say("stopped before the first step was done; start again with the same command")
+            return
+        if done != self._saved_step:
+            self._save(done)
+        report.say(f"stopped after step {done}, which is saved; continue with the same command and train.resume=auto")
 
     def _announce(self, report: Report) -> None:
         for name, part in self._splits.named().items():
@@ -179,10 +248,14 @@ class Trainer:
         scorer = self._model.scorer
         part_weights = (1.0, 0.0) if scorer is None else scorer.part_weights
         statistics = StepStatistics(self._device, part_weights, self._drift is not None, self._objective.branches)
+        self._watchdog.moved(f"step {step + 1}, refresh")
         with self._stopwatch.phase("refresh"):
             self._refresh(step, statistics, own_tokens)
         chosen = self._choose_ahead(batches)
         for number, (batch, choice) in enumerate(zip(batches, chosen, strict=True), start=1):
+            passed = time.perf_counter() - began
+            self._stop.drop_if_short(passed / number * (len(batches) - number + 1) + self._saving_seconds)
+            self._watchdog.moved(f"step {step + 1}, micro-batch {number} of {len(batches)}")
             with self._stopwatch.phase("forward"):
                 output: StepOutput = self._engine(batch, choice)
             with self._stopwatch.phase("backward"):
@@ -191,7 +264,7 @@ class Trainer:
             if number == len(batches):
                 means = self._reduce(statistics, step, response_tokens, kept_tokens, denominator)
                 learning_rate = self._engine.get_lr()[0]
-                self._sample = _valued_text(self._tokenizer, batch, output) or self._sample
+                self._sample = valued_text(self._tokenizer, batch, output["assessment"]) or self._sample
             with self._stopwatch.phase("optimizer"):
                 self._engine.step()
 
@@ -264,6 +337,7 @@ class Trainer:
     def _evaluate(self, part: TokenDataset) -> Metrics:
         """Means of what the objective reports of held-out rows, over all rows of `part`."""
         means = Means(self._device)
+        self._watchdog.moved("an evaluation")
         for batch in self._micro_batches(part, np.arange(len(part)), step=0):
             response_BT, _ = loss_positions(batch["labels"])
             means.add(self._objective.evaluation(batch, self._model.token_losses(batch), response_BT))
@@ -315,19 +389,6 @@ class Trainer:
 def _order(part: TokenDataset, seed: int, stream: int) -> Order:
     """The order of a part's rows; `stream` keeps the draws of different parts apart."""
     return Order(part.sizes, part.weights, (seed, stream))
-
-
-def _valued_text(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], output: StepOutput) -> ValuedText | None:
-    """The first response of a batch, token by token, with its values; None where there is none."""
-    assessment = output["assessment"]
-    first_BT = assessment["response_BT"] & (batch["document_ids"] == 0)
-    if "composite" not in assessment["values"] or not bool(first_BT.any()):
-        return None
-    (row, *_), positions = (index.tolist() for index in first_BT.nonzero(as_tuple=True))
-    ids = batch["input_ids"][row].tolist()
-    return ValuedText(
-        [tokenizer.decode([ids[t + 1]]) for t in positions], assessment["values"]["composite"][first_BT].tolist()
-    )
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -215,6 +216,19 @@ def run_trainers(
         trainer._engine.destroy()
 
     return messages_of(configs, run)
+
+
+def live_tensor_bytes(folder: Path, values: dict[str, Any]) -> int:
+    """Bytes of all tensors there are when a run is about to begin."""
+    trainer = trainer_of(values)
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    assert trainer._reference is not None
+    return sum(storages.values())
 
 
 def messages_of(configs: dict[str, dict[str, Any]], work: Callable[[dict[str, Any]], None]) -> dict[str, str]:

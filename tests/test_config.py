@@ -85,6 +85,23 @@ def test_branches_inherit_what_they_do_not_override(file: Path, tmp_path: Path) 
     assert load_config(PreferenceRunConfig, tmp_path / "resolved.yaml") == config
 
 
+def test_a_branch_may_be_constant_where_the_rest_follows_a_schedule(file: Path) -> None:
+    schedule = ["selection.schedule=linear", "selection.keep_ratio_start=1.0", "selection.schedule_steps=9"]
+    chosen, rejected = load_config(
+        PreferenceRunConfig, file, [*schedule, "selection.chosen.schedule=constant"]
+    ).selections
+    assert (chosen.schedule, chosen.keep_ratio_start, chosen.schedule_steps) == ("constant", None, None)
+    assert (rejected.schedule, rejected.schedule_steps) == ("linear", 9)
+
+
+def test_help_has_every_key_of_a_preference_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(PreferenceRunConfig, "What it does.", ["--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    for key in ("preference.objective", "selection.rejected.keep_ratio", "reference.save_every", "train.keep_last"):
+        assert key in shown
+
+
 def test_defaults_follow_the_objective(file: Path) -> None:
     def options(objective: str) -> tuple[float, float, bool]:
         config = load_config(PreferenceRunConfig, file, [f"preference.objective={objective}"])

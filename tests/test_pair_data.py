@@ -80,6 +80,31 @@ def test_every_form_of_a_pair_trains_on_the_two_answers_alone(
     assert encoded.asked[0] == supervised.asked[-1], "the same prompt is recognised in other kinds of rows"
 
 
+THINKING = MARKED_TEMPLATE.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and loop.last %}{% generation %}{{ message['content'] }}<|im_end|>"
+    "{% endgeneration %}{% elif message['role'] == 'assistant' %}(left out)<|im_end|>"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+def test_a_template_may_ask_with_more_than_it_writes_before_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert THINKING != MARKED_TEMPLATE
+    tokenizer.chat_template = THINKING
+    encoded = encode(tokenizer, {"prompt": PROMPT, "chosen": "red and blue", "rejected": "7"})
+    assert trained_texts(tokenizer, encoded) == ["red and blue<|im_end|>", "7<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = FORGETFUL
+    row = {"prompt": PROMPT, "chosen": "red", "rejected": "7"}
+    assert trained_texts(tokenizer, encode(tokenizer, row)) == ["red<|im_end|>", "7<|im_end|>"]
+    # Ending with the assistant's turn, the prompt is written with it; followed by an answer, without.
+    with pytest.raises(UserError, match="renders the prompt differently once an answer follows"):
+        Encoder(tokenizer, 200).encode_answer(PROMPT[:2], [assistant("red")], "here")
+
+
 def test_an_answer_of_several_turns_trains_on_what_the_assistant_says(tokenizer: PreTrainedTokenizerBase) -> None:
     chosen = [assistant("red"), user("And?"), assistant("blue")]
     encoded = encode(tokenizer, {"prompt": "A colour.", "chosen": chosen, "rejected": "seven"})
@@ -160,6 +185,11 @@ def test_data_whose_pairs_are_all_alike_is_refused(tokenizer: PreTrainedTokenize
 def config_of(values: dict[str, Any], **sections: dict[str, Any]) -> PreferenceRunConfig:
     merged = {**values, **{key: {**values.get(key, {}), **content} for key, content in sections.items()}}
     return validate(PreferenceRunConfig, merged, "of the test")
+
+
+def test_pairs_in_a_supervised_run_are_pointed_to_the_recipe(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"pairs are for recipes/preference.py"):
+        Encoder(tokenizer, 64).encode({"prompt": "Hi", "chosen": "red", "rejected": "7"}, "here")
 
 
 def test_held_out_rows_are_chosen_responses_or_supervised_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from alphatoken import UserError, ValuationConfig, score_tokens
 from alphatoken.config_file import validate
 from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
-from alphatoken.reference import CachedLosses, check_reference
+from alphatoken.reference import CachedLosses, CacheFolder, _longest_chain, check_reference
 from tests.ranks import run_ranks
 from tests.test_distributed import SCORED_BY, TERMS, check, exact, stability, stability_tensors, stage, variant
 from tests.test_preference import Side, masked_loss, section, standard
@@ -252,7 +253,7 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
         assert "holds losses of something else" in messages[name]
         assert named.get(name, "model_sha256") in messages[name]
     assert {name: (cache / "train" / name).stat().st_mtime_ns for name in files} == kept, "what was there is used"
-    one, other = (CachedLosses(folder / "train", 30) for folder in (cache, whole))
+    one, other = (CachedLosses(_longest_chain(folder / "train", 30)) for folder in (cache, whole))
     for row in range(30):
         assert np.allclose(one[row], other[row], rtol=1e-5, atol=1e-6)
     assert metrics_of(configs["resumed"])[-1]["loss"] == pytest.approx(
@@ -359,3 +360,79 @@ def test_the_recipe_starts_from_a_supervised_runs_export(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "preference" / "export")
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "export")
     assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True))
+
+
+def losses_of(rows: int) -> list[Any]:
+    return [np.full(1 + row % 3, row, dtype=np.float32) for row in range(rows)]
+
+
+def test_a_cache_survives_a_kill_at_any_moment_and_a_second_writer(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "settings.abc.partial").write_text("{")  # as a run leaves it that is killed while it writes
+    cache = CacheFolder(folder, 40, {"rows": 40})
+    assert cache.done() == 0
+    losses = losses_of(40)
+    cache.add(0, losses[:10])
+    (folder / "rows-000000010-000000020.xyz.partial").write_bytes(b"PAR1")
+    other = CacheFolder(folder, 40, {"rows": 40})
+    assert other.done() == 10
+    other.add(0, losses[:16])  # cut in blocks of another size
+    other.add(16, losses[16:40])
+    cache.add(10, losses[10:20])
+    opened = CacheFolder(folder, 40, {"rows": 40}).open()
+    for row, expected in enumerate(losses):
+        assert opened[row].tolist() == expected.tolist()
+    with pytest.raises(UserError, match="rows: 40 there, 41 here"):
+        CacheFolder(folder, 41, {"rows": 41})
+
+
+def test_what_is_wrong_with_a_cache_is_said(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files; choose an empty or a new folder"):
+        CacheFolder(tmp_path, 3, {})
+    (tmp_path / "notes.txt").unlink()
+    cache = CacheFolder(tmp_path, 3, {})
+    cache.add(0, losses_of(3))
+    (file,) = tmp_path.glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"rows-.*parquet is damaged .*; remove it"):
+        cache.open()
+    spans = [(0, 3, file)]
+    file.unlink()
+    with pytest.raises(UserError, match=r"set reference.cache to a folder that all nodes see"):
+        CachedLosses(spans)
+    file.parent.joinpath("settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings.json cannot be read"):
+        CacheFolder(tmp_path, 3, {})
+
+
+@pytest.mark.slow
+def test_a_reference_that_was_cached_is_not_kept_in_memory(
+    pair_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+) -> None:
+    live = {}
+    for name, reference in (("start", {}), ("other", {"model": stability["reference"]})):
+        values = variant(pair_values, tmp_path / name, valuation={"enabled": False}, reference=reference)
+        (live[name],) = run_ranks("live_tensor_bytes", 1, tmp_path / f"ranks-{name}", values=values)
+    assert live["other"] == pytest.approx(live["start"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_against_the_same_reference_only(pair_values: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pair_values["model"]["name_or_path"], model)
+    first = variant(
+        pair_values,
+        tmp_path / "run",
+        model={"name_or_path": str(model)},
+        valuation={"enabled": False},
+        train={"save_every": 1},
+    )
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "first", configs={"run": first})
+    assert messages == {"run": ""}
+    described = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 1e-3}))
+    resumed = {**first, "train": {**first["train"], "resume": "auto"}}
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"run": resumed})
+    assert "was trained against another reference than the one given now" in messages["run"]

@@ -301,3 +301,20 @@ def test_evaluation_of_alpha_dpo_is_dpos_loss_beside_a_length_baseline() -> None
     expected = plain.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)
     assert torch.equal(found["loss"], expected["loss"])
     assert found["length_accuracy"].tolist() == [0.0, 1.0, 0.5]
+
+
+def test_rounding_is_no_preference() -> None:
+    tokens, objective = Tokens([(4, 7), (3, 3)]), PreferenceObjective(PreferenceConfig())
+    noise = 1e-7 * torch.randn(tokens.nll_BT.shape)
+    tokens.batch["reference_nll"] = torch.where(tokens.response_BT, tokens.nll_BT + noise, 0.0)
+    assert objective.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)["rewards_accuracy"].tolist() == [
+        0.5,
+        0.5,
+    ]
+
+
+def test_a_token_the_model_has_learned_by_heart_leaves_the_divergence_finite() -> None:
+    tokens, objective = Tokens([(2, 2)]), PreferenceObjective(PreferenceConfig())
+    tokens.nll_BT[tokens.response_BT] = 120.0
+    metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float())
+    assert torch.isfinite(metrics["kl_estimate"]).all()

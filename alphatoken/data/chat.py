@@ -112,6 +112,25 @@ class Encoder:
             )
         return ids, mask
 
+    def encode_answer(
+        self, prompt: Sequence[Message], answer: Sequence[Message], where: str
+    ) -> tuple[list[int], list[bool]]:
+        """The same of a prompt and what follows it, where only what the assistant says after the prompt counts."""
+        ids, mask = self.encode_conversation([*prompt, *answer], where)
+        if any(message["role"] == "assistant" for message in prompt):
+            text = self._render([*prompt, *answer], where, tokenize=False)
+            before: str = self._render(prompt, where, tokenize=False)
+            if not text.startswith(before):
+                raise UserError(
+                    f"{where}: the chat template renders the prompt differently once an answer follows, so the answer "
+                    "cannot be told from what the assistant said before"
+                )
+            earlier = _common_length(self._tokenizer(before, add_special_tokens=False)["input_ids"], ids)
+            mask[:earlier] = [False] * earlier
+        if not any(mask):
+            raise UserError(f"{where}: no token of the response is its own; it is fused with the prompt")
+        return ids, mask
+
     def encode_prompt(self, messages: Sequence[Message], where: str) -> Encoded:
         """The tokens that precede an answer to `messages`; none is a response."""
         text = self.prompt_text(messages, where)
@@ -211,6 +230,12 @@ class PromptEncoder:
         if len(encoded.input_ids) > self._max_tokens:
             return Skipped(f"prompt over {self._max_tokens} tokens")
         return encoded
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _digest(text: str) -> int:

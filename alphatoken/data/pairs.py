@@ -58,10 +58,7 @@ class PairEncoder:
 
     def _document(self, prompt: list[Message], answer: list[Message], where: str) -> Encoded:
         asked = self._encoder.encode_prompt(prompt, where)
-        ids, mask = self._encoder.encode_conversation([*prompt, *answer], where)
-        # What the assistant said before belongs to the prompt. Its last token may be fused with the answer's first.
-        earlier = max(len(asked.input_ids) - 1, 0)
-        mask[:earlier] = [False] * earlier
+        ids, mask = self._encoder.encode_answer(prompt, answer, where)
         start = mask.index(True)
         cut = []
         prompt_ids, response_ids = ids[:start], ids[start:]

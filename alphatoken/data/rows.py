@@ -40,8 +40,10 @@ def as_messages(fields: dict[str, Any], where: str) -> list[Message]:
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["response"]},
         ]
+    hint = "; pairs are for recipes/preference.py and configurations with a section preference"
     raise UserError(
         f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has {', '.join(sorted(fields))}"
+        + (hint if "chosen" in fields else "")
     )
 
 

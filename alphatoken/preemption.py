@@ -1,0 +1,67 @@
+"""Asked to stop by SIGTERM or SIGUSR1: all ranks agree when, and whether there is time for the step they are in."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from alphatoken import collectives
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class WindowDroppedError(Exception):
+    """The optimizer step under way is given up; weights and optimizer are as after the step before."""
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Inside, SIGTERM and SIGUSR1 do not end the process but are remembered. Signals to one rank count for all.
+
+    grace: seconds from the signal to the end by force; None if a step always has time to finish.
+    """
+
+    def __init__(self, device: torch.device, grace: float | None) -> None:
+        self._device = device
+        self._grace = grace
+        self._asked_at: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def is_agreed(self) -> bool:
+        """Whether any rank was asked. Every rank must call it, between steps: an all-reduce of one number."""
+        return self._most(float(self._asked_at is not None)) > 0
+
+    def drop_if_short(self, left: float) -> None:
+        """Raises WindowDroppedError on every rank if some rank has less time than `left`, the seconds until the step is
+        done and saved. Every rank must call it, between micro-batches; without a grace period it does nothing.
+        """
+        if self._grace is None:
+            return
+        lacking = -1.0
+        if self._asked_at is not None:
+            lacking = left - (self._grace - (time.monotonic() - self._asked_at))
+        if self._most(lacking) > 0:
+            raise WindowDroppedError
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+
+    def _most(self, own: float) -> float:
+        numbers = collectives.gather_rows(torch.tensor([[own]], dtype=torch.float64, device=self._device))
+        return float(numbers.max())
