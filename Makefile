@@ -1,5 +1,5 @@
 # make quickstart   installs, then fine-tunes SmolLM2-135M on two CPU ranks or the GPUs present (MODEL=tiny: no download)
-# make test         every test
+# make test         every test but the longest (make test-long)
 # make lint types   ruff; mypy
 #
 # An installed torch is never replaced: where $(PYTHON) has one, the virtual environment uses it. Otherwise the pinned
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install quickstart test lint types golden
+.PHONY: install quickstart test test-long lint types golden
 
 install: $(VENV)/installed
 
@@ -44,6 +44,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/dev
 	python -m pytest
+
+# Kills runs at every moment in every mode, not only at some.
+test-long: $(VENV)/dev
+	python -m pytest -m long --capture=no
 
 lint: $(VENV)/dev
 	ruff check .

@@ -1,6 +1,6 @@
 """The run folder: checkpoints written and found again by all ranks together, on any number of them.
 
-    config.yaml  metrics.jsonl  export/  checkpoints/{step-N/, latest}
+    config.yaml  metrics.jsonl  model/  export/  checkpoints/{step-N/, latest}
 
 What makes a checkpoint valid is in `checkpoint_files`.
 """
@@ -8,6 +8,7 @@ What makes a checkpoint valid is in `checkpoint_files`.
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import shutil
 import subprocess
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alphatoken import collectives, zero3
 from alphatoken.checkpoint_files import (
+    ABOUT,
     FORMAT_VERSION,
     LATEST,
     damage,
@@ -65,6 +67,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
 
     @property
     def export(self) -> Path:
@@ -121,12 +127,30 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     return folder, Continuation(checkpoint, description["step"], written_by != ranks, tuple(notes))
 
 
-def start_run_folder(folder: RunFolder, config: RunConfig) -> None:
-    """Creates the folder and writes the resolved configuration, on rank 0."""
-    if collectives.rank() == 0:
-        folder.path.mkdir(parents=True, exist_ok=True)
+def start_run_folder(
+    folder: RunFolder,
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+) -> None:
+    """Creates the folder and writes what is known before the first step, on rank 0: the resolved configuration, and
+    what an export needs besides weights (the model's configuration and tokenizer, and `about`: the data).
+    """
+
+    def write() -> None:
+        folder.model.mkdir(parents=True, exist_ok=True)
         save_config(config, folder.config)
-    collectives.barrier()
+        model.config.save_pretrained(folder.model)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder.model)
+        tokenizer.save_pretrained(folder.model)
+        for adapters in getattr(model, "peft_config", {}).values():
+            adapters.base_model_name_or_path = config.model.name_or_path
+            adapters.save_pretrained(folder.model)
+        write_durably(folder.model / ABOUT, json.dumps(about, indent=1))
+
+    collectives.on_rank_0(write)
 
 
 def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
@@ -169,17 +193,19 @@ def save_checkpoint(
 
     collectives.agree(remove_leftovers)
     check_space(folder, needed)
-    try:
-        collectives.agree(
-            lambda: engine.save_checkpoint(
-                str(folder.checkpoints), tag=partial.name, client_state={STATE: state}, save_latest=False
-            )
-        )
+    refused = zero3.save_shards(engine, folder.checkpoints, partial.name, {STATE: state})
+
+    def describe() -> dict[str, dict[str, Any]]:
+        if refused is not None:
+            raise refused
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        own = files[collectives.rank() :: collectives.world_size()]
-        digests = collectives.agree(lambda: described_files(partial, own))
-    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
-        collectives.on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        return described_files(partial, files[collectives.rank() :: collectives.world_size()])
+
+    try:
+        digests = collectives.agree(describe)
+    except (OSError, RuntimeError) as error:
+        collectives.barrier()
+        remove_leftovers()
         raise UserError(f"cannot write checkpoint {final}: {error}; older checkpoints are untouched") from None
     every = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}
 
@@ -209,6 +235,7 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
+    zero3.separate_step_counts(engine)
     state: dict[str, Any] = client_state[STATE]
     return state
 

@@ -21,6 +21,7 @@ from alphatoken.errors import UserError
 FORMAT_VERSION = 3
 DESCRIPTION = "complete.json"
 LATEST = "latest"
+ABOUT = "about.json"  # in the run's model folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,28 @@ def options(
     ] = False,
 ) -> None:
     """Token valuation and masking for LLM post-training."""
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (train.output_dir).")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Of which checkpoint; default: the newest undamaged one.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the model they belong to.")] = False,
+) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
+    from alphatoken.export import export_checkpoint
+
+    done = export_checkpoint(run, target, step, merge)
+    typer.echo(f"{done.folder}: {done.parameters} parameters of step {done.step} in {done.files} file(s)")
+
+
+@app.command()
+def convert(checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/step-N folder.")]) -> None:
+    """Convert a checkpoint for any number of ranks; resuming on another number does it by itself."""
+    from alphatoken.checkpoint import universal_checkpoint
+
+    typer.echo(universal_checkpoint(checkpoint))
 
 
 def main() -> None:

@@ -133,7 +133,8 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end. Raises NonFiniteError on every rank before a step that would spoil the weights."""
         config, total = self._config, self._total_steps
-        start_run_folder(self._folder, config)
+        about = {"data": {name: part.described() for name, part in self._splits.named().items()}}
+        start_run_folder(self._folder, config, self._model.lm, self._tokenizer, about)
         active = collectives.rank() == 0
         report = Report(config, self._folder.metrics, self._first_step, total, active)
         with self._stop, self._watchdog, closing(report):

@@ -23,7 +23,8 @@ LIBRARIES = tuple(f"{os.sep}{Path('site-packages', name)}{os.sep}" for name in (
 class Watchdog(AbstractContextManager["Watchdog"]):
     """Says once per standstill, on stderr, which rank has not moved for `seconds`, and where the others are.
 
-    folder: shared by all ranks. Of the ranks that still answer, the first speaks. Without `seconds` it does nothing.
+    `has_spoken` says whether it did. folder: shared by all ranks. Of the ranks that still answer, the first speaks.
+    Without `seconds` it does nothing.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, seconds: float | None) -> None:
@@ -33,6 +34,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._limit = seconds or 0.0
         self._interval = min(5.0, self._limit / 4)
         self._moves, self._doing = 0, "starting"
+        self.has_spoken = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -64,7 +66,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 states = self._states()
                 speaker = min((rank for rank, state in states.items() if self._answers(state)), default=self._rank)
                 if speaker == self._rank:
-                    told = True
+                    told = self.has_spoken = True
                     print(self._describe(states), file=sys.stderr, flush=True)
 
     def _publish(self) -> None:

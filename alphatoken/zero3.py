@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +122,42 @@ def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
     if slices and is_sharded(parameters[0]):
         return collectives.gather_slices(slices, shapes)
     return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
+
+
+def save_shards(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> Exception | None:
+    """Has every rank write its part of a checkpoint into `folder / tag`; returns what the disk refused on this rank.
+
+    DeepSpeed's ranks wait for each other between their files, so nothing is raised before all are through. The scripts
+    that DeepSpeed puts beside its checkpoints are left out.
+    """
+    refused: list[Exception] = []
+    write = engine.checkpoint_engine.save
+
+    def save(*arguments: Any, **named: Any) -> None:
+        try:
+            write(*arguments, **named)
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+            refused.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda _: None
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+    return refused[0] if refused else None
+
+
+def separate_step_counts(engine: Any) -> None:
+    """Gives every tensor of the optimizer a step counter of its own.
+
+    DeepSpeed 0.19.8 loads universal checkpoints so that all parameter groups share one counter, which a fused Adam then
+    advances once for each of them.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def link_moments(engine: Any) -> None:

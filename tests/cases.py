@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import itertools
 import math
 import os
+import resource
+import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken import collectives
-from alphatoken.architectures import decoder_of
+from alphatoken import checkpoint, collectives, losses
+from alphatoken.architectures import Decoder, decoder_of
 from alphatoken.capture import EntryCapture
 from alphatoken.collectives import RemoteError
 from alphatoken.config import RunConfig
@@ -28,6 +36,7 @@ from alphatoken.engine import initialise_ranks
 from alphatoken.errors import UserError
 from alphatoken.estimation import run_fisher
 from alphatoken.fisher import FisherSum
+from alphatoken.ghost import GhostScorer
 from alphatoken.losses import SupervisedObjective
 from alphatoken.preference import PreferenceObjective
 from alphatoken.reference import CacheFolder
@@ -201,12 +210,21 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
 
 
 def run_trainers(
-    folder: Path, configs: dict[str, dict[str, Any]], killed_in_block: int | None = None
+    folder: Path,
+    configs: dict[str, dict[str, Any]],
+    killed_in_block: int | None = None,
+    killed_in_save: int | None = None,
+    disk: str | None = None,
 ) -> dict[str, str]:
     """Whole runs, one after the other; returns the error message of each, empty where it finished.
 
-    Dies before it writes that block of a reference's losses, if any.
+    Dies before it writes that block of a reference's losses, or that checkpoint, if any. disk: how it is full from the
+    second checkpoint on.
     """
+    if killed_in_save is not None:
+        die_in_call(Trainer, "_save", killed_in_save, f"killed in save {killed_in_save}")
+    if disk is not None:
+        fill_disk(disk)
     if killed_in_block is not None:
         die_in_call(CacheFolder, "add", killed_in_block, f"killed in block {killed_in_block}")
 
@@ -242,17 +260,96 @@ def messages_of(configs: dict[str, dict[str, Any]], work: Callable[[dict[str, An
     return messages
 
 
+# Where a run can be killed: an owner and what it calls there.
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "forward": (Decoder, "hidden_states"),
+    "scoring": (GhostScorer, "score"),
+    "refresh": (GhostScorer, "refresh"),
+    "backward": (losses._BlockedNLL, "backward"),
+    "step": (torch.optim.AdamW, "step"),
+    "report": (Report, "step"),
+    "saving shards": (TorchCheckpointEngine, "save"),
+    "hashing shards": (checkpoint, "described_files"),
+    "publishing": (checkpoint, "write_durably"),
+}
+
+
+def recorded_run(folder: Path, values: dict[str, Any], kill: tuple[str, int, int] | None = None) -> dict[str, Any]:
+    """A whole run; the kept tokens of every step's documents, and how often each moment was passed.
+
+    kill: (moment, rank, number) ends that rank by SIGKILL at the start of that call.
+    """
+    calls = dict.fromkeys(MOMENTS, 0)
+
+    def count(moment: str) -> None:
+        calls[moment] += 1
+        if kill == (moment, collectives.rank(), calls[moment]):
+            print(f"killed in {moment}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for moment, (owner, name) in MOMENTS.items():
+        before_call(owner, name, partial(count, moment))
+    trainer = trainer_of(values)
+    kept: dict[tuple[int, int], Tensor] = {}
+    branches = len(trainer._model.selections)
+
+    def remember(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+        for number, row in enumerate(args[0]["rows"].tolist()):
+            inside = args[0]["document_ids"] == number
+            kept[trainer._steps_taken, branches * row + number % branches] = output["weight_BT"][inside]
+
+    trainer._model.register_forward_hook(remember)
+    trainer.run()
+    return {"kept": kept, "calls": calls}
+
+
+def before_call(owner: Any, name: str, action: Callable[[], None]) -> None:
+    """From now on `action` runs whenever a function, method or static method is called."""
+    original = inspect.getattr_static(owner, name)
+    function = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        action()
+        return function(*arguments, **named)
+
+    setattr(owner, name, staticmethod(call) if isinstance(original, staticmethod) else call)
+
+
+def free_space(count: int) -> None:
+    """What the system says is free from now on."""
+    found: Any = SimpleNamespace(free=count)
+    shutil.disk_usage = lambda path: found
+
+
+def fill_disk(way: str) -> None:
+    """`space`: less is free than a checkpoint takes. `refused`: no file may be longer than a few bytes."""
+    saves = itertools.count(1)
+
+    def later() -> None:
+        if next(saves) < 2:
+            return
+        if way == "space":
+            free_space(1000)
+        elif way == "refused":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    if way == "small disk":
+        free_space(2**40)  # it looks as if there were room
+    before_call(Trainer, "_save", later)
+
+
 def die_in_call(owner: type, method: str, number: int, message: str) -> None:
     """From now on the process ends at the start of the `number`-th call of a method."""
-    calls, original = itertools.count(1), getattr(owner, method)
+    calls = itertools.count(1)
 
-    def call_or_die(*arguments: Any) -> Any:
+    def die() -> None:
         if next(calls) == number:
             print(message, flush=True)
             os._exit(1)
-        return original(*arguments)
 
-    setattr(owner, method, call_or_die)
+    before_call(owner, method, die)
 
 
 def fisher_estimates(

@@ -45,6 +45,7 @@ LAYERS = (
     "data",
     "checkpoint_files",
     "checkpoint",
+    "export",
     "engine",
     "report",
     "preemption",

@@ -19,7 +19,7 @@ from alphatoken.data.chat import Encoded, Encoder, Skipped
 from alphatoken.data.pairs import ChosenEncoder, PairEncoder
 from alphatoken.data.splits import load_prompts, load_splits
 from alphatoken.errors import UserError
-from recipes.transcripts import convert, messages_of
+from recipes.transcripts import convert, hold_out, messages_of
 from tests.test_data import MARKED_TEMPLATE
 
 
@@ -273,11 +273,20 @@ def test_transcripts_become_messages(tmp_path: Path) -> None:
     expected = [user("Hi"), assistant("Yes?"), user("A colour.\n\nOr two.")]
     assert messages_of(transcript, "here") == messages_of("\n\n" + transcript, "here") == expected
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": transcript, "chosen": "red", "rejected": "7"}) + "\n")
-    assert convert(tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl") == 1
-    assert json.loads((tmp_path / "new" / "out.jsonl").read_text())["prompt"] == expected
+    assert convert(tmp_path / "in.jsonl") == [{"prompt": expected, "chosen": "red", "rejected": "7"}]
     for wrong, message in (("A colour.", "must begin with"), ("Human: Hi", "must end with 'Assistant:'")):
         with pytest.raises(UserError, match=message):
             messages_of(wrong, "here")
+
+
+def test_conversations_that_begin_alike_are_held_out_together() -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": [user(start), user(str(number))]} for number, start in enumerate("abacbad")
+    ]
+    train, held_out = hold_out(rows, 4)
+    starts = [{row["prompt"][0]["content"] for row in part} for part in (train, held_out)]
+    assert starts == [{"c", "d"}, {"a", "b"}]
+    assert len(train) + len(held_out) == len(rows)
 
 
 def test_examples_of_both_kinds_have_caches_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -79,6 +79,11 @@ class TokenDataset:
         weights = [source.weight for source in self._sources]
         return None if None in weights else [weight for weight in weights if weight is not None]
 
+    def described(self) -> list[dict[str, Any]]:
+        """Path, number of rows and identity of each source."""
+        named = zip(self.reports, self.identity, strict=True)
+        return [{"path": report.path, "rows": report.rows, "identity": identity} for report, identity in named]
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

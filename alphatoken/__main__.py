@@ -1,0 +1,5 @@
+"""`python -m alphatoken` is the `alphatoken` command."""
+
+from alphatoken.cli import main
+
+main()

@@ -1,0 +1,439 @@
+"""Runs that are killed, asked to stop, moved to other numbers of ranks, or find their checkpoints damaged."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alphatoken import checkpoint_files, collectives
+from alphatoken.checkpoint import open_run_folder
+from alphatoken.checkpoint_files import obsolete, step_folders
+from alphatoken.config import RunConfig
+from alphatoken.config_file import validate
+from alphatoken.errors import UserError
+from alphatoken.export import export_checkpoint
+from alphatoken.preemption import StopRequest, WindowDroppedError
+from alphatoken.watchdog import Watchdog
+from tests.cases import MOMENTS
+from tests.ranks import ROOT, run_ranks
+from tests.test_training import changed, metrics_of
+
+SEED = 20260601
+MODES = list(itertools.product(("float32", "bfloat16"), ("sft", "preference")))
+TIMING = ("seconds", "tokens_per_second", "peak")
+
+
+def run_of(
+    mode: tuple[str, str], run_values: dict[str, Any], pair_values: dict[str, Any], folder: Path, **train: Any
+) -> dict[str, Any]:
+    """Four steps of three micro-batches on each of two ranks; the third step goes on into the second epoch."""
+    dtype, kind = mode
+    values = changed(run_values if kind == "sft" else pair_values, model={"dtype": dtype}, optim={"warmup_ratio": 0.0})
+    return changed(values, train={"max_steps": 4, "save_every": 1, "output_dir": str(folder), **train})
+
+
+def comparable(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in step.items() if not k.startswith(TIMING)} for step in metrics_of(folder)]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    return weights
+
+
+class Uninterrupted:
+    """What each kind of run gives when nothing happens, made when it is first asked for."""
+
+    def __init__(self, run_values: dict[str, Any], pair_values: dict[str, Any], folder: Path) -> None:
+        self._values, self._folder = (run_values, pair_values), folder
+        self._results: dict[tuple[str, str], Any] = {}
+
+    def of(self, mode: tuple[str, str]) -> tuple[Path, list[dict[str, Any]]]:
+        """The run's folder and what its ranks recorded."""
+        folder = self._folder / "-".join(mode)
+        if mode not in self._results:
+            values = run_of(mode, *self._values, folder)
+            self._results[mode] = run_ranks("recorded_run", 2, self._folder / f"ranks-{folder.name}", values=values)
+        return folder, self._results[mode]
+
+    def check_killed(self, mode: tuple[str, str], moment: str, rng: random.Random) -> None:
+        """Kills a rank at a random passage of a moment, resumes, and compares with the run that was left alone."""
+        straight, recorded = self.of(mode)
+        rank = 0 if moment == "publishing" else rng.randrange(2)
+        passages = recorded[rank]["calls"][moment]
+        number = rng.randint(1, passages)
+        name = f"{'-'.join(mode)}-{moment}-{number}-of-{passages}-on-{rank}".replace(" ", "-")
+        folder = self._folder / name
+        values, kill = run_of(mode, *self._values, folder), (moment, rank, number)
+        with pytest.raises(AssertionError, match=f"killed in {moment}"):
+            run_ranks("recorded_run", 2, folder.with_name(f"{name}-first"), values=values, kill=kill)
+        values = run_of(mode, *self._values, folder, resume="auto")
+        resumed = run_ranks("recorded_run", 2, folder.with_name(f"{name}-again"), values=values)
+        assert comparable(folder) == comparable(straight), name
+        for one, other in zip(recorded, resumed, strict=True):
+            assert other["kept"], name
+            for key, kept in other["kept"].items():
+                assert torch.equal(kept, one["kept"][key]), f"{name}: other tokens of {key}"
+        expected, found = weights_of(straight / "export"), weights_of(folder / "export")
+        assert all(torch.equal(found[key], weight) for key, weight in expected.items()), name
+        assert not list(folder.glob("checkpoints/*.partial"))
+
+
+@pytest.fixture
+def uninterrupted(run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path) -> Uninterrupted:
+    return Uninterrupted(run_values, pair_values, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(uninterrupted: Uninterrupted) -> None:
+    """12 random moments, three in each of {float32, bfloat16} x {SFT, preference}, every kind of moment among them."""
+    rng = random.Random(SEED)
+    moments = [*MOMENTS, *rng.sample(sorted(MOMENTS), 12 - len(MOMENTS))]
+    rng.shuffle(moments)
+    for mode, moment in zip(itertools.cycle(MODES), moments, strict=False):
+        uninterrupted.check_killed(mode, moment, rng)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_every_moment_in_every_mode(uninterrupted: Uninterrupted) -> None:
+    for number, (mode, moment) in enumerate(itertools.product(MODES, MOMENTS)):
+        uninterrupted.check_killed(mode, moment, random.Random(SEED + number))
+        print(f"{' '.join(mode)}, killed in {moment}: as if nothing had happened", flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    kind: str, run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two steps on 2 ranks (or 1), then ten more on 1 or 3 (or 2): the same rows, losses to 1e-5."""
+    values = changed(run_values if kind == "sft" else pair_values, optim={"lr": 1e-4})
+    values = changed(values, train={"max_steps": 12, "eval_every": 4})
+    whole = changed(values, train={"output_dir": str(tmp_path / "whole")})
+    run_ranks("run_trainers", 2, tmp_path / "ranks-whole", configs={"": whole})
+    expected = metrics_of(tmp_path / "whole")
+    for before, after in ((2, 1), (1, 2), (2, 3)):
+        name = f"{before}-{after}"
+        folder = tmp_path / name
+        first = changed(values, train={"output_dir": str(folder), "save_every": 2})
+        with pytest.raises(AssertionError, match="killed in save 2"):
+            run_ranks("run_trainers", before, tmp_path / f"{name}-a", configs={"": first}, killed_in_save=2)
+        again = changed(first, train={"resume": "auto", "save_every": None, "keep_last": 1})
+        (messages, *_) = run_ranks("run_trainers", after, tmp_path / f"{name}-b", configs={"": again})
+        assert messages == {"": ""}
+        log = (tmp_path / f"{name}-b" / "rank-0.log").read_text()
+        assert f"was written by {before} ranks and converted for {after}" in log
+        assert "continuing after step 2" in log
+        found = metrics_of(folder)
+        assert [step["step"] for step in found] == [step["step"] for step in expected]
+        for one, other in zip(expected, found, strict=True):
+            keys = {"loss_kept", "loss_response", "eval_loss", "rewards_margin", "kept_tokens", "response_tokens", "lr"}
+            for key in one.keys() & keys:
+                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), f"{name}: {key}, step {one['step']}"
+
+
+@pytest.fixture(scope="module")
+def damaged_run(tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The configuration of a run with two checkpoints, to be resumed."""
+    folder = tmp_path_factory.mktemp("damaged")
+    values = {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "data": {**tiny_data, "cache_dir": str(folder / "cache")},
+        "valuation": {"enabled": False},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "output_dir": str(folder / "run")},
+    }
+    values = changed(values, train={"save_every": 1})
+    run_ranks("run_trainers", 2, folder / "ranks", configs={"": values})
+    return validate(RunConfig, changed(values, train={"resume": "auto"}), "of the test")
+
+
+@pytest.mark.slow
+def test_no_damage_to_a_checkpoint_is_accepted(damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 random files of the newest checkpoint cut, changed in one bit, or deleted: the one before is used."""
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    newest = damaged_run.train.output_dir / "checkpoints" / "step-2"
+    rng = random.Random(SEED)
+    for number in range(100):
+        file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+        content = file.read_bytes()
+        place = rng.randrange(len(content))
+        match rng.choice(("cut", "flip", "delete")):
+            case "cut":
+                file.write_bytes(content[:place])
+            case "flip":
+                flipped = bytearray(content)
+                flipped[place] ^= 1 << rng.randrange(8)
+                file.write_bytes(flipped)
+            case "delete":
+                file.unlink()
+        _, found = open_run_folder(damaged_run)
+        assert found is not None, number
+        assert found.step == 1, f"corruption {number} of {file.name} was accepted"
+        assert any(str(newest) in note and str(file) in note for note in found.notes), found.notes
+        file.write_bytes(content)
+    _, found = open_run_folder(damaged_run)
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.mark.slow
+def test_what_changed_since_the_checkpoint_is_listed(damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    values = changed(damaged_run.model_dump(mode="json"), optim={"lr": 1e-4}, train={"eval_every": 7, "seed": 5})
+
+    def opened(*allowed: str) -> tuple[str, ...]:
+        config = validate(RunConfig, changed(values, train={"resume_allow": list(allowed)}), "of the test")
+        _, found = open_run_folder(config)
+        assert found is not None
+        return found.notes
+
+    with pytest.raises(UserError) as error:
+        opened("train.seed")
+    assert "optim.lr: was 2e-05, is 0.0001" in str(error.value)
+    assert "train.seed" not in str(error.value).split(":\n")[1]
+    notes = opened("train.seed", "optim.*")
+    assert "changed since step-2, as train.resume_allow says: optim.lr: was 2e-05, is 0.0001" in notes
+    assert "changed since step-2, as train.resume_allow says: train.seed: was 0, is 5" in notes
+    assert "changed since step-2: train.eval_every: was None, is 7" in notes
+    assert len(notes) == 3
+
+
+def test_which_checkpoints_may_go() -> None:
+    steps = [10, 20, 30, 40, 50]
+    assert obsolete(steps, None, None) == []
+    assert obsolete(steps, 2, None) == [30, 20, 10]
+    assert obsolete(steps, 2, 20) == [30, 10]
+    assert obsolete(steps, 9, None) == []
+
+
+@pytest.mark.slow
+def test_old_checkpoints_are_removed_when_newer_ones_are_whole(run_values: dict[str, Any], tmp_path: Path) -> None:
+    train = {"max_steps": 6, "save_every": 1, "keep_last": 2, "keep_every": 3, "output_dir": str(tmp_path / "run")}
+    values = changed(run_values, train=train, valuation={"enabled": False})
+    run_ranks("run_trainers", 1, tmp_path / "ranks", configs={"": values})
+    assert sorted(step_folders(tmp_path / "run" / "checkpoints")) == [3, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["space", "refused", "small disk"])
+def test_a_full_disk_stops_the_run_and_leaves_older_checkpoints(
+    way: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """There is too little space; or the disk says so while files are written; or it really is that small."""
+    values = changed(
+        run_values,
+        train={"max_steps": 3, "save_every": 1, "output_dir": str(tmp_path / "disk" / "run")},
+        valuation={"enabled": False},
+    )
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if way == "small disk":
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+        if mounted.returncode != 0:
+            pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    try:
+        (messages, *_) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs={"": values}, disk=way)
+        expected = "GiB free, but a checkpoint takes" if way == "space" else "cannot write checkpoint"
+        assert expected in messages[""]
+        assert "step-2" in messages[""] or way == "space"
+        checkpoints = disk / "run" / "checkpoints"
+        assert list(step_folders(checkpoints)) == [1]
+        assert checkpoint_files.damage(checkpoints / "step-1") is None
+        assert (checkpoints / "latest").read_text() == "step-1"
+        assert not list(checkpoints.glob("*.partial"))
+    finally:
+        if way == "small disk":
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_stop_is_remembered_and_short_grace_drops_the_window() -> None:
+    with StopRequest(torch.device("cpu"), grace=None) as stop:
+        assert not stop.is_agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.is_agreed()
+        stop.drop_if_short(1e9)  # without a grace period a step is always finished
+    with StopRequest(torch.device("cpu"), grace=60.0) as stop:
+        stop.drop_if_short(1e9)  # nobody asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.drop_if_short(30.0)
+        with pytest.raises(WindowDroppedError):
+            stop.drop_if_short(61.0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def started(values: dict[str, Any], file: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The recipe on two CPU ranks, in the background."""
+    file.write_text(yaml.safe_dump(values))
+    command = ["launch/local.sh", "recipes/sft.py", "--config", str(file), *overrides]
+    environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks_of(file: Path) -> list[int]:
+    """Process ids of the ranks that run this configuration, in rank order."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks = [int(word.split(b"=")[1]) for word in words if word.startswith(b"--local_rank=")]
+        if ranks and str(file).encode() in words and b"launch.py" not in words[1]:
+            found[ranks[0]] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGUSR1 to one rank; then, in the continued run, one rank stops answering."""
+    folder, file = tmp_path / "run", tmp_path / "config.yaml"
+    train = {"max_steps": 400, "output_dir": str(folder), "watchdog_seconds": 2.0}
+    values = changed(run_values, train=train)
+
+    def steps() -> int:
+        return len(metrics_of(folder)) - 1 if (folder / "metrics.jsonl").exists() else 0
+
+    run = started(values, file)
+    wait_for(lambda: steps() >= 2)
+    os.kill(ranks_of(file)[1], signal.SIGUSR1)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    last = steps()
+    assert f"stopped after step {last}, which is saved; continue with the same command and train.resume=auto" in output
+    assert list(step_folders(folder / "checkpoints")) == [last]
+    assert not (folder / "export").exists()
+
+    run = started(values, file, "train.resume=auto")
+    try:
+        wait_for(lambda: steps() >= last + 2)
+        stopped = ranks_of(file)[1]
+        os.kill(stopped, signal.SIGSTOP)
+        assert run.stdout is not None
+        lines: list[str] = []
+        while not any(line.startswith("  rank 1") for line in lines):
+            lines.append(run.stdout.readline())
+        shown = "".join(lines)
+        assert f"continuing after step {last}" in shown
+        assert "warning: no step has moved for 2 s; held up by rank 1:" in shown
+        assert "  rank 0 waits in " in shown
+        assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown
+    finally:
+        for process in ranks_of(file):
+            os.kill(process, signal.SIGKILL)
+        run.communicate(timeout=120)
+
+
+def test_the_watchdog_says_nothing_while_things_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Watchdog(tmp_path / "beats", 0, 1, seconds=0.4) as watchdog:
+        for number in range(8):
+            watchdog.moved(f"step {number}")
+            time.sleep(0.1)
+        assert capsys.readouterr().err == ""
+        wait_for(lambda: (tmp_path / "beats").exists() and watchdog.has_spoken, seconds=5)
+        shown = capsys.readouterr().err
+    assert "no step has moved for 0 s; held up by rank 0" in shown
+    assert "rank 0 is busy in step 7" in shown
+    assert not list((tmp_path / "beats").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_an_export_of_shards_is_the_engines_model(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's own export."""
+    monkeypatch.setattr("alphatoken.export.SHARD_BYTES", 50_000)
+    configs = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "zero-3": {},
+        "bf16": {"model": {"dtype": "bfloat16"}},
+        "zero-2": {"deepspeed": {"config": {"zero_optimization": {"stage": 2}}}},
+        "zero-0": {"deepspeed": {"config": {"zero_optimization": {"stage": 0}}}},
+    }
+    for name, sections in kinds.items():
+        values = changed(run_values, valuation={"enabled": False}, **sections)
+        train = {"max_steps": 1, "save_every": 1, "output_dir": str(tmp_path / name)}
+        configs[name] = changed(values, train=train)
+        configs[f"{name}, continued"] = changed(configs[name], train={"max_steps": 3, "resume": "auto"})
+        configs[f"{name}, continued"]["train"]["resume_allow"] = ["train.max_steps"]
+    (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
+    assert not any(messages.values()), messages
+    for name in kinds:
+        run, target = tmp_path / name, tmp_path / f"{name}-exported"
+        done = export_checkpoint(run, target)
+        assert (done.step, done.files > 2) == (3, True)
+        assert (target / "model.safetensors.index.json").exists()
+        engine, ours = weights_of(run / "export"), weights_of(target)
+        assert engine.keys() == ours.keys()
+        assert all(torch.equal(weight, engine[key]) for key, weight in ours.items()), name
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        ids = tokenizer("Hello there", return_tensors="pt").input_ids
+        logits = [
+            AutoModelForCausalLM.from_pretrained(each, dtype="auto")(ids).logits for each in (target, run / "export")
+        ]
+        assert torch.equal(*logits)
+        card = (target / "README.md").read_text()
+        assert "3 optimizer steps of supervised fine-tuning" in card
+        assert f"`{run_values['data']['train']}`, 30 rows" in card
+        assert (target / "generation_config.json").exists()
+    with pytest.raises(UserError, match="exists; name a new folder"):
+        export_checkpoint(tmp_path / "zero-3", tmp_path / "zero-3-exported")
+    with pytest.raises(UserError, match="has no checkpoint of step 7, but of 1, 2, 3"):
+        export_checkpoint(tmp_path / "zero-3", tmp_path / "new", step=7)
+    with pytest.raises(UserError, match="no adapters to merge"):
+        export_checkpoint(tmp_path / "zero-3", tmp_path / "new", merge=True)
+    with pytest.raises(UserError, match=r"has no checkpoint; was train.save_every set"):
+        export_checkpoint(tmp_path, tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_adapters_are_exported_as_such_or_merged(run_values: dict[str, Any], tmp_path: Path) -> None:
+    import peft
+
+    train = {"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")}
+    optim = {"lr": 1e-2, "warmup_ratio": 0.0}
+    values = changed(run_values, model={"lora": {"r": 4}}, valuation={"enabled": False}, train=train, optim=optim)
+    run_ranks("run_trainers", 2, tmp_path / "ranks", configs={"": values})
+    command = [sys.executable, "-m", "alphatoken", "export", str(tmp_path / "run")]
+    for arguments in ([str(tmp_path / "adapters")], [str(tmp_path / "merged"), "--merge"]):
+        finished = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert finished.returncode == 0, finished.stderr
+        assert f"{arguments[0]}: " in finished.stdout
+    base = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
+    engine, ours = (
+        peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"]), str(folder)
+        )
+        for folder in (tmp_path / "run" / "export", tmp_path / "adapters")
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("Hello there", return_tensors="pt").input_ids
+    expected = engine(ids).logits
+    assert not torch.allclose(expected, base(ids).logits, atol=1e-3)
+    assert torch.equal(ours(ids).logits, expected)
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+    assert "LoRA adapters of" in (tmp_path / "adapters" / "README.md").read_text()
