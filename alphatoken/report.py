@@ -243,6 +243,9 @@ def _cut_metrics(file: Path, first_step: int) -> None:
     """Drops the lines of steps that will be done again, so that a resumed run continues its file."""
     if not file.exists():
         return
+    if first_step == 0:  # the evaluation before training is done again, too
+        file.unlink()
+        return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

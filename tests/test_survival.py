@@ -340,7 +340,7 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
         assert f"continuing after step {last}" in shown
         assert "warning: no step has moved for 2 s; held up by rank 1:" in shown
         assert "  rank 0 waits in " in shown
-        assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown
+        assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown, shown
     finally:
         for process in ranks_of(file):
             os.kill(process, signal.SIGKILL)
