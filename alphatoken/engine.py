@@ -74,6 +74,11 @@ def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any
     for key, field in OUR_FIELDS.items():
         if key in values:
             raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
+    if "writer" in values.get("checkpoint", {}):
+        raise UserError(
+            f"{origin} sets checkpoint.writer; remove it: a checkpoint's files are hashed when they are whole, which "
+            "writing in the background does not tell"
+        )
     for key in _auto_keys(values):
         raise UserError(f'{origin}: {key} is "auto"; write the value, or leave the key out for DeepSpeed\'s default')
     return values

@@ -274,10 +274,12 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 }
 
 
-def recorded_run(folder: Path, values: dict[str, Any], kill: tuple[str, int, int] | None = None) -> dict[str, Any]:
+def recorded_run(
+    folder: Path, values: dict[str, Any], kill: tuple[str, int, int] | None = None, by: int = signal.SIGKILL
+) -> dict[str, Any]:
     """A whole run; the kept tokens of every step's documents, and how often each moment was passed.
 
-    kill: (moment, rank, number) ends that rank by SIGKILL at the start of that call.
+    kill: (moment, rank, number) sends that rank the signal `by` at the start of that call.
     """
     calls = dict.fromkeys(MOMENTS, 0)
 
@@ -285,7 +287,7 @@ def recorded_run(folder: Path, values: dict[str, Any], kill: tuple[str, int, int
         calls[moment] += 1
         if kill == (moment, collectives.rank(), calls[moment]):
             print(f"killed in {moment}", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     for moment, (owner, name) in MOMENTS.items():
         before_call(owner, name, partial(count, moment))

@@ -70,7 +70,7 @@ class Uninterrupted:
 
     def check_killed(self, mode: tuple[str, str], moment: str, rng: random.Random) -> None:
         """Kills a rank at a random passage of a moment, resumes, and compares with the run that was left alone."""
-        straight, recorded = self.of(mode)
+        _, recorded = self.of(mode)
         rank = 0 if moment == "publishing" else rng.randrange(2)
         passages = recorded[rank]["calls"][moment]
         number = rng.randint(1, passages)
@@ -79,6 +79,11 @@ class Uninterrupted:
         values, kill = run_of(mode, *self._values, folder), (moment, rank, number)
         with pytest.raises(AssertionError, match=f"killed in {moment}"):
             run_ranks("recorded_run", 2, folder.with_name(f"{name}-first"), values=values, kill=kill)
+        self.check_resumed(mode, folder)
+
+    def check_resumed(self, mode: tuple[str, str], folder: Path) -> None:
+        """Resumes a run and compares it with the one that was left alone."""
+        (straight, recorded), name = self.of(mode), folder.name
         values = run_of(mode, *self._values, folder, resume="auto")
         resumed = run_ranks("recorded_run", 2, folder.with_name(f"{name}-again"), values=values)
         assert comparable(folder) == comparable(straight), name
@@ -89,6 +94,18 @@ class Uninterrupted:
         expected, found = weights_of(straight / "export"), weights_of(folder / "export")
         assert all(torch.equal(found[key], weight) for key, weight in expected.items()), name
         assert not list(folder.glob("checkpoints/*.partial"))
+
+    def check_dropped(self, mode: tuple[str, str]) -> None:
+        """Asks one rank to stop in the middle of the third step, which has no time to finish."""
+        self.of(mode)
+        folder = self._folder / "dropped"
+        values = run_of(mode, *self._values, folder, save_every=None, grace_seconds=0.01)
+        ranks = folder.with_name("dropped-first")
+        run_ranks("recorded_run", 2, ranks, values=values, kill=("scoring", 1, 8), by=signal.SIGTERM)
+        said = (ranks / "rank-0.log").read_text()
+        assert "no time to finish step 3: it will be done again" in said
+        assert "stopped after step 2, which is saved" in said
+        self.check_resumed(mode, folder)
 
 
 @pytest.fixture
@@ -104,6 +121,11 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(uninterru
     rng.shuffle(moments)
     for mode, moment in zip(itertools.cycle(MODES), moments, strict=False):
         uninterrupted.check_killed(mode, moment, rng)
+
+
+@pytest.mark.slow
+def test_a_step_without_time_is_dropped_and_done_again(uninterrupted: Uninterrupted) -> None:
+    uninterrupted.check_dropped(("float32", "preference"))
 
 
 @pytest.mark.long
