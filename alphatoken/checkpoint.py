@@ -7,12 +7,12 @@ What makes a checkpoint valid is in `checkpoint_files`.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,17 +30,21 @@ from alphatoken.checkpoint_files import (
     damage,
     described_files,
     free_bytes,
-    obsolete,
     read_description,
+    remove_leftovers,
     step_folders,
+    tidy,
     write_description,
     write_durably,
 )
-from alphatoken.config import RunConfig, TrainConfig
+from alphatoken.config import RunConfig
 from alphatoken.config_file import save_config
+from alphatoken.continuation import is_allowed
 from alphatoken.errors import UserError
 from alphatoken.slices import flush
 
+SHARDS = "*optim_states.pt"
+UNIVERSAL = "-universal"
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
 
 # Configuration that may differ between a run and its continuation without changing what is computed.
@@ -112,8 +116,13 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     notes: list[str] = []
     found = _newest_complete(folder.checkpoints, notes) if resume == "auto" else Path(resume)
     if found is None:
+        if notes:
+            raise UserError(
+                "train.resume=auto finds no usable checkpoint, but some that are not; remove them to start anew:\n  "
+                + "\n  ".join(notes)
+            )
         return folder, None
-    checkpoint: Path = found
+    checkpoint: Path = found.with_name(found.name.removesuffix(UNIVERSAL))
     if resume != "auto":
         problem = _damage_on_rank_0(checkpoint)
         if problem is not None:
@@ -121,10 +130,11 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     description = read_description(checkpoint)
     notes += _accepted_changes(checkpoint, description["config"], config)
     written_by, ranks = description["world_size"], collectives.world_size()
-    if written_by != ranks:
+    moved = written_by != ranks and bool(list(checkpoint.glob(SHARDS)))  # stage 0 has none
+    if moved:
         notes.append(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
         checkpoint = collectives.on_rank_0(lambda: universal_checkpoint(checkpoint))
-    return folder, Continuation(checkpoint, description["step"], written_by != ranks, tuple(notes))
+    return folder, Continuation(checkpoint, description["step"], moved, tuple(notes))
 
 
 def start_run_folder(
@@ -164,6 +174,7 @@ def check_space(folder: RunFolder, needed: int) -> None:
     """Raises UserError on every rank where a checkpoint of so many bytes does not fit beside the others."""
 
     def check() -> None:
+        remove_leftovers(folder.checkpoints)
         free = free_bytes(folder.checkpoints)
         if free < needed:
             raise UserError(
@@ -186,28 +197,11 @@ def save_checkpoint(
     final = folder.checkpoints / f"step-{step}"
     partial = final.with_name(final.name + ".partial")
 
-    def remove_leftovers() -> None:
-        if collectives.rank() == 0:
-            for leftover in folder.checkpoints.glob("step-*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    collectives.agree(remove_leftovers)
     check_space(folder, needed)
-    refused = zero3.save_shards(engine, folder.checkpoints, partial.name, {STATE: state})
 
-    def describe() -> dict[str, dict[str, Any]]:
+    def check_writing() -> None:
         if refused is not None:
             raise refused
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        return described_files(partial, files[collectives.rank() :: collectives.world_size()])
-
-    try:
-        digests = collectives.agree(describe)
-    except (OSError, RuntimeError) as error:
-        collectives.barrier()
-        remove_leftovers()
-        raise UserError(f"cannot write checkpoint {final}: {error}; older checkpoints are untouched") from None
-    every = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}
 
     def publish() -> None:
         description = {
@@ -219,14 +213,30 @@ def save_checkpoint(
             "files": every,
         }
         write_description(partial, description)
-        shutil.rmtree(final, ignore_errors=True)
+        flush(partial)
+        if final.exists():
+            final.rename(final.with_name(f"{final.name}.abandoned"))
         partial.rename(final)
         write_durably(folder.checkpoints / f"{LATEST}.partial", final.name)
         (folder.checkpoints / f"{LATEST}.partial").replace(folder.checkpoints / LATEST)
         flush(folder.checkpoints)
-        _prune(folder.checkpoints, config.train)
+        shutil.rmtree(final.with_name(f"{final.name}.abandoned"), ignore_errors=True)
+        tidy(folder.checkpoints, step, config.train.keep_last, config.train.keep_every)
 
-    collectives.on_rank_0(publish)
+    try:
+        collectives.on_rank_0(lambda: partial.mkdir(parents=True))
+        refused = zero3.save_shards(engine, folder.checkpoints, partial.name, {STATE: state})
+        collectives.agree(check_writing)
+        # Rank 0 lists the files: what another rank does not see of them is an error, not a file without a hash.
+        files = collectives.on_rank_0(lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
+        own = files[collectives.rank() :: collectives.world_size()]
+        digests = collectives.gather_objects(collectives.agree(lambda: described_files(partial, own)))
+        every = {name: digest for part in digests for name, digest in part.items()}
+        collectives.on_rank_0(publish)
+    except (OSError, RuntimeError) as error:
+        collectives.barrier()
+        collectives.on_rank_0(lambda: remove_leftovers(folder.checkpoints))
+        raise UserError(f"cannot write checkpoint {final}: {error}; older checkpoints are untouched") from None
     return final
 
 
@@ -245,12 +255,11 @@ def universal_checkpoint(checkpoint: Path) -> Path:
 
     Raises UserError with DeepSpeed's last words where it cannot be made.
     """
-    target = checkpoint.with_name(f"{checkpoint.name}-universal")
+    target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
     if target.exists() and damage(target) is None and _source_of(target) == _source_of(checkpoint):
         return target
     shutil.rmtree(target, ignore_errors=True)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
@@ -301,15 +310,6 @@ def _source_of(checkpoint: Path) -> dict[str, Any]:
     return {key: value for key, value in description.items() if key != "files"}
 
 
-def _prune(checkpoints: Path, config: TrainConfig) -> None:
-    """Removes what is not to be kept, the newest checkpoint never; whatever was converted, too."""
-    folders = step_folders(checkpoints)
-    for step in obsolete(folders, config.keep_last, config.keep_every):
-        shutil.rmtree(folders[step], ignore_errors=True)
-    for universal in checkpoints.glob("step-*-universal"):
-        shutil.rmtree(universal, ignore_errors=True)
-
-
 def _newest_complete(checkpoints: Path, notes: list[str]) -> Path | None:
     for checkpoint in step_folders(checkpoints).values():
         problem = _damage_on_rank_0(checkpoint)
@@ -333,7 +333,7 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
         change = f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         if key in ("train.resume", "train.resume_allow"):
             continue
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in config.train.resume_allow):
+        if is_allowed(key, config.train.resume_allow):
             notes.append(f"changed since {checkpoint.name}, as train.resume_allow says: {change}")
         elif HARMLESS_KEYS.fullmatch(key):
             notes.append(f"changed since {checkpoint.name}: {change}")

@@ -33,6 +33,33 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def remove_leftovers(checkpoints: Path) -> None:
+    """Removes what saves that were killed have left."""
+    for leftover in checkpoints.glob("step-*.partial"):
+        if STEP_FOLDER.fullmatch(leftover.name.removesuffix(".partial")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
+    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old converted ones.
+
+    A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed, so that it is never
+    taken for newer.
+    """
+    folders = step_folders(checkpoints)
+    for step in [step for step in folders if step > saved]:
+        aside = checkpoints / f"{folders.pop(step).name}.abandoned"
+        shutil.rmtree(aside, ignore_errors=True)
+        (checkpoints / f"step-{step}").rename(aside)
+    for step in obsolete(
+        [step for step, path in folders.items() if (path / DESCRIPTION).exists()], keep_last, keep_every
+    ):
+        shutil.rmtree(folders[step], ignore_errors=True)
+    for converted in checkpoints.glob("step-*-universal"):
+        if converted.name != f"step-{saved}-universal":
+            shutil.rmtree(converted, ignore_errors=True)
+
+
 def obsolete(steps: Iterable[int], keep_last: int | None, keep_every: int | None) -> list[int]:
     """Steps whose checkpoints may go: neither among the last `keep_last` nor a multiple of `keep_every`."""
     if keep_last is None:

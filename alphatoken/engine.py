@@ -117,6 +117,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+def without_ranks(deepspeed_values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's DeepSpeed configuration that does not depend on the number of ranks."""
+    return {
+        key: each for key, each in deepspeed_values.items() if key not in ("gradient_accumulation_steps", "checkpoint")
+    }
+
+
 # Weights are gathered for the module that runs, and released after it; by default DeepSpeed keeps up to 1e9 elements.
 FRUGAL = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 

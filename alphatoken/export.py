@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alphatoken import zero3
 from alphatoken.checkpoint_files import ABOUT, damage, read_description, step_folders
 from alphatoken.errors import UserError
 
@@ -24,7 +26,7 @@ WEIGHTS = "lm."  # what the engine's module calls the model
 
 MODEL_CARD = """\
 ---
-base_model: {{ base }}
+base_model: {{ base | tojson }}
 library_name: {{ library }}
 tags: [alphatoken]
 ---
@@ -79,8 +81,7 @@ def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: b
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     shutil.copytree(model_files, partial)
     about = json.loads((partial / ABOUT).read_text(encoding="utf-8"))
     (partial / ABOUT).unlink()
@@ -123,9 +124,7 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
 def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter whole, by its name in the model; one at a time."""
     if any(checkpoint.glob("*optim_states.pt")):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+        state = zero3.masters_of(checkpoint)
     else:  # stage 0 has no shards
         (file,) = checkpoint.glob("*model_states.pt")
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]

@@ -29,6 +29,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self._device = device
         self._grace = grace
         self._asked_at: float | None = None
+        self._known: dict[str, float] = {}
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,12 +47,22 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         """Whether any rank was asked. Every rank must call it, between steps: an all-reduce of one number."""
         return self._most(float(self._asked_at is not None)) > 0
 
-    def drop_if_short(self, left: float) -> None:
-        """Raises WindowDroppedError on every rank if some rank has less time than `left`, the seconds until the step is
-        done and saved. Every rank must call it, between micro-batches; without a grace period it does nothing.
+    def took(self, what: str, seconds: float) -> None:
+        """Learns how long a `micro-batch`, an `evaluation` or a `save` takes."""
+        self._known[what] = seconds
+
+    def drop_if_short(self, micro_batches: int, evaluates: bool) -> None:
+        """Raises WindowDroppedError on every rank if some rank has too little time for what is left of the step.
+
+        That is so many micro-batches, an evaluation if `evaluates`, and a save, as long as they took the last time; a
+        save that was not seen yet counts half of the grace period. Every rank must call it, between micro-batches;
+        without a grace period it does nothing.
         """
         if self._grace is None:
             return
+        evaluation = self._known.get("evaluation", 0.0) if evaluates else 0.0
+        left = micro_batches * self._known.get("micro-batch", 0.0) + evaluation
+        left += self._known.get("save", 0.5 * self._grace)
         lacking = -1.0
         if self._asked_at is not None:
             lacking = left - (self._grace - (time.monotonic() - self._asked_at))

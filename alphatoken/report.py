@@ -6,6 +6,7 @@ import itertools
 import json
 import resource
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -52,9 +53,10 @@ class Report:
         self._progress: Progress | None = None
         if not active:
             return
-        _cut_metrics(metrics_file, first_step)
+        for metrics in _cut_metrics(metrics_file, first_step):
+            self._remember(metrics)
         if config.logging.wandb != "disabled":
-            self._wandb = _start_wandb(config, metrics_file.parent)
+            self._wandb = _start_wandb(config, metrics_file.parent, first_step > 0)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -77,9 +79,7 @@ class Report:
             lines.write(json.dumps(metrics) + "\n")
         if self._wandb is not None:
             self._wandb.log(metrics, step=metrics["step"])
-        if "eval_loss" in metrics:
-            self._evaluations.append({key: value for key, value in metrics.items() if key.startswith("eval_")})
-        self._last = metrics
+        self._remember(metrics)
         step = int(metrics["step"])
         due = step % self._config.logging.every == 0
         if self._progress is not None:
@@ -89,6 +89,12 @@ class Report:
             rate = (time.monotonic() - self._started) / max(step - self._first_step, 1)
             left = "" if step == 0 else f"  ETA {timedelta(seconds=round(rate * (self._total_steps - step)))}"
             self.say(f"step {step}/{self._total_steps}  {_in_full(metrics)}{left}")
+
+    def _remember(self, metrics: Metrics) -> None:
+        """For the summary at the end."""
+        if "eval_loss" in metrics:
+            self._evaluations.append({key: value for key, value in metrics.items() if key.startswith("eval_")})
+        self._last = metrics
 
     def finish(self, folder: Path, sample: ValuedText | None) -> None:
         """Ends the run: one valued response, a summary, and where everything lies."""
@@ -198,10 +204,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _start_wandb(config: RunConfig, folder: Path) -> Any:
+def _start_wandb(config: RunConfig, folder: Path, resumed: bool) -> Any:
     import wandb
 
+    known = folder / "wandb-id"
+    if not (resumed and known.exists()):
+        known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     return wandb.init(
+        id=known.read_text(encoding="utf-8"),
+        resume="allow",
         project=config.logging.project,
         name=config.logging.name or folder.name,
         mode=config.logging.wandb,
@@ -239,19 +250,22 @@ def _evaluated(metrics: Metrics) -> str:
     return text
 
 
-def _cut_metrics(file: Path, first_step: int) -> None:
-    """Drops the lines of steps that will be done again, so that a resumed run continues its file."""
+def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
+    """Drops the lines of steps that will be done again, so that a resumed run continues its file; returns the rest."""
     if not file.exists():
-        return
+        return []
     if first_step == 0:  # the evaluation before training is done again, too
         file.unlink()
-        return
-    kept = []
+        return []
+    kept: list[Metrics] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
+            metrics: Metrics = json.loads(line)
         except ValueError:  # the run was killed while it wrote its last line
             break
-        if step <= first_step:
-            kept.append(line + "\n")
-    file.write_text("".join(kept), encoding="utf-8")
+        if metrics["step"] <= first_step:
+            kept.append(metrics)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+    partial.replace(file)
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from alphatoken.valuation import TERMS
 
 # What is multiplied with each other: the Gram matrix of these columns gives all means, deviations and covariances.
 COLUMNS = ("one", *TERMS, "composite")
+
+
+class Located(Protocol):
+    """Rows that came from somewhere."""
+
+    def location(self, index: int) -> str: ...
 
 
 class Means:
@@ -134,6 +141,14 @@ class StepStatistics:
             adaptation_R, stability_R = collectives.gather_rows(torch.cat(self._parts)).unbind(1)
             metrics["adaptation_stability_rank_correlation"] = rank_correlation(adaptation_R, stability_R)
         return metrics
+
+    def describe_faults(self, parts: Mapping[str, Located], faulty_parts: Sequence[str]) -> list[str]:
+        """A line for each rank with rows or signals that are not finite. Every rank must call it."""
+        rows = [f"{part} {parts[part].location(row)}" for part, row in self.faulty_rows()]
+        own = f"rank {collectives.rank()}: {', '.join(rows)}" if rows else ""
+        if own and faulty_parts:
+            own += f" (signals of {len(faulty_parts)} parts, the last in the forward pass: {faulty_parts[-1]})"
+        return [line for line in collectives.gather_objects(own) if line]
 
     def faulty_rows(self) -> list[tuple[str, int]]:
         """(part, dataset index) of this rank's rows with something that is not finite."""

@@ -13,11 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from alphatoken import collectives, zero3
-from alphatoken.architectures import (
-    Decoder,
-    decoder_of,
-    scored_depth,
-)
+from alphatoken.architectures import Decoder, decoder_of, scored_depth
 from alphatoken.checkpoint import (
     Continuation,
     check_space,
@@ -31,6 +27,7 @@ from alphatoken.checkpoint import (
     start_run_folder,
 )
 from alphatoken.config import FisherConfig, RunConfig
+from alphatoken.continuation import changed_inputs, fingerprint
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
@@ -43,9 +40,10 @@ from alphatoken.engine import (
     initialise_ranks,
     load_model,
     load_tokenizer,
+    without_ranks,
 )
-from alphatoken.errors import NonFiniteError, UserError
-from alphatoken.estimation import build_drift, estimate_fisher
+from alphatoken.errors import NonFiniteError
+from alphatoken.estimation import build_drift, estimate_fisher, tokenizer_identity
 from alphatoken.estimators import build_scorer
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
@@ -114,15 +112,20 @@ class Trainer:
             # The default reference is the starting model as well.
             wanted = ("data.train", "data.eval") if objective.branches else ("data.train",)
             parts = {name: part for name, part in self._splits.named().items() if name in wanted}
-            losses = self._model.token_losses
-            self._reference = Reference(config, self._tokenizer, parts, decoder, losses, self._device)
+            others = (decoder, self._model.token_losses, self._device)
+            self._reference = Reference(config, self._tokenizer, parts, *others)
         self._first_step = self._steps_taken = self._saved_step = 0
-        self._saving_seconds = 0.0
         self._stop = StopRequest(self._device, config.train.grace_seconds)
         self._watchdog = Watchdog(
             self._folder.heartbeats, collectives.rank(), collectives.world_size(), config.train.watchdog_seconds
         )
-        self._identity = None if self._drift is None else self._drift.identity()
+        self._inputs = {
+            **{name: fingerprint(part.identity) for name, part in self._splits.named().items()},
+            "model.tokenizer": tokenizer_identity(self._tokenizer),
+            "deepspeed.config": fingerprint(without_ranks(engine_config)),
+            "reference.model": None if self._reference is None else self._reference.identity,
+            "valuation.fisher": None if self._drift is None else self._drift.identity(),
+        }
         if continuation is not None:
             self._continue(continuation)
         self._needed = checkpoint_bytes(self._model, config.model.dtype == "bfloat16")
@@ -135,14 +138,13 @@ class Trainer:
         config, total = self._config, self._total_steps
         about = {"data": {name: part.described() for name, part in self._splits.named().items()}}
         start_run_folder(self._folder, config, self._model.lm, self._tokenizer, about)
-        active = collectives.rank() == 0
-        report = Report(config, self._folder.metrics, self._first_step, total, active)
+        report = Report(config, self._folder.metrics, self._first_step, total, active=collectives.rank() == 0)
         with self._stop, self._watchdog, closing(report):
             self._announce(report)
             if self._first_step == 0 and self._splits.eval is not None:
                 report.step({"step": 0, **self._evaluate(self._splits.eval)})
             for step in range(self._first_step, total):
-                if self._stop.is_agreed():
+                if self._stop.is_agreed() and self._can_save(step):
                     self._stop_after(step, report)
                     return
                 try:
@@ -152,11 +154,14 @@ class Trainer:
                     self._stop_after(step, report)
                     return
                 done = step + 1
-                if self._splits.eval is not None and (done == total or _due(done, config.train.eval_every)):
+                if self._splits.eval is not None and self._evaluates(done):
                     metrics |= self._evaluate(self._splits.eval)
                 report.step(metrics)
-                if _due(done, config.train.save_every):
+                if _due(done, config.train.save_every) or (done == total and config.train.save_every is not None):
                     report.say(f"saved {self._save(done)}")
+            if self._stop.is_agreed():
+                self._stop_after(total, report)
+                return
             self._watchdog.moved("the export")
             export_model(self._engine, self._tokenizer, self._folder.export)
             report.finish(self._folder.path, self._sample)
@@ -179,19 +184,13 @@ class Trainer:
         return drift
 
     def _continue(self, continuation: Continuation) -> None:
-        """Takes over the state of a checkpoint. Raises UserError where stability was measured by something else."""
+        """Takes over the state of a checkpoint. Raises UserError where it was trained with other inputs."""
         state = load_checkpoint(self._engine, continuation.checkpoint)
-        reference = None if self._reference is None else self._reference.identity
-        if state["reference"] != reference:
-            raise UserError(
-                f"{continuation.checkpoint} was trained against another reference than the one given now: the model "
-                "of reference.model (by default model.name_or_path) has changed"
-            )
-        if state["stability"] != self._identity:
-            raise UserError(
-                f"{continuation.checkpoint} was trained with another Fisher or stability reference than the one given "
-                "now: valuation.fisher, valuation.reference or train.output_dir/fisher have changed"
-            )
+        allowed = self._config.train.resume_allow
+        self._notes += changed_inputs(state["inputs"], self._inputs, allowed, continuation.checkpoint.name)
+        chosen = self._config.optim
+        if state["optim"] != chosen.model_dump():
+            zero3.set_optimizer_options(self._engine, chosen.lr, chosen.weight_decay, chosen.betas, chosen.eps)
         if self._model.scorer is not None:
             self._model.scorer.scales.state = state["scales"]
         if len(state["random"]) == collectives.world_size():
@@ -205,31 +204,36 @@ class Trainer:
         scorer = self._model.scorer
         state = {
             "scales": None if scorer is None else scorer.scales.state,
-            "stability": self._identity,
-            "reference": None if self._reference is None else self._reference.identity,
+            "inputs": self._inputs,
+            "optim": self._config.optim.model_dump(),
             "random": collectives.gather_objects(random_state(self._device)),
         }
         saved = save_checkpoint(self._engine, self._folder, self._config, done, state, self._needed)
-        self._saved_step, self._saving_seconds = done, time.perf_counter() - began
+        self._saved_step = done
+        self._stop.took("save", time.perf_counter() - began)
         return saved
 
     def _stop_after(self, done: int, report: Report) -> None:
         """Ends a run that was asked to stop, so that it can go on."""
-        if done == 0:
-            report.say("stopped before the first step was done; start again with the same command")
-            return
-        if done != self._saved_step:
+        if done != self._saved_step and self._can_save(done):
             self._save(done)
-        report.say(f"stopped after step {done}, which is saved; continue with the same command and train.resume=auto")
+        after = f"step {self._saved_step}, which is saved" if self._saved_step else "no step, so nothing is saved"
+        report.say(f"stopped after {after}; continue with the same command and train.resume=auto")
+
+    def _can_save(self, done: int) -> bool:
+        """Whether a run continued after `done` steps could rebuild the held-out signals as they are."""
+        valued = self._model.scorer is not None
+        return done > 0 and (not valued or done % self._config.valuation.refresh_every == 0)
+
+    def _evaluates(self, done: int) -> bool:
+        return done == self._total_steps or _due(done, self._config.train.eval_every)
 
     def _announce(self, report: Report) -> None:
         for name, part in self._splits.named().items():
             for source in part.reports:
                 report.say(f"{name}: {source}")
-        for note in self._notes:
+        for note in [*self._notes, *([f"continuing after step {self._first_step}"] if self._first_step else [])]:
             report.say(note)
-        if self._first_step:
-            report.say(f"continuing after step {self._first_step}")
 
     def _optimizer_step(self, step: int, report: Report) -> Metrics:
         """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the accumulation window."""
@@ -254,14 +258,15 @@ class Trainer:
             self._refresh(step, statistics, own_tokens)
         chosen = self._choose_ahead(batches)
         for number, (batch, choice) in enumerate(zip(batches, chosen, strict=True), start=1):
-            passed = time.perf_counter() - began
-            self._stop.drop_if_short(passed / number * (len(batches) - number + 1) + self._saving_seconds)
+            self._stop.drop_if_short(len(batches) - number + 1, self._evaluates(step + 1))
+            pass_began = time.perf_counter()
             self._watchdog.moved(f"step {step + 1}, micro-batch {number} of {len(batches)}")
             with self._stopwatch.phase("forward"):
                 output: StepOutput = self._engine(batch, choice)
             with self._stopwatch.phase("backward"):
                 self._engine.backward(output["total"] * scale, scale_wrt_gas=False)
             statistics.add(batch, output)
+            self._stop.took("micro-batch", time.perf_counter() - pass_began)
             if number == len(batches):
                 means = self._reduce(statistics, step, response_tokens, kept_tokens, denominator)
                 learning_rate = self._engine.get_lr()[0]
@@ -280,7 +285,7 @@ class Trainer:
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteError(
                 f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. Continue from the last "
-                "checkpoint with train.resume=auto and a lower optim.lr"
+                "checkpoint with train.resume=auto, a lower optim.lr and train.resume_allow=[optim.lr]"
             )
         seconds = self._stopwatch.read()
         phases = ("ahead", "forward") if "ahead" in seconds else ("forward",)
@@ -337,12 +342,14 @@ class Trainer:
 
     def _evaluate(self, part: TokenDataset) -> Metrics:
         """Means of what the objective reports of held-out rows, over all rows of `part`."""
-        means = Means(self._device)
-        self._watchdog.moved("an evaluation")
+        began, means = time.perf_counter(), Means(self._device)
         for batch in self._micro_batches(part, np.arange(len(part)), step=0):
+            self._watchdog.moved("an evaluation")
             response_BT, _ = loss_positions(batch["labels"])
             means.add(self._objective.evaluation(batch, self._model.token_losses(batch), response_BT))
-        return {f"eval_{name}": mean for name, mean in means.reduce().items()}
+        metrics: Metrics = {f"eval_{name}": mean for name, mean in means.reduce().items()}
+        self._stop.took("evaluation", time.perf_counter() - began)
+        return metrics
 
     def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches, on its device."""
@@ -375,15 +382,11 @@ class Trainer:
             return statistics.reduce(response_tokens, kept_tokens, denominator)
         except NonFiniteError as error:
             faulty = self._model.scorer.nonfinite_parts() if self._model.scorer else []
-            parts = self._splits.named()
-            rows = [f"{part} {parts[part].location(row)}" for part, row in statistics.faulty_rows()]
-            own = f"rank {collectives.rank()}: {', '.join(rows)}" if rows else ""
-            if own and faulty:
-                own += f" (signals of {len(faulty)} parts, the last in the forward pass: {faulty[-1]})"
-            found = "\n  ".join(line for line in collectives.gather_objects(own) if line)
+            found = "\n  ".join(statistics.describe_faults(self._splits.named(), faulty))
             raise NonFiniteError(
                 f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n  {found}\n"
-                "Look at them, lower optim.lr, or continue from the last checkpoint with train.resume=auto"
+                "Look at them, or continue from the last checkpoint with train.resume=auto, a lower optim.lr and "
+                "train.resume_allow=[optim.lr]"
             ) from None
 
 

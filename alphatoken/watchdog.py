@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -39,6 +39,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._interval = min(5.0, self._limit / 4)
         self._moves, self._doing = 0, "starting"
         self.has_spoken = False
+        self._beat = 0
+        self._seen: dict[int, dict[str, Any]] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -54,7 +56,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         if self._watches:
             self._done.set()
             self._thread.join()
-            self._file(self._rank).unlink(missing_ok=True)
+            with suppress(OSError):  # the last rank removes the folder
+                self._file(self._rank).unlink(missing_ok=True)
+                self._folder.rmdir()
 
     def moved(self, doing: str) -> None:
         """To be called whenever the rank begins something else."""
@@ -65,32 +69,39 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         while not self._done.wait(self._interval):
             if self._moves != seen:
                 seen, since, told = self._moves, time.monotonic(), False
-            self._publish()
-            if time.monotonic() - since >= self._limit and not told:
+                self._seen.clear()
+            stood = time.monotonic() - since
+            with suppress(OSError):  # a full disk must not end the watch
+                self._publish()
+            if stood >= self._limit / 2 and not told:
                 states = self._states()
+            if stood >= self._limit and not told:
                 speaker = min((rank for rank, state in states.items() if self._answers(state)), default=self._rank)
                 if speaker == self._rank:
                     told = self.has_spoken = True
                     print(self._describe(states), file=sys.stderr, flush=True)
 
     def _publish(self) -> None:
-        state = {"time": time.time(), "doing": self._doing, "where": self._where(), "pid": os.getpid()}
+        self._beat += 1
+        state = {"beat": self._beat, "doing": self._doing, "where": self._where(), "pid": os.getpid()}
         partial = self._file(self._rank).with_suffix(".partial")
         partial.write_text(json.dumps(state), encoding="utf-8")
         partial.replace(self._file(self._rank))
 
     def _states(self) -> dict[int, dict[str, Any]]:
-        states = {}
+        """What each rank says of itself, and whether that has changed since this one stands still (no clocks)."""
         for rank in range(self._ranks):
             try:
-                states[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
+                found = json.loads(self._file(rank).read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                states[rank] = {"time": 0.0, "doing": "nothing that is known", "where": None}
-        return states
+                found = {"beat": 0, "doing": "nothing that is known", "where": None}
+            known = self._seen.get(rank)
+            if known is None or known["beat"] != found["beat"]:
+                self._seen[rank] = {**found, "news": known is not None}
+        return self._seen
 
     def _answers(self, state: dict[str, Any]) -> bool:
-        # Long enough for a network file system to show what another node has written.
-        return bool(time.time() - state["time"] < self._limit / 2 + self._interval)
+        return bool(state["news"])
 
     def _describe(self, states: dict[int, dict[str, Any]]) -> str:
         lines = []

@@ -141,6 +141,8 @@ def save_shards(engine: Any, folder: Path, tag: str, client_state: dict[str, Any
 
     engine.checkpoint_engine.save = save
     engine._copy_recovery_script = lambda _: None
+    # Without it the converter to other numbers of ranks refuses checkpoints of stages 1 and 2.
+    engine.module.universal_checkpoint_info = {"universal_checkpoint_version": 0.2}
     try:
         engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     finally:
@@ -158,6 +160,33 @@ def separate_step_counts(engine: Any) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
+
+
+def masters_of(checkpoint: Path) -> Mapping[str, Any]:
+    """The fp32 masters in a checkpoint of stages 1 to 3 by name, whole when `.contiguous()` is called on one.
+
+    Files are memory-mapped; at stages 1 and 2 DeepSpeed nevertheless reads all masters at once.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+    )
+    return found
+
+
+def set_optimizer_options(engine: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+    """Gives optimizer and schedule other options than those a checkpoint had; norms and biases still do not decay."""
+    scheduler = engine.lr_scheduler
+    scheduler.base_lrs = [lr] * len(scheduler.base_lrs)
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    groups = {
+        id(group): group for optimizer in (engine.optimizer, scheduler.optimizer) for group in optimizer.param_groups
+    }
+    for group in groups.values():
+        group |= {"lr": lr * factors[0], "initial_lr": lr, "betas": betas, "eps": eps}
+        group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
+    scheduler._last_lr = [lr * factor for factor in factors]
 
 
 def link_moments(engine: Any) -> None:

@@ -43,6 +43,7 @@ LAYERS = (
     "statistics",
     "step_selection",
     "data",
+    "continuation",
     "checkpoint_files",
     "checkpoint",
     "export",
@@ -54,6 +55,7 @@ LAYERS = (
     "reference",
     "training",
     "cli",
+    "__main__",
 )
 MATHEMATICS = ("valuation", "squares", "attention", "selection", "losses", "preference")
 ALLOWED_IN_MATHEMATICS = {

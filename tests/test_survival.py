@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,72 @@ def test_a_run_goes_on_with_another_number_of_ranks(
                 assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), f"{name}: {key}, step {one['step']}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_other_stages_go_on_with_another_number_of_ranks(
+    stage: int, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    values = changed(run_values, deepspeed={"config": {"zero_optimization": {"stage": stage}}}, optim={"lr": 1e-4})
+    whole = changed(values, train={"max_steps": 4, "output_dir": str(tmp_path / "whole")})
+    first = changed(whole, train={"output_dir": str(tmp_path / "moved"), "save_every": 2})
+    (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks-whole", configs={"": whole})
+    assert messages == {"": ""}
+    with pytest.raises(AssertionError, match="killed in save 2"):
+        run_ranks("run_trainers", 2, tmp_path / "ranks-first", configs={"": first}, killed_in_save=2)
+    again = changed(first, train={"resume": "auto"})
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "ranks-again", configs={"": again})
+    assert messages == {"": ""}
+    for one, other in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "moved"), strict=True):
+        for key in one.keys() & {"loss_kept", "eval_loss", "lr", "drift_norm"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), f"{key}, step {one['step']}"
+
+
+@pytest.mark.slow
+def test_what_a_continued_run_needs_is_checked(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Changed rows under the same path, an optimizer that is to change, and a run that was finished before."""
+    file = tmp_path / "train.jsonl"
+    shutil.copy(run_values["data"]["train"], file)
+    values = changed(run_values, data={"train": str(file)}, valuation={"enabled": False}, optim={"warmup_ratio": 0.0})
+    first = changed(values, train={"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")})
+    again = changed(first, train={"resume": "auto"})
+    slower = changed(again, train={"max_steps": 3, "resume_allow": ["optim.*", "train.max_steps"]}, optim={"lr": 1e-9})
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "ranks", configs={"1": first, "2": again, "3": slower})
+    assert messages["1"] == messages["2"] == "", "a finished run is only exported again"
+    assert messages["3"] == "", messages
+    assert metrics_of(tmp_path / "run")[-1]["lr"] <= 1e-9
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:25]))
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"": slower})
+    assert "data.train: the rows of data.train changed" in messages[""]
+
+
+@pytest.mark.slow
+def test_a_stop_between_refreshes_waits_for_the_next_one(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Held-out signals are not part of a checkpoint: with refresh_every=2 a run can only go on from even steps."""
+    train = {"max_steps": 6, "output_dir": str(tmp_path / "run")}
+    values = changed(run_values, valuation={"refresh_every": 2}, train=train)
+    kill = ("scoring", 1, 8)  # in the third step
+    run_ranks("recorded_run", 2, tmp_path / "first", values=values, kill=kill, by=signal.SIGUSR1)
+    assert "stopped after step 4, which is saved" in (tmp_path / "first" / "rank-0.log").read_text()
+    run_ranks("recorded_run", 2, tmp_path / "again", values=changed(values, train={"resume": "auto"}))
+    assert [step["step"] for step in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_beyond_the_newest_are_set_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 22, 30):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "complete.json").write_text("{}")
+    (tmp_path / "step-20" / "complete.json").unlink()  # damaged
+    for name in ("step-10-universal", "step-22-universal"):
+        (tmp_path / name).mkdir()
+    checkpoint_files.tidy(tmp_path, saved=22, keep_last=1, keep_every=None)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-20",
+        "step-22",
+        "step-30.abandoned",
+        "step-22-universal",
+    }
+
+
 @pytest.fixture(scope="module")
 def damaged_run(tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The configuration of a run with two checkpoints, to be resumed."""
@@ -209,6 +276,12 @@ def test_no_damage_to_a_checkpoint_is_accepted(damaged_run: RunConfig, monkeypat
     _, found = open_run_folder(damaged_run)
     assert found is not None
     assert found.step == 2
+    for step in (1, 2):
+        (newest.with_name(f"step-{step}") / "complete.json").rename(newest.with_name(f"{step}.json"))
+    with pytest.raises(UserError, match=r"no usable checkpoint, but some that are not; remove them to start anew"):
+        open_run_folder(damaged_run)
+    for step in (1, 2):
+        newest.with_name(f"{step}.json").rename(newest.with_name(f"step-{step}") / "complete.json")
 
 
 @pytest.mark.slow
@@ -286,13 +359,21 @@ def test_a_stop_is_remembered_and_short_grace_drops_the_window() -> None:
         assert not stop.is_agreed()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.is_agreed()
-        stop.drop_if_short(1e9)  # without a grace period a step is always finished
+        stop.took("micro-batch", 1e9)
+        stop.drop_if_short(9, evaluates=True)  # without a grace period a step is always finished
     with StopRequest(torch.device("cpu"), grace=60.0) as stop:
-        stop.drop_if_short(1e9)  # nobody asked
+        stop.took("micro-batch", 5.0)
+        stop.drop_if_short(99, evaluates=True)  # nobody asked
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.drop_if_short(30.0)
+        stop.drop_if_short(5, evaluates=True)  # 25 s and, as nothing is known of saves, half of the grace
         with pytest.raises(WindowDroppedError):
-            stop.drop_if_short(61.0)
+            stop.drop_if_short(7, evaluates=True)
+        stop.took("save", 10.0)
+        stop.drop_if_short(7, evaluates=True)
+        stop.took("evaluation", 20.0)
+        stop.drop_if_short(7, evaluates=False)
+        with pytest.raises(WindowDroppedError):
+            stop.drop_if_short(7, evaluates=True)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
