@@ -68,7 +68,11 @@ def export(
 def convert(checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/step-N folder.")]) -> None:
     """Convert a checkpoint for any number of ranks; resuming on another number does it by itself."""
     from alphatoken.checkpoint import universal_checkpoint
+    from alphatoken.checkpoint_files import damage
 
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise UserError(f"cannot convert {checkpoint}: {problem}")
     typer.echo(universal_checkpoint(checkpoint))
 
 
