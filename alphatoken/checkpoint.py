@@ -196,7 +196,6 @@ def save_checkpoint(
     """
     final = folder.checkpoints / f"step-{step}"
     partial = final.with_name(final.name + ".partial")
-
     check_space(folder, needed)
 
     def check_writing() -> None:
@@ -214,13 +213,15 @@ def save_checkpoint(
         }
         write_description(partial, description)
         flush(partial)
+        aside = final.with_name(f"{final.name}.abandoned")
+        shutil.rmtree(aside, ignore_errors=True)
         if final.exists():
-            final.rename(final.with_name(f"{final.name}.abandoned"))
+            final.rename(aside)
         partial.rename(final)
         write_durably(folder.checkpoints / f"{LATEST}.partial", final.name)
         (folder.checkpoints / f"{LATEST}.partial").replace(folder.checkpoints / LATEST)
         flush(folder.checkpoints)
-        shutil.rmtree(final.with_name(f"{final.name}.abandoned"), ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         tidy(folder.checkpoints, step, config.train.keep_last, config.train.keep_every)
 
     try:
