@@ -21,7 +21,7 @@ app = typer.Typer(name="alphatoken", no_args_is_help=True, add_completion=False,
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the process when what is inside is done: with status 2 and a message on rank 0 where the user has to act."""
+    """Ends a rank when what is inside is done; with status 2 and a message on rank 0 where the user has to act."""
     try:
         yield
         collectives.barrier()
@@ -32,7 +32,8 @@ def readable_errors() -> Iterator[None]:
             # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
             time.sleep(2)
         collectives.end_process(2)
-    collectives.end_process(0)
+    else:
+        collectives.end_process(0)
 
 
 def _print_version(wanted: bool) -> None:

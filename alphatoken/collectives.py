@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,15 +43,18 @@ def barrier() -> None:
         comm.barrier()
 
 
-def end_process(status: int) -> NoReturn:
-    """Ends this process, which must have no communication under way, as `sys.exit` does but for one thing.
+def end_process(status: int) -> None:
+    """Ends a rank, which must have no communication under way. Without ranks it is `sys.exit`, or nothing for status 0.
 
-    The interpreter is not taken down. Gloo's workers drop the tensors of a finished message a moment after whoever
+    A rank's interpreter is not taken down. Gloo's workers drop the tensors of a finished message a moment after whoever
     waited for it goes on, and need the interpreter for that: where it is going down, they abort the process.
     """
     comm = _comm()
-    if comm:
-        comm.destroy_process_group()
+    if not comm:
+        if status:
+            sys.exit(status)
+        return
+    comm.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

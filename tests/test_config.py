@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from alphatoken.cli import readable_errors
 from alphatoken.config import RunConfig
 from alphatoken.config_file import load_config, parse_arguments, save_config
 from alphatoken.config_preference import PreferenceRunConfig
@@ -37,6 +38,15 @@ def test_overrides_are_yaml_and_win(file: Path) -> None:
     assert config.optim.lr == 3e-5
     assert config.valuation.layers == "all"
     assert [source.path for source in config.data.train] == ["a", "b"]
+
+
+def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(capsys: pytest.CaptureFixture[str]) -> None:
+    with readable_errors():
+        pass
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise UserError("what to do")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: what to do\n"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))

@@ -438,4 +438,7 @@ def test_a_run_goes_on_against_the_same_reference_only(pair_values: dict[str, An
     (model / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 1e-3}))
     resumed = {**first, "train": {**first["train"], "resume": "auto"}}
     (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"run": resumed})
-    assert "was trained against another reference than the one given now" in messages["run"]
+    assert (
+        "reference.model: the reference model (reference.model, by default model.name_or_path) changed"
+        in messages["run"]
+    )
