@@ -27,6 +27,7 @@ from alphatoken.checkpoint_files import (
     ABOUT,
     FORMAT_VERSION,
     LATEST,
+    SHARDS,
     damage,
     described_files,
     free_bytes,
@@ -35,15 +36,14 @@ from alphatoken.checkpoint_files import (
     step_folders,
     tidy,
     write_description,
-    write_durably,
 )
 from alphatoken.config import RunConfig
 from alphatoken.config_file import save_config
 from alphatoken.continuation import is_allowed
 from alphatoken.errors import UserError
-from alphatoken.slices import flush
+from alphatoken.files import PARTIAL, flush, publish_text
+from alphatoken.model import WEIGHTS
 
-SHARDS = "*optim_states.pt"
 UNIVERSAL = "-universal"
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
 
@@ -130,7 +130,7 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     description = read_description(checkpoint)
     notes += _accepted_changes(checkpoint, description["config"], config)
     written_by, ranks = description["world_size"], collectives.world_size()
-    moved = written_by != ranks and bool(list(checkpoint.glob(SHARDS)))  # stage 0 has none
+    moved = written_by != ranks and any(checkpoint.glob(SHARDS))
     if moved:
         notes.append(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
         checkpoint = collectives.on_rank_0(lambda: universal_checkpoint(checkpoint))
@@ -158,7 +158,7 @@ def start_run_folder(
         for adapters in getattr(model, "peft_config", {}).values():
             adapters.base_model_name_or_path = config.model.name_or_path
             adapters.save_pretrained(folder.model)
-        write_durably(folder.model / ABOUT, json.dumps(about, indent=1))
+        publish_text(folder.model / ABOUT, json.dumps(about, indent=1))
 
     collectives.on_rank_0(write)
 
@@ -171,7 +171,9 @@ def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
 
 
 def check_space(folder: RunFolder, needed: int) -> None:
-    """Raises UserError on every rank where a checkpoint of so many bytes does not fit beside the others."""
+    """Removes what killed saves have left. Raises UserError on every rank if a checkpoint of so many bytes does not fit
+    beside the others.
+    """
 
     def check() -> None:
         remove_leftovers(folder.checkpoints)
@@ -195,7 +197,7 @@ def save_checkpoint(
     that must be free. Raises UserError when the disk refuses; older checkpoints stay as they are.
     """
     final = folder.checkpoints / f"step-{step}"
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + PARTIAL)
     check_space(folder, needed)
 
     def check_writing() -> None:
@@ -218,9 +220,7 @@ def save_checkpoint(
         if final.exists():
             final.rename(aside)
         partial.rename(final)
-        write_durably(folder.checkpoints / f"{LATEST}.partial", final.name)
-        (folder.checkpoints / f"{LATEST}.partial").replace(folder.checkpoints / LATEST)
-        flush(folder.checkpoints)
+        publish_text(folder.checkpoints / LATEST, final.name)
         shutil.rmtree(aside, ignore_errors=True)
         tidy(folder.checkpoints, step, config.train.keep_last, config.train.keep_every)
 
@@ -242,11 +242,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call it."""
+    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call it.
+
+    Learning rate, decay, betas and epsilon stay those the engine was built with.
+    """
+    options = zero3.optimizer_options(engine)
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
     zero3.separate_step_counts(engine)
+    zero3.set_optimizer_options(engine, options)
     state: dict[str, Any] = client_state[STATE]
     return state
 
@@ -260,7 +265,7 @@ def universal_checkpoint(checkpoint: Path) -> Path:
     if target.exists() and damage(target) is None and _source_of(target) == _source_of(checkpoint):
         return target
     shutil.rmtree(target, ignore_errors=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
@@ -283,8 +288,7 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) 
     """Writes the current weights as a Hugging Face folder. Every rank must call it; rank 0 holds the whole model."""
     state = zero3.consolidated_state(engine)
     if state is not None:
-        prefix = "lm."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items() if name.startswith(WEIGHTS)}
         engine.module.lm.save_pretrained(target, state_dict=weights)
         tokenizer.save_pretrained(target)
     collectives.barrier()

@@ -7,9 +7,7 @@ description does not exist for us.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from alphatoken.errors import UserError
+from alphatoken.files import PARTIAL, file_sha256, fingerprint, flush, publish_text
 
 FORMAT_VERSION = 3
 DESCRIPTION = "complete.json"
 LATEST = "latest"
+SHARDS = "*optim_states.pt"  # what DeepSpeed calls them; at stage 0 there are none
 ABOUT = "about.json"  # in the run's model folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -35,8 +35,8 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
 
 def remove_leftovers(checkpoints: Path) -> None:
     """Removes what saves that were killed have left."""
-    for leftover in checkpoints.glob("step-*.partial"):
-        if STEP_FOLDER.fullmatch(leftover.name.removesuffix(".partial")):
+    for leftover in checkpoints.glob(f"step-*{PARTIAL}"):
+        if STEP_FOLDER.fullmatch(leftover.name.removesuffix(PARTIAL)):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -86,7 +86,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 
 def write_description(checkpoint: Path, description: dict[str, Any]) -> None:
     """Makes a checkpoint valid."""
-    write_durably(checkpoint / DESCRIPTION, _sealed(description))
+    publish_text(checkpoint / DESCRIPTION, _sealed(description))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -101,7 +101,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{file} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _digest(file) != expected["sha256"]:
+        if file_sha256(file) != expected["sha256"]:
             return f"{file} does not have the content that was saved"
     return None
 
@@ -117,25 +117,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as content:
-        content.write(text)
-        content.flush()
-        os.fsync(content.fileno())
-
-
 def _sealed(description: dict[str, Any]) -> str:
     """The description as text, its own hash included."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**description, "sha256": digest}, indent=1)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return json.dumps({**description, "sha256": fingerprint(description)}, indent=1)
 
 
 def _flush_and_digest(file: Path) -> dict[str, Any]:
-    with file.open("rb+") as content:
-        os.fsync(content.fileno())
-    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
+    flush(file)
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}

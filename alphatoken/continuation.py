@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +18,6 @@ INPUTS = {
     "reference.model": "the reference model (reference.model, by default model.name_or_path)",
     "valuation.fisher": "the Fisher or the stability reference",
 }
-
-
-def fingerprint(value: object) -> str:
-    """A hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_allowed(key: str, patterns: Sequence[str]) -> bool:

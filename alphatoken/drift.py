@@ -5,8 +5,6 @@ Everything is kept as this rank's flat slices (`zero3`), so drift costs no commu
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from alphatoken import collectives, valuation, zero3
 from alphatoken.errors import UserError
+from alphatoken.files import fingerprint
 from alphatoken.slices import TensorFile
 
 
@@ -92,7 +91,7 @@ class Drift:
                 return slices[name][: end - start]
 
             both.append(zero3.checksums(self._parameters, self._device, read))
-        return hashlib.sha256(json.dumps(both).encode()).hexdigest()
+        return fingerprint(both)
 
     def _own_slice(self, tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:
         parameter = self._parameters[name]

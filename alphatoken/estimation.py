@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -34,6 +33,7 @@ from alphatoken.engine import (
     load_tokenizer,
 )
 from alphatoken.errors import UserError
+from alphatoken.files import fingerprint
 from alphatoken.fisher import EstimateFolder, FisherSum
 from alphatoken.losses import IGNORE_INDEX
 from alphatoken.report import Countdown, peak_memory
@@ -229,4 +229,4 @@ def model_identity(parameters: Mapping[str, nn.Parameter], device: torch.device)
     """One hash of the named weights, and a checksum of each. Every rank must call it."""
     checksums = zero3.checksums(parameters, device)
     described = [[name, list(zero3.full_shape(parameters[name])), value] for name, value in checksums.items()]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest(), checksums
+    return fingerprint(described), checksums

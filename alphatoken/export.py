@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alphatoken import zero3
-from alphatoken.checkpoint_files import ABOUT, damage, read_description, step_folders
+from alphatoken.checkpoint_files import ABOUT, SHARDS, damage, read_description, step_folders
 from alphatoken.errors import UserError
+from alphatoken.files import PARTIAL
+from alphatoken.model import WEIGHTS
 
 SHARD_BYTES = 2 * 2**30
-WEIGHTS = "lm."  # what the engine's module calls the model
 
 MODEL_CARD = """\
 ---
@@ -81,7 +82,7 @@ def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: b
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     shutil.copytree(model_files, partial)
     about = json.loads((partial / ABOUT).read_text(encoding="utf-8"))
     (partial / ABOUT).unlink()
@@ -123,9 +124,9 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
 
 def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter whole, by its name in the model; one at a time."""
-    if any(checkpoint.glob("*optim_states.pt")):
+    if any(checkpoint.glob(SHARDS)):
         state = zero3.masters_of(checkpoint)
-    else:  # stage 0 has no shards
+    else:
         (file,) = checkpoint.glob("*model_states.pt")
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     for name in state:

@@ -23,9 +23,10 @@ from alphatoken import collectives, squares, zero3
 from alphatoken.architectures import Decoder, ParameterSet, Stage
 from alphatoken.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.errors import UserError, differences
+from alphatoken.files import flush
 from alphatoken.losses import head_outgrads, loss_positions
 from alphatoken.passes import Chunk, chunks_of, top_backward
-from alphatoken.slices import TensorFile, flush, save_slices
+from alphatoken.slices import TensorFile, save_slices
 from alphatoken.squares import Square
 from alphatoken.streamer import LayerStreamer
 

@@ -18,6 +18,8 @@ from alphatoken.scorer import Scorer
 from alphatoken.selection import Selection, ranking, weigh_branches
 from alphatoken.timing import Stopwatch
 
+WEIGHTS = "lm."  # how the names of the model's weights begin in `ValuedModel`
+
 
 class Assessment(TypedDict):
     """What is known about a micro-batch's response tokens before any is chosen; nothing carries a graph."""

@@ -45,7 +45,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
     def is_agreed(self) -> bool:
         """Whether any rank was asked. Every rank must call it, between steps: an all-reduce of one number."""
-        return self._most(float(self._asked_at is not None)) > 0
+        return self._any(self._asked_at is not None)
 
     def took(self, what: str, seconds: float) -> None:
         """Learns how long a `micro-batch`, an `evaluation` or a `save` takes."""
@@ -63,16 +63,12 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         evaluation = self._known.get("evaluation", 0.0) if evaluates else 0.0
         left = micro_batches * self._known.get("micro-batch", 0.0) + evaluation
         left += self._known.get("save", 0.5 * self._grace)
-        lacking = -1.0
-        if self._asked_at is not None:
-            lacking = left - (self._grace - (time.monotonic() - self._asked_at))
-        if self._most(lacking) > 0:
+        if self._any(self._asked_at is not None and time.monotonic() + left > self._asked_at + self._grace):
             raise WindowDroppedError
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
 
-    def _most(self, own: float) -> float:
-        numbers = collectives.gather_rows(torch.tensor([[own]], dtype=torch.float64, device=self._device))
-        return float(numbers.max())
+    def _any(self, own: bool) -> bool:
+        return bool(collectives.sum_over_ranks(torch.tensor(int(own), device=self._device)) > 0)

@@ -6,10 +6,8 @@ what they are of. It is complete when the files cover the dataset; whoever finds
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -32,16 +30,15 @@ from alphatoken.data.cache import TokenDataset
 from alphatoken.engine import build_inference_engine, inference_config, load_model
 from alphatoken.errors import UserError, differences
 from alphatoken.estimation import model_identity, tokenizer_identity
+from alphatoken.files import PARTIAL, file_sha256, fingerprint, publish, publish_text
 from alphatoken.losses import loss_positions
 from alphatoken.model import TokenLosses
 from alphatoken.report import Countdown
 from alphatoken.sampling import evaluating
-from alphatoken.slices import flush
 
 FORMAT_VERSION = 1
 ROWS_FILE = re.compile(r"rows-(\d+)-(\d+)\.parquet")
 SETTINGS = "settings.json"
-PARTIAL = ".partial"
 
 # First row, one after the last, file.
 Span = tuple[int, int, Path]
@@ -118,7 +115,7 @@ class CacheFolder:
             final = self.path / f"rows-{start:09}-{start + len(losses):09}.parquet"
             numbers = pa.array(np.arange(start, start + len(losses)))
             table = pa.table({"row": numbers, "nll": column})
-            _publish(final, lambda partial: pq.write_table(table, partial, row_group_size=ROW_GROUP))
+            publish(final, lambda partial: pq.write_table(table, partial, row_group_size=ROW_GROUP))
 
         try:
             collectives.on_rank_0(write)
@@ -134,8 +131,7 @@ class CacheFolder:
                 return
             if any(path.suffix != PARTIAL for path in self.path.iterdir()):
                 raise UserError(f"reference.cache: {self.path} holds other files; choose an empty or a new folder")
-            text = json.dumps(settings, indent=1)
-            _publish(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+            publish_text(file, json.dumps(settings, indent=1))
         except OSError as error:
             raise UserError(f"cannot write the reference's losses to {self.path}: {error}") from None
 
@@ -206,8 +202,7 @@ class Reference:
             if config.reference.cache is not None:
                 path = config.reference.cache.expanduser() / part_name.removeprefix("data.")
             else:
-                key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-                path = config.data.cache_dir.expanduser() / f"reference-{key[:32]}"
+                path = config.data.cache_dir.expanduser() / f"reference-{fingerprint(own)[:32]}"
             folders[part_name] = CacheFolder(path, len(part), own)
         return folders
 
@@ -294,18 +289,6 @@ def _longest_chain(folder: Path, rows: int) -> list[Span]:
     return chains[max(chains)]
 
 
-def _publish(final: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside `final`, then renames it: it is there whole or not at all."""
-    partial = final.with_suffix(f".{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        write(partial)
-        flush(partial)
-        partial.replace(final)
-    finally:
-        partial.unlink(missing_ok=True)
-    flush(final.parent)
-
-
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     try:
         theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -331,8 +314,7 @@ def _identity_of_start(decoder: Decoder, device: torch.device) -> str:
     described = decoder.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         described.pop(key, None)
-    text = json.dumps([model_identity(weights, device)[0], described], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return fingerprint([model_identity(weights, device)[0], described])
 
 
 def _identity_of_files(name: str) -> str:
@@ -341,12 +323,8 @@ def _identity_of_files(name: str) -> str:
     def digest() -> str:
         if not Path(name).is_dir():
             return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
-        whole = hashlib.sha256()
-        for file in sorted(
-            path for ending in ("*.safetensors", "*.bin", "config.json") for path in Path(name).glob(ending)
-        ):
-            with file.open("rb") as content:
-                whole.update(hashlib.file_digest(content, "sha256").digest())
-        return whole.hexdigest()
+        endings = ("*.safetensors", "*.bin", "config.json")
+        files = sorted(path for ending in endings for path in Path(name).glob(ending))
+        return fingerprint([file_sha256(file) for file in files])
 
     return collectives.on_rank_0(digest)

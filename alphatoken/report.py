@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.config import RunConfig
+from alphatoken.files import publish_text
 from alphatoken.model import Assessment
 
 Metrics = dict[str, float | int]
@@ -265,7 +266,5 @@ def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
             break
         if metrics["step"] <= first_step:
             kept.append(metrics)
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
-    partial.replace(file)
+    publish_text(file, "".join(json.dumps(metrics) + "\n" for metrics in kept))
     return kept

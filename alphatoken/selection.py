@@ -104,8 +104,7 @@ def weigh_branches(selections: Sequence[Selection], rank_R: Tensor, sequence_R: 
     weight_R = torch.empty(rank_R.shape, device=rank_R.device)
     for branch, selection in enumerate(selections):
         own_R = sequence_R % len(selections) == branch
-        order_R = sequence_R[own_R].unique(return_inverse=True)[1]
-        weight_R[own_R] = selection.weigh(rank_R[own_R], order_R, protected_R[own_R])
+        weight_R[own_R] = selection.weigh(rank_R[own_R], sequence_R[own_R], protected_R[own_R])
     return weight_R
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from alphatoken import collectives, zero3
 from alphatoken.errors import UserError
+from alphatoken.files import flush
 
 HEADER = "alphatoken"
 
@@ -57,15 +57,6 @@ def save_slices(
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from None
     flush(file)
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file's content, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class TensorFile(Mapping[str, Tensor]):

@@ -33,7 +33,7 @@ class Means:
 
     def add(self, vectors: Mapping[str, Tensor]) -> None:
         for name, vector in vectors.items():
-            own = torch.stack([vector.double().sum(), torch.full_like(vector, 1, dtype=torch.float64).sum()])
+            own = torch.stack([vector.double().sum(), torch.ones_like(vector, dtype=torch.float64).sum()])
             self._sums[name] = self._sums[name] + own if name in self._sums else own
 
     def reduce(self) -> dict[str, float]:

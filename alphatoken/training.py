@@ -27,7 +27,7 @@ from alphatoken.checkpoint import (
     start_run_folder,
 )
 from alphatoken.config import FisherConfig, RunConfig
-from alphatoken.continuation import changed_inputs, fingerprint
+from alphatoken.continuation import changed_inputs
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
@@ -45,6 +45,7 @@ from alphatoken.engine import (
 from alphatoken.errors import NonFiniteError
 from alphatoken.estimation import build_drift, estimate_fisher, tokenizer_identity
 from alphatoken.estimators import build_scorer
+from alphatoken.files import fingerprint
 from alphatoken.losses import Objective, loss_positions
 from alphatoken.model import Assessment, StepOutput, ValuedModel
 from alphatoken.preemption import StopRequest, WindowDroppedError
@@ -188,9 +189,6 @@ class Trainer:
         state = load_checkpoint(self._engine, continuation.checkpoint)
         allowed = self._config.train.resume_allow
         self._notes += changed_inputs(state["inputs"], self._inputs, allowed, continuation.checkpoint.name)
-        chosen = self._config.optim
-        if state["optim"] != chosen.model_dump():
-            zero3.set_optimizer_options(self._engine, chosen.lr, chosen.weight_decay, chosen.betas, chosen.eps)
         if self._model.scorer is not None:
             self._model.scorer.scales.state = state["scales"]
         if len(state["random"]) == collectives.world_size():
@@ -205,7 +203,6 @@ class Trainer:
         state = {
             "scales": None if scorer is None else scorer.scales.state,
             "inputs": self._inputs,
-            "optim": self._config.optim.model_dump(),
             "random": collectives.gather_objects(random_state(self._device)),
         }
         saved = save_checkpoint(self._engine, self._folder, self._config, done, state, self._needed)

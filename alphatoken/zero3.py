@@ -175,18 +175,27 @@ def masters_of(checkpoint: Path) -> Mapping[str, Any]:
     return found
 
 
-def set_optimizer_options(engine: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
-    """Gives optimizer and schedule other options than those a checkpoint had; norms and biases still do not decay."""
+Options = list[dict[str, Any]]
+
+
+def optimizer_options(engine: Any) -> Options:
+    """Learning rate at its peak, decay, betas and epsilon of each parameter group."""
+    keys = ("initial_lr", "weight_decay", "betas", "eps")
+    return [{key: group[key] for key in keys} for group in engine.lr_scheduler.optimizer.param_groups]
+
+
+def set_optimizer_options(engine: Any, options: Options) -> None:
+    """Gives optimizer and schedule, where a checkpoint has left them, the options that `optimizer_options` gave."""
     scheduler = engine.lr_scheduler
-    scheduler.base_lrs = [lr] * len(scheduler.base_lrs)
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    groups = {
-        id(group): group for optimizer in (engine.optimizer, scheduler.optimizer) for group in optimizer.param_groups
-    }
-    for group in groups.values():
-        group |= {"lr": lr * factors[0], "initial_lr": lr, "betas": betas, "eps": eps}
-        group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
-    scheduler._last_lr = [lr * factor for factor in factors]
+    scheduler.base_lrs = [each["initial_lr"] for each in options]
+    rates = [
+        peak * factor(scheduler.last_epoch)
+        for peak, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for groups in (engine.optimizer.param_groups, scheduler.optimizer.param_groups):  # mostly the same
+        for group, each, rate in zip(groups, options, rates, strict=True):
+            group |= {**each, "lr": rate}
+    scheduler._last_lr = rates
 
 
 def link_moments(engine: Any) -> None:

@@ -270,7 +270,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "report": (Report, "step"),
     "saving shards": (TorchCheckpointEngine, "save"),
     "hashing shards": (checkpoint, "described_files"),
-    "publishing": (checkpoint, "write_durably"),
+    "publishing": (checkpoint, "publish_text"),
 }
 
 

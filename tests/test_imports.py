@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import those above it in this list, never those below.
 LAYERS = (
     "errors",
+    "files",
     "config",
     "config_preference",
     "config_file",

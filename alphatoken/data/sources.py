@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from alphatoken.config import Source
 from alphatoken.errors import UserError
+from alphatoken.files import file_sha256
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -44,8 +44,7 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     if source.path.endswith(SUFFIXES):
         if not path.is_file():
             raise UserError(f"data file {path} does not exist")
-        with path.open("rb") as content:
-            fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
+        fingerprint = file_sha256(path)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(source, path)
     else:
         dataset = _open_dataset(source, path)
