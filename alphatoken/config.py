@@ -53,6 +53,9 @@ class Source(Section):
     )
     split: str = Field("train", description="Split of a `datasets` name.")
     subset: str | None = Field(None, description="Configuration of a `datasets` name.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our field to the source's, as in {prompt: problem, response: solution}."
+    )
 
 
 def _as_sources(value: Any) -> Any:

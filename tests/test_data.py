@@ -244,6 +244,19 @@ def test_a_slice_of_a_source(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert [dataset.location(index).rsplit(":")[-1] for index in range(len(dataset))] == ["4", "5", "6", "7"]
 
 
+def test_a_source_with_other_field_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number}?", "response": "yes"} for number in range(3)]
+    other = [{"problem": row["prompt"], "solution": row["response"], "prompt": "not this"} for row in rows]
+    path, columns = write_rows(tmp_path / "other.jsonl", other), {"prompt": "problem", "response": "solution"}
+    encoder, cache = Encoder(tokenizer, 512), tmp_path / "cache"
+    found = tokenise([Source(path=path, columns=columns)], encoder, cache)
+    expected = read(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)
+    assert np.array_equal(found.digests(), expected.digests())
+    message = r"other.jsonl:1: no field 'answer', which data columns=.* name; it has problem, solution, prompt"
+    with pytest.raises(UserError, match=message):
+        tokenise([Source(path=path, columns={"response": "answer"})], encoder, cache)
+
+
 def test_the_cache_is_used_again_and_only_for_the_same_content(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

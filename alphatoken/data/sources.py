@@ -51,7 +51,21 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
         fingerprint = str(dataset._fingerprint)
         rows = (Row(number, fields) for number, fields in enumerate(dataset, start=1))
     end = None if source.first is None else source.skip + source.first
-    return f"{fingerprint}[{source.skip}:{end}]", itertools.islice(rows, source.skip, end)
+    renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
+    chosen = itertools.islice(rows, source.skip, end)
+    return f"{fingerprint}[{source.skip}:{end}]{renamed}", _renamed(source, chosen) if source.columns else chosen
+
+
+def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        missing = [name for name in source.columns.values() if name not in row.fields]
+        if missing:
+            raise UserError(
+                f"{location(source, row.number)}: no field {missing[0]!r}, which data columns={source.columns} name; "
+                f"it has {', '.join(row.fields)}"
+            )
+        others = {name: value for name, value in row.fields.items() if name not in source.columns.values()}
+        yield Row(row.number, {**others, **{ours: row.fields[theirs] for ours, theirs in source.columns.items()}})
 
 
 def _filled_in(path: str) -> Path:
