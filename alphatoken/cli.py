@@ -77,6 +77,50 @@ def convert(checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints
     typer.echo(universal_checkpoint(checkpoint))
 
 
+@app.command()
+def plan(
+    config: Annotated[
+        Path, typer.Option("--config", help="Configuration of a run; section `preference` makes it pairs.")
+    ],
+    world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Device to fit into, for example h100-80g.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Ranks are processes without an accelerator.")] = False,
+    row_tokens: Annotated[int | None, typer.Option(help="Tokens of a row; default: the longest allowed.")] = None,
+    response_share: Annotated[float, typer.Option(help="Share of response tokens.")] = 1.0,
+    from_data: Annotated[
+        bool, typer.Option("--from-data", help="Take both from data.train, which is read: its longest row.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Tell memory, messages and work of a run from its configuration and the model's config.json alone."""
+    import json
+
+    from rich.console import Console
+
+    from alphatoken.config import RunConfig
+    from alphatoken.config_file import load_config
+    from alphatoken.config_preference import PreferenceRunConfig
+    from alphatoken.data.splits import load_splits
+    from alphatoken.engine import load_tokenizer
+    from alphatoken.planner.plan import make_plan
+    from alphatoken.planner.show import as_values, print_plan
+    from alphatoken.planner.workload import Rows, longest_rows, rows_of
+
+    run = load_config(RunConfig, config, overrides or [], {"preference": PreferenceRunConfig})
+    if from_data:
+        if row_tokens is not None or response_share != 1.0:
+            raise UserError("--from-data takes lengths from data.train: leave out --row-tokens and --response-share")
+        rows = rows_of(load_splits(run, load_tokenizer(run.model)).train, len(run.selections))
+    else:
+        rows = longest_rows(run, response_share) if row_tokens is None else Rows(row_tokens, response_share)
+    made = make_plan(run, rows, world, "cpu" if cpu else gpu)
+    if as_json:
+        typer.echo(json.dumps(as_values(made), indent=1))
+    else:
+        print_plan(made, Console())
+
+
 def main() -> None:
     with readable_errors():
         app()

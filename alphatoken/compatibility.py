@@ -19,8 +19,8 @@ def architecture_of_config(config: PretrainedConfig) -> Architecture:
     return architecture_named(_model_class(config).__name__)
 
 
-def check_attention(config: PretrainedConfig, implementation: str, dtype: str) -> None:
-    """Refuses an attention kernel that the model, its dtype or this machine cannot run. Raises UserError."""
+def check_attention(config: PretrainedConfig, implementation: str, dtype: str, here: bool = True) -> None:
+    """Refuses an attention kernel that the model, its dtype or, if `here`, this machine cannot run (UserError)."""
     model_class, setting = _model_class(config), f"model.attn_implementation={implementation}"
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # some versions would drop it silently
     if implementation == "sdpa" and (softcap is not None or not model_class._supports_sdpa):
@@ -30,7 +30,7 @@ def check_attention(config: PretrainedConfig, implementation: str, dtype: str) -
             raise UserError(f"{setting} is not possible with {model_class.__name__}: set it to sdpa or eager")
         if dtype != "bfloat16":
             raise UserError(f"{setting} needs model.dtype=bfloat16, not {dtype}")
-        if not is_flash_attn_2_available():
+        if here and not is_flash_attn_2_available():
             raise UserError(f"{setting} needs a CUDA device and flash-attn: pip install 'alphatoken[flash]'")
 
 

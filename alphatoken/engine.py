@@ -48,6 +48,15 @@ OUR_FIELDS = {
     "csv_monitor": "logging.wandb",
 }
 
+# What divides a model otherwise than by ZeRO. All ranks are data-parallel here: gradients, values and counts are summed
+# over them all, and a rank's tower sees whole sequences and whole layers (docs/launching.md says what is missing).
+PARALLELISMS = {
+    "sequence_parallel_size": "sequence",
+    "tensor_parallel": "tensor",
+    "pipeline": "pipeline",
+    "expert_parallel": "expert",
+}
+
 DEFAULT_DEEPSPEED = {
     "zero_optimization": {
         "stage": 3,
@@ -74,6 +83,12 @@ def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any
     for key, field in OUR_FIELDS.items():
         if key in values:
             raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
+    for key, name in PARALLELISMS.items():
+        if key in values:
+            raise UserError(
+                f"{origin} sets {key!r}, but {name} parallelism is not supported: every rank trains on whole sequences "
+                "with all layers. Remove it; zero_optimization and train.gradient_checkpointing make room instead"
+            )
     if "writer" in values.get("checkpoint", {}):
         raise UserError(
             f"{origin} sets checkpoint.writer; remove it: a checkpoint's files are hashed when they are whole, which "
@@ -227,14 +242,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_before_loading(config: RunConfig) -> None:
-    """What the model's `config.json` can tell before any weight is read. Raises UserError."""
+def check_before_loading(config: RunConfig, here: bool = True) -> None:
+    """What the model's `config.json` can tell before any weight is read. Raises UserError.
+
+    `here`: whether this machine is to run it.
+    """
     try:
         model_config = AutoConfig.from_pretrained(config.model.name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}") from None
     architecture = architecture_of_config(model_config)
-    check_attention(model_config, config.model.attn_implementation, config.model.dtype)
+    check_attention(model_config, config.model.attn_implementation, config.model.dtype, here)
     if config.data.packing and architecture.recurrent:
         raise UserError(
             f"data.packing=true is not possible with {model_config.model_type}: its linear-attention layers carry a "
@@ -273,6 +291,19 @@ def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int)
         _add_adapters(model, config.lora, seed)
     if stage == 3:
         _register_external_weights(decoder_of(model))
+    return model
+
+
+def model_without_weights(config: ModelConfig, attention: str) -> PreTrainedModel:
+    """The same model on the meta device, from its `config.json` alone, with the named attention implementation."""
+    model_config = AutoConfig.from_pretrained(config.name_or_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=getattr(torch, config.dtype), attn_implementation=attention
+        )
+    assert isinstance(model, PreTrainedModel)
+    if config.lora is not None:
+        _add_adapters(model, config.lora, seed=0)
     return model
 
 

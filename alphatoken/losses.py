@@ -28,7 +28,8 @@ def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     return targets_BT != IGNORE_INDEX, targets_BT
 
 
-def _block_rows(vocabulary: int) -> int:
+def block_rows(vocabulary: int) -> int:
+    """How many rows the head works on at once."""
     return max(1, LOGIT_BLOCK_ELEMENTS // vocabulary)
 
 
@@ -59,7 +60,7 @@ def head_loss(
     """
     nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
     grad_RH = torch.empty_like(hidden_RH)
-    rows = _block_rows(head.weight.shape[0])
+    rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
         nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
@@ -87,7 +88,7 @@ def head_jvp(
     """
     nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
     derivative_R = torch.empty_like(nll_R)
-    rows = _block_rows(head.weight.shape[0])
+    rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
         nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
@@ -116,7 +117,7 @@ def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
 def head_samples(hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap: float | None = None) -> Tensor:
     """A token drawn from the model's own prediction at each of the given states after the final norm; (R,) int64."""
     token_R = torch.empty(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device)
-    rows = max(1, _block_rows(head.weight.shape[0]) // 16)  # probabilities are float64
+    rows = max(1, block_rows(head.weight.shape[0]) // 16)  # probabilities are float64
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
         logits_RV = head(hidden_RH[block]).float()
@@ -138,7 +139,7 @@ class _BlockedNLL(torch.autograd.Function):
         targets_R: Tensor,
         softcap: float | None,
     ) -> Tensor:
-        rows = _block_rows(weight_VH.shape[0])
+        rows = block_rows(weight_VH.shape[0])
         nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
         only_block: Tensor | None = None
         for start in range(0, hidden_RH.shape[0], rows):
@@ -156,7 +157,7 @@ class _BlockedNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
-        rows = _block_rows(weight_VH.shape[0])
+        rows = block_rows(weight_VH.shape[0])
         for start in range(0, hidden_RH.shape[0], rows):
             block = slice(start, start + rows)
             grad_RV = only_block

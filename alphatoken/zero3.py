@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken import collectives
+from alphatoken.errors import UserError
 
 
 @contextmanager
@@ -40,8 +41,41 @@ def plain_linears() -> Iterator[None]:
         nn.functional.linear = current
 
 
+@contextmanager
+def communicated_bytes() -> Iterator[dict[str, int]]:
+    """Bytes that this rank hands to each collective inside, by its name, from DeepSpeed's own log; filled on exit.
+
+    The log waits for every message, so what is inside takes longer than it would.
+    """
+    from deepspeed.comm import comm
+
+    logger = comm.comms_logger
+    found: dict[str, int] = {}
+    before = logger.enabled, logger.prof_all, logger.comms_dict
+    logger.enabled, logger.prof_all, logger.comms_dict = True, True, {}
+    try:
+        yield found
+    finally:
+        for name, sizes in logger.comms_dict.items():
+            found[name] = sum(size * entry[0] for size, entry in sizes.items())
+        logger.enabled, logger.prof_all, logger.comms_dict = before
+
+
 # An nn.Parameter; DeepSpeed adds attributes that type checkers cannot know.
 Parameter = Any
+
+
+def zero_settings(deepspeed_values: Mapping[str, Any]) -> Any:
+    """DeepSpeed's own reading of a configuration's `zero_optimization`, its defaults included.
+
+    Raises UserError for what DeepSpeed does not accept.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        return DeepSpeedZeroConfig(**deepspeed_values.get("zero_optimization", {}))
+    except ValueError as error:
+        raise UserError(f"deepspeed.config: zero_optimization is not accepted by DeepSpeed: {error}") from None
 
 
 def is_sharded(parameter: Parameter) -> bool:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from alphatoken.config import RunConfig
 from alphatoken.losses import SupervisedObjective
+from alphatoken.planner.tracing import FlopCounter
 from alphatoken.training import Trainer
 
 PAPER_MICRO_BATCHES = 16
@@ -62,21 +61,6 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-class FlopCounter(TorchDispatchMode):
-    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear `autograd.grad`."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
-        return result
 
 
 def flops(call: Callable[[], None]) -> int:

@@ -45,6 +45,7 @@ from alphatoken.statistics import StepStatistics
 from alphatoken.step_selection import count_tokens
 from alphatoken.streamer import LayerStreamer
 from alphatoken.training import Trainer
+from benchmarks import plan_accuracy
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:
@@ -105,6 +106,14 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
         results[name] = {"rows": rows, "gradients": gradients}
         trainer._engine.destroy()
     return results
+
+
+def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
+    """What each case of the benchmark takes, and what was planned. (Memory does not count: forked processes share.)"""
+    return {
+        case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32"))
+        for case in plan_accuracy.CASES
+    }
 
 
 def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,10 @@ def test_the_launchers_rank_is_accepted(file: Path) -> None:
         ({"optimizer": {"type": "Adam"}}, "sets 'optimizer'; remove it and set optim"),
         ({"bf16": {"enabled": True}}, "set model.dtype instead"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+        ({"sequence_parallel_size": 2}, "sequence parallelism is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not supported"),
+        ({"pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
+        ({"expert_parallel": {"ep_size": 2}}, "expert parallelism is not supported"),
     ],
 )
 def test_deepspeed_keys_that_are_ours_are_refused(

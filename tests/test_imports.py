@@ -55,6 +55,7 @@ LAYERS = (
     "estimation",
     "reference",
     "training",
+    "planner",
     "cli",
     "__main__",
 )

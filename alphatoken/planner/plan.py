@@ -1,0 +1,158 @@
+"""The plan of a run: memory, messages and work of one rank, whether it fits, and what to change where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from alphatoken.config import DeepSpeedConfig, RunConfig, ValuationConfig
+from alphatoken.engine import DEFAULT_DEEPSPEED, read_deepspeed_config
+from alphatoken.errors import UserError
+from alphatoken.planner.blueprint import Blueprint, draw
+from alphatoken.planner.compute import Compute, compute_of
+from alphatoken.planner.memory import Memory, activation_bytes, memory_of
+from alphatoken.planner.traffic import Message, traffic_of
+from alphatoken.planner.workload import Rows
+
+GIB = 2**30
+
+# Memory in GiB as the drivers report it.
+GPUS = {
+    "a100-40g": 40.0,
+    "a100-80g": 80.0,
+    "h100-80g": 79.6,
+    "h200-141g": 140.4,
+    "b200-180g": 178.4,
+    "l40s-48g": 45.0,
+    "mi300x-192g": 192.0,
+    "rtx4090-24g": 24.0,
+}
+
+# Assumed, not measured: the driver's context and the buffers of communication, and what the allocator cannot use.
+GPU_CONTEXT_BYTES = int(1.5 * GIB)
+GPU_FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change, on top of those before it, and the memory of one rank with all of them."""
+
+    change: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    blueprint: Blueprint
+    memory: Memory
+    traffic: tuple[Message, ...]
+    compute: dict[str, Compute]
+    """By estimator; empty without valuation, where `plain` is all."""
+    plain: Compute
+    device: str | None
+    """A name of `GPUS`, or cpu; None where it was not told."""
+    needed: int
+    """Bytes of one rank at the peak, with what the device takes for itself."""
+    advice: tuple[Advice, ...]
+
+    @property
+    def capacity(self) -> int | None:
+        """Bytes of the device."""
+        return int(GPUS[self.device] * GIB) if self.device in GPUS else None
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.capacity is None else self.needed <= self.capacity
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """Bytes of one micro-batch's activations with and without recomputing them."""
+        return {
+            "with checkpointing": activation_bytes(self.blueprint, checkpointing=True),
+            "without checkpointing": activation_bytes(self.blueprint, checkpointing=False),
+        }
+
+
+def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = None) -> Plan:
+    """Plans a run on so many ranks. Raises UserError for an unknown device, and as `draw` does."""
+    if device is not None and device not in (*GPUS, "cpu"):
+        raise UserError(f"--gpu {device} is not known; known: {', '.join(GPUS)}")
+    blueprint = draw(config, rows, ranks)
+    memory = memory_of(blueprint, on_cpu=device == "cpu")
+    needed = _with_overhead(memory, device)
+    capacity = GPUS.get(device or "", float("inf")) * GIB
+    advice = tuple(_advise(config, rows, ranks, device, capacity)) if needed > capacity else ()
+    compute: dict[str, Compute] = {}
+    if config.valuation.enabled:
+        estimators: tuple[Literal["ghost", "exact"], ...] = ("ghost", "exact")
+        for estimator in estimators:
+            own = estimator == config.valuation.estimator
+            compute[estimator] = compute_of(blueprint if own else draw(_estimating(config, estimator), rows, ranks))
+    return Plan(blueprint, memory, tuple(traffic_of(blueprint)), compute, compute_of(blueprint), device, needed, advice)
+
+
+def _with_overhead(memory: Memory, device: str | None) -> int:
+    if device == "cpu":
+        return memory.peak
+    return int(memory.peak * (1 + GPU_FRAGMENTATION)) + GPU_CONTEXT_BYTES
+
+
+def _estimating(config: RunConfig, estimator: Literal["ghost", "exact"]) -> RunConfig:
+    """The same run with the other estimator, and the keys that only it reads at their defaults."""
+    shared = config.valuation.model_dump(
+        exclude={"estimator", "parameters", "preconditioner", "window", "contraction", "residency"}
+    )
+    valuation = ValuationConfig.model_validate({**shared, "estimator": estimator}, strict=False)
+    return config.model_copy(update={"valuation": valuation})
+
+
+def _advise(config: RunConfig, rows: Rows, ranks: int, device: str | None, capacity: float) -> Iterator[Advice]:
+    """Changes that lower the peak, each on top of the others, until it fits; what does not lower it is left out."""
+    lowest = None
+    for change, changed, more in _changes(config, ranks):
+        try:
+            memory = memory_of(draw(changed(config), rows, ranks * more), on_cpu=False)
+        except UserError:  # such as a batch that so many ranks do not divide
+            continue
+        needed = _with_overhead(memory, device)
+        if lowest is not None and needed >= lowest:
+            continue
+        lowest, config, ranks = needed, changed(config), ranks * more
+        yield Advice(change, needed)
+        if needed <= capacity:
+            return
+
+
+def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, int]]:
+    """What to write, what it does to the configuration, and by how much it multiplies the ranks; cheapest first."""
+
+    def train(**values: Any) -> Any:
+        return lambda each: each.model_copy(update={"train": each.train.model_copy(update=values)})
+
+    def valuation(**values: Any) -> Any:
+        return lambda each: each.model_copy(update={"valuation": each.valuation.model_copy(update=values)})
+
+    yield "train.gradient_checkpointing=true", train(gradient_checkpointing=True), 1
+    if config.valuation.enabled:
+        yield "valuation.residency=streamed", valuation(residency="streamed"), 1
+    size = config.train.micro_batch_size
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        yield f"train.micro_batch_size={size}", train(micro_batch_size=size), 1
+    if config.valuation.enabled:
+        yield "valuation.chunk_tokens=1", valuation(chunk_tokens=1), 1
+    values = read_deepspeed_config(config.deepspeed.config)
+    small = {"reduce_bucket_size": 50_000_000}
+    offloaded = {**small, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    for about, extra in (("reduce_bucket_size: 5e7", small), ("offload_optimizer: {device: cpu}", offloaded)):
+        zero = {**values.get("zero_optimization", DEFAULT_DEEPSPEED["zero_optimization"]), **extra}
+        written = DeepSpeedConfig(config={**values, "zero_optimization": zero})
+        yield (
+            f"deepspeed.config: zero_optimization.{about}",
+            lambda each, to=written: each.model_copy(update={"deepspeed": to}),
+            1,
+        )
+    for more in (2, 2, 2):
+        ranks *= more
+        yield f"--world {ranks}", lambda each: each, more

@@ -1,0 +1,169 @@
+"""How far `alphatoken plan` is from what runs take: peak memory, bytes communicated, floating-point operations.
+
+    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.plan_accuracy --model models/smollm2 --output FILE
+
+Every case runs four optimizer steps by `launch/local.sh` on generated rows of one length. Memory is the highest that
+was resident on any rank in the first three, loading included, less what was resident after its imports (on a GPU: the
+highest allocated). Bytes are those of the third step in DeepSpeed's communications log. FLOPs are counted in the
+fourth, which runs with the math kernel of attention. With the environment variable glibc gives freed memory back;
+without it a process holds on to some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from alphatoken import collectives
+from alphatoken.cli import readable_errors
+from alphatoken.config import RunConfig
+from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.engine import initialise_ranks
+from alphatoken.losses import Objective, SupervisedObjective
+from alphatoken.planner.plan import make_plan
+from alphatoken.planner.tracing import FlopCounter
+from alphatoken.planner.workload import rows_of
+from alphatoken.preference import PreferenceObjective
+from alphatoken.report import Report
+from alphatoken.training import Trainer
+from alphatoken.zero3 import communicated_bytes
+from benchmarks.measuring import circumstances, status, write_result
+from benchmarks.preference_memory import save_data
+
+STEPS = 3
+CASES: dict[str, dict[str, Any]] = {
+    "ghost": {},
+    "without valuation": {"valuation": {"enabled": False}},
+    "ghost, checkpointing": {"train": {"gradient_checkpointing": True}},
+    "ghost, all layers, streamed": {"valuation": {"layers": "all", "residency": "streamed"}},
+    "ghost, stage 2": {"deepspeed": {"config": {"zero_optimization": {"stage": 2}}}},
+    "exact": {"valuation": {"estimator": "exact"}},
+    "pairs, reference cached": {"preference": {}},
+}
+
+
+def config_of(case: str, folder: Path, model: Path, dtype: str) -> RunConfig:
+    """Two micro-batches of two documents on each of two ranks."""
+    changes = CASES[case]
+    kind, documents = ("pairs", 2) if "preference" in changes else ("sft", 1)
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(model), "dtype": dtype},
+        "data": {
+            "train": str(folder / f"{kind}-train.jsonl"),
+            "validation": str(folder / f"{kind}-held-out.jsonl"),
+            "cache_dir": str(folder / "cache"),
+        },
+        "valuation": {"validation_sequences": 8},
+        "fisher": {
+            "sampling": "empirical",
+            "num_prompts": 4,
+            "batch_size": 1,
+            "output": str(folder / f"fisher of {case}"),
+        },
+        "train": {
+            "global_batch_size": 8 // documents,
+            "micro_batch_size": 2 // documents,
+            "max_steps": STEPS + 1,
+            "output_dir": str(folder / f"run of {case}"),
+        },
+    }
+    for section, keys in changes.items():
+        values[section] = {**values.get(section, {}), **keys}
+    return (PreferenceRunConfig if kind == "pairs" else RunConfig).model_validate(values)
+
+
+def measure(config: RunConfig) -> dict[str, Any]:
+    """What this rank takes, and what the plan of the same rows says."""
+    device = initialise_ranks()
+    at_start = status("VmRSS")
+    objective: Objective = SupervisedObjective()
+    if isinstance(config, PreferenceRunConfig):
+        objective = PreferenceObjective(config.preference)
+    trainer = Trainer(config, objective)
+    report = Report(config, Path(config.train.output_dir).with_suffix(".jsonl"), 0, STEPS, active=False)
+    for step in range(STEPS - 1):
+        trainer._optimizer_step(step, report)
+    with communicated_bytes() as communicated:
+        trainer._optimizer_step(STEPS - 1, report)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM") - at_start
+    with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
+        trainer._optimizer_step(STEPS, report)
+    rows = rows_of(trainer._splits.train, len(config.selections))
+    plan = make_plan(config, rows, collectives.world_size(), "cpu" if device.type == "cpu" else None)
+    planned = plan.compute.get(config.valuation.estimator, plan.plain)
+    pairs = {
+        "memory": (plan.memory.peak, peak),
+        "bytes": (sum(message.bytes for message in plan.traffic), sum(communicated.values())),
+        "flops": (planned.total, counter.total),
+    }
+    return {
+        "row_tokens": rows.tokens,
+        **{name: {"planned": pair[0], "measured": pair[1]} for name, pair in pairs.items()},
+    }
+
+
+def run_case(case: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rank that took the most memory."""
+    options = ["--case", case, "--folder", folder, "--model", arguments.model, "--dtype", arguments.dtype]
+    command = ["launch/local.sh", "--module", "benchmarks.plan_accuracy", *map(str, options)]
+    subprocess.run(command, check=True, env={**os.environ, "RANKS": "2"})
+    ranks: list[dict[str, Any]] = json.loads((folder / "result.json").read_text())
+    return max(ranks, key=lambda rank: int(rank["memory"]["measured"]))
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    table = Table("", title="planned / measured", title_justify="left")
+    for name in ("memory", "bytes", "FLOPs"):
+        table.add_column(name, justify="right")
+    units = {"memory": (2**20, "MiB"), "bytes": (2**20, "MiB"), "flops": (1e9, "GFLOP")}
+    for case, result in results.items():
+        cells = []
+        for what, (unit, name) in units.items():
+            planned, measured = result[what]["planned"], result[what]["measured"]
+            cells.append(f"{planned / unit:,.1f} / {measured / unit:,.1f} {name} = {planned / measured:.3f}")
+        table.add_row(case, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--output", type=Path, help="where to write the result as JSON")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--words", type=int, default=128, help="words of each prompt and of each response")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        with readable_errors():
+            config = config_of(arguments.case, arguments.folder, arguments.model, arguments.dtype)
+            ranks = collectives.gather_objects(measure(config))
+            if collectives.rank() == 0:
+                (arguments.folder / "result.json").write_text(json.dumps(ranks), encoding="utf-8")
+        return
+    results = {}
+    for case in arguments.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            save_data(Path(folder), 16, arguments.words)
+            results[case] = run_case(case, Path(folder), arguments)
+    show(results, Console(width=150))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = circumstances("benchmarks.plan_accuracy", device, arguments.model)
+    if arguments.output:
+        write_result({**about, "cases": results}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`alphatoken plan`: against what runs take, and on every configuration that the project ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from alphatoken.cli import app
+from alphatoken.config import RunConfig
+from alphatoken.config_file import load_config
+from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.errors import UserError
+from alphatoken.planner.plan import GIB, Plan, make_plan
+from alphatoken.planner.workload import Rows, longest_rows
+from benchmarks.plan_accuracy import CASES
+from benchmarks.preference_memory import save_data
+from tests.ranks import ROOT, run_ranks
+from tests.tiny import CASES as TINY
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+MODELS = {
+    "llama3.2_3b": "llama-3.2-3b",
+    "llama3.1_8b": "llama-3.1-8b",
+    "llama3.3_70b": "llama-3.3-70b",
+    "gemma3_4b": "gemma-3-4b",
+    "qwen3.5_9b": "qwen3.5-9b",
+}
+PLANNED = [file for file in CONFIGS if file.name.startswith(tuple(MODELS))]
+
+
+def load(file: Path, *overrides: str) -> RunConfig:
+    return load_config(RunConfig, file, overrides, {"preference": PreferenceRunConfig})
+
+
+def model_folder(file: Path) -> Path:
+    """Where the `config.json` of the model of a shipped configuration is."""
+    return ROOT / "tests" / "models" / next(name for start, name in MODELS.items() if file.name.startswith(start))
+
+
+@pytest.fixture(scope="module")
+def accuracy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two ranks communicated and computed in one step of each case, and what was planned."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    save_data(folder, 16, 24)
+    found: dict[str, dict[str, Any]] = run_ranks("planned_and_measured", 2, folder, model=tiny_model)[0]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_and_flops_are_as_planned(accuracy: dict[str, dict[str, Any]], case: str) -> None:
+    """DeepSpeed's communications log of one step within 5 %, torch's FLOP counter with math attention within 10 %."""
+    found = accuracy[case]
+    assert found["bytes"]["planned"] == pytest.approx(found["bytes"]["measured"], rel=0.05)
+    assert found["flops"]["planned"] == pytest.approx(found["flops"]["measured"], rel=0.10)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_as_planned(tiny_model: Path, tmp_path: Path) -> None:
+    """A launched run, above what is resident after its imports, within 15 %."""
+    output = tmp_path / "accuracy.json"
+    options = {"--model": tiny_model, "--dtype": "float32", "--cases": "ghost", "--output": output}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.plan_accuracy",
+        *(str(each) for pair in options.items() for each in pair),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    memory = json.loads(output.read_text())["cases"]["ghost"]["memory"]
+    assert memory["planned"] == pytest.approx(memory["measured"], rel=0.15)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_configuration_loads(file: Path) -> None:
+    load(file)
+
+
+@pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
+def test_large_models_fit_where_their_configurations_say(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command in the file's first lines, from the model's `config.json` alone."""
+    monkeypatch.chdir(ROOT)  # paths in configurations are relative to the project
+    (command,) = re.findall(r"# +(alphatoken plan .*)", file.read_text())
+    _, _, *options = shlex.split(command)
+    arguments = dict(zip(options[::2], options[1::2], strict=True))
+    assert arguments["--config"] == str(file.relative_to(ROOT))
+    config = load(file, f"model.name_or_path={model_folder(file)}")
+    plan = make_plan(config, longest_rows(config), int(arguments["--world"]), arguments["--gpu"])
+    assert plan.fits
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.2-3b", 3_212_749_824), ("llama-3.1-8b", 8_030_261_248), ("llama-3.3-70b", 70_553_706_496)],
+)
+def test_parameters_are_those_of_the_published_models(name: str, parameters: int) -> None:
+    plan = plan_of(name)
+    assert sum(numel for numel, _ in plan.blueprint.numels) == parameters
+    # Adam's moments and masters, gradients and weights in bf16: 16 bytes a parameter, divided over the ranks.
+    states = ("weights", "fp32 master weights", "Adam's moments", "gradients")
+    assert sum(part.bytes for part in plan.memory.steady if part.name in states) == 16 * parameters / 8
+
+
+def plan_of(name: str, ranks: int = 8, device: str | None = None, **sections: Any) -> Plan:
+    values = {
+        "model": {"name_or_path": str(ROOT / "tests" / "models" / name)},
+        "data": {"train": "rows.jsonl", "validation": "rows.jsonl"},
+        "train": {"output_dir": "run", "global_batch_size": 64, "micro_batch_size": 4},
+        **sections,
+    }
+    return make_plan(RunConfig.model_validate(values), Rows(2048), ranks, device)
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_every_supported_architecture_can_be_planned(case: str, tmp_path: Path) -> None:
+    model = TINY[case].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    attention = "eager" if TINY[case].eager_only else "sdpa"
+    values = {"name_or_path": str(tmp_path), "attn_implementation": attention}
+    plan = plan_of(case, model=values, valuation={"layers": 2})
+    assert sum(numel for numel, _ in plan.blueprint.numels) == sum(each.numel() for each in model.parameters())
+    assert all(0 < each.plain < each.total for each in plan.compute.values())
+
+
+def test_what_does_not_fit_is_told_how_to_fit() -> None:
+    plan = plan_of("llama-3.1-8b", device="a100-40g")
+    assert plan.fits is False
+    sizes = [plan.needed, *(each.bytes for each in plan.advice)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert plan.advice[0].change == "train.gradient_checkpointing=true"
+    assert plan.capacity is not None
+    assert sizes[-1] <= plan.capacity
+
+
+def test_what_can_never_fit_gets_no_false_hope() -> None:
+    result = CliRunner().invoke(app, ["plan", *written_for("llama-3.3-70b"), "--world", "1", "--gpu", "rtx4090-24g"])
+    assert "that is not enough" in result.output
+
+
+def written_for(name: str) -> list[str]:
+    """Options for a shipped configuration with another model."""
+    file = ROOT / "configs" / "sft" / "quickstart.yaml"
+    return ["--config", str(file), f"model.name_or_path={ROOT / 'tests' / 'models' / name}"]
+
+
+def test_a_plan_is_printed_for_people_and_for_programs() -> None:
+    command = ["plan", *written_for("llama-3.2-3b"), "--world", "2", "--row-tokens", "512"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0
+    for text in ("activations", "over a plain step", "ghost", "exact", "one checkpoint, on disk", "gradients"):
+        assert text in shown.output
+    values = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert values["parameters"]["all"] == 3_212_749_824
+    assert values["memory"]["peak"] > 16 * 3.2e9 / 2 > 20 * GIB
+    assert {"ghost", "exact"} == set(values["flops"])
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match="--gpu h1000 is not known; known: a100-40g"):
+        plan_of("llama-3.2-3b", device="h1000")
+    with pytest.raises(UserError, match=r"train\.global_batch_size=64 is not a multiple of .* 3 ranks"):
+        plan_of("llama-3.2-3b", ranks=3)
+    with pytest.raises(UserError, match="--row-tokens 1"):
+        Rows(1)
+    with pytest.raises(UserError, match="zero_optimization is not accepted by DeepSpeed"):
+        plan_of("llama-3.2-3b", deepspeed={"config": {"zero_optimization": {"stage": 7}}})
