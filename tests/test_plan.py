@@ -34,6 +34,7 @@ MODELS = {
     "gemma3_4b": "gemma-3-4b",
     "qwen3.5_9b": "qwen3.5-9b",
 }
+DEEPSPEED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 PLANNED = [file for file in CONFIGS if file.name.startswith(tuple(MODELS))]
 
 
@@ -108,6 +109,18 @@ def test_parameters_are_those_of_the_published_models(name: str, parameters: int
     # Adam's moments and masters, gradients and weights in bf16: 16 bytes a parameter, divided over the ranks.
     states = ("weights", "fp32 master weights", "Adam's moments", "gradients")
     assert sum(part.bytes for part in plan.memory.steady if part.name in states) == 16 * parameters / 8
+
+
+def test_deepspeed_configurations_put_states_where_they_say() -> None:
+    shipped = {file.stem: plan_of("llama-3.2-3b", deepspeed={"config": str(file)}) for file in DEEPSPEED}
+    steady = {name: {part.name: part.bytes for part in plan.memory.steady} for name, plan in shipped.items()}
+    count = 3_212_749_824
+    assert steady["zero3"]["weights"] == 2 * count / 8
+    assert steady["zero2"]["weights"] == 2 * count
+    assert steady["zero3_hpz"]["second copy of the weights, divided within a node"] == 2 * count / 8
+    assert "Adam's moments" not in steady["zero3_offload"]
+    assert shipped["zero3_offload"].memory.host == (2 + 4 + 4 + 8) * count / 8
+    assert steady["zero3"]["Adam's moments"] == 8 * count / 8
 
 
 def plan_of(name: str, ranks: int = 8, device: str | None = None, **sections: Any) -> Plan:

@@ -59,9 +59,10 @@ def memory_of(blueprint: Blueprint, *, on_cpu: bool) -> Memory:
         steady += _valuation(blueprint)
     if on_cpu:
         steady.append(Part("process, after its imports", _process(blueprint)))
-        steady += [Part(part.name, part.bytes) for part in host]  # all is host memory
+        steady += host  # all is host memory
         host = []
-    return Memory(tuple(steady), _moments(blueprint), (*host, *_disk(blueprint)))
+    elsewhere = [Part(part.name, part.bytes, "host") for part in host]
+    return Memory(tuple(steady), _moments(blueprint), (*elsewhere, *_disk(blueprint)))
 
 
 def _process(blueprint: Blueprint) -> int:
