@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from alphatoken.checkpoint_files import (
     write_description,
 )
 from alphatoken.config import RunConfig
-from alphatoken.config_file import save_config
+from alphatoken.config_file import flat, save_config
 from alphatoken.continuation import is_allowed
 from alphatoken.errors import UserError
 from alphatoken.files import PARTIAL, flush, publish_text
@@ -92,7 +92,7 @@ class Continuation:
     checkpoint: Path
     step: int
     universal: bool
-    """Whether it was converted, as another number of ranks wrote it."""
+    """Whether it has to be converted, as another number of ranks wrote it."""
     notes: tuple[str, ...]
     """What the user should know about it."""
 
@@ -100,9 +100,21 @@ class Continuation:
 def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     """The run's folder and the checkpoint to continue from, if any. Every rank must call it.
 
-    A checkpoint of another number of ranks is converted first, beside itself; nothing else is written. Raises UserError
-    if the folder holds another run and `train.resume` is `never`, or if the checkpoint to resume does not exist, is
-    damaged, or belongs to a different configuration.
+    A checkpoint of another number of ranks is converted first, beside itself; nothing else is written. Raises as
+    `find_checkpoint` does, on every rank.
+    """
+    found = collectives.on_rank_0(lambda: find_checkpoint(config, collectives.world_size()))
+    if found is not None and found.universal:
+        written = found.checkpoint
+        found = replace(found, checkpoint=collectives.on_rank_0(lambda: universal_checkpoint(written)))
+    return RunFolder(config.train.output_dir), found
+
+
+def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
+    """The checkpoint that a run on so many ranks would continue from, not converted yet; None for a new run.
+
+    Raises UserError if the folder holds another run and `train.resume` is `never`, or if the checkpoint to resume does
+    not exist, is damaged, or belongs to a different configuration.
     """
     folder = RunFolder(config.train.output_dir)
     resume = config.train.resume
@@ -112,7 +124,7 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
                 f"train.output_dir={folder.path} holds another run; choose another folder, or continue that run with "
                 "train.resume=auto"
             )
-        return folder, None
+        return None
     notes: list[str] = []
     found = _newest_complete(folder.checkpoints, notes) if resume == "auto" else Path(resume)
     if found is None:
@@ -121,20 +133,19 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
                 "train.resume=auto finds no usable checkpoint, but some that are not; remove them to start anew:\n  "
                 + "\n  ".join(notes)
             )
-        return folder, None
+        return None
     checkpoint: Path = found.with_name(found.name.removesuffix(UNIVERSAL))
     if resume != "auto":
-        problem = _damage_on_rank_0(checkpoint)
+        problem = damage(checkpoint)
         if problem is not None:
             raise UserError(f"cannot resume from {checkpoint}: {problem}")
     description = read_description(checkpoint)
     notes += _accepted_changes(checkpoint, description["config"], config)
-    written_by, ranks = description["world_size"], collectives.world_size()
+    written_by = description["world_size"]
     moved = written_by != ranks and any(checkpoint.glob(SHARDS))
     if moved:
         notes.append(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
-        checkpoint = collectives.on_rank_0(lambda: universal_checkpoint(checkpoint))
-    return folder, Continuation(checkpoint, description["step"], moved, tuple(notes))
+    return Continuation(checkpoint, description["step"], moved, tuple(notes))
 
 
 def start_run_folder(
@@ -164,7 +175,10 @@ def start_run_folder(
 
 
 def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
-    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights themselves."""
+    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights themselves.
+
+    `module` may be on the meta device.
+    """
     sizes = [(zero3.full_shape(each).numel(), each.requires_grad) for each in module.parameters()]
     weight = 2 if trains_in_16_bit else 4
     return sum(count * (weight + (12 if trained else 0)) for count, trained in sizes)
@@ -317,20 +331,16 @@ def _source_of(checkpoint: Path) -> dict[str, Any]:
 
 def _newest_complete(checkpoints: Path, notes: list[str]) -> Path | None:
     for checkpoint in step_folders(checkpoints).values():
-        problem = _damage_on_rank_0(checkpoint)
+        problem = damage(checkpoint)
         if problem is None:
             return checkpoint
         notes.append(f"warning: not resuming from {checkpoint}: {problem}")
     return None
 
 
-def _damage_on_rank_0(checkpoint: Path) -> str | None:
-    return collectives.on_rank_0(lambda: damage(checkpoint))
-
-
 def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[str]:
     """A note for each key that may differ and does. Raises UserError for those that may not."""
-    before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
+    before, now = flat(saved), flat(config.model_dump(mode="json"))
     notes, refused = [], []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
@@ -350,13 +360,3 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
             "nevertheless):\n  " + "\n  ".join(refused)
         )
     return notes
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -68,6 +68,18 @@ def obsolete(steps: Iterable[int], keep_last: int | None, keep_every: int | None
     return [step for step in older if keep_every is None or step % keep_every]
 
 
+def most_at_once(total_steps: int, save_every: int | None, keep_last: int | None, keep_every: int | None) -> int:
+    """How many checkpoints of a run lie on the disk together at worst: while one is written, none is removed."""
+    if save_every is None:
+        return 0
+    most, kept = 0, set[int]()
+    for step in sorted({*range(save_every, total_steps + 1, save_every), total_steps}):
+        kept.add(step)
+        most = max(most, len(kept))
+        kept -= set(obsolete(kept, keep_last, keep_every))
+    return most
+
+
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """Raises UserError where it is missing, damaged, or of another version of this project."""
     file = checkpoint / DESCRIPTION

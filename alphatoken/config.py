@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -306,6 +307,10 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, more time."
     )
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run on so many training rows."""
+        return self.max_steps or math.ceil(self.epochs * rows / self.global_batch_size)
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:

@@ -172,6 +172,21 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def visible_devices() -> tuple[str, int]:
+    """What this rank computes on (`cuda`, `cpu`), and how many of them it sees; needs no process group."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return accelerator.device_name(), accelerator.device_count()
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a device's memory; of the machine's for a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().total_memory(device.index))
+
+
 def initialise_ranks() -> torch.device:
     """Joins the process group that the launcher described in the environment, or forms one of a single process.
 
@@ -268,6 +283,15 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
     return sorted(
         {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
     )
+
+
+def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`eos_token_ids` of a model that is not loaded."""
+    try:
+        generation = GenerationConfig.from_pretrained(config.name_or_path)
+    except OSError:  # as loading does where there is no such file
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(config.name_or_path))
+    return eos_token_ids(tokenizer, generation)
 
 
 def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:

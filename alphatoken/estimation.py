@@ -44,6 +44,13 @@ from alphatoken.slices import TensorFile
 FORMAT_VERSION = 2
 
 
+def check_files(config: RunConfig) -> None:
+    """Raises UserError where `valuation.fisher` or `valuation.reference` is given and cannot be read."""
+    for file in (config.valuation.fisher, config.valuation.reference):
+        if file is not None:
+            TensorFile(file)
+
+
 def fisher_folder(config: RunConfig) -> Path:
     """Where the run's own estimate is written."""
     return config.fisher.output or config.train.output_dir / "fisher"

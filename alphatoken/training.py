@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,7 +27,7 @@ from alphatoken.checkpoint import (
 )
 from alphatoken.config import FisherConfig, RunConfig
 from alphatoken.continuation import changed_inputs
-from alphatoken.data.batches import Indices, Layout, Order, micro_batches
+from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
 from alphatoken.drift import Drift
@@ -43,7 +42,7 @@ from alphatoken.engine import (
     without_ranks,
 )
 from alphatoken.errors import NonFiniteError
-from alphatoken.estimation import build_drift, estimate_fisher, tokenizer_identity
+from alphatoken.estimation import build_drift, check_files, estimate_fisher, tokenizer_identity
 from alphatoken.estimators import build_scorer
 from alphatoken.files import fingerprint
 from alphatoken.losses import Objective, loss_positions
@@ -51,7 +50,6 @@ from alphatoken.model import Assessment, StepOutput, ValuedModel
 from alphatoken.preemption import StopRequest, WindowDroppedError
 from alphatoken.reference import Reference, check_reference
 from alphatoken.report import Metrics, Report, ValuedText, peak_memory, valued_text
-from alphatoken.slices import TensorFile
 from alphatoken.statistics import Means, StepStatistics
 from alphatoken.step_selection import count_tokens, selections_at, weigh_globally
 from alphatoken.timing import Stopwatch
@@ -74,9 +72,7 @@ class Trainer:
         self._tokenizer = load_tokenizer(config.model)
         check_before_loading(config)
         check_reference(config, self._tokenizer)
-        for file in (config.valuation.fisher, config.valuation.reference):
-            if file is not None:
-                TensorFile(file)
+        check_files(config)
         self._folder, continuation = open_run_folder(config)
         if continuation is not None and continuation.universal:
             engine_config["checkpoint"] = {**engine_config.get("checkpoint", {}), "load_universal": True}
@@ -86,9 +82,7 @@ class Trainer:
         if config.estimates_fisher:
             self._prompts = load_prompts(config, self._tokenizer, self._splits.train)
         self._train_order = _order(self._splits.train, config.train.seed, stream=0)
-        self._total_steps = config.train.max_steps or math.ceil(
-            config.train.epochs * len(self._splits.train) / config.train.global_batch_size
-        )
+        self._total_steps = config.train.total_steps(len(self._splits.train))
 
         self._stopwatch = Stopwatch(self._device)
         model = load_model(config.model, engine_config, config.train.seed)
@@ -351,16 +345,11 @@ class Trainer:
     def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches, on its device."""
         config, ranks = self._config, collectives.world_size()
-        row_tokens = None
-        if config.data.packing:
-            # Flash attention tells documents apart in single rows only, and pays nothing for long ones.
-            single = config.model.attn_implementation == "flash_attention_2"
-            row_tokens = sys.maxsize if single else config.data.max_length
         layout = Layout(
             # A few held-out rows are spread over all ranks rather than left to one.
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=self._tokenizer.pad_token_id,
-            row_tokens=row_tokens,
+            row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if any(each.policy == "random" for each in config.selections) else None,
             reference=None if self._reference is None else self._reference.cached(part),
         )

@@ -6,6 +6,7 @@ dealt to ranks, so values, masks and losses do not depend on the number of ranks
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alphatoken.config import RunConfig
 from alphatoken.data.cache import TokenDataset
 from alphatoken.losses import IGNORE_INDEX, loss_positions
 from alphatoken.selection import uniform_noise
@@ -93,6 +95,14 @@ class Layout:
     row_tokens: int | None = None
     noise_key: tuple[int, int] | None = None
     reference: ByRow | None = None
+
+
+def row_tokens(config: RunConfig) -> int | None:
+    """`Layout.row_tokens` of a run."""
+    if not config.data.packing:
+        return None
+    # Flash attention tells documents apart in single rows only, and pays nothing for long ones.
+    return sys.maxsize if config.model.attn_implementation == "flash_attention_2" else config.data.max_length
 
 
 def micro_batches(

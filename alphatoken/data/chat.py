@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.data.rows import Message, as_messages, as_prompt
+from alphatoken.data.rows import Message, as_messages, as_prompt, has_text
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -85,7 +85,7 @@ class Encoder:
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
         messages = as_messages(fields, where)
-        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        if not has_text(messages, "assistant"):
             return Skipped("empty response")
         ids, mask = self.encode_conversation(messages, where)
         cut = ("rows truncated",) if len(ids) > self._max_length else ()
@@ -224,7 +224,7 @@ class PromptEncoder:
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
         messages = as_prompt(fields, where)
-        if not any(message["content"].strip() for message in messages):
+        if not has_text(messages):
             return Skipped("empty prompt")
         encoded = self._encoder.encode_prompt(messages, where)
         if len(encoded.input_ids) > self._max_tokens:

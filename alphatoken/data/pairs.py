@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data.chat import Encoded, Encoder, Skipped
-from alphatoken.data.rows import Message, as_pair
+from alphatoken.data.rows import Message, as_pair, has_text
 
 
 class PairEncoder:
@@ -31,10 +31,10 @@ class PairEncoder:
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
         pair = as_pair(fields, where)
-        if not _has_text(pair.prompt):
+        if not has_text(pair.prompt):
             return Skipped("empty prompt")
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if not _has_text(answer, "assistant"):
+            if not has_text(answer, "assistant"):
                 return Skipped(f"empty {name} response")
         if pair.chosen == pair.rejected:
             return Skipped("chosen and rejected are the same")
@@ -52,7 +52,7 @@ class PairEncoder:
     def encode_chosen(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
         """The chosen response alone, as an example to learn from."""
         pair = as_pair(fields, where)
-        if not (_has_text(pair.prompt) and _has_text(pair.chosen, "assistant")):
+        if not (has_text(pair.prompt) and has_text(pair.chosen, "assistant")):
             return Skipped("empty prompt or chosen response")
         return self._document(pair.prompt, pair.chosen, where)
 
@@ -92,7 +92,3 @@ class ChosenEncoder:
         if "chosen" in fields:
             return self._pairs.encode_chosen(fields, where)
         return self._examples.encode(fields, where)
-
-
-def _has_text(messages: list[Message], role: str | None = None) -> bool:
-    return any(message["content"].strip() for message in messages if role in (None, message["role"]))

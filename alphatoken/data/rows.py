@@ -87,6 +87,11 @@ def as_pair(fields: dict[str, Any], where: str) -> RawPair:
     return RawPair(prompt, *answers)
 
 
+def has_text(messages: Sequence[Message], role: str | None = None) -> bool:
+    """Whether anything is said, or anything by `role`."""
+    return any(message["content"].strip() for message in messages if role in (None, message["role"]))
+
+
 def _common_start(first: Sequence[Message], second: Sequence[Message]) -> list[Message]:
     """The messages before the first answers that differ."""
     shared = 0

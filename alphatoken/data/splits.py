@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,16 @@ class Splits:
 
 def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
     """Reads and tokenises all parts. Raises UserError for bad rows, too few of them, or a row in two parts."""
+    splits = read_splits(config, tokenizer)
+    check_sizes(splits, config)
+    shared = next(shared_rows(splits.named()), None)
+    if shared is not None:
+        raise UserError(str(shared))
+    return splits
+
+
+def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The same without a look at what the parts hold. Raises UserError for bad rows."""
     rows, examples = _encoders(config, tokenizer)
 
     def load(sources: list[Source] | None, encoder: RowEncoder) -> TokenDataset | None:
@@ -40,7 +51,12 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     train = load(config.data.train, rows)
     assert train is not None
     validation = load(config.data.validation, examples) if config.valuation.enabled else None
-    splits = Splits(train, validation, load(config.data.eval, rows))
+    return Splits(train, validation, load(config.data.eval, rows))
+
+
+def check_sizes(splits: Splits, config: RunConfig) -> None:
+    """Raises UserError where a part has fewer rows than are drawn at once."""
+    train, validation = splits.train, splits.validation
     if len(train) < config.train.global_batch_size:
         raise UserError(
             f"data.train has {len(train)} usable rows, fewer than train.global_batch_size="
@@ -51,8 +67,6 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
             f"data.validation has {len(validation)} usable rows, fewer than valuation.validation_sequences="
             f"{config.valuation.validation_sequences}; lower the latter or add rows"
         )
-    _refuse_shared_rows(splits.named())
-    return splits
 
 
 def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, RowEncoder]:
@@ -103,17 +117,29 @@ def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: T
     return Prompts(dataset, rows, int(trained_on.sum()))
 
 
-def _refuse_shared_rows(parts: dict[str, TokenDataset]) -> None:
-    names = list(parts)
-    for position, name in enumerate(names):
-        for other in names[position + 1 :]:
-            (digests, rows), (other_digests, other_rows) = parts[name].digests(), parts[other].digests()
-            for found in np.flatnonzero(np.isin(other_digests, digests)):
-                row = int(other_rows[found])
-                twin = int(rows[np.flatnonzero(digests == other_digests[found])[0]])
-                pairs = itertools.product(parts[name][twin], parts[other][row])
-                if any(np.array_equal(ids, other_ids) for (ids, _), (other_ids, _) in pairs):
-                    raise UserError(
-                        f"{other} must be held out, but {parts[other].location(row)} is also in {name}: "
-                        f"{parts[name].location(twin)}"
-                    )
+@dataclass(frozen=True)
+class SharedRow:
+    """A row that stands in two parts, and where."""
+
+    part: str
+    place: str
+    other: str
+    other_place: str
+
+    def __str__(self) -> str:
+        return f"{self.other} must be held out, but {self.other_place} is also in {self.part}: {self.place}"
+
+
+def shared_rows(parts: dict[str, TokenDataset]) -> Iterator[SharedRow]:
+    """The rows of a later part that share a document with an earlier one, one by one."""
+    for (name, part), (other_name, other) in itertools.combinations(parts.items(), 2):
+        (digests, rows), (other_digests, other_rows) = part.digests(), other.digests()
+        seen: set[int] = set()
+        order = np.argsort(digests, kind="stable")
+        for found in np.flatnonzero(np.isin(other_digests, digests)):
+            row = int(other_rows[found])
+            twin = int(rows[order[np.searchsorted(digests, other_digests[found], sorter=order)]])
+            pairs = itertools.product(part[twin], other[row])
+            if row not in seen and any(np.array_equal(ids, other_ids) for (ids, _), (other_ids, _) in pairs):
+                seen.add(row)
+                yield SharedRow(name, part.location(twin), other_name, other.location(row))
