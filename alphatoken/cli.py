@@ -42,11 +42,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# DeepSpeed's launcher puts it behind the script's name.
+LocalRank = Annotated[
+    int | None, typer.Option("--local_rank", "--local-rank", hidden=True, help="LOCAL_RANK is what counts.")
+]
+
+
 @app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    local_rank: LocalRank = None,
 ) -> None:
     """Token valuation and masking for LLM post-training."""
 
@@ -119,6 +126,23 @@ def plan(
         typer.echo(json.dumps(as_values(made), indent=1))
     else:
         print_plan(made, Console())
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path, typer.Option(help="The configuration of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds in which all ranks have to find each other.")] = 60.0,
+    local_rank: LocalRank = None,
+) -> None:
+    """Look for what would stop or spoil a run, on every rank; start it with the run's own launcher.
+
+    Ends with status 1 where a check failed.
+    """
+    from alphatoken.doctor.examination import examine
+
+    collectives.end_process(examine(config, overrides or [], as_json, patience))
 
 
 def main() -> None:

@@ -32,6 +32,10 @@ from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
+from alphatoken.doctor import storage
+from alphatoken.doctor.examination import Examination
+from alphatoken.doctor.output import Output
+from alphatoken.doctor.rendezvous import Arrival
 from alphatoken.engine import initialise_ranks
 from alphatoken.errors import UserError
 from alphatoken.estimation import run_fisher
@@ -457,6 +461,19 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
         losses.append(float(step_loss))
     weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
     return {"losses": losses, "weights": weights}
+
+
+def examinations(folder: Path, files: dict[str, Path], overrides: dict[str, list[list[str]]]) -> dict[str, Any]:
+    """What the doctor finds for each configuration, with other overrides on each rank, each as if on another node."""
+    results, storage.APPEARS_WITHIN = {}, 0.5
+    for name, file in files.items():
+        rank = int(os.environ["RANK"])
+        arrival = Arrival(f"node-{rank}", rank, "cpu", 1)
+        examination = Examination(file, overrides[name][rank], arrival, Output(as_json=False, is_first=rank == 0))
+        examination.join_ranks(patience=120)
+        examination.run()
+        results[name] = examination.findings
+    return results
 
 
 def run(case: str, folder: Path) -> None:

@@ -56,6 +56,7 @@ LAYERS = (
     "reference",
     "training",
     "planner",
+    "doctor",
     "cli",
     "__main__",
 )

@@ -1,0 +1,270 @@
+"""Whether what is trained is what the assistant says: an account of each token of a conversation, made without the code
+that makes the response mask.
+
+The template is rendered once more with every message replaced by a mark. What stands between the marks is the
+template's own text, and tells where each message lies in a real conversation, whatever it says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from alphatoken.config import RunConfig, Source
+from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.data.chat import Encoder
+from alphatoken.data.rows import Message, as_messages, as_pair, has_text
+from alphatoken.data.sources import location, open_source
+from alphatoken.doctor.findings import Finding, plural
+from alphatoken.errors import UserError
+
+# Words that occur in no template, each in one turn only.
+PROBE: tuple[Message, ...] = (
+    {"role": "system", "content": "Quartz governs umbrellas."},
+    {"role": "user", "content": "Which walrus juggles?"},
+    {"role": "assistant", "content": "Velvet pigeons do, mostly."},
+    {"role": "user", "content": "And tuba gherkins?"},
+    {"role": "assistant", "content": "Only foxes yodel."},
+)
+LOOKED_AT = 32  # rows of the data
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row's messages, and from which on the assistant's are trained: those of a pair's prompt are not."""
+
+    messages: tuple[Message, ...]
+    answered_from: int
+    where: str
+
+    def is_trained(self, index: int) -> bool:
+        return index >= self.answered_from and self.messages[index]["role"] == "assistant"
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the mask of a conversation does wrong, by (whose text, text), and the whole text with [[ ]] around what is
+    trained."""
+
+    foreign: tuple[tuple[str, str], ...]
+    """Trained, although it is somebody else's or the template's own."""
+    lacking: tuple[tuple[str, str], ...]
+    """Said by the assistant and not trained."""
+    shown: str
+
+    def complaints(self) -> Iterator[tuple[str, str]]:
+        """What is wrong, and the text it is about."""
+        for kind, texts in (("trains on", self.foreign), ("does not train on", self.lacking)):
+            for whose, text in texts:
+                yield f"{kind} text of the {whose}", text
+
+
+def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conversation]:
+    """Of the first usable rows of every training source, both answers of a pair. Raises UserError for bad rows."""
+    share = max(1, limit // len(config.data.train))
+    pairs = isinstance(config, PreferenceRunConfig)
+    of_sources = (itertools.islice(_conversations(source, pairs), share) for source in config.data.train)
+    return list(itertools.chain.from_iterable(of_sources))
+
+
+def _conversations(source: Source, pairs: bool) -> Iterator[Conversation]:
+    for row in open_source(source)[1]:
+        where = location(source, row.number)
+        if pairs:
+            pair = as_pair(row.fields, where)
+            for answer in (pair.chosen, pair.rejected):
+                if has_text(pair.prompt) and has_text(answer, "assistant"):
+                    yield Conversation((*pair.prompt, *answer), len(pair.prompt), where)
+        else:
+            messages = as_messages(row.fields, where)
+            if has_text(messages, "assistant"):
+                yield Conversation(tuple(messages), 0, where)
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
+    """The longest part of PROBE that can be encoded: all, without the system message, or one question and answer.
+
+    Some templates take no system message; some cannot tell earlier answers apart, which rows of one answer do not need.
+    Raises UserError where not even those can be encoded.
+    """
+    for messages in (PROBE, PROBE[1:], PROBE[1:3]):
+        conversation = Conversation(messages, 0, "the probe")
+        try:
+            account(tokenizer, encoder, conversation)
+        except UserError as error:
+            refused = error
+            continue
+        return conversation
+    raise refused
+
+
+def account(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation) -> Account | None:
+    """Of the mask that `encoder` gives a conversation. None where messages cannot be found in the template's text.
+
+    Raises UserError where the conversation cannot be encoded.
+    """
+    messages, first = conversation.messages, conversation.answered_from
+    if first:
+        ids, mask = encoder.encode_answer(messages[:first], messages[first:], conversation.where)
+    else:
+        ids, mask = encoder.encode_conversation(messages, conversation.where)
+    text = _text(tokenizer, messages)
+    encoding = tokenizer(text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True)
+    offsets = list(encoding["offset_mapping"])
+    offsets += [(len(text), len(text))] * (len(ids) - len(offsets))  # the EOS that a row without template gets
+    spans = _spans(tokenizer, messages, text)
+    if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
+        return None
+    owners = [_owner(offset, spans) for offset in offsets]
+    allowed = _template_text_of_answers(tokenizer, encoder, conversation, text, ids, offsets, spans)
+    foreign, lacking = [], []
+    for place, (trained, owner) in enumerate(zip(mask, owners, strict=True)):
+        if trained and owner is not None and not conversation.is_trained(owner):
+            foreign.append((place, messages[owner]["role"] if owner >= first else "prompt"))
+        elif trained and owner is None and place not in allowed and tokenizer.decode([ids[place]]).strip():
+            foreign.append((place, "template"))
+        elif not trained and owner is not None and conversation.is_trained(owner):
+            # A first token that the tokenizer has fused with what precedes it is not the answer's own.
+            lacking += [(place, "assistant")] * (offsets[place][0] >= spans[owner][0])
+    return Account(_runs(tokenizer, ids, foreign), _runs(tokenizer, ids, lacking), _marked(tokenizer, ids, mask))
+
+
+def judge_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    """`judge_masks` for a run's own rows; on the probe alone where they cannot be read, which is another check's."""
+    try:
+        conversations = real_conversations(config)
+    except UserError:
+        conversations = []
+    return judge_masks(tokenizer, Encoder(tokenizer, config.data.max_length), conversations)
+
+
+def judge_masks(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversations: Sequence[Conversation]) -> Finding:
+    """That the mask covers the assistant's turns and nothing else, in a probe and in rows of the data; shows one row.
+
+    Raises UserError for a template that not even the probe can be encoded with.
+    """
+    complaints: dict[str, list[str]] = {}
+    known: list[tuple[Conversation, Account]] = []
+    tried = probe(tokenizer, encoder)
+    for each in (tried, *conversations):
+        try:
+            found = account(tokenizer, encoder, each)
+        except UserError as error:
+            complaints.setdefault("cannot be encoded", []).append(str(error))
+            continue
+        if found is not None:
+            known.append((each, found))
+            for what, said in found.complaints():
+                complaints.setdefault(what, []).append(f"{clipped(said, 60)!r} ({each.where})")
+    rows = f"{plural(len(conversations), 'conversation')} of the data"
+    details: tuple[str, ...] = ()
+    if len(known) > 1:
+        row, shown = known[1]
+        details = (f"What is trained of {row.where}, in [[ ]]:", *clipped(shown.shown).splitlines())
+    if complaints:
+        text = "; ".join(f"{what}: {texts[0]}" + _and_more(texts) for what, texts in complaints.items())
+        fix = "put {% generation %} around what the assistant says in the chat template, or take it off the rest"
+        return Finding("response mask", "failed", text, fix, details=details)
+    unknown = 1 + len(conversations) - len(known)
+    if unknown:
+        text = f"{unknown} of a probe and {rows} cannot be checked: the template rewrites what they say"
+        return Finding("response mask", "warning", text, "look at the row below", details=details)
+    turns = len(tried.messages)
+    text = f"trains what the assistant says and nothing else, in a probe of {turns} turns and {rows}"
+    return Finding("response mask", "ok", text, details=details)
+
+
+def clipped(text: str, length: int = 1200) -> str:
+    """A text without its middle, where it is long."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def _and_more(texts: Sequence[str]) -> str:
+    return f" and {plural(len(texts) - 1, 'more place')}" if len(texts) > 1 else ""
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    if tokenizer.chat_template is None:
+        return "".join(message["content"] for message in messages)
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    return text
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+    """Where each message's content lies in `text`. None where the template does more than to put text around it."""
+    marks = [f"zqj{index}vxk" for index in range(len(messages))]
+    marked = _text(tokenizer, [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+    frame = re.split("|".join(marks), marked)
+    if len(frame) != len(messages) + 1:
+        return None
+    for trim in (str, str.strip, str.lstrip, str.rstrip):
+        contents = [trim(message["content"]) for message in messages]
+        if text == frame[0] + "".join(content + piece for content, piece in zip(contents, frame[1:], strict=True)):
+            break
+    else:
+        return None
+    spans, place = [], 0
+    for before, content in zip(frame, contents, strict=False):
+        place += len(before)
+        spans.append((place, place + len(content)))
+        place += len(content)
+    return spans
+
+
+def _owner(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int | None:
+    """The message that a token belongs to, by most of its characters; None: the template's own text."""
+    shares = [min(offset[1], end) - max(offset[0], start) for start, end in spans]
+    most = max(range(len(spans)), key=lambda index: shares[index])
+    return most if shares[most] > 0 else None
+
+
+def _template_text_of_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    conversation: Conversation,
+    text: str,
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+) -> set[int]:
+    """Places of what the template says for the assistant: behind what asks for an answer, and up to the end of turn."""
+    marks = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    allowed = set[int]()
+    for index in range(len(spans)):
+        if not conversation.is_trained(index):
+            continue
+        start, end = spans[index]
+        asked = encoder.prompt_text(conversation.messages[:index], conversation.where) if index else None
+        if asked is not None and text.startswith(asked):
+            allowed |= {place for place, (left, right) in enumerate(offsets) if len(asked) <= left < right <= start}
+        limit = spans[index + 1][0] if index + 1 < len(spans) else len(text) + 1
+        for place, (left, _) in enumerate(offsets):
+            if end <= left < limit:
+                allowed.add(place)
+                if ids[place] in marks:
+                    break
+    return allowed
+
+
+def _runs(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], places: Sequence[tuple[int, str]]
+) -> tuple[tuple[str, str], ...]:
+    """Neighbouring places of one owner as text."""
+    runs = []
+    for (_, whose), group in itertools.groupby(enumerate(places), key=lambda each: (each[1][0] - each[0], each[1][1])):
+        runs.append((whose, tokenizer.decode([ids[place] for _, (place, _) in group])))
+    return tuple(runs)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]) -> str:
+    """The text with brackets around what is trained."""
+    parts = []
+    for trained, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda each: each[1]):
+        part = tokenizer.decode([token for token, _ in group])
+        parts.append(f"[[{part}]]" if trained else part)
+    return "".join(parts)

@@ -1,0 +1,477 @@
+"""What the doctor finds: each fault that it is there for, on the rank that has it, and nothing in a healthy run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from packaging.specifiers import SpecifierSet
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alphatoken.checkpoint_files import most_at_once
+from alphatoken.config import RunConfig
+from alphatoken.config_file import validate
+from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.data import batches
+from alphatoken.data.cache import TokenDataset
+from alphatoken.data.chat import Encoder
+from alphatoken.data.splits import read_splits
+from alphatoken.doctor import masks, ranks, refusals, rows, storage
+from alphatoken.doctor.findings import Finding
+from alphatoken.doctor.output import summary
+from alphatoken.doctor.rendezvous import Arrival, meet
+from tests.ranks import ROOT, free_port, rank_environment, run_ranks
+
+TURN = "'<|im_start|>' + message['role'] + '\n'"
+TRAINED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+UNTRAINED = "{{ message['content'] + '<|im_end|>' }}"
+
+
+def template(assistant: str = TRAINED, other: str = UNTRAINED, opening: str = f"{{{{ {TURN} }}}}") -> str:
+    """A chat template with parts of its own for the turns of the assistant and of others."""
+    turn = f"{{% if message['role'] == 'assistant' %}}{assistant}{{% else %}}{other}{{% endif %}}"
+    asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    return f"{{% for message in messages %}}{opening}{turn}{{{{ '\n' }}}}{{% endfor %}}{asked}"
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def config(run_values: dict[str, Any]) -> RunConfig:
+    return validate(RunConfig, run_values, "of the test")
+
+
+# On ranks.
+
+
+@pytest.fixture(scope="module")
+def examined(
+    tiny_model: Path, tiny_data: dict[str, str], pair_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Finding]]]:
+    """By configuration and rank, the findings by check; of two ranks on two nodes."""
+    folder = tmp_path_factory.mktemp("doctor")
+    blocked = folder / "blocked"
+    blocked.write_text("a file, below which nobody can write")
+    leaked = folder / "leaked.jsonl"
+    held_out, train = (Path(tiny_data[part]).read_text().splitlines() for part in ("validation", "train"))
+    leaked.write_text("\n".join([*held_out, train[3], train[5]]) + "\n")
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "data": {**tiny_data, "cache_dir": str(folder / "cache")},
+        "valuation": {"layers": 2, "validation_sequences": 5, "window": 4},
+        "fisher": {"sampling": "teacher_forced", "num_prompts": 4},
+        "train": {"global_batch_size": 12, "micro_batch_size": 2, "output_dir": str(folder / "runs" / "new" / "run")},
+    }
+    pairs = {**values, "data": {**pair_data, "cache_dir": str(folder / "cache")}, "preference": {}}
+    files = {}
+    for name, each in (("sft", values), ("preference", pairs)):
+        files[name] = folder / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(each))
+    everywhere = {
+        "sft": [],
+        "preference": [],
+        "leaked": [f"data.validation={leaked}"],
+        "hopeless": [
+            *("train.global_batch_size=10", f"train.output_dir={blocked}/run", "data.train=missing.jsonl"),
+            *("valuation.layers=9", f"valuation.fisher={folder}/missing", "reference.mode=online"),
+        ],
+    }
+    overrides = {name: [each, each] for name, each in everywhere.items()}
+    overrides["differing"] = [[], ["optim.lr=0.5", f"train.output_dir={folder}/other/run"]]
+    overrides["blocked"] = [[], [f"train.output_dir={blocked}/run"]]
+    overrides["mistaken"] = [[], ["optim.rl=0.5"]]
+    for name in overrides:
+        files.setdefault(name, files["sft"])
+    by_rank = run_ranks("examinations", 2, folder / "ranks", files=files, overrides=overrides)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["blocked", "cache", "leaked.jsonl", "preference.yaml", "ranks", "sft.yaml"], "it cleans up"
+    return {name: [{each.check: each for each in found[name]} for found in by_rank] for name in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "preference"])
+def test_nothing_is_wrong_with_a_healthy_run(examined: dict[str, list[dict[str, Finding]]], name: str) -> None:
+    found = examined[name][0]
+    assert {check: each.outcome for check, each in found.items() if each.outcome != "ok"} == {}
+    assert found["rendezvous"].found.startswith("2 ranks on 2 nodes met at 127.0.0.1:")
+    assert "bus bandwidth" in found["all-reduce"].found
+    assert "16 MiB" in found["all-reduce"].found
+    assert found["batches"].found == "12 rows a step = 2 ranks x 3 passes x 2; ZeRO stage 3"
+    assert found["overlap"].found == "no row is in two of data.train, data.validation, data.eval"
+    _, *text = found["response mask"].details
+    assert "[[" in "".join(text)
+    assert "<|im_end|>]]" in "".join(text)
+    assert found["lengths"].details[1:]
+    for rank in examined[name]:
+        assert {check: each.outcome for check, each in rank.items()} == {c: each.outcome for c, each in found.items()}
+
+
+@pytest.mark.slow
+def test_what_differs_on_one_rank_is_named_with_its_node(examined: dict[str, list[dict[str, Finding]]]) -> None:
+    found = examined["differing"][0]
+    assert found["configuration"].outcome == "failed"
+    assert found["configuration"].nodes == ("node-1",)
+    assert "node-1 (rank 1): key optim.lr is 0.5, elsewhere 2e-05; key train.output_dir" in found["configuration"].found
+    assert found["output folder"].outcome == "failed"
+    assert "node-1 (rank 1)" in found["output folder"].found
+    assert "the file that rank 0 (node-0) wrote is not there" in found["output folder"].found
+    assert found["end of turn"].outcome == "ok", "what does not depend on it goes on"
+    mistaken = examined["mistaken"][0]
+    assert "node-1 (rank 1): the configuration" in mistaken["configuration"].found
+    assert "optim.rl: unknown key" in mistaken["configuration"].found
+    assert mistaken["code"].outcome == "ok"
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_rank_cannot_write(examined: dict[str, list[dict[str, Finding]]]) -> None:
+    found = examined["blocked"][0]["output folder"]
+    assert found.outcome == "failed"
+    assert found.found.startswith("node-1 (rank 1): cannot write into ")
+    assert found.found.endswith("blocked: it is a file")
+
+
+@pytest.mark.slow
+def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, Finding]]]) -> None:
+    found = examined["leaked"][0]["overlap"]
+    assert found.outcome == "failed"
+    assert found.found.startswith("2 rows of data.validation in data.train; ")
+    assert "leaked.jsonl:8 is " in found.found
+    assert "train.jsonl:4" in found.found
+
+
+@pytest.mark.slow
+def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]]]) -> None:
+    found = examined["hopeless"][0]
+    failed = {check: each.found for check, each in found.items() if each.outcome == "failed"}
+    assert failed.keys() == {"batches", "model settings", "fisher", "reference", "output folder", "data"}
+    assert "train.global_batch_size=10 is not a multiple" in failed["batches"]
+    assert "missing.jsonl does not exist" in failed["data"]
+    assert "section reference is given" in failed["reference"]
+    assert found["response mask"].outcome == "ok", "the probe needs no rows"
+    assert found["end of turn"].outcome == "skipped"
+    line = summary(list(found.values()), ["node-0", "node-1"])
+    assert line == "6 problems on node-0, node-1, 0 warnings (2 ranks on node-0, node-1)"
+
+
+# The response mask.
+
+OPENING_TRAINED = (
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' }}{% endif %}"
+)
+BEGINNING_LEFT = "{{ message['content'][:1] }}" + TRAINED.replace("['content']", "['content'][1:]")
+
+
+def judged(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
+    return masks.judge_run(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        ({"other": TRAINED}, r"trains on text of the system: 'Quartz governs umbrellas\.' \(the probe\)"),
+        ({"other": TRAINED}, r"trains on text of the user: 'Which walrus juggles\?' \(the probe\) and \d+ more places"),
+        ({"opening": OPENING_TRAINED}, r"trains on text of the template: '<\|im_start\|>assistant"),
+        ({"assistant": BEGINNING_LEFT}, r"does not train on text of the assistant: 'V' \(the probe\) and \d+ more"),
+    ],
+)
+def test_a_template_that_trains_something_else(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, parts: dict[str, str], complaint: str
+) -> None:
+    tokenizer.chat_template = template(**parts)
+    found = judged(tokenizer, config)
+    assert found.outcome == "failed"
+    assert re.search(complaint, found.found)
+    assert "{% generation %}" in found.fix
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs" / "chat_templates").glob("*.jinja")), ids=lambda file: file.stem
+)
+def test_shipped_templates(tokenizer: PreTrainedTokenizerBase, config: RunConfig, file: Path) -> None:
+    tokenizer.chat_template = file.read_text()
+    assert judged(tokenizer, config).outcome == "ok"
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == len(masks.PROBE)
+    assert endings(tokenizer, config).outcome == "ok"
+
+
+SILENT_THOUGHT = "{{ '<think></think>' }}" + TRAINED
+THOUGHT = "{% generation %}{{ '<think></think>' + message['content'] + '<|im_end|>' }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize("parts", [{}, {"assistant": THOUGHT}, {"assistant": SILENT_THOUGHT}])
+def test_a_template_may_speak_for_the_assistant_behind_the_question(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, parts: dict[str, str]
+) -> None:
+    tokenizer.chat_template = template(**parts)
+    assert judged(tokenizer, config).outcome == "ok"
+
+
+def test_conversations_that_a_template_shortens_or_refuses(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    tokenizer.chat_template = strict + template()
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 4
+    assert judged(tokenizer, config).outcome == "ok"
+    # As some reasoning models' templates do: thoughts of earlier turns are left out.
+    forgetful = "{{ message['content'] if loop.last else message['content'][-4:] }}{{ '<|im_end|>' }}"
+    tokenizer.chat_template = template(assistant=forgetful)
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
+    assert judged(tokenizer, config).outcome == "ok"
+    tokenizer.chat_template = None
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
+    assert judged(tokenizer, config).outcome == "ok"
+    tokenizer.chat_template = template(other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}")
+    found = judged(tokenizer, config)
+    assert (found.outcome, found.nodes) == ("warning", ())
+    assert "cannot be checked" in found.found
+
+
+def test_earlier_answers_of_a_pairs_prompt_are_not_trained(
+    tokenizer: PreTrainedTokenizerBase, pair_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = validate(PreferenceRunConfig, pair_values, "of the test")
+    assert any(each.answered_from == 3 for each in masks.real_conversations(pairs))
+    assert judged(tokenizer, pairs).outcome == "ok"
+
+    def encode_all(self: Encoder, prompt: list[Any], answer: list[Any], where: str) -> Any:
+        return self.encode_conversation([*prompt, *answer], where)
+
+    monkeypatch.setattr(Encoder, "encode_answer", encode_all)
+    assert "trains on text of the prompt: 'Yes?' (" in judged(tokenizer, pairs).found
+
+
+# The end of a turn.
+
+
+def endings(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
+    return rows.check_endings(read_splits(config, tokenizer).train, tokenizer, config)
+
+
+def test_the_end_of_every_turn_is_trained(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    found = endings(tokenizer, config)
+    assert found.outcome == "ok"
+    assert found.found.startswith("30 of 30 responses end with a label on a token that stops (<|im_end|>)")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate = batches._collate
+
+    def masking(dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout) -> dict[str, Tensor]:
+        batch = collate(dataset, rows, layout)
+        batch["labels"][batch["input_ids"] == layout.pad_token] = -100
+        return batch
+
+    monkeypatch.setattr(batches, "_collate", masking)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
+    for tokenizer.pad_token in (
+        "<|im_end|>",
+        "<|endoftext|>",
+    ):  # the second hides the fault from its owner, not from us
+        found = endings(tokenizer, config)
+        assert found.outcome == "failed"
+        assert "30 responses of 30: the label of the end-of-turn token <|im_end|> is lost in collation" in found.found
+        assert "collated with <|im_end|> as padding" in found.found
+
+
+def test_a_template_that_does_not_train_the_end_of_turn(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    tokenizer.chat_template = template(
+        assistant="{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+    )
+    found = endings(tokenizer, config)
+    assert found.outcome == "failed"
+    assert "30 responses of 30: the end-of-turn token <|im_end|> is not trained" in found.found
+
+
+def test_an_end_of_turn_at_which_generation_does_not_stop(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "stop_tokens", lambda *_: [tokenizer.convert_tokens_to_ids("<|endoftext|>")])
+    assert "is no token at which generation stops (<|endoftext|>)" in endings(tokenizer, config).found
+
+
+def test_cut_responses_are_counted_apart(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 60})})
+    found = endings(tokenizer, config)
+    cut = re.search(r"; (\d+) cut, without an end", found.found)
+    assert found.outcome == "ok"
+    assert cut is not None
+    train = read_splits(config, tokenizer).train
+    assert int(cut[1]) == train.reports[0].cut["rows truncated"] > 0
+    lengths = rows.describe_lengths(train, config)
+    assert lengths.outcome == "warning"
+    assert "rows truncated" in lengths.found
+    assert sum(int(line.split()[-2]) for line in lengths.details[1:]) == len(train)
+
+
+# What ranks have gathered.
+
+
+def alike(count: int) -> list[ranks.Facts]:
+    """Two ranks a node."""
+    versions = {"python": "3.11.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
+    same = {**versions, "alphatoken": "0.1.0"}, {"a.py": "0" * 64}, {"optim.lr": 1}
+    return [ranks.Facts(f"node-{rank // 2}", "cuda", 2, 2**30, *same) for rank in range(count)]
+
+
+def test_other_versions_and_code_are_named_with_their_nodes() -> None:
+    facts, wanted = alike(6), {"torch": SpecifierSet(">=2.11")}
+    assert ranks.compare_versions(facts, wanted).outcome == "ok"
+    other = {**facts[2].versions, "torch": "2.9.1"}
+    facts[2:4] = [replace(each, versions=other, code={"a.py": "1" * 64, "b.py": "2" * 64}) for each in facts[2:4]]
+    found = ranks.compare_versions(facts, wanted)
+    assert found.nodes == ("node-1",)
+    assert "node-1 (ranks 2, 3): torch 2.9.1, elsewhere 2.13.0" in found.found
+    assert "node-1 (ranks 2, 3): torch 2.9.1 is outside >=2.11" in found.found
+    found = ranks.compare_code(facts)
+    assert found.found == (
+        "node-1 (ranks 2, 3): file a.py is 111111111111, elsewhere 000000000000; "
+        "file b.py is 222222222222, elsewhere missing"
+    )
+    assert ranks.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found == "nosuch is not installed"
+
+
+def test_devices_and_ranks() -> None:
+    assert ranks.compare_accelerators(alike(4)).found == "cuda, 1 GiB each, 2 ranks on each of 2 nodes"
+    idle = ranks.compare_accelerators(alike(3))
+    assert (idle.outcome, idle.nodes) == ("warning", ("node-1",))
+    mixed = [*alike(2), replace(alike(1)[0], node="node-9", accelerator="cpu")]
+    assert "node-9 (rank 2): accelerator cpu, elsewhere cuda" in ranks.compare_accelerators(mixed).found
+    nodes = ["node-0", "node-1"]
+    assert ranks.judge_all_reduce([(100, 0.1, 2.0), (100, 0.1, 3.0)], nodes).nodes == ("node-1",)
+    assert "200 bytes/s" in ranks.judge_all_reduce([(100, 0.5, 2.0), (100, 0.1, 2.0)], nodes).found
+    assert ranks.judge_dtype("bfloat16", [1.0, 30.0], nodes).outcome == "warning"
+    assert ranks.check_dtype("bfloat16", torch.device("cpu")) > 0
+
+
+def test_room_for_checkpoints(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert most_at_once(95, 10, None, None) == 10
+    assert most_at_once(95, 10, 2, None) == 3
+    assert most_at_once(100, 10, 1, 50) == 3  # 50, 90 and 100 while it is written
+    assert most_at_once(5, 10, None, None) == 1
+    assert most_at_once(5, None, None, None) == 0
+    model = refusals.model(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    train = config.train.model_copy(update={"max_steps": 100, "save_every": 10, "keep_last": 2})
+    config = config.model_copy(update={"train": train})
+    needed = 3 * 16 * weights + 4 * weights
+    for free, outcome in ((needed, "ok"), (needed - 1, "failed")):
+        monkeypatch.setattr(storage, "free_bytes", lambda folder, free=free: free)
+        found = storage.check_space(config, model, 30)
+        assert found.outcome == outcome
+        assert "3 checkpoints of" in found.found
+    assert "train.keep_last" in found.fix
+
+
+# The rendezvous.
+
+
+def meeting(environment: dict[str, str], devices: int = 0, accelerator: str = "cpu") -> Finding | None:
+    return meet(Arrival("here", int(environment["LOCAL_RANK"]), accelerator, devices), environment, 1.0).failure
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    found = meeting(rank_environment(0, 3, free_port()))
+    assert found is not None
+    assert found.found == "here: 2 ranks of 3 did not come within 1 s: 1, 2"
+    found = meeting(rank_environment(1, 2, free_port()))
+    assert found is not None
+    assert "rank 0 does not answer at 127.0.0.1:" in found.found
+    found = meeting({**rank_environment(1, 2, free_port()), "MASTER_ADDR": ""})
+    assert found is not None
+    assert found.found == "here: RANK is set, but MASTER_ADDR not"
+
+
+def test_another_runs_store_is_not_taken_for_ours() -> None:
+    port = free_port()
+    theirs = TCPStore("127.0.0.1", port, 1, True, wait_for_workers=False)
+    found = meeting(rank_environment(1, 2, port))
+    assert found is not None
+    assert "answers, but rank 0 of this run is not behind it" in found.found
+    first = meeting(rank_environment(0, 2, port))
+    assert first is not None
+    assert f"port {port} is taken by another process" in first.found
+    agent = {**rank_environment(0, 1, port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert meeting(agent) is None, "under torchrun the agent hosts the store"
+    del theirs
+
+
+def test_more_ranks_than_devices() -> None:
+    found = meeting({**rank_environment(0, 1, free_port()), "LOCAL_RANK": "3"}, devices=2, accelerator="cuda")
+    assert found is not None
+    assert found.check == "accelerator"
+    assert found.found == "here (rank 0): LOCAL_RANK=3, but 2 devices visible"
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(run_values))
+    command = [sys.executable, "-m", "alphatoken", "--local_rank=0", "doctor", "--config", str(file), "--patience", "2"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **rank_environment(rank, 2, port), "DS_ACCELERATOR": "cpu"},
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(2)
+        ]
+        (first, first_errors), (second, second_errors) = (each.communicate(timeout=60) for each in processes)
+    assert [each.returncode for each in processes] == [1, 1]
+    node = socket.gethostname()
+    assert f"{node}: port {port} is taken by another process" in " ".join(first.split())
+    assert first.splitlines()[-1] == f"1 problem on {node}, 0 warnings (1 rank on {node})"
+    assert second == ""
+    assert f"what listens at 127.0.0.1:{port} is not rank 0" in second_errors
+    assert "Traceback" not in first_errors + second_errors
+
+
+@pytest.mark.slow
+def test_one_document_of_json_and_the_exit_status(run_values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(run_values))
+    command = [sys.executable, "-m", "alphatoken", "doctor", "--config", str(file), "--json"]
+    # Without DS_ACCELERATOR DeepSpeed writes a warning to the standard output.
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [*command, "train.micro_batch_size=3", "data.packing=true", "model.attn_implementation=flash_attention_2"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    assert (document["ok"], document["ranks"], document["nodes"]) == (False, 1, [socket.gethostname()])
+    failed = {each["check"]: each for each in document["checks"] if each["outcome"] == "failed"}
+    assert failed.keys() == {"model settings"}
+    assert "flash_attention_2" in failed["model settings"]["found"]
