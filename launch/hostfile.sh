@@ -26,7 +26,7 @@ fi
 arguments=()
 for argument in "$@"; do
     case $argument in
-    *' '*) arguments+=("$(sed 's/[\\$`]/\\&/g' <<<"$argument")") ;;
+    *' '*) arguments+=("$(printf '%s' "$argument" | sed 's/[\\$`]/\\&/g')") ;;
     *) arguments+=("$(printf '%q' "$argument")") ;;
     esac
 done
