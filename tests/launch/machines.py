@@ -1,7 +1,7 @@
 """Two machines on one: each with its own network, processes, host name, /run and /etc/hosts, and the same files.
 
-They are namespaces of a shell that lives as long as a pipe from the test is open. When the test ends, in whatever way, the
-kernel ends everything that runs in them, and nothing of them is left: they have no names outside.
+They are namespaces of a shell that lives as long as a pipe from the test is open. When the test ends, in whatever way,
+the kernel ends everything that runs in them, and nothing of them is left: they have no names outside.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ cat
 @cache
 def lacking(*commands: str) -> str | None:
     """Why tests with two machines and these commands cannot run here, if they cannot."""
-    for command in ("unshare", "nsenter", "ip", *commands):
-        if shutil.which(command, path=ENVIRONMENT["PATH"]) is None:
-            return f"{command} is not installed (tests/launch/packages.sh)"
+    for name in ("unshare", "nsenter", "ip", *commands):
+        if shutil.which(name, path=ENVIRONMENT["PATH"]) is None:
+            return f"{name} is not installed (tests/launch/packages.sh)"
     probe = "ip link add name a type veth peer name b && mount -t tmpfs tmpfs /run && hostname a"
     command = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", probe]
     tried = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ class Machine:
 
     def run(self, command: Sequence[str], **environment: str) -> str:
         """Runs a command to its end and returns its output. Raises AssertionError with it if the command fails."""
-        process = self.popen(command, **environment)
+        process = self.popen(command, None, **environment)
         output, _ = process.communicate()
         assert process.returncode == 0, f"{' '.join(command)} on {self.name}:\n{output}"
         return output
