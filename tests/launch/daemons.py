@@ -1,4 +1,4 @@
-"""Servers for launch tests on two machines: sshd with a key for this user, and Slurm with one node on each machine."""
+"""Servers for launch tests on two machines: sshd with a key for this user, and Slurm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ Host {" ".join(NAMES)}
 
 
 class Slurm:
-    """A controller on node1, and a daemon on each node. Jobs of partition `urgent` preempt those of `idle`."""
+    """A controller on node1 and a daemon per node. Jobs of partition `urgent` preempt those of `idle`.
+
+    The partition `other` has a node of its own, node3, whose daemon is on the second machine.
+    """
 
     def __init__(self, machines: tuple[Machine, Machine], folder: Path) -> None:
         self._first, self._conf = machines[0], folder / "slurm.conf"
@@ -70,9 +73,11 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName={",".join(NAMES)} CPUs=2
-PartitionName=idle Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=ALL PriorityTier=2
+NodeName={",".join(NAMES)} CPUs=1
+NodeName=node3 NodeHostname={NAMES[1]} NodeAddr={NAMES[1]} Port=6828 CPUs=2
+PartitionName=idle Nodes={",".join(NAMES)} PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={",".join(NAMES)} PriorityTier=2
+PartitionName=other Nodes=node3
 """,
             encoding="utf-8",
         )
@@ -83,10 +88,10 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
         self._first.popen([*munged, f"--log-file={folder}/munge.log"], folder / "munged.log")
         wait_until(socket.exists, 10, (folder / "munged.log").read_text)
         self._first.popen(["slurmctld", "-D", "-f", str(self._conf)], folder / "slurmctld.log")
-        for machine in machines:
-            daemon = ["slurmd", "-D", "-f", str(self._conf), "-N", machine.name]
-            machine.popen(daemon, folder / f"{machine.name}.log")
-        logs = [folder / f"{name}.log" for name in ("slurmctld", *NAMES)]
+        nodes = {NAMES[0]: machines[0], NAMES[1]: machines[1], "node3": machines[1]}
+        for name, machine in nodes.items():
+            machine.popen(["slurmd", "-D", "-f", str(self._conf), "-N", name], folder / f"{name}.log")
+        logs = [folder / f"{name}.log" for name in ("slurmctld", *nodes)]
         wait_until(self._is_ready, 30, lambda: "\n".join(log.read_text()[-2000:] for log in logs))
 
     def submit(self, *arguments: str) -> str:
@@ -101,4 +106,4 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
     def _is_ready(self) -> bool:
         asked = self._first.popen(["sinfo", "--noheader", "--Node", "--format=%T"], SLURM_CONF=str(self._conf))
-        return asked.communicate()[0].split() == ["idle"] * 4  # two nodes in two partitions
+        return asked.communicate()[0].split() == ["idle"] * 5  # two nodes are in two partitions
