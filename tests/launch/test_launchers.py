@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
+from alphatoken.config import RunConfig
+from alphatoken.config_file import load_config
 from tests.launch.daemons import Slurm, start_sshd
 from tests.launch.machines import ENVIRONMENT, Machine, lacking, two_machines, wait_until
 from tests.ranks import ROOT
@@ -239,3 +242,22 @@ def test_usage(launcher: str) -> None:
 )
 def test_refused(command: str, environment: dict[str, str], message: str) -> None:
     assert message in launch(f"launch/{command}", RECIPE, status=2, **environment)
+
+
+@pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
+def test_kubernetes(version: str) -> None:
+    """Both objects fit the schemas, unknown fields refused, and the container's command is one of ours."""
+    service, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    for described in (service, job):
+        kubernetes_validate.validate(described, version, strict=True)
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    script, _, recipe, _, config, *overrides = pod["containers"][0]["args"]
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    assert (ROOT / recipe).exists()
+    load_config(RunConfig, ROOT / config, overrides)
+
+
+def test_shellcheck() -> None:
+    scripts = [*(ROOT / "launch").glob("*.s*"), *(ROOT / "tests" / "launch").glob("*.sh"), ROOT / ".ci" / "run"]
+    launch("shellcheck", *map(str, scripts))
