@@ -38,7 +38,7 @@ from alphatoken.report import Report
 from alphatoken.training import Trainer
 from alphatoken.zero3 import communicated_bytes
 from benchmarks.measuring import circumstances, status, write_result
-from benchmarks.preference_memory import save_data
+from benchmarks.preference_memory import run_values, save_data
 
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -54,29 +54,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 def config_of(case: str, folder: Path, model: Path, dtype: str) -> RunConfig:
     """Two micro-batches of two documents on each of two ranks."""
-    changes = CASES[case]
-    kind, documents = ("pairs", 2) if "preference" in changes else ("sft", 1)
-    values: dict[str, Any] = {
-        "model": {"name_or_path": str(model), "dtype": dtype},
-        "data": {
-            "train": str(folder / f"{kind}-train.jsonl"),
-            "validation": str(folder / f"{kind}-held-out.jsonl"),
-            "cache_dir": str(folder / "cache"),
-        },
-        "valuation": {"validation_sequences": 8},
-        "fisher": {
-            "sampling": "empirical",
-            "num_prompts": 4,
-            "batch_size": 1,
-            "output": str(folder / f"fisher of {case}"),
-        },
-        "train": {
-            "global_batch_size": 8 // documents,
-            "micro_batch_size": 2 // documents,
-            "max_steps": STEPS + 1,
-            "output_dir": str(folder / f"run of {case}"),
-        },
-    }
+    changes = {**CASES[case], "model": {"dtype": dtype}}
+    kind = "pairs" if "preference" in changes else "sft"
+    run = case.replace(" ", "-")
+    values = run_values(kind, folder, model, ranks=2, documents=2, steps=STEPS + 1, run=run)
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys}
     return (PreferenceRunConfig if kind == "pairs" else RunConfig).model_validate(values)

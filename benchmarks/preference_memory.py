@@ -49,10 +49,14 @@ def save_data(folder: Path, pairs: int, words: int) -> None:
             (folder / f"{name}-{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def build(mode: str, folder: Path, model: Path, micro_batch: int) -> Trainer:
-    """A run whose optimizer step has two micro-batches of 2 `micro_batch` documents on each rank."""
-    kind, each = ("sft", 2) if mode == "sft" else ("pairs", 1)
-    values: dict[str, Any] = {
+def run_values(
+    kind: str, folder: Path, model: Path, *, ranks: int, documents: int, steps: int, run: str
+) -> dict[str, Any]:
+    """A run on what `save_data` has written: `kind` is sft or pairs, `run` names its folder. An optimizer step has two
+    micro-batches of so many documents on each rank.
+    """
+    rows = documents // (2 if kind == "pairs" else 1)
+    return {
         "model": {"name_or_path": str(model), "dtype": "bfloat16"},
         "data": {
             "train": str(folder / f"{kind}-train.jsonl"),
@@ -64,15 +68,21 @@ def build(mode: str, folder: Path, model: Path, micro_batch: int) -> Trainer:
             "sampling": "empirical",
             "num_prompts": 4,
             "batch_size": 1,
-            "output": str(folder / f"fisher-{kind}"),
+            "output": str(folder / f"fisher-{run}"),
         },
         "train": {
-            "global_batch_size": each * 2 * micro_batch * collectives.world_size(),
-            "micro_batch_size": each * micro_batch,
-            "max_steps": STEPS,
-            "output_dir": str(folder / f"run-{mode}"),
+            "global_batch_size": 2 * ranks * rows,
+            "micro_batch_size": rows,
+            "max_steps": steps,
+            "output_dir": str(folder / f"run-{run}"),
         },
     }
+
+
+def build(mode: str, folder: Path, model: Path, micro_batch: int) -> Trainer:
+    """A run with micro-batches of 2 `micro_batch` documents."""
+    kind, ranks = "sft" if mode == "sft" else "pairs", collectives.world_size()
+    values = run_values(kind, folder, model, ranks=ranks, documents=2 * micro_batch, steps=STEPS, run=mode)
     if mode == "sft":
         objective: Objective = SupervisedObjective()
         return Trainer(RunConfig.model_validate(values), objective)
