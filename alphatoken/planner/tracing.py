@@ -150,7 +150,7 @@ class Tracer:
                 if kind not in known:
                     known[kind] = self._cost(index, capture.entry)
                 costs.append(known[kind][0])
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise UserError(
                 f"{type(self._decoder.model).__name__} cannot be planned: its layers look at values, and a plan has "
                 f"shapes only ({str(error).splitlines()[0]})"
