@@ -430,11 +430,11 @@ def ranks_of(file: Path) -> list[int]:
     found = {}
     for folder in Path("/proc").iterdir():
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:
             continue
-        ranks = [int(word.split(b"=")[1]) for word in words if word.startswith(b"--local_rank=")]
-        if ranks and str(file).encode() in words and b"launch.py" not in words[1]:
+        ranks = [int(each.removeprefix(b"RANK=")) for each in variables if each.startswith(b"RANK=")]
+        if ranks and str(file).encode() in words:
             found[ranks[0]] = int(folder.name)
     return [found[rank] for rank in sorted(found)]
 
