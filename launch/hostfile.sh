@@ -21,14 +21,15 @@ if ! command -v pdsh >/dev/null; then
     exit 2
 fi
 
-# The arguments pass through a shell on each host, which must not see words or patterns in them. DeepSpeed itself puts
-# those with spaces between double quotes.
+# The arguments pass through pdsh, which replaces %h, %n and %u, and a shell on each host, which must not see words or
+# patterns in them. DeepSpeed itself puts those with spaces between double quotes.
 arguments=()
 for argument in "$@"; do
     case $argument in
-    *' '*) arguments+=("$(printf '%s' "$argument" | sed 's/[\\$`]/\\&/g')") ;;
-    *) arguments+=("$(printf '%q' "$argument")") ;;
+    *' '*) argument=$(printf '%s' "$argument" | sed 's/[\\$`]/\\&/g') ;;
+    *) argument=$(printf '%q' "$argument") ;;
     esac
+    arguments+=("${argument//%/%%}")
 done
 exec deepspeed --hostfile "$hostfile" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "${MASTER_PORT:-29500}" --no_local_rank --log_level warning "${arguments[@]}"

@@ -123,11 +123,11 @@ def test_console_script() -> None:
 def test_hostfile(
     expected: list[dict[str, Any]], config_file: Path, tmp_path: Path, machines: tuple[Machine, Machine]
 ) -> None:
-    """Also arguments that a shell would take for something else arrive."""
+    """Also arguments that a shell or pdsh would take for something else arrive."""
     start_sshd(machines, tmp_path)
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n", encoding="utf-8")
     (tmp_path / "variables").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n", encoding="utf-8")
-    folder, allowed = tmp_path / "a 'run' of $HOME", ["optim.*", "$HOME;"]
+    folder, allowed = tmp_path / "a 'run' of $HOME, 100%n", ["optim.*", "$HOME;%h"]
     arguments = [f"train.output_dir={folder}", f"train.resume_allow={json.dumps(allowed, separators=(',', ':'))}"]
     machines[0].run(
         ["launch/hostfile.sh", RECIPE, "--config", str(config_file), *arguments],
