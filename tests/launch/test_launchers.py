@@ -207,7 +207,7 @@ def test_preempted_in_slurm(expected: list[dict[str, Any]], config_file: Path, t
 def test_ends_of_slurm_jobs(
     slurm: Slurm, stand_in: Callable[..., tuple[str, Path]], limited: tuple[str, Path], tmp_path: Path
 ) -> None:
-    """A job that reaches its time limit goes on; one that is cancelled does not, and one that fails does not."""
+    """A job that reaches its time limit goes on, an element of an array alone; not one that is cancelled or fails."""
     job, log = limited
     wait_until(lambda: slurm.state(job) == "COMPLETED", 120, log.read_text)
     said, port = log.read_text(), 10000 + int(job)
@@ -216,14 +216,20 @@ def test_ends_of_slurm_jobs(
         assert f"rank {rank} {rank} 2 2 {port} %a $x train.resume=auto\n" in said, said
     assert said.count("requeueing job") == 1
 
-    cancelled, log = stand_in("cancelled")
-    wait_until(lambda: log.exists() and log.read_text().count("rank") == 2, 30, lambda: "no ranks")
-    slurm.call("scancel", cancelled)
+    # The last element of an array has the array's number, by which Slurm would requeue all of them.
+    array, log = stand_in("element-%a", "--array=0-1", "--ntasks=1")
+    cancelled, warned = (log.with_name(f"element-{element}") for element in (0, 1))
+    wait_until(lambda: all(each.exists() and each.read_text() for each in (cancelled, warned)), 30, lambda: "no ranks")
+    slurm.call("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    wait_until(lambda: slurm.state(f"{array}_1") == "COMPLETED", 60, warned.read_text)
+    assert f"requeueing job {array}_1" in warned.read_text()
+    assert slurm.state(f"{array}_0") == "RUNNING"
+    slurm.call("scancel", f"{array}_0")
     options = ("--partition=idle", f"--output={tmp_path / 'log'}")
     failing = slurm.submit(*options, "launch/slurm.sbatch", str(tmp_path / "no.py"))
     wait_until(lambda: slurm.state(failing) == "FAILED", 30, lambda: slurm.state(failing))
-    wait_until(lambda: slurm.state(cancelled) == "CANCELLED", 30, log.read_text)
-    assert "requeueing" not in log.read_text() + (tmp_path / "log").read_text()
+    wait_until(lambda: slurm.state(f"{array}_0") == "CANCELLED", 30, cancelled.read_text)
+    assert "requeueing" not in cancelled.read_text() + (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launch").glob("*.s*")))
@@ -256,6 +262,28 @@ def test_kubernetes(version: str) -> None:
     subprocess.run(["bash", "-n", "-c", script], check=True)
     assert (ROOT / recipe).exists()
     load_config(RunConfig, ROOT / config, overrides)
+
+
+def test_ranks_of_a_pod(tmp_path: Path) -> None:
+    """The pod's command ends well with the run, with 75 where the run was stopped, and with a rank that fails."""
+    _, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    script = job["spec"]["template"]["spec"]["containers"][0]["args"][0].replace("/runs/example", str(tmp_path))
+    (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
+    environment = {"PODS": "2", "RANKS": "2", "JOB_COMPLETION_INDEX": "1", "MASTER_PORT": "29500"}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = ["bash", "-c", script, "ranks", *arguments]
+        return subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, text=True)
+
+    pod = start(str(tmp_path / "stand_in.py"), "a b")
+    assert pod.stdout is not None
+    told = sorted(pod.stdout.readline() for _ in range(2))
+    assert told == ["rank 2 0 4 2 29500 a b\n", "rank 3 1 4 2 29500 a b\n"]
+    pod.terminate()
+    assert pod.wait() == 75
+    assert start("-c", "import os, time; time.sleep(60) if os.environ['RANK'] == '2' else exit(3)").wait() == 3
+    (tmp_path / "export").mkdir()
+    assert start(str(tmp_path / "stand_in.py"), "train.resume=auto").wait() == 0
 
 
 def test_shellcheck() -> None:
