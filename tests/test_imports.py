@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors",
     "files",
+    "wording",
     "config",
     "config_preference",
     "config_file",

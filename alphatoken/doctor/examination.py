@@ -19,10 +19,11 @@ from alphatoken.config_file import flat, load_config
 from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.splits import Splits, read_splits
 from alphatoken.doctor import masks, ranks, refusals, rows, storage
-from alphatoken.doctor.findings import Finding, on_every_rank, plural, skipped, verdict
+from alphatoken.doctor.findings import Finding, on_every_rank, skipped, verdict
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival, deadline, meet
 from alphatoken.engine import device_memory, initialise_ranks, visible_devices
+from alphatoken.wording import plural
 
 T = TypeVar("T")
 

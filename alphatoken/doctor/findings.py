@@ -98,17 +98,3 @@ def _listed(numbers: Sequence[int]) -> str:
 def skipped(check: str, needs: str) -> Finding:
     """A check that had nothing to look at."""
     return Finding(check, "skipped", f"needs {needs}")
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def plural(count: int, what: str) -> str:
-    """`1 row`, `2 rows`, `3 passes`."""
-    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
-    return f"{count} {what}{ending}"

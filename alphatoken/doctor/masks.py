@@ -19,8 +19,9 @@ from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.rows import Message, as_messages, as_pair, has_text
 from alphatoken.data.sources import location, open_source
-from alphatoken.doctor.findings import Finding, plural
+from alphatoken.doctor.findings import Finding
 from alphatoken.errors import UserError
+from alphatoken.wording import plural
 
 # Words that occur in no template, each in one turn only.
 PROBE: tuple[Message, ...] = (

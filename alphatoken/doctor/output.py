@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alphatoken.doctor.findings import Finding, plural
+from alphatoken.doctor.findings import Finding
+from alphatoken.wording import plural
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 TRAINED = r"(?s)\[\[.*?\]\]"

@@ -18,9 +18,10 @@ from packaging.specifiers import SpecifierSet
 
 import alphatoken
 from alphatoken import collectives
-from alphatoken.doctor.findings import Finding, disagreement, named, plural, size
+from alphatoken.doctor.findings import Finding, disagreement, named
 from alphatoken.doctor.rendezvous import Arrival
 from alphatoken.files import file_sha256, fingerprint
+from alphatoken.wording import plural, size
 
 PACKAGE = "alphatoken"
 SHOWN = 5  # differences that are listed

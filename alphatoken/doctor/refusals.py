@@ -12,10 +12,11 @@ from alphatoken.checkpoint import find_checkpoint
 from alphatoken.config import RunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import Splits, check_sizes, load_prompts
-from alphatoken.doctor.findings import Finding, plural
+from alphatoken.doctor.findings import Finding
 from alphatoken.engine import check_before_loading, deepspeed_config, load_tokenizer, model_without_weights
 from alphatoken.estimation import check_files
 from alphatoken.reference import check_reference
+from alphatoken.wording import plural
 
 
 def batches(config: RunConfig, ranks: int) -> str:

@@ -18,8 +18,9 @@ from datetime import timedelta
 
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
 
-from alphatoken.doctor.findings import Finding, named, plural
+from alphatoken.doctor.findings import Finding, named
 from alphatoken.errors import UserError
+from alphatoken.wording import plural
 
 CHECK = "rendezvous"
 WANTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -15,9 +15,10 @@ from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Splits, shared_rows
-from alphatoken.doctor.findings import Finding, plural
+from alphatoken.doctor.findings import Finding
 from alphatoken.engine import stop_tokens
 from alphatoken.losses import IGNORE_INDEX
+from alphatoken.wording import plural
 
 LOOKED_AT = 64  # rows that are collated
 BARS = 8

@@ -13,8 +13,9 @@ from alphatoken import collectives
 from alphatoken.checkpoint import RunFolder, checkpoint_bytes
 from alphatoken.checkpoint_files import free_bytes, most_at_once, step_folders
 from alphatoken.config import RunConfig
-from alphatoken.doctor.findings import Finding, Seen, named, on_every_rank, plural, size, verdict
+from alphatoken.doctor.findings import Finding, Seen, named, on_every_rank, verdict
 from alphatoken.errors import UserError
+from alphatoken.wording import plural, size
 
 # How long a file may take to appear on another node: network file systems look into a folder again after seconds.
 APPEARS_WITHIN = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alphatoken.checkpoint import checkpoint_bytes
 from alphatoken.losses import block_rows
 from alphatoken.planner.blueprint import Blueprint
 
@@ -274,9 +275,9 @@ def _step_gradients(blueprint: Blueprint) -> Part:
 
 
 def _disk(blueprint: Blueprint) -> list[Part]:
-    """A checkpoint, as `checkpoint.checkpoint_bytes` counts it, an export, and the reference's losses."""
+    """A checkpoint, an export, and the reference's losses."""
     weight = blueprint.sharding.weight_bytes
-    checkpoint = sum(numel * (weight + (12 if trains else 0)) for numel, trains in blueprint.numels)
+    checkpoint = checkpoint_bytes(blueprint.decoder.model, trains_in_16_bit=weight == 2)
     parts = [Part("one checkpoint", checkpoint, "disk")]
     parts.append(Part("export", sum(numel for numel, _ in blueprint.numels) * weight, "disk"))
     if blueprint.config.needs_reference and blueprint.config.reference.mode == "cached":

@@ -48,8 +48,9 @@ class Plan:
     memory: Memory
     traffic: tuple[Message, ...]
     compute: dict[str, Compute]
-    """By estimator; empty without valuation, where `plain` is all."""
-    plain: Compute
+    """By estimator; empty without valuation."""
+    own: Compute
+    """Of the run as it is configured."""
     device: str | None
     """A name of `GPUS`, or cpu; None where it was not told."""
     needed: int
@@ -83,13 +84,14 @@ def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = No
     needed = _with_overhead(memory, device)
     capacity = GPUS.get(device or "", float("inf")) * GIB
     advice = tuple(_advise(config, rows, ranks, device, capacity)) if needed > capacity else ()
+    own = compute_of(blueprint)
     compute: dict[str, Compute] = {}
     if config.valuation.enabled:
         estimators: tuple[Literal["ghost", "exact"], ...] = ("ghost", "exact")
-        for estimator in estimators:
-            own = estimator == config.valuation.estimator
-            compute[estimator] = compute_of(blueprint if own else draw(_estimating(config, estimator), rows, ranks))
-    return Plan(blueprint, memory, tuple(traffic_of(blueprint)), compute, compute_of(blueprint), device, needed, advice)
+        for name in estimators:
+            configured = name == config.valuation.estimator
+            compute[name] = own if configured else compute_of(draw(_estimating(config, name), rows, ranks))
+    return Plan(blueprint, memory, tuple(traffic_of(blueprint)), compute, own, device, needed, advice)
 
 
 def _with_overhead(memory: Memory, device: str | None) -> int:

@@ -27,7 +27,6 @@ class Sharding:
     reduce_bucket: int = 500_000_000
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
-    max_live: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     hpz_ranks: int = 1
@@ -57,7 +56,6 @@ def sharding_of(deepspeed_values: dict[str, Any], ranks: int, weight_bytes: int)
         reduce_bucket=int(zero.reduce_bucket_size),
         prefetch_bucket=int(zero.prefetch_bucket_size),
         persistence_threshold=int(zero.param_persistence_threshold),
-        max_live=int(zero.max_live_parameters),
         max_reuse_distance=int(zero.max_reuse_distance),
         sub_group=int(zero.sub_group_size),
         hpz_ranks=int(zero.zero_hpz_partition_size),

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from alphatoken.planner.compute import Compute
 from alphatoken.planner.memory import Part
-from alphatoken.planner.plan import GIB, Plan
+from alphatoken.planner.plan import Plan
+from alphatoken.wording import plural, size
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         },
         "messages": [{**asdict(each), "received": each.received(ranks)} for each in plan.traffic],
         "flops": {name: {**asdict(each), "over_plain": each.over_plain} for name, each in plan.compute.items()}
-        or {"without valuation": asdict(plan.plain)},
+        or {"without valuation": asdict(plan.own)},
         "advice": [asdict(each) for each in plan.advice],
     }
 
@@ -47,7 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{plan.blueprint.config.model.name_or_path}: {counts['all'] / 1e6:,.1f} million parameters, "
         f"{counts['trained'] / 1e6:,.1f} trained, {counts['scored'] / 1e6:,.1f} scored. "
         f"{plan.blueprint.sharding.ranks} ranks, ZeRO stage {plan.blueprint.sharding.stage}; a rank's step has "
-        f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)} of {work.rows} x {work.row_tokens} tokens, "
+        f"{plural(work.micro_batches, 'micro-batch')} of {work.rows} x {work.row_tokens} tokens, "
         f"{work.responses} of them responses.",
         highlight=False,
     )
@@ -76,21 +77,21 @@ def _memory_table(plan: Plan) -> Table:
     def rows(parts: tuple[Part, ...]) -> None:
         for part in parts:
             if part.bytes:
-                table.add_row(part.name, _size(part.bytes))
+                table.add_row(part.name, size(part.bytes))
 
     rows(memory.steady)
     table.add_section()
     rows(memory.moments[memory.peak_moment])
     table.add_section()
-    table.add_row("peak", _size(memory.peak))
+    table.add_row("peak", size(memory.peak))
     if plan.device != "cpu":
-        table.add_row("with context, buffers of communication and fragmentation (assumed)", _size(plan.needed))
+        table.add_row("with context, buffers of communication and fragmentation (assumed)", size(plan.needed))
     table.add_section()
-    for how, size in plan.activations.items():
-        table.add_row(f"activations of a micro-batch {how}", _size(size))
+    for how, count in plan.activations.items():
+        table.add_row(f"activations of a micro-batch {how}", size(count))
     for part in memory.elsewhere:
         if part.bytes:
-            table.add_row(f"{part.name}, on {part.where}", _size(part.bytes))
+            table.add_row(f"{part.name}, on {part.where}", size(part.bytes))
     return table
 
 
@@ -102,17 +103,17 @@ def _traffic_table(plan: Plan) -> Table:
     for name in ("messages", "handed in", "received"):
         table.add_column(name, justify="right")
     for each in plan.traffic:
-        table.add_row(each.about, each.op, f"{each.count:,.0f}", _size(each.bytes), _size(each.received(ranks)))
+        table.add_row(each.about, each.op, f"{each.count:,.0f}", size(each.bytes), size(each.received(ranks)))
     table.add_section()
     totals = sum(each.bytes for each in plan.traffic), sum(each.received(ranks) for each in plan.traffic)
-    table.add_row("all", "", f"{sum(each.count for each in plan.traffic):,.0f}", *map(_size, totals))
+    table.add_row("all", "", f"{sum(each.count for each in plan.traffic):,.0f}", *map(size, totals))
     return table
 
 
 def _compute_table(plan: Plan) -> Table:
     table = Table(title="Work of one rank in one optimizer step, TFLOP", title_justify="left")
     table.add_column("")
-    columns: dict[str, Compute] = dict(plan.compute.items()) or {"without valuation": plan.plain}
+    columns: dict[str, Compute] = dict(plan.compute.items()) or {"without valuation": plan.own}
     for name in columns:
         table.add_column(name, justify="right")
     for phase in ("refresh", "ahead", "forward", "score", "backward", "total"):
@@ -129,19 +130,12 @@ def _compute_table(plan: Plan) -> Table:
 def _print_verdict(plan: Plan, console: Console) -> None:
     if plan.capacity is None:
         return
-    room = f"{_size(plan.needed)} of {_size(plan.capacity)} on {plan.device}"
+    room = f"{size(plan.needed)} of {size(plan.capacity)} on {plan.device}"
     if plan.fits:
         console.print(f"It fits: {room}.", highlight=False)
         return
     console.print(f"It does not fit: {room}.", highlight=False)
     for each in plan.advice:
-        console.print(f"  {each.change}  ->  {_size(each.bytes)}", highlight=False, markup=False)
+        console.print(f"  {each.change}  ->  {size(each.bytes)}", highlight=False, markup=False)
     if not plan.advice or plan.advice[-1].bytes > plan.capacity:
         console.print("  and that is not enough: use more or larger devices", highlight=False)
-
-
-def _size(size: float) -> str:
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size / 1024:.1f} KiB"
