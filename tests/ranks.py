@@ -58,8 +58,9 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
     for process in processes:
         process.start()
     try:
-        while any(process.is_alive() for process in processes):
-            wait([process.sentinel for process in processes if process.is_alive()])
+        # Looked up once: a process may end between two looks, and waiting for none would have no end.
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            wait(alive)
             for rank, process in enumerate(processes):
                 if process.exitcode:
                     raise AssertionError(f"rank {rank} of {case} failed:\n{logs[rank].read_text()[-6000:]}")
