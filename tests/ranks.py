@@ -58,12 +58,15 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
     for process in processes:
         process.start()
     try:
-        # Looked up once: a process may end between two looks, and waiting for none would have no end.
-        while alive := [process.sentinel for process in processes if process.is_alive()]:
-            wait(alive)
+        while True:
+            # Looked up once: a process may end between two looks, and waiting for none would have no end.
+            alive = [process.sentinel for process in processes if process.is_alive()]
             for rank, process in enumerate(processes):
                 if process.exitcode:
                     raise AssertionError(f"rank {rank} of {case} failed:\n{logs[rank].read_text()[-6000:]}")
+            if not alive:
+                break
+            wait(alive)
     finally:
         for process in processes:
             process.kill()
