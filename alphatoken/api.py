@@ -1,4 +1,5 @@
-"""`score_tokens`: token values of a batch in one process, on any supported Hugging Face causal LM."""
+"""`score_tokens`: token values of a batch in one process, on any supported Hugging Face causal
+LM."""
 
 from __future__ import annotations
 
@@ -27,17 +28,18 @@ def score_tokens(
     reference: Mapping[str, Tensor] | None = None,
     config: ValuationConfig | None = None,
 ) -> TokenValues:
-    """Values every response token of `batch` by the held-out examples `validation` (Eqs. 8-12 of arXiv 2606.01635, or
-    with `estimator="exact"` the first-order effect of each).
+    """Values every response token of `batch` by the held-out examples `validation` (Eqs. 8-12 of
+    arXiv 2606.01635, or with `estimator="exact"` the first-order effect of each).
 
-    `batch` and `validation` hold `input_ids`, `attention_mask` and `labels`, (B, T) int64 each, labels -100 off the
-    response; padding on either side. Packed rows also hold `document_ids` (a number per document) or `position_ids`
-    that start anew with each document. `fisher` and `reference` map full parameter names to tensors of the weight's
-    shape; both or neither must be given, and without them the proxy terms are zero; so they are for parameters whose
-    Fisher `recipes/fisher.py` does not estimate (experts, say) unless it is given. The model runs in eval mode and is
-    left as it was. The four terms are always computed separately, each (B, T) float32 at the position that predicts
-    the token.
-    Raises UserError for an unsupported model, wrong shapes, a missing tensor, or a validation batch without response.
+    `batch` and `validation` hold `input_ids`, `attention_mask` and `labels`, (B, T) int64 each,
+    labels -100 off the response; padding on either side. Packed rows also hold `document_ids` (a
+    number per document) or `position_ids` that start anew with each document. `fisher` and
+    `reference` map full parameter names to tensors of the weight's shape; both or neither must be
+    given, and without them the proxy terms are zero; so they are for parameters whose Fisher
+    `recipes/fisher.py` does not estimate (experts, say) unless it is given. The model runs in eval
+    mode and is left as it was. The four terms are always computed separately, each (B, T) float32
+    at the position that predicts the token. Raises UserError for an unsupported model, wrong
+    shapes, a missing tensor, or a validation batch without response.
     """
     config = (config or ValuationConfig()).model_copy(update={"split_terms": True})
     decoder = decoder_of(model)
@@ -46,7 +48,9 @@ def score_tokens(
     _check_batch("batch", batch)
     _check_batch("validation", validation)
     if not bool(loss_positions(validation["labels"])[0].any()):
-        raise UserError("validation has no response token: every label is -100 (position 0 predicts token 1)")
+        raise UserError(
+            "validation has no response token: every label is -100 (position 0 predicts token 1)"
+        )
     if (fisher is None) != (reference is None):
         given, missing = ("fisher", "reference") if reference is None else ("reference", "fisher")
         raise UserError(f"{given} is given without {missing}; stability needs both")
@@ -58,7 +62,9 @@ def score_tokens(
             drift = Drift(stable, fisher, reference, device)
         scorer = build_scorer(decoder, config, device, drift)
         scored_tokens = int(loss_positions(batch["labels"])[0].sum())
-        scorer.refresh(list(_row_groups(decoder, validation, config.chunk_tokens, device)), scored_tokens)
+        scorer.refresh(
+            list(_row_groups(decoder, validation, config.chunk_tokens, device)), scored_tokens
+        )
         scored, responses = [], []
         for rows in _row_groups(decoder, batch, config.chunk_tokens, device):
             with scorer.capture() as capture:
@@ -69,7 +75,9 @@ def score_tokens(
     if config.balance == "std":
         response_BT = torch.cat(responses)
         parts = terms[0] + terms[1], terms[2] + terms[3]
-        scorer.scales.observe([float(part_BT[response_BT].double().std(correction=0)) for part_BT in parts])
+        scorer.scales.observe(
+            [float(part_BT[response_BT].double().std(correction=0)) for part_BT in parts]
+        )
     return TokenValues.from_terms(terms, scorer.part_weights)
 
 
@@ -77,7 +85,10 @@ def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
     shapes = {}
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
-            raise UserError(f"{name} has no {key!r}; it needs input_ids, attention_mask and labels, (B, T) int64 each")
+            raise UserError(
+                f"{name} has no {key!r}; it needs input_ids, attention_mask and labels, (B, "
+                "T) int64 each"
+            )
     for key in ("input_ids", "attention_mask", "labels", "position_ids", "document_ids"):
         if key in batch:
             shapes[key] = tuple(batch[key].shape)
@@ -88,7 +99,8 @@ def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
 def _row_groups(
     decoder: Decoder, batch: Mapping[str, Tensor], chunk_tokens: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """The batch in groups of at most `chunk_tokens` tokens (whole rows, at least one), as the body wants them."""
+    """The batch in groups of at most `chunk_tokens` tokens (whole rows, at least one), as the body
+    wants them."""
     batch = {key: value.to(device) for key, value in batch.items()}
     mask = batch["attention_mask"]
     rows = max(1, chunk_tokens // mask.shape[1])
@@ -97,7 +109,8 @@ def _row_groups(
     if documents is not None:
         if decoder.architecture.recurrent:
             raise UserError(
-                f"{type(decoder.model).__name__} carries a state along the row: packed rows are not possible"
+                f"{type(decoder.model).__name__} carries a state along the row: packed rows "
+                "are not possible"
             )
         starts = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
         inputs["position_ids"] = _since(starts)
@@ -106,7 +119,9 @@ def _row_groups(
         )  # nothing predicts a document's first token
         if "flash" in decoder.config._attn_implementation:
             rows = 1  # its kernels tell documents apart in single rows only
-    elif bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding on the left; on the right no mask is needed
+    elif bool(
+        (mask[:, 1:] > mask[:, :-1]).any()
+    ):  # padding on the left; on the right no mask is needed
         inputs["attention_mask"] = mask
         inputs["position_ids"] = batch.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
     for start in range(0, mask.shape[0], rows):
@@ -114,7 +129,8 @@ def _row_groups(
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """A number per document, (B, T), different for neighbours and for padding; None where rows are not packed."""
+    """A number per document, (B, T), different for neighbours and for padding; None where rows are
+    not packed."""
     mask = batch["attention_mask"]
     if "document_ids" in batch:
         documents = batch["document_ids"]

@@ -1,7 +1,8 @@
 """Where a Hugging Face causal LM keeps its decoder layers, final norm, head and scored linears.
 
-One `Architecture` per supported model class; `docs/architectures.md` says how to add one. Everything else in the
-library speaks of a `Decoder`, which is one architecture applied to one model.
+One `Architecture` per supported model class; `docs/architectures.md` says how to add one.
+Everything else in the library speaks of a `Decoder`, which is one architecture applied to one
+model.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def _last_third(config: PretrainedConfig) -> Tensor:
 
 
 def _after_queries_and_keys(config: PretrainedConfig) -> Tensor:
-    """Value rows of a projection that stacks query, key and value rows of grouped-query attention."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Value rows of a projection that stacks query, key and value rows of grouped-query
+    attention."""
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     start = (config.num_attention_heads + config.num_key_value_heads) * head_size
     return torch.arange(start, start + config.num_key_value_heads * head_size)
 
@@ -40,25 +44,30 @@ def _third_of_each_head(config: PretrainedConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dotted paths inside a model class. `layers` and `norm` are inside `body`; the rest inside a layer."""
+    """Dotted paths inside a model class. `layers` and `norm` are inside `body`; the rest inside a
+    layer."""
 
     linears: tuple[str, ...]
     """Every linear that a layer may have and that is scored, in order of the forward pass."""
     value_projection: str
-    """The linear through which attention carries the causal path; layers without it have no causal term."""
+    """The linear through which attention carries the causal path; layers without it have no causal
+    term."""
     value_rows: Callable[[PretrainedConfig], Tensor] | None = None
     """Which of its output rows are values, where query and key share it."""
     body: str = "model"
     layers: str = "layers"
     norm: str = "norm"
     unscored: tuple[str, ...] = ()
-    """Parts of a layer with weights that are left out of the scored set (experts and their router)."""
+    """Parts of a layer with weights that are left out of the scored set (experts and their router).
+    """
     recurrent: bool = False
-    """Whether some layers carry a state along the row, so that documents cannot be packed into one."""
+    """Whether some layers carry a state along the row, so that documents cannot be packed into one.
+    """
     head_first_norms: tuple[str, ...] = ()
     """Norms of heads that see (B, heads, T, F) rather than (B, T, heads, F)."""
     external_weights: tuple[tuple[str, str], ...] = ()
-    """(part of a layer, weight inside it) that the part reads without calling its module, as ZeRO-3 wants."""
+    """(part of a layer, weight inside it) that the part reads without calling its module, as ZeRO-3
+    wants."""
 
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -71,7 +80,13 @@ GEMMA3 = replace(LLAMA_LIKE, head_first_norms=("self_attn.q_norm", "self_attn.k_
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(
         (
-            *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
+            *(
+                "LlamaForCausalLM",
+                "MistralForCausalLM",
+                "Qwen2ForCausalLM",
+                "Qwen3ForCausalLM",
+                "Gemma2ForCausalLM",
+            ),
             *("Olmo2ForCausalLM", "SmolLM3ForCausalLM"),
         ),
         LLAMA_LIKE,
@@ -81,7 +96,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3_5ForCausalLM": replace(
         LLAMA_LIKE,
         linears=(
-            *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            *(
+                "linear_attn.in_proj_qkv",
+                "linear_attn.in_proj_z",
+                "linear_attn.in_proj_b",
+                "linear_attn.in_proj_a",
+            ),
             *("linear_attn.out_proj", *ATTENTION, *GATED_MLP),
         ),
         recurrent=True,
@@ -93,7 +113,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         value_rows=_after_queries_and_keys,
     ),
     "GPTNeoXForCausalLM": Architecture(
-        linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        linears=(
+            "attention.query_key_value",
+            "attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        ),
         value_projection="attention.query_key_value",
         value_rows=_third_of_each_head,
         body="gpt_neox",
@@ -135,14 +160,16 @@ class ScoredLinear:
 
 
 Stage = int | Literal["embeddings", "norm", "head"]
-"""A part of a decoder that is run on its own: a layer by its index, what comes before the layers, or after."""
+"""A part of a decoder that is run on its own: a layer by its index, what comes before the layers,
+or after."""
 
 ParameterSet = Literal["linears", "norms", "all"]
 
 
 @dataclass(frozen=True)
 class ScoredParameter:
-    """One use of a parameter that values are computed for. Tied embeddings and head are two uses of one name."""
+    """One use of a parameter that values are computed for. Tied embeddings and head are two uses of
+    one name."""
 
     name: str
     """Full parameter name."""
@@ -150,7 +177,8 @@ class ScoredParameter:
     path: str
     """Dotted path inside the stage's module."""
     kind: Literal["linear", "norm", "embedding", "other"]
-    """What module owns it. Of `other` (experts, convolutions, ...) there is no gradient by position, so no Fisher."""
+    """What module owns it. Of `other` (experts, convolutions, ...) there is no gradient by
+    position, so no Fisher."""
 
 
 @dataclass(frozen=True)
@@ -194,34 +222,43 @@ class Decoder:
     def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Runs the body on `input_ids` (B, T); returns (B, T, H) after the norm.
 
-        `attention_mask` (B, T) may be absent, and had better be, when all padding is on the right: nothing real attends
-        to what comes later, and kernels are faster without a mask. `position_ids` (B, T) that start anew tell packed
-        documents apart.
+        `attention_mask` (B, T) may be absent, and had better be, when all padding is on the right:
+        nothing real attends to what comes later, and kernels are faster without a mask.
+        `position_ids` (B, T) that start anew tell packed documents apart.
         """
         hidden: Tensor = self.body(**body_inputs(batch)).last_hidden_state
         return hidden
 
     def stage(self, stage: Stage) -> nn.Module:
-        """The module of a stage; that of the embeddings is the body, of which `stage_parameters` names a part."""
+        """The module of a stage; that of the embeddings is the body, of which `stage_parameters`
+        names a part."""
         named = {"embeddings": self.body, "norm": self.norm, "head": self.head}
         return self.layers[stage] if isinstance(stage, int) else named[stage]
 
     def stage_parameters(self, stage: Stage) -> dict[str, nn.Parameter]:
         """Parameters by their path inside the stage's module."""
-        later = (f"{self.architecture.layers}.", f"{self.architecture.norm}.") if stage == "embeddings" else ()
+        later = (
+            (f"{self.architecture.layers}.", f"{self.architecture.norm}.")
+            if stage == "embeddings"
+            else ()
+        )
         named = self.stage(stage).named_parameters()
         return {path: parameter for path, parameter in named if not path.startswith(later)}
 
     def scored_parameters(self, depth: int, chosen: ParameterSet) -> list[ScoredParameter]:
-        """Every use of the chosen parameters of the last `depth` layers, in order of the forward pass.
+        """Every use of the chosen parameters of the last `depth` layers, in order of the forward
+        pass.
 
-        linears: `scored_linears`. norms: all normalisations of the layers, and the final one. all: every parameter of
-        the layers, the final norm and the head; with all layers, the embeddings too. A head that is tied to embeddings
-        is left out where those are, as a gradient of one use is not the parameter's. With adapters: theirs alone.
-        Raises UserError for norms of a model with adapters, which are not trained.
+        linears: `scored_linears`. norms: all normalisations of the layers, and the final one. all:
+        every parameter of the layers, the final norm and the head; with all layers, the embeddings
+        too. A head that is tied to embeddings is left out where those are, as a gradient of one use
+        is not the parameter's. With adapters: theirs alone. Raises UserError for norms of a model
+        with adapters, which are not trained.
         """
         if self.has_adapters and chosen == "norms":
-            raise UserError("valuation.parameters=norms, but LoRA trains no norms: use linears or all")
+            raise UserError(
+                "valuation.parameters=norms, but LoRA trains no norms: use linears or all"
+            )
         first = len(self.layers) - depth
         stages: list[Stage] = [*range(first, len(self.layers))]
         if chosen != "linears":
@@ -236,7 +273,10 @@ class Decoder:
         found = []
         for stage in stages:
             for path, parameter in self.stage_parameters(stage).items():
-                name, owner = names[id(parameter)], self.stage(stage).get_submodule(path.rpartition(".")[0])
+                name, owner = (
+                    names[id(parameter)],
+                    self.stage(stage).get_submodule(path.rpartition(".")[0]),
+                )
                 among = {"linears": name in linears, "norms": is_norm(owner), "all": True}[chosen]
                 tied_alone = first > 0 and id(parameter) in embeddings
                 if among and not tied_alone and (name in linears or not self.has_adapters):
@@ -244,8 +284,11 @@ class Decoder:
         return found
 
     def freeze_unreached(self) -> None:
-        """Freezes what text never runs through, such as a vision tower: without gradients it would only decay."""
-        reached = {id(parameter) for part in (self.body, self.head) for parameter in part.parameters()}
+        """Freezes what text never runs through, such as a vision tower: without gradients it would
+        only decay."""
+        reached = {
+            id(parameter) for part in (self.body, self.head) for parameter in part.parameters()
+        }
         for parameter in self.model.parameters():
             if id(parameter) not in reached:
                 parameter.requires_grad_(False)
@@ -260,31 +303,62 @@ class Decoder:
             for linear in self._linears_of(self.layers[index])
         ]
 
-    def stable_parameters(self, depth: int, chosen: ParameterSet, also: Container[str] = ()) -> dict[str, nn.Parameter]:
-        """By name, the scored parameters that have a Fisher: those whose gradient by position is known, and `also`."""
+    def stable_parameters(
+        self, depth: int, chosen: ParameterSet, also: Container[str] = ()
+    ) -> dict[str, nn.Parameter]:
+        """By name, the scored parameters that have a Fisher: those whose gradient by position is
+        known, and `also`."""
         return {
             scored.name: self.model.get_parameter(scored.name)
             for scored in self.scored_parameters(depth, chosen)
             if scored.kind != "other" or scored.name in also
         }
 
-    def left_out(self, depth: int, chosen: ParameterSet, estimator: Literal["ghost", "exact"]) -> list[str]:
+    def left_out(
+        self, depth: int, chosen: ParameterSet, estimator: Literal["ghost", "exact"]
+    ) -> list[str]:
         """What valuation does not see in the last `depth` layers, a sentence each."""
         first = len(self.layers) - depth
-        paths = {index: dict(self.layers[index].named_modules()) for index in range(first, len(self.layers))}
+        paths = {
+            index: dict(self.layers[index].named_modules())
+            for index in range(first, len(self.layers))
+        }
         notes = []
-        unscored = [part for part in self.architecture.unscored if any(part in layer for layer in paths.values())]
+        unscored = [
+            part
+            for part in self.architecture.unscored
+            if any(part in layer for layer in paths.values())
+        ]
         if unscored and chosen != "all":
-            notes.append(f"{' and '.join(unscored)} of the scored layers are trained but not scored")
-        no_attention = [index for index, layer in paths.items() if self.architecture.value_projection not in layer]
+            notes.append(
+                f"{' and '.join(unscored)} of the scored layers are trained but not scored"
+            )
+        no_attention = [
+            index
+            for index, layer in paths.items()
+            if self.architecture.value_projection not in layer
+        ]
         if no_attention and estimator == "ghost":
             layers = ", ".join(map(str, no_attention))
             notes.append(f"no causal term from layers without an attention matrix: {layers}")
-        others = [scored.path for scored in self.scored_parameters(depth, chosen) if scored.kind == "other"]
+        others = [
+            scored.path
+            for scored in self.scored_parameters(depth, chosen)
+            if scored.kind == "other"
+        ]
         if others:
-            notes.append(f"no stability from {', '.join(sorted(set(others)))}, whose Fisher is not estimated")
-        if chosen == "all" and first > 0 and self.head.weight is self.model.get_input_embeddings().weight:
-            notes.append("the head is tied to the embeddings, so both are scored with valuation.layers=all only")
+            notes.append(
+                f"no stability from {', '.join(sorted(set(others)))}, whose Fisher is not estimated"
+            )
+        if (
+            chosen == "all"
+            and first > 0
+            and self.head.weight is self.model.get_input_embeddings().weight
+        ):
+            notes.append(
+                "the head is tied to the embeddings, so both are scored with "
+                "valuation.layers=all only"
+            )
         return notes
 
     def _linears_of(self, layer: nn.Module) -> list[ScoredLinear]:
@@ -292,9 +366,18 @@ class Decoder:
         modules = dict(layer.named_modules())
         known = self.architecture.linears
         for path, module in modules.items():
-            scored = any(path == root or path.startswith(root + ".") for root in (*known, *self.architecture.unscored))
-            assert scored or not isinstance(module, nn.Linear | Conv1D), f"{path} is missing from its architecture"
-        rows = None if self.architecture.value_rows is None else self.architecture.value_rows(self.config)
+            scored = any(
+                path == root or path.startswith(root + ".")
+                for root in (*known, *self.architecture.unscored)
+            )
+            assert scored or not isinstance(module, nn.Linear | Conv1D), (
+                f"{path} is missing from its architecture"
+            )
+        rows = (
+            None
+            if self.architecture.value_rows is None
+            else self.architecture.value_rows(self.config)
+        )
         found = []
         for path in known:
             is_value = path == self.architecture.value_projection
@@ -304,7 +387,11 @@ class Decoder:
                 found.append(ScoredLinear(f"{path}.lora_A.{adapter}", is_value, feeds=up))
                 found.append(ScoredLinear(up, is_value, value_rows))
             if path in modules and not self.has_adapters:
-                found.append(ScoredLinear(path, is_value, value_rows, transposed=isinstance(modules[path], Conv1D)))
+                found.append(
+                    ScoredLinear(
+                        path, is_value, value_rows, transposed=isinstance(modules[path], Conv1D)
+                    )
+                )
         return found
 
     @cached_property
@@ -333,7 +420,8 @@ def body_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """Sees through a peft wrapper. Raises UserError for a model class without an architecture entry."""
+    """Sees through a peft wrapper. Raises UserError for a model class without an architecture
+    entry."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return Decoder(model, architecture_named(type(model).__name__))
@@ -355,7 +443,9 @@ def scored_depth(layers: int | str, num_layers: int) -> int:
 def architecture_named(model_class: str) -> Architecture:
     if model_class not in ARCHITECTURES:
         raise UserError(
-            f"model class {model_class} has no entry in alphatoken/architectures.py, which must say where its layers, "
-            f"norm and linears are (docs/architectures.md shows how to add it); supported: {', '.join(ARCHITECTURES)}"
+            f"model class {model_class} has no entry in alphatoken/architectures.py, which must "
+            "say where its layers, "
+            "norm and linears are (docs/architectures.md shows how to add it); supported: "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[model_class]

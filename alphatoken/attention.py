@@ -1,8 +1,11 @@
-"""Head-averaged attention probabilities in a band below the diagonal, from queries and keys; never (T, T) in memory.
+"""Head-averaged attention probabilities in a band below the diagonal, from queries and keys; never
+(T, T) in memory.
 
-Shape legend: B sequences, H query heads, G key/value heads (H a multiple of G), T positions, D head size, W window.
+Shape legend: B sequences, H query heads, G key/value heads (H a multiple of G), T positions, D head
+size, W window.
 
-`band_BTW[b, t, j-1]` is A[t+j, t]: the probability, averaged over query heads, with which position t+j attends to t.
+`band_BTW[b, t, j-1]` is A[t+j, t]: the probability, averaged over query heads, with which position
+t+j attends to t.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query may attend to: an explicit mask, or the causal rule with a window and documents.
+    """Which keys a query may attend to: an explicit mask, or the causal rule with a window and
+    documents.
 
-    explicit: broadcastable to (B, H, T, T), as SDPA takes it: bool (true where allowed) or added to the scores; when
-    given it says everything. sliding_window: a query sees itself and the `sliding_window` - 1 positions before.
-    documents_BT: int64; positions see their own document only, and nothing where it is negative (padding).
+    explicit: broadcastable to (B, H, T, T), as SDPA takes it: bool (true where allowed) or added to
+    the scores; when given it says everything. sliding_window: a query sees itself and the
+    `sliding_window` - 1 positions before. documents_BT: int64; positions see their own document
+    only, and nothing where it is negative (padding).
     """
 
     explicit: Tensor | None = None
@@ -29,9 +34,11 @@ class Visibility:
     documents_BT: Tensor | None = None
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """What is added to the scores of (query, key) pairs: 0 or -inf (or an explicit mask's own numbers).
+        """What is added to the scores of (query, key) pairs: 0 or -inf (or an explicit mask's own
+        numbers).
 
-        `queries` and `keys` are positions, int64, of one broadcast shape S; returns (B or 1, H or 1, S) float32.
+        `queries` and `keys` are positions, int64, of one broadcast shape S; returns (B or 1, H or
+        1, S) float32.
         """
         if self.explicit is not None:
             chosen = self.explicit[:, :, queries, keys]
@@ -47,12 +54,15 @@ class Visibility:
 
 
 def _forbid(forbidden: Tensor) -> Tensor:
-    return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill_(forbidden, float("-inf"))
+    return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill_(
+        forbidden, float("-inf")
+    )
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention layer was called with: query (B, H, T, D) and key (B, G, T, D), after rotary embedding.
+    """What one attention layer was called with: query (B, H, T, D) and key (B, G, T, D), after
+    rotary embedding.
 
     The scores are `softcap * tanh(scaling <q, k> / softcap)`, or without the cap `scaling <q, k>`.
     """
@@ -70,7 +80,8 @@ class AttentionCall:
 
 
 def log_sum_exp(call: AttentionCall, block: int = 128) -> Tensor:
-    """Logarithm of every query's softmax denominator, (B, H, T) float32, in blocks of `block` queries.
+    """Logarithm of every query's softmax denominator, (B, H, T) float32, in blocks of `block`
+    queries.
 
     A query that may attend to nothing (a padding row) gets -inf.
     """
@@ -89,7 +100,8 @@ def log_sum_exp(call: AttentionCall, block: int = 128) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """Softmax over the last dimension whose forward derivative takes the probabilities; torch's computes them anew."""
+    """Softmax over the last dimension whose forward derivative takes the probabilities; torch's
+    computes them anew."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
@@ -105,7 +117,8 @@ class _Softmax(torch.autograd.Function):
 
 
 def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128) -> Tensor:
-    """softmax(scores) v, (B, H, T, D) in the dtype of the values, in blocks of `block` queries; without a backward."""
+    """softmax(scores) v, (B, H, T, D) in the dtype of the values, in blocks of `block` queries;
+    without a backward."""
     groups = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
     key_BHTD = call.key_BGTD.repeat_interleave(groups, dim=1)
     value_BHTD = value_BGTD.repeat_interleave(groups, dim=1)
@@ -115,7 +128,8 @@ def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128)
         queries = slice(start, start + block)
         keys = slice(None) if call.visibility.explicit is not None else slice(start + block)
         products = (call.query_BHTD[:, :, queries] @ key_BHTD[:, :, keys].transpose(2, 3)).float()
-        # The most negative finite number, not -inf: a query that sees nothing must not become NaN.
+        # The most negative finite number, not -inf: a query that sees nothing must not become
+        # NaN.
         bias = call.visibility.bias(positions[queries, None], positions[None, keys])
         scores = call.scores(products) + bias.clamp_min(torch.finfo(torch.float32).min)
         probabilities: Tensor = _Softmax.apply(scores)  # type: ignore[no-untyped-call]
@@ -124,7 +138,8 @@ def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128)
 
 
 def attention_band(call: AttentionCall, window: int) -> Tensor:
-    """Head-averaged attention probabilities of the next `window` positions to each position, (B, T, W) float32.
+    """Head-averaged attention probabilities of the next `window` positions to each position, (B, T,
+    W) float32.
 
     Entries that reach past the end of the row, or to what may not be attended to, are zero.
     """
@@ -136,27 +151,37 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     queries = keys + torch.arange(1, window + 1, device=lse_BHT.device)
     within = queries < length
     queries = queries.clamp(max=length - 1)
-    bias = call.visibility.bias(queries, keys.expand_as(queries)).masked_fill(~within, float("-inf"))
+    bias = call.visibility.bias(queries, keys.expand_as(queries)).masked_fill(
+        ~within, float("-inf")
+    )
     band_BTW = torch.zeros(batch, length, window, device=lse_BHT.device)
     for kv_head in range(kv_heads):
         own = slice(kv_head * groups, (kv_head + 1) * groups)
-        products = _band_products(call.query_BHTD[:, own].float(), call.key_BGTD[:, kv_head].float(), window)
+        products = _band_products(
+            call.query_BHTD[:, own].float(), call.key_BGTD[:, kv_head].float(), window
+        )
         scores_BHTW = call.scores(products) + (bias if bias.shape[1] == 1 else bias[:, own])
-        # A query that sees nothing has lse = -inf; its scores are -inf too, and -inf - -inf would be NaN.
+        # A query that sees nothing has lse = -inf; its scores are -inf too, and -inf - -inf
+        # would be NaN.
         lse_BHTW = lse_BHT[:, own, queries]
-        probabilities = torch.exp(scores_BHTW - lse_BHTW.masked_fill(lse_BHTW == float("-inf"), 0.0))
+        probabilities = torch.exp(
+            scores_BHTW - lse_BHTW.masked_fill(lse_BHTW == float("-inf"), 0.0)
+        )
         band_BTW += probabilities.sum(1)
     return band_BTW / heads
 
 
 def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor) -> Tensor:
-    """sum_{t<k<=t+W} A[k, t] d_k for every position t, the causal path of Eq. 9. (B, T, O), dtype of `outgrad`."""
+    """sum_{t<k<=t+W} A[k, t] d_k for every position t, the causal path of Eq. 9. (B, T, O), dtype
+    of `outgrad`."""
     batch, length, window = band_BTW.shape
     block = window
     blocks = -(-length // block)
-    padded_BTW = F.pad(band_BTW, (0, 0, 0, blocks * block - length)).view(batch, blocks, block, window)
-    # Row i of a block holds A at columns i+1 .. i+W: pad each row to block+window+1 and re-cut the flat buffer, so
-    # that every row starts one column further right than the one above it.
+    padded_BTW = F.pad(band_BTW, (0, 0, 0, blocks * block - length)).view(
+        batch, blocks, block, window
+    )
+    # Row i of a block holds A at columns i+1 .. i+W: pad each row to block+window+1 and re-cut
+    # the flat buffer, so that every row starts one column further right than the one above it.
     skewed = F.pad(padded_BTW, (1, block)).flatten(2)[..., : block * (block + window)]
     mixing = skewed.view(batch, blocks, block, block + window).to(outgrad_BTO.dtype)
     padded_outgrad = F.pad(outgrad_BTO, (0, 0, 0, blocks * block + window - length))
@@ -165,15 +190,19 @@ def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor) -> Tensor:
 
 
 def _band_products(query_BHTD: Tensor, key_BTD: Tensor, window: int) -> Tensor:
-    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W), by blocks of W keys against the 2W queries that can see them."""
+    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W), by blocks of W keys against the 2W queries that
+    can see them."""
     batch, heads, length, _ = query_BHTD.shape
     block = window
     blocks = -(-length // block)
-    padded_key = F.pad(key_BTD, (0, 0, 0, blocks * block - length)).view(batch, 1, blocks, block, -1)
+    padded_key = F.pad(key_BTD, (0, 0, 0, blocks * block - length)).view(
+        batch, 1, blocks, block, -1
+    )
     padded_query = F.pad(query_BHTD, (0, 0, 0, blocks * block + window - length))
     reach = padded_query.unfold(2, block + window, block)
     products = (padded_key @ reach).contiguous()
-    # Element (i, i+j) of each (block, block+window) tile, j = 1..W: a diagonal band read with a longer row stride.
+    # Element (i, i+j) of each (block, block+window) tile, j = 1..W: a diagonal band read with a
+    # longer row stride.
     tile = block * (block + window)
     band = products.as_strided(
         (batch, heads, blocks, block, window),

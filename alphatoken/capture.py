@@ -1,4 +1,5 @@
-"""Context managers that own hooks and hand over what they see; leaving them leaves the modules untouched."""
+"""Context managers that own hooks and hand over what they see; leaving them leaves the modules
+untouched."""
 
 from __future__ import annotations
 
@@ -29,16 +30,20 @@ class _HookOwner(AbstractContextManager[Any]):
         self._hooks = ExitStack()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._hooks.close()
 
 
 class SignalCapture(_HookOwner):
-    """Hands `(name, act_BTI, outgrad_BTO)` of every given module to `consume`, as the backward pass reaches it.
+    """Hands `(name, act_BTI, outgrad_BTO)` of every given module to `consume`, as the backward pass
+    reaches it.
 
-    The modules must be frozen, so that autograd does not keep their inputs. Those whose input needs no gradient become
-    the leaves of the graph, and the backward pass stops there.
+    The modules must be frozen, so that autograd does not keep their inputs. Those whose input needs
+    no gradient become the leaves of the graph, and the backward pass stops there.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], consume: SignalConsumer) -> None:
@@ -53,12 +58,17 @@ class SignalCapture(_HookOwner):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
         self._acts.clear()
 
-    def _on_forward(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _on_forward(
+        self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         self._acts[name] = inputs[0].detach()
         if not output.requires_grad:
             output.requires_grad_()
@@ -70,7 +80,8 @@ class SignalCapture(_HookOwner):
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer is called with besides the hidden state: masks, rotary embeddings, whatever the model passes."""
+    """What a layer is called with besides the hidden state: masks, rotary embeddings, whatever the
+    model passes."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -80,21 +91,29 @@ class LayerInput:
 class Entry:
     """What the scored layers were given in a forward pass.
 
-    states: (B, T, H) each, detached: what entered the first layer; where every state was asked for also what entered
-    each of the others, and what left the last. `layer_inputs[i]` is what else the i-th of them got.
+    states: (B, T, H) each, detached: what entered the first layer; where every state was asked for
+    also what entered each of the others, and what left the last. `layer_inputs[i]` is what else the
+    i-th of them got.
     """
 
     states: tuple[Tensor, ...]
     layer_inputs: tuple[LayerInput, ...]
 
     def rows(self, rows: slice) -> Entry:
-        """The same entry for some of the sequences. Tensors whose first dimension is 1 are shared by all sequences."""
+        """The same entry for some of the sequences. Tensors whose first dimension is 1 are shared
+        by all sequences."""
         batch = self.states[0].shape[0]
 
         def narrow(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch else value
+            return (
+                value[rows]
+                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch
+                else value
+            )
 
-        inputs = (LayerInput(*tree_map(narrow, (each.args, each.kwargs))) for each in self.layer_inputs)
+        inputs = (
+            LayerInput(*tree_map(narrow, (each.args, each.kwargs))) for each in self.layer_inputs
+        )
         return Entry(tuple(state[rows] for state in self.states), tuple(inputs))
 
 
@@ -125,7 +144,9 @@ class EntryCapture(_HookOwner):
         inputs = tuple(self._inputs[index] for index in range(len(self._layers)))
         return Entry(tuple(self._states[index] for index in sorted(self._states)), inputs)
 
-    def _on_layer(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_layer(
+        self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         kwargs = dict(kwargs)
         hidden, *others = args or (kwargs.pop("hidden_states"),)
         if index == 0 or self._norm is not None:
@@ -147,13 +168,21 @@ AttentionConsumer = Callable[[int, AttentionCall], None]
 
 
 class AttentionCapture(AbstractContextManager["AttentionCapture"]):
-    """Runs layers configured with CAPTURING_ATTENTION and hands `(layer, AttentionCall)` of each to `consume`.
+    """Runs layers configured with CAPTURING_ATTENTION and hands `(layer, AttentionCall)` of each to
+    `consume`.
 
-    `implementation` is the one the model was loaded with; the same kernel runs, and masks are read as it reads them.
-    With `blocked` an explicit softmax in query blocks runs instead: it has a forward derivative, unlike fused kernels.
+    `implementation` is the one the model was loaded with; the same kernel runs, and masks are read
+    as it reads them. With `blocked` an explicit softmax in query blocks runs instead: it has a
+    forward derivative, unlike fused kernels.
     """
 
-    def __init__(self, implementation: str, consume: AttentionConsumer | None = None, *, blocked: bool = False) -> None:
+    def __init__(
+        self,
+        implementation: str,
+        consume: AttentionConsumer | None = None,
+        *,
+        blocked: bool = False,
+    ) -> None:
         self._implementation = implementation
         self._consume = consume
         self._blocked = blocked
@@ -164,7 +193,10 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         assert self._token is not None
         _active_attention_capture.reset(self._token)
@@ -180,12 +212,16 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        visibility = self._visibility(attention_mask, kwargs.get("sliding_window"), kwargs.get("position_ids"))
+        visibility = self._visibility(
+            attention_mask, kwargs.get("sliding_window"), kwargs.get("position_ids")
+        )
         softcap = kwargs.get("softcap")
         if self._consume is not None:
             layer = module.layer_idx
             assert isinstance(layer, int)
-            self._consume(layer, AttentionCall(query.detach(), key.detach(), scale, visibility, softcap))
+            self._consume(
+                layer, AttentionCall(query.detach(), key.detach(), scale, visibility, softcap)
+            )
         if self._blocked:
             call = AttentionCall(query, key, scale, visibility, softcap)
             return blocked_attention(call, value).transpose(1, 2).contiguous(), None
@@ -197,8 +233,11 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         )
         return output
 
-    def _visibility(self, mask: Tensor | None, sliding_window: int | None, positions: Tensor | None) -> Visibility:
-        """What the kernel will make of its arguments. Flash attention gets no mask, or a (B, T) one for padding."""
+    def _visibility(
+        self, mask: Tensor | None, sliding_window: int | None, positions: Tensor | None
+    ) -> Visibility:
+        """What the kernel will make of its arguments. Flash attention gets no mask, or a (B, T) one
+        for padding."""
         if mask is not None and mask.dim() == 4:
             return Visibility(explicit=mask)
         documents = None
@@ -209,10 +248,14 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         return Visibility(sliding_window=sliding_window, documents_BT=documents)
 
 
-_active_attention_capture: ContextVar[AttentionCapture | None] = ContextVar("attention_capture", default=None)
+_active_attention_capture: ContextVar[AttentionCapture | None] = ContextVar(
+    "attention_capture", default=None
+)
 
 
-def _capturing_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _capturing_attention(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     active = _active_attention_capture.get()
     assert active is not None, f"{CAPTURING_ATTENTION} runs inside AttentionCapture only"
     return active.attend(module, *args, **kwargs)

@@ -47,7 +47,8 @@ from alphatoken.model import WEIGHTS
 UNIVERSAL = "-universal"
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
 
-# Configuration that may differ between a run and its continuation without changing what is computed.
+# Configuration that may differ between a run and its continuation without changing what is
+# computed.
 HARMLESS_KEYS = re.compile(
     r"logging\..*|data\.cache_dir|fisher\.(output|save_every)|reference\.(cache|offload|save_every)|"
     r"train\.(resume|resume_allow|output_dir|save_every|keep_last|keep_every|eval_every|grace_seconds|watchdog_seconds)"
@@ -100,28 +101,32 @@ class Continuation:
 def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
     """The run's folder and the checkpoint to continue from, if any. Every rank must call it.
 
-    A checkpoint of another number of ranks is converted first, beside itself; nothing else is written. Raises as
-    `find_checkpoint` does, on every rank.
+    A checkpoint of another number of ranks is converted first, beside itself; nothing else is
+    written. Raises as `find_checkpoint` does, on every rank.
     """
     found = collectives.on_rank_0(lambda: find_checkpoint(config, collectives.world_size()))
     if found is not None and found.universal:
         written = found.checkpoint
-        found = replace(found, checkpoint=collectives.on_rank_0(lambda: universal_checkpoint(written)))
+        found = replace(
+            found, checkpoint=collectives.on_rank_0(lambda: universal_checkpoint(written))
+        )
     return RunFolder(config.train.output_dir), found
 
 
 def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
-    """The checkpoint that a run on so many ranks would continue from, not converted yet; None for a new run.
+    """The checkpoint that a run on so many ranks would continue from, not converted yet; None for a
+    new run.
 
-    Raises UserError if the folder holds another run and `train.resume` is `never`, or if the checkpoint to resume does
-    not exist, is damaged, or belongs to a different configuration.
+    Raises UserError if the folder holds another run and `train.resume` is `never`, or if the
+    checkpoint to resume does not exist, is damaged, or belongs to a different configuration.
     """
     folder = RunFolder(config.train.output_dir)
     resume = config.train.resume
     if resume == "never":
         if folder.config.exists() or folder.checkpoints.exists():
             raise UserError(
-                f"train.output_dir={folder.path} holds another run; choose another folder, or continue that run with "
+                f"train.output_dir={folder.path} holds another run; choose another folder, or "
+                "continue that run with "
                 "train.resume=auto"
             )
         return None
@@ -130,8 +135,8 @@ def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
     if found is None:
         if notes:
             raise UserError(
-                "train.resume=auto finds no usable checkpoint, but some that are not; remove them to start anew:\n  "
-                + "\n  ".join(notes)
+                "train.resume=auto finds no usable checkpoint, but some that are not; remove "
+                "them to start anew:\n  " + "\n  ".join(notes)
             )
         return None
     checkpoint: Path = found.with_name(found.name.removesuffix(UNIVERSAL))
@@ -155,8 +160,9 @@ def start_run_folder(
     tokenizer: PreTrainedTokenizerBase,
     about: dict[str, Any],
 ) -> None:
-    """Creates the folder and writes what is known before the first step, on rank 0: the resolved configuration, and
-    what an export needs besides weights (the model's configuration and tokenizer, and `about`: the data).
+    """Creates the folder and writes what is known before the first step, on rank 0: the resolved
+    configuration, and what an export needs besides weights (the model's configuration and
+    tokenizer, and `about`: the data).
     """
 
     def write() -> None:
@@ -175,7 +181,8 @@ def start_run_folder(
 
 
 def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
-    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights themselves.
+    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights
+    themselves.
 
     `module` may be on the meta device.
     """
@@ -185,8 +192,8 @@ def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
 
 
 def check_space(folder: RunFolder, needed: int) -> None:
-    """Removes what killed saves have left. Raises UserError on every rank if a checkpoint of so many bytes does not fit
-    beside the others.
+    """Removes what killed saves have left. Raises UserError on every rank if a checkpoint of so
+    many bytes does not fit beside the others.
     """
 
     def check() -> None:
@@ -204,11 +211,13 @@ def check_space(folder: RunFolder, needed: int) -> None:
 def save_checkpoint(
     engine: Any, folder: RunFolder, config: RunConfig, step: int, state: dict[str, Any], needed: int
 ) -> Path:
-    """Saves the engine's complete state, and `state` (the same on every rank), after `step` optimizer steps.
+    """Saves the engine's complete state, and `state` (the same on every rank), after `step`
+    optimizer steps.
 
-    Every rank must call it, between steps. All ranks write their shards, then each hashes and flushes its share of the
-    files, and rank 0 makes the checkpoint valid and removes those that `train.keep_last` does not keep. `needed`: bytes
-    that must be free. Raises UserError when the disk refuses; older checkpoints stay as they are.
+    Every rank must call it, between steps. All ranks write their shards, then each hashes and
+    flushes its share of the files, and rank 0 makes the checkpoint valid and removes those that
+    `train.keep_last` does not keep. `needed`: bytes that must be free. Raises UserError when the
+    disk refuses; older checkpoints stay as they are.
     """
     final = folder.checkpoints / f"step-{step}"
     partial = final.with_name(final.name + PARTIAL)
@@ -223,7 +232,10 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": collectives.world_size(),
-            "versions": {package: version(package) for package in ("alphatoken", "torch", "deepspeed", "transformers")},
+            "versions": {
+                package: version(package)
+                for package in ("alphatoken", "torch", "deepspeed", "transformers")
+            },
             "config": config.model_dump(mode="json"),
             "files": every,
         }
@@ -242,21 +254,29 @@ def save_checkpoint(
         collectives.on_rank_0(lambda: partial.mkdir(parents=True))
         refused = zero3.save_shards(engine, folder.checkpoints, partial.name, {STATE: state})
         collectives.agree(check_writing)
-        # Rank 0 lists the files: what another rank does not see of them is an error, not a file without a hash.
-        files = collectives.on_rank_0(lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
+        # Rank 0 lists the files: what another rank does not see of them is an error, not a file
+        # without a hash.
+        files = collectives.on_rank_0(
+            lambda: sorted(path for path in partial.rglob("*") if path.is_file())
+        )
         own = files[collectives.rank() :: collectives.world_size()]
-        digests = collectives.gather_objects(collectives.agree(lambda: described_files(partial, own)))
+        digests = collectives.gather_objects(
+            collectives.agree(lambda: described_files(partial, own))
+        )
         every = {name: digest for part in digests for name, digest in part.items()}
         collectives.on_rank_0(publish)
     except (OSError, RuntimeError) as error:
         collectives.barrier()
         collectives.on_rank_0(lambda: remove_leftovers(folder.checkpoints))
-        raise UserError(f"cannot write checkpoint {final}: {error}; older checkpoints are untouched") from None
+        raise UserError(
+            f"cannot write checkpoint {final}: {error}; older checkpoints are untouched"
+        ) from None
     return final
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call it.
+    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call
+    it.
 
     Learning rate, decay, betas and epsilon stay those the engine was built with.
     """
@@ -271,7 +291,8 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
 
 
 def universal_checkpoint(checkpoint: Path) -> Path:
-    """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once, beside it.
+    """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once,
+    beside it.
 
     Raises UserError with DeepSpeed's last words where it cannot be made.
     """
@@ -287,7 +308,8 @@ def universal_checkpoint(checkpoint: Path) -> Path:
     if finished.returncode != 0:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"DeepSpeed cannot convert {checkpoint} for another number of ranks:\n{finished.stderr.strip()[-1000:]}"
+            f"DeepSpeed cannot convert {checkpoint} for another number of "
+            f"ranks:\n{finished.stderr.strip()[-1000:]}"
         )
     names = sorted(path for path in partial.rglob("*") if path.is_file())
     write_description(partial, {**_source_of(checkpoint), "files": described_files(partial, names)})
@@ -299,10 +321,15 @@ def universal_checkpoint(checkpoint: Path) -> Path:
 
 
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Writes the current weights as a Hugging Face folder. Every rank must call it; rank 0 holds the whole model."""
+    """Writes the current weights as a Hugging Face folder. Every rank must call it; rank 0 holds
+    the whole model."""
     state = zero3.consolidated_state(engine)
     if state is not None:
-        weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items() if name.startswith(WEIGHTS)}
+        weights = {
+            name.removeprefix(WEIGHTS): tensor
+            for name, tensor in state.items()
+            if name.startswith(WEIGHTS)
+        }
         engine.module.lm.save_pretrained(target, state_dict=weights)
         tokenizer.save_pretrained(target)
     collectives.barrier()
@@ -356,7 +383,8 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
             refused.append(change)
     if refused:
         raise UserError(
-            f"{checkpoint} belongs to a run with another configuration (train.resume_allow lists keys that may change "
+            f"{checkpoint} belongs to a run with another configuration (train.resume_allow lists "
+            "keys that may change "
             "nevertheless):\n  " + "\n  ".join(refused)
         )
     return notes

@@ -1,8 +1,9 @@
-"""What makes a checkpoint valid, on disk: its description, its files' hashes, which one is newest, which may go.
+"""What makes a checkpoint valid, on disk: its description, its files' hashes, which one is newest,
+which may go.
 
-A checkpoint is written into `step-N.partial`, described in `complete.json` (format version, step, ranks, configuration,
-and the size and SHA-256 of every file), and only then renamed; `latest` names the newest. A folder without a valid
-description does not exist for us.
+A checkpoint is written into `step-N.partial`, described in `complete.json` (format version, step,
+ranks, configuration, and the size and SHA-256 of every file), and only then renamed; `latest` names
+the newest. A folder without a valid description does not exist for us.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints of a run by step, newest first, valid or not."""
     if not checkpoints.is_dir():
         return {}
-    found = {int(match[1]): path for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))}
+    found = {
+        int(match[1]): path
+        for path in checkpoints.iterdir()
+        if (match := STEP_FOLDER.fullmatch(path.name))
+    }
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -41,10 +46,11 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
-    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old converted ones.
+    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old
+    converted ones.
 
-    A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed, so that it is never
-    taken for newer.
+    A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed,
+    so that it is never taken for newer.
     """
     folders = step_folders(checkpoints)
     for step in [step for step in folders if step > saved]:
@@ -52,7 +58,9 @@ def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int |
         shutil.rmtree(aside, ignore_errors=True)
         (checkpoints / f"step-{step}").rename(aside)
     for step in obsolete(
-        [step for step, path in folders.items() if (path / DESCRIPTION).exists()], keep_last, keep_every
+        [step for step, path in folders.items() if (path / DESCRIPTION).exists()],
+        keep_last,
+        keep_every,
     ):
         shutil.rmtree(folders[step], ignore_errors=True)
     for converted in checkpoints.glob("step-*-universal"):
@@ -61,15 +69,19 @@ def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int |
 
 
 def obsolete(steps: Iterable[int], keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Steps whose checkpoints may go: neither among the last `keep_last` nor a multiple of `keep_every`."""
+    """Steps whose checkpoints may go: neither among the last `keep_last` nor a multiple of
+    `keep_every`."""
     if keep_last is None:
         return []
     older = sorted(steps, reverse=True)[keep_last:]
     return [step for step in older if keep_every is None or step % keep_every]
 
 
-def most_at_once(total_steps: int, save_every: int | None, keep_last: int | None, keep_every: int | None) -> int:
-    """How many checkpoints of a run lie on the disk together at worst: while one is written, none is removed."""
+def most_at_once(
+    total_steps: int, save_every: int | None, keep_last: int | None, keep_every: int | None
+) -> int:
+    """How many checkpoints of a run lie on the disk together at worst: while one is written, none
+    is removed."""
     if save_every is None:
         return 0
     most, kept = 0, set[int]()
@@ -90,9 +102,14 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     if description.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file} has format version {description.get('format_version')}, not {FORMAT_VERSION}")
+        raise UserError(
+            f"{file} has format version {description.get('format_version')}, not {FORMAT_VERSION}"
+        )
     if text != _sealed(description):
-        raise UserError(f"{file} does not have the content that was saved (its hash {sealed[:12]} does not match)")
+        raise UserError(
+            f"{file} does not have the content that was saved (its hash {sealed[:12]} does "
+            "not match)"
+        )
     return description
 
 

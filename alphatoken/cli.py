@@ -16,12 +16,15 @@ from alphatoken import __version__, collectives
 from alphatoken.collectives import RemoteError
 from alphatoken.errors import UserError
 
-app = typer.Typer(name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends a rank when what is inside is done; with status 2 and a message on rank 0 where the user has to act."""
+    """Ends a rank when what is inside is done; with status 2 and a message on rank 0 where the user
+    has to act."""
     try:
         yield
         collectives.barrier()
@@ -44,14 +47,18 @@ def _print_version(wanted: bool) -> None:
 
 # DeepSpeed's launcher puts it behind the script's name.
 LocalRank = Annotated[
-    int | None, typer.Option("--local_rank", "--local-rank", hidden=True, help="LOCAL_RANK is what counts.")
+    int | None,
+    typer.Option("--local_rank", "--local-rank", hidden=True, help="LOCAL_RANK is what counts."),
 ]
 
 
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
@@ -62,19 +69,28 @@ def options(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run (train.output_dir).")],
     target: Annotated[Path, typer.Argument(help="New folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Of which checkpoint; default: the newest undamaged one.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the model they belong to.")] = False,
+    step: Annotated[
+        int | None, typer.Option(help="Of which checkpoint; default: the newest undamaged one.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge LoRA adapters into the model they belong to.")
+    ] = False,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
     from alphatoken.export import export_checkpoint
 
     done = export_checkpoint(run, target, step, merge)
-    typer.echo(f"{done.folder}: {done.parameters} parameters of step {done.step} in {done.files} file(s)")
+    typer.echo(
+        f"{done.folder}: {done.parameters} parameters of step {done.step} in {done.files} file(s)"
+    )
 
 
 @app.command()
-def convert(checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/step-N folder.")]) -> None:
-    """Convert a checkpoint for any number of ranks; resuming on another number does it by itself."""
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/step-N folder.")],
+) -> None:
+    """Convert a checkpoint for any number of ranks; resuming on another number does it by
+    itself."""
     from alphatoken.checkpoint import universal_checkpoint
     from alphatoken.checkpoint_files import damage
 
@@ -87,20 +103,33 @@ def convert(checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints
 @app.command()
 def plan(
     config: Annotated[
-        Path, typer.Option("--config", help="Configuration of a run; section `preference` makes it pairs.")
+        Path,
+        typer.Option(
+            "--config", help="Configuration of a run; section `preference` makes it pairs."
+        ),
     ],
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="Device to fit into, for example h100-80g.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Ranks are processes without an accelerator.")] = False,
-    row_tokens: Annotated[int | None, typer.Option(help="Tokens of a row; default: the longest allowed.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Device to fit into, for example h100-80g.")
+    ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Ranks are processes without an accelerator.")
+    ] = False,
+    row_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a row; default: the longest allowed.")
+    ] = None,
     response_share: Annotated[float, typer.Option(help="Share of response tokens.")] = 1.0,
     from_data: Annotated[
-        bool, typer.Option("--from-data", help="Take both from data.train, which is read: its longest row.")
+        bool,
+        typer.Option(
+            "--from-data", help="Take both from data.train, which is read: its longest row."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Tell memory, messages and work of a run from its configuration and the model's config.json alone."""
+    """Tell memory, messages and work of a run from its configuration and the model's config.json
+    alone."""
     import json
 
     from rich.console import Console
@@ -117,10 +146,17 @@ def plan(
     run = load_config(RunConfig, config, overrides or [], {"preference": PreferenceRunConfig})
     if from_data:
         if row_tokens is not None or response_share != 1.0:
-            raise UserError("--from-data takes lengths from data.train: leave out --row-tokens and --response-share")
+            raise UserError(
+                "--from-data takes lengths from data.train: leave out --row-tokens and "
+                "--response-share"
+            )
         rows = rows_of(load_splits(run, load_tokenizer(run.model)).train, len(run.selections))
     else:
-        rows = longest_rows(run, response_share) if row_tokens is None else Rows(row_tokens, response_share)
+        rows = (
+            longest_rows(run, response_share)
+            if row_tokens is None
+            else Rows(row_tokens, response_share)
+        )
     made = make_plan(run, rows, world, "cpu" if cpu else gpu)
     if as_json:
         typer.echo(json.dumps(as_values(made), indent=1))
@@ -131,9 +167,15 @@ def plan(
 @app.command()
 def doctor(
     config: Annotated[Path, typer.Option(help="The configuration of a run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
-    patience: Annotated[float, typer.Option(min=1, help="Seconds in which all ranks have to find each other.")] = 60.0,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value ...]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead.")
+    ] = False,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds in which all ranks have to find each other.")
+    ] = 60.0,
     local_rank: LocalRank = None,
 ) -> None:
     """Look for what would stop or spoil a run, on every rank; start it with the run's own launcher.

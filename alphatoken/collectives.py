@@ -1,7 +1,9 @@
-"""Every message between ranks, by name. In a single process each function is a no-op on the same path.
+"""Every message between ranks, by name. In a single process each function is a no-op on the same
+path.
 
-All go through `deepspeed.comm` (so they show in its communications log) over the default group: all ranks, which are
-all data-parallel. Every rank must call them in the same order. R is the number of ranks.
+All go through `deepspeed.comm` (so they show in its communications log) over the default group: all
+ranks, which are all data-parallel. Every rank must call them in the same order. R is the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ T = TypeVar("T")
 
 
 def _comm() -> ModuleType | None:
-    # Without DeepSpeed (a notebook calling score_tokens) there is one process; importing it would cost seconds.
+    # Without DeepSpeed (a notebook calling score_tokens) there is one process; importing it
+    # would cost seconds.
     comm = sys.modules.get("deepspeed.comm")
     return comm if comm is not None and comm.is_initialized() else None
 
@@ -44,10 +47,12 @@ def barrier() -> None:
 
 
 def end_process(status: int) -> None:
-    """Ends a rank, which must have no communication under way. Without ranks it is `sys.exit`, or nothing for status 0.
+    """Ends a rank, which must have no communication under way. Without ranks it is `sys.exit`, or
+    nothing for status 0.
 
-    A rank's interpreter is not taken down. Gloo's workers drop the tensors of a finished message a moment after whoever
-    waited for it goes on, and need the interpreter for that: where it is going down, they abort the process.
+    A rank's interpreter is not taken down. Gloo's workers drop the tensors of a finished message a
+    moment after whoever waited for it goes on, and need the interpreter for that: where it is going
+    down, they abort the process.
     """
     comm = _comm()
     if not comm:
@@ -62,19 +67,22 @@ def end_process(status: int) -> None:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it per rank."""
+    """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it
+    per rank."""
     comm = _comm()
     if comm:
         comm.all_reduce(tensor)
     return tensor
 
 
-# On a CPU a longer shard is gathered in several messages, as gloo holds another copy of what it receives.
+# On a CPU a longer shard is gathered in several messages, as gloo holds another copy of what it
+# receives.
 MESSAGE_BYTES = 2**24
 
 
 def gather_equal(shard: Tensor) -> Tensor:
-    """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n elements per rank."""
+    """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n
+    elements per rank."""
     comm = _comm()
     if not comm:
         return shard[None]
@@ -103,14 +111,18 @@ def gather_slices(slices: Sequence[Tensor], shapes: Sequence[torch.Size]) -> lis
         return []
     gathered = gather_equal(torch.cat(list(slices)) if len(slices) > 1 else slices[0])
     columns = gathered.split([part.numel() for part in slices], dim=1)
-    return [part.reshape(-1)[: math.prod(shape)].view(shape) for part, shape in zip(columns, shapes, strict=True)]
+    return [
+        part.reshape(-1)[: math.prod(shape)].view(shape)
+        for part, shape in zip(columns, shapes, strict=True)
+    ]
 
 
 def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Reduce-scatter: every rank ends with its own slice of each tensor's sum over ranks, in one message.
+    """Reduce-scatter: every rank ends with its own slice of each tensor's sum over ranks, in one
+    message.
 
-    Each tensor is flattened, zero-padded to a multiple of R and cut into R equal slices. A rank sends (R-1)/R of the
-    tensors' bytes.
+    Each tensor is flattened, zero-padded to a multiple of R and cut into R equal slices. A rank
+    sends (R-1)/R of the tensors' bytes.
     """
     ranks = world_size()
     rows = []
@@ -120,7 +132,9 @@ def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % ranks))
         rows.append(flat.view(ranks, -1))
     lengths = [part.shape[1] for part in rows]
-    packed = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]  # a lone large matrix is not copied
+    packed = (
+        torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+    )  # a lone large matrix is not copied
     comm = _comm()
     if comm:
         own = torch.empty(packed.shape[1], dtype=packed.dtype, device=packed.device)
@@ -131,7 +145,8 @@ def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All-gather of matrices with unequally many rows: every rank ends with all rows, in rank order.
+    """All-gather of matrices with unequally many rows: every rank ends with all rows, in rank
+    order.
 
     Each is padded to the longest first, so a rank receives (R-1) times the longest.
     """
@@ -156,7 +171,8 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Runs `work` on every rank and raises on all of them if it raised on any: none is left waiting in a collective.
+    """Runs `work` on every rank and raises on all of them if it raised on any: none is left waiting
+    in a collective.
 
     The failing ranks raise their own error, the others the first failing rank's.
     """
@@ -176,7 +192,8 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0; every rank ends with its (small, picklable) result, or raises if it raised."""
+    """Runs `work` on rank 0; every rank ends with its (small, picklable) result, or raises if it
+    raised."""
     return gather_objects(agree(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 

@@ -1,4 +1,5 @@
-"""Configuration from a YAML file and `section.key=value` overrides, and back; errors name the key and its nearest."""
+"""Configuration from a YAML file and `section.key=value` overrides, and back; errors name the key
+and its nearest."""
 
 from __future__ import annotations
 
@@ -29,13 +30,17 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -45,7 +50,8 @@ def load_config(
     overrides: Sequence[str] = (),
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises UserError.
+    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises
+    UserError.
 
     Values with a section named in `with_section` are of the class given there.
     """
@@ -58,7 +64,10 @@ def load_config(
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold sections like 'model:' and 'data:', but holds {type(values).__name__}")
+        raise UserError(
+            f"{file} must hold sections like 'model:' and 'data:', but holds "
+            f"{type(values).__name__}"
+        )
     for override in overrides:
         _apply_override(values, override)
     for section, other_class in (with_section or {}).items():
@@ -68,7 +77,8 @@ def load_config(
 
 
 def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
-    """Validates plain values; `origin` is named in the error. Raises UserError listing every mistake."""
+    """Validates plain values; `origin` is named in the error. Raises UserError listing every
+    mistake."""
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -78,7 +88,9 @@ def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -
 
 def save_config(config: Section, file: Path) -> None:
     """Writes the resolved configuration: every key, defaults included."""
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,21 +110,29 @@ def parse_arguments(
     arguments: Sequence[str] | None = None,
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains every field.
+    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains
+    every field.
 
     `with_section` as in `load_config`.
     """
     parser = argparse.ArgumentParser(description=description, add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher; LOCAL_RANK is what counts")
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="set by the launcher; LOCAL_RANK is what counts",
+    )
     parser.add_argument("overrides", nargs="*")
     parsed = parser.parse_args(arguments)
     if parsed.help:
         print_fields(config_class, description)
         raise SystemExit(0)
     if parsed.config is None:
-        raise UserError("give the configuration: --config FILE [section.key=value ...] (--help lists every key)")
+        raise UserError(
+            "give the configuration: --config FILE [section.key=value ...] (--help lists every key)"
+        )
     return load_config(config_class, parsed.config, parsed.overrides, with_section)
 
 
@@ -125,7 +145,9 @@ def print_fields(config_class: type[Section], description: str) -> None:
         section_class = info.annotation
         assert isinstance(section_class, type)
         assert issubclass(section_class, BaseModel)
-        table = Table("key", "default", "why", title=f"[bold]{section}", title_justify="left", expand=True)
+        table = Table(
+            "key", "default", "why", title=f"[bold]{section}", title_justify="left", expand=True
+        )
         _add_rows(table, section, section_class)
         console.print(table)
 
@@ -172,14 +194,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for depth, section in enumerate(sections):
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise UserError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section in the file")
+            raise UserError(
+                f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section "
+                "in the file"
+            )
     try:
         target[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _explain(config_class: type[Section], values: dict[str, Any], error: ValidationError) -> list[str]:
+def _explain(
+    config_class: type[Section], values: dict[str, Any], error: ValidationError
+) -> list[str]:
     """One line per wrong key."""
     complaints: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
@@ -194,11 +221,15 @@ def _explain(config_class: type[Section], values: dict[str, Any], error: Validat
         else:
             complaint = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
         complaints.setdefault(key, []).append(complaint)
-    return [f"{key}: {'; or '.join(lines)}" if key else "; ".join(lines) for key, lines in complaints.items()]
+    return [
+        f"{key}: {'; or '.join(lines)}" if key else "; ".join(lines)
+        for key, lines in complaints.items()
+    ]
 
 
 def _real_location(location: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
-    """A pydantic error location without the names of union branches, which are no keys of the user's."""
+    """A pydantic error location without the names of union branches, which are no keys of the
+    user's."""
     for part in location:
         if isinstance(values, dict):
             yield part

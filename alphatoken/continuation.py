@@ -1,4 +1,5 @@
-"""What a continued run must have in common with the run that was interrupted, besides its configuration."""
+"""What a continued run must have in common with the run that was interrupted, besides its
+configuration."""
 
 from __future__ import annotations
 
@@ -25,14 +26,17 @@ def is_allowed(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str) -> list[str]:
+def changed_inputs(
+    before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str
+) -> list[str]:
     """A note for each input that differs and may. Raises UserError naming those that may not."""
     changed = [key for key in INPUTS if before.get(key) != now.get(key)]
     refused = [key for key in changed if not is_allowed(key, allowed)]
     if refused:
         lines = "\n  ".join(f"{key}: {INPUTS[key]} changed" for key in refused)
         raise UserError(
-            f"{where} was trained with other inputs than those given now (train.resume_allow lists keys that may "
+            f"{where} was trained with other inputs than those given now (train.resume_allow "
+            "lists keys that may "
             f"change nevertheless):\n  {lines}"
         )
     return [f"changed since {where}, as train.resume_allow says: {INPUTS[key]}" for key in changed]

@@ -7,11 +7,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, line or key, the value found, and what to do about it."""
+    """Bad input. The message names the file, line or key, the value found, and what to do about
+    it."""
 
 
 class NonFiniteError(UserError):
-    """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and linears."""
+    """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and
+    linears."""
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

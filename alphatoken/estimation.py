@@ -1,4 +1,5 @@
-"""The Fisher of a configured run: estimated on its prompts, checked against its model, and made into drift."""
+"""The Fisher of a configured run: estimated on its prompts, checked against its model, and made
+into drift."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ FORMAT_VERSION = 2
 
 
 def check_files(config: RunConfig) -> None:
-    """Raises UserError where `valuation.fisher` or `valuation.reference` is given and cannot be read."""
+    """Raises UserError where `valuation.fisher` or `valuation.reference` is given and cannot be
+    read."""
     for file in (config.valuation.fisher, config.valuation.reference):
         if file is not None:
             TensorFile(file)
@@ -57,13 +59,18 @@ def fisher_folder(config: RunConfig) -> Path:
 
 
 def estimate_fisher(
-    config: RunConfig, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, device: torch.device
+    config: RunConfig,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    device: torch.device,
 ) -> Path:
-    """The folder with the diagonal Fisher of the model as it is now; one with the same settings is not made again.
+    """The folder with the diagonal Fisher of the model as it is now; one with the same settings is
+    not made again.
 
-    An interrupted estimate goes on where it was last saved. Every rank must call it, with DeepSpeed's hooks in place if
-    the model is sharded. Raises UserError when the folder holds an estimate with other settings or cannot be written,
-    or a gradient is not finite.
+    An interrupted estimate goes on where it was last saved. Every rank must call it, with
+    DeepSpeed's hooks in place if the model is sharded. Raises UserError when the folder holds an
+    estimate with other settings or cannot be written, or a gradient is not finite.
     """
     chosen, ranks = config.fisher, collectives.world_size()
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
@@ -87,7 +94,9 @@ def estimate_fisher(
     about = {
         "model": config.model.name_or_path,
         "weights": {name: weights[name] for name in total.parameters},
-        "versions": {package: version(package) for package in ("alphatoken", "torch", "transformers")},
+        "versions": {
+            package: version(package) for package in ("alphatoken", "torch", "transformers")
+        },
     }
     folder = EstimateFolder(fisher_folder(config), settings, about)
     if folder.is_complete():
@@ -95,7 +104,9 @@ def estimate_fisher(
 
     done = folder.resume(total)
     by_length = prompts.rows[np.argsort(-prompts.dataset.lengths[prompts.rows], kind="stable")]
-    layout = Layout(size=chosen.batch_size, pad_token=tokenizer.pad_token_id, noise_key=(chosen.seed, 0))
+    layout = Layout(
+        size=chosen.batch_size, pad_token=tokenizer.pad_token_id, noise_key=(chosen.seed, 0)
+    )
     batches = micro_batches(prompts.dataset, by_length[done:], layout, collectives.rank(), ranks)
     stops = eos_token_ids(tokenizer, decoder.model.generation_config)
     title = f"Fisher ({chosen.sampling}, {chosen.square} square)"
@@ -109,7 +120,9 @@ def estimate_fisher(
             labels_BT = batch["labels"]
             if chosen.sampling == "teacher_forced":
                 with total.head() as head:
-                    labels_BT = teacher_forced(labels_BT, hidden_BTH, head, batch["noise"], decoder.logit_softcap)
+                    labels_BT = teacher_forced(
+                        labels_BT, hidden_BTH, head, batch["noise"], decoder.logit_softcap
+                    )
             total.add(entry, {"input_ids": batch["input_ids"], "labels": labels_BT})
             done = min(done + chosen.batch_size * ranks, len(by_length))
             countdown.advance(done)
@@ -120,7 +133,8 @@ def estimate_fisher(
 
 
 def run_fisher(config: RunConfig) -> None:
-    """Loads the configured model and prompts, estimates, and says where the result is. Every rank must call it."""
+    """Loads the configured model and prompts, estimates, and says where the result is. Every rank
+    must call it."""
     decoder, tokenizer, prompts, device = prepare_estimate(config)
     began = time.monotonic()
     folder = estimate_fisher(config, decoder, tokenizer, prompts, device)
@@ -128,17 +142,23 @@ def run_fisher(config: RunConfig) -> None:
         minutes = timedelta(seconds=round(time.monotonic() - began))
         memory = f"{peak_memory(device) / 2**30:.2f} GiB"
         Console(highlight=False).print(
-            f"{folder}: Fisher of {prompts}; {minutes}, peak memory of rank 0 {memory}", markup=False, soft_wrap=True
+            f"{folder}: Fisher of {prompts}; {minutes}, peak memory of rank 0 {memory}",
+            markup=False,
+            soft_wrap=True,
         )
 
 
-def prepare_estimate(config: RunConfig) -> tuple[Decoder, PreTrainedTokenizerBase, Prompts, torch.device]:
-    """What `estimate_fisher` needs, outside of training. Raises UserError for bad input before any weight is read."""
+def prepare_estimate(
+    config: RunConfig,
+) -> tuple[Decoder, PreTrainedTokenizerBase, Prompts, torch.device]:
+    """What `estimate_fisher` needs, outside of training. Raises UserError for bad input before any
+    weight is read."""
     if config.fisher.prompts is None and config.data.validation is None:
         raise UserError("the Fisher needs prompts: set fisher.prompts, or data.validation")
     if config.valuation.reference is not None:
         raise UserError(
-            f"the Fisher is of the reference: set model.name_or_path={config.valuation.reference} and leave out "
+            "the Fisher is of the reference: set "
+            f"model.name_or_path={config.valuation.reference} and leave out "
             "valuation.reference"
         )
     device = initialise_ranks()
@@ -151,11 +171,14 @@ def prepare_estimate(config: RunConfig) -> tuple[Decoder, PreTrainedTokenizerBas
     return decoder_of(model), tokenizer, prompts, device
 
 
-def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch.device) -> tuple[Drift, str | None]:
-    """The drift from the configured reference, by default the weights of this moment; and a note, if there is one.
+def build_drift(
+    config: RunConfig, fisher: Path, decoder: Decoder, device: torch.device
+) -> tuple[Drift, str | None]:
+    """The drift from the configured reference, by default the weights of this moment; and a note,
+    if there is one.
 
-    Raises UserError on every rank when the Fisher was estimated for another model than the reference, does not hold a
-    scored weight, or cannot be read.
+    Raises UserError on every rank when the Fisher was estimated for another model than the
+    reference, does not hold a scored weight, or cannot be read.
     """
     reference = config.valuation.reference
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
@@ -164,12 +187,19 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
     reference_file = None if reference is None else collectives.agree(lambda: TensorFile(reference))
     drift = Drift(parameters, file, reference_file, device)
     if "settings" not in file.header:
-        return drift, f"valuation.fisher={file} does not say which model it is of, so that was not checked"
+        return (
+            drift,
+            f"valuation.fisher={file} does not say which model it is of, so that was not checked",
+        )
     if not file.header["finished"]:
-        raise UserError(f"{file} holds the sums of an unfinished estimate; run recipes/fisher.py again to finish it")
+        raise UserError(
+            f"{file} holds the sums of an unfinished estimate; run recipes/fisher.py again "
+            "to finish it"
+        )
     if file.header["settings"]["lora"] != _lora(config):
         raise UserError(
-            f"the Fisher {file} was estimated with model.lora={file.header['settings']['lora']}, not {_lora(config)}"
+            f"the Fisher {file} was estimated with "
+            f"model.lora={file.header['settings']['lora']}, not {_lora(config)}"
         )
     if reference_file is None:
         expected, (found, _) = (
@@ -183,21 +213,39 @@ def build_drift(config: RunConfig, fisher: Path, decoder: Decoder, device: torch
         whose = f"valuation.reference={reference}"
     if not same:
         raise UserError(
-            f"the Fisher {file} was estimated for {file.header['model']} with other weights than those of {whose}; "
+            f"the Fisher {file} was estimated for {file.header['model']} with other weights than "
+            f"those of {whose}; "
             "estimate it again for this reference"
-            + ("" if config.model.lora is None else ", or set the train.seed that its adapters started from")
+            + (
+                ""
+                if config.model.lora is None
+                else ", or set the train.seed that its adapters started from"
+            )
         )
     return drift, None
 
 
 def _answered(
-    batch: dict[str, Tensor], decoder: Decoder, config: FisherConfig, stops: list[int], pad_token: int
+    batch: dict[str, Tensor],
+    decoder: Decoder,
+    config: FisherConfig,
+    stops: list[int],
+    pad_token: int,
 ) -> dict[str, Tensor]:
-    """The batch's prompts with sampled completions. A placeholder generates along with the others, for nothing."""
+    """The batch's prompts with sampled completions. A placeholder generates along with the others,
+    for nothing."""
     rows = batch["rows"].tolist()
-    inside_BT = batch["document_ids"] >= 0 if rows else torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    prompts = [ids_T[inside_T] for ids_T, inside_T in zip(batch["input_ids"], inside_BT, strict=True)]
-    uniform_BN = torch.stack([uniform_noise(config.seed, 0, row, config.max_new_tokens) for row in rows or [0]])
+    inside_BT = (
+        batch["document_ids"] >= 0
+        if rows
+        else torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    )
+    prompts = [
+        ids_T[inside_T] for ids_T, inside_T in zip(batch["input_ids"], inside_BT, strict=True)
+    ]
+    uniform_BN = torch.stack(
+        [uniform_noise(config.seed, 0, row, config.max_new_tokens) for row in rows or [0]]
+    )
     answered = rollouts(decoder, prompts, uniform_BN.to(inside_BT.device), stops, pad_token)
     if not rows:
         answered["labels"].fill_(IGNORE_INDEX)
@@ -208,8 +256,11 @@ def _lora(config: RunConfig) -> dict[str, Any] | None:
     return None if config.model.lora is None else config.model.lora.model_dump(mode="json")
 
 
-def _settings(config: FisherConfig, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> dict[str, Any]:
-    """What decides the estimate, besides the model. The prompts' hash covers how they were tokenised and cut."""
+def _settings(
+    config: FisherConfig, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> dict[str, Any]:
+    """What decides the estimate, besides the model. The prompts' hash covers how they were
+    tokenised and cut."""
     tokens = hashlib.sha256()
     for row in prompts.rows:
         for document in prompts.dataset[int(row)]:
@@ -232,8 +283,12 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(PromptEncoder(tokenizer, 0).identity.encode()).hexdigest()
 
 
-def model_identity(parameters: Mapping[str, nn.Parameter], device: torch.device) -> tuple[str, dict[str, int]]:
+def model_identity(
+    parameters: Mapping[str, nn.Parameter], device: torch.device
+) -> tuple[str, dict[str, int]]:
     """One hash of the named weights, and a checksum of each. Every rank must call it."""
     checksums = zero3.checksums(parameters, device)
-    described = [[name, list(zero3.full_shape(parameters[name])), value] for name, value in checksums.items()]
+    described = [
+        [name, list(zero3.full_shape(parameters[name])), value] for name, value in checksums.items()
+    ]
     return fingerprint(described), checksums

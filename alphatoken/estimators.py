@@ -19,10 +19,11 @@ def build_scorer(
     drift: Drift | None,
     adam_scale: SliceScale | None = None,
 ) -> Scorer:
-    """`adam_scale`, for `preconditioner: adam`, is what the run's optimizer multiplies gradients by.
+    """`adam_scale`, for `preconditioner: adam`, is what the run's optimizer multiplies gradients
+    by.
 
-    Every rank must call it. Raises UserError when the model has not the configured layers or parameters, or
-    `adam_scale` is needed and missing.
+    Every rank must call it. Raises UserError when the model has not the configured layers or
+    parameters, or `adam_scale` is needed and missing.
     """
     if config.estimator == "ghost":
         return GhostScorer(decoder, config, device, drift)

@@ -1,7 +1,9 @@
-"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda V, in forward mode.
+"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda
+V, in forward mode.
 
-All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass through the scored layers
-in dual numbers, one layer at a time, without a backward pass, and with attention in query blocks. Every path counts.
+All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass
+through the scored layers in dual numbers, one layer at a time, without a backward pass, and with
+attention in query blocks. Every path counts.
 
 Shape legend: B sequences, T positions, R response positions, H hidden size.
 """
@@ -47,8 +49,8 @@ class _Dual:
 class ExactScorer(Scorer):
     """Values response tokens on the chosen parameters of the last K layers.
 
-    With `split_terms` and drift there are two directions, G and V, and a layer runs once for each; otherwise one, the
-    weighted sum. `balance` and `stability_weight` then work as in `ghost`.
+    With `split_terms` and drift there are two directions, G and V, and a layer runs once for each;
+    otherwise one, the weighted sum. `balance` and `stability_weight` then work as in `ghost`.
     """
 
     def __init__(
@@ -61,13 +63,18 @@ class ExactScorer(Scorer):
     ) -> None:
         super().__init__(decoder, config)
         if config.preconditioner == "adam" and adam_scale is None:
-            raise UserError("valuation.preconditioner=adam needs the optimizer of a training run; here it must be none")
+            raise UserError(
+                "valuation.preconditioner=adam needs the optimizer of a training run; here "
+                "it must be none"
+            )
         self._scale = adam_scale if config.preconditioner == "adam" else None
         self._drift = drift
         depth = scored_depth(config.layers, len(decoder.layers))
         scored = decoder.scored_parameters(depth, config.parameters)
         first = len(decoder.layers) - depth
-        self._streamer = LayerStreamer(decoder, first, device, resident=config.is_resident, forward_mode=True)
+        self._streamer = LayerStreamer(
+            decoder, first, device, resident=config.is_resident, forward_mode=True
+        )
         self._gradient = ValidationGradient(decoder, scored, self._streamer, device)
         self._device = device
         self._dtype = next(decoder.model.parameters()).dtype
@@ -75,7 +82,9 @@ class ExactScorer(Scorer):
         self._stages: list[Stage] = [*self._streamer.indices, "norm", "head"]
         if self._embeds:
             self._stages.insert(0, "embeddings")
-        self._scored: dict[Stage, dict[str, tuple[str, nn.Parameter]]] = {stage: {} for stage in self._stages}
+        self._scored: dict[Stage, dict[str, tuple[str, nn.Parameter]]] = {
+            stage: {} for stage in self._stages
+        }
         for each in scored:
             parameter = decoder.stage_parameters(each.stage)[each.path]
             self._scored[each.stage][each.path] = each.name, parameter
@@ -93,7 +102,9 @@ class ExactScorer(Scorer):
     def nonfinite_parts(self) -> list[str]:
         flags = self._nonfinite.tolist()
         self._nonfinite.zero_()
-        names = [f"layer {stage}" if isinstance(stage, int) else str(stage) for stage in self._stages]
+        names = [
+            f"layer {stage}" if isinstance(stage, int) else str(stage) for stage in self._stages
+        ]
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     @torch.no_grad()
@@ -116,28 +127,40 @@ class ExactScorer(Scorer):
         return Scores(self._values(effects, response_BT), nll_BT)
 
     def _enter(self, entry: Entry, batch: Batch) -> list[_Dual]:
-        """What enters the first scored layer: with embeddings among the scored it moves, else it stands still."""
+        """What enters the first scored layer: with embeddings among the scored it moves, else it
+        stands still."""
         chunks = chunks_of(entry, batch["labels"], self.config.chunk_tokens)
         count = 2 if self._splits else 1
         if not self._embeds:
             still = [torch.zeros_like(chunk.entry.states[0]) for chunk in chunks]
             pairs = zip(chunks, still, strict=True)
-            return [_Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count) for chunk, zero_BTH in pairs]
+            return [
+                _Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count)
+                for chunk, zero_BTH in pairs
+            ]
         directions = self._directions("embeddings")
         duals = []
         for chunk in chunks:
-            inputs = {key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch}
+            inputs = {
+                key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch
+            }
             tangents = (self._streamer.embed(direction, inputs) for direction in directions)
             duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
         return duals
 
     def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
-        """All chunks at the output of one layer. Weights and directions are dropped before the next are gathered."""
+        """All chunks at the output of one layer. Weights and directions are dropped before the next
+        are gathered."""
         directions = self._directions(index)
         with self._streamer.stage(index) as module:
-            return [self._layer(module, dual, place, directions) if dual.chunk.has_response else dual for dual in duals]
+            return [
+                self._layer(module, dual, place, directions) if dual.chunk.has_response else dual
+                for dual in duals
+            ]
 
-    def _layer(self, module: nn.Module, dual: _Dual, place: int, directions: Sequence[Direction]) -> _Dual:
+    def _layer(
+        self, module: nn.Module, dual: _Dual, place: int, directions: Sequence[Direction]
+    ) -> _Dual:
         """One chunk at the output of one layer."""
         inputs = dual.chunk.entry.layer_inputs[place]
         results = [
@@ -150,7 +173,8 @@ class ExactScorer(Scorer):
         return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
 
     def _top(self, duals: Sequence[_Dual], labels_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the response."""
+        """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
+        response."""
         response_BT, targets_BT = loss_positions(labels_BT)
         nll_BT = torch.zeros(response_BT.shape, device=self._device)
         effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
@@ -159,10 +183,16 @@ class ExactScorer(Scorer):
             for dual, number in product(duals, range(len(effects))):
                 rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
                 hidden_RH, tangent_RH = self._streamer.jvp(
-                    norm, dual.hidden_BTH[response], dual.tangents[number][response], NO_INPUT, norms[number]
+                    norm,
+                    dual.hidden_BTH[response],
+                    dual.tangents[number][response],
+                    NO_INPUT,
+                    norms[number],
                 )
                 targets_R, softcap = targets_BT[rows][response], self._decoder.logit_softcap
-                nll_R, effect_R = head_jvp(hidden_RH, tangent_RH, head, heads[number], targets_R, softcap)
+                nll_R, effect_R = head_jvp(
+                    hidden_RH, tangent_RH, head, heads[number], targets_R, softcap
+                )
                 nll_BT[rows][response] = nll_R
                 effects[number][rows][response] = effect_R
                 self._watch("head", effect_R)
@@ -172,7 +202,9 @@ class ExactScorer(Scorer):
         if self.config.split_terms:
             nothing_BT = torch.zeros_like(effects[0])
             target_BT, proxy_BT = effects if self._splits else (effects[0], nothing_BT)
-            return TokenValues.from_terms([target_BT, nothing_BT, proxy_BT, nothing_BT], self.part_weights)
+            return TokenValues.from_terms(
+                [target_BT, nothing_BT, proxy_BT, nothing_BT], self.part_weights
+            )
         unknown_BT = torch.zeros_like(effects[0]).masked_fill(response_BT, torch.nan)
         return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
 
@@ -188,23 +220,29 @@ class ExactScorer(Scorer):
         return [{path: next(wholes) for path in self._scored[stage]} for _ in directions]
 
     def _form(self, stage: Stage) -> list[list[Tensor]]:
-        """This rank's slices of a stage's directions, in the model's dtype, for all that is scored until the next step.
+        """This rank's slices of a stage's directions, in the model's dtype, for all that is scored
+        until the next step.
 
-        No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks that hold them.
+        No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks
+        that hold them.
         """
         targets, drifts = [], []
         for name, parameter in self._scored[stage].values():
             scale = 1.0 if self._scale is None else self._scale(parameter)
             targets.append(scale * self._gradient.own(name))
             if self._drift is not None:
-                own = self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
+                own = (
+                    self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
+                )
                 drifts.append(scale * own)
         directions = [targets]
         if self._splits:
             directions = [targets, drifts]
         elif self._drift is not None:
             weight = self.config.stability_weight
-            directions = [[target + weight * drift for target, drift in zip(targets, drifts, strict=True)]]
+            directions = [
+                [target + weight * drift for target, drift in zip(targets, drifts, strict=True)]
+            ]
         return [[own.to(self._dtype) for own in direction] for direction in directions]
 
     def _watch(self, stage: Stage, derivative: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""A checkpoint as a Hugging Face folder, from its shards, on any machine: no ranks, no GPU, one file of memory."""
+"""A checkpoint as a Hugging Face folder, from its shards, on any machine: no ranks, no GPU, one
+file of memory."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ tags: [alphatoken]
 {% endfor -%}
 {% endfor %}
 Made with{% for package, number in versions.items() %} {{ package }} {{ number }}{{ "," if not loop.last }}{% endfor %}.
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ class Exported:
     files: int
 
 
-def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: bool = False) -> Exported:
-    """Writes the newest undamaged checkpoint of a run (or that of `step`) to the new folder `target`.
+def export_checkpoint(
+    run: Path, target: Path, step: int | None = None, merge: bool = False
+) -> Exported:
+    """Writes the newest undamaged checkpoint of a run (or that of `step`) to the new folder
+    `target`.
 
-    Weights get the run's `model.dtype`, from the fp32 masters. Adapters are written as such, or merged into the model
-    they belong to, which then has to fit in memory. Raises UserError for a folder that is no run, a damaged checkpoint,
-    or a target that exists.
+    Weights get the run's `model.dtype`, from the fp32 masters. Adapters are written as such, or
+    merged into the model they belong to, which then has to fit in memory. Raises UserError for a
+    folder that is no run, a damaged checkpoint, or a target that exists.
     """
     if target.exists():
         raise UserError(f"{target} exists; name a new folder")
@@ -78,7 +82,9 @@ def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: b
     description = read_description(checkpoint)
     config = description["config"]
     if merge and config["model"]["lora"] is None:
-        raise UserError(f"--merge: the run {run} trained whole weights, there are no adapters to merge")
+        raise UserError(
+            f"--merge: the run {run} trained whole weights, there are no adapters to merge"
+        )
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")
@@ -90,7 +96,9 @@ def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: b
     dtype = getattr(torch, config["model"]["dtype"])
     weights = ((name, tensor.to(dtype)) for name, tensor in _weights(checkpoint))
     if config["model"]["lora"] is not None:
-        adapters = {_adapter_name(name): tensor.contiguous() for name, tensor in weights if "lora_" in name}
+        adapters = {
+            _adapter_name(name): tensor.contiguous() for name, tensor in weights if "lora_" in name
+        }
         save_file(adapters, partial / "adapter_model.safetensors", {"format": "pt"})
         count, files = sum(tensor.numel() for tensor in adapters.values()), 1
         if merge:
@@ -100,7 +108,9 @@ def export_checkpoint(run: Path, target: Path, step: int | None = None, merge: b
     else:
         (partial / "adapter_config.json").unlink(missing_ok=True)
         count, files = _save_shards(partial, _untied(partial, weights))
-    card = _model_card(run, description, about, adapter=config["model"]["lora"] is not None and not merge)
+    card = _model_card(
+        run, description, about, adapter=config["model"]["lora"] is not None and not merge
+    )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(target)
     return Exported(target, description["step"], count, files)
@@ -111,7 +121,9 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     if not folders:
         raise UserError(f"{run / 'checkpoints'} has no checkpoint; was train.save_every set?")
     if step is not None and step not in folders:
-        raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}")
+        raise UserError(
+            f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}"
+        )
     wanted = list(folders.values()) if step is None else [folders[step]]
     problems = []
     for checkpoint in wanted:
@@ -144,7 +156,8 @@ def _untied(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tup
 
 
 def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> tuple[int, int]:
-    """safetensors files of at most SHARD_BYTES (or one weight), with their index; numbers of weights and files."""
+    """safetensors files of at most SHARD_BYTES (or one weight), with their index; numbers of
+    weights and files."""
     shards: list[Path] = []
     places: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
@@ -169,12 +182,16 @@ def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> tuple[i
     if len(shards) == 1:
         shards[0].rename(folder / "model.safetensors")
         return count, 1
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [
+        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+    ]
     for file, name in zip(shards, names, strict=True):
         file.rename(folder / name)
     weight_map = {key: names[place] for key, place in places.items()}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=1), encoding="utf-8"
+    )
     return count, len(shards)
 
 
@@ -194,7 +211,9 @@ def _merge(folder: Path, base: str, dtype: torch.dtype) -> None:
     merged.save_pretrained(folder)
 
 
-def _model_card(run: Path, description: Mapping[str, Any], about: Mapping[str, Any], adapter: bool) -> str:
+def _model_card(
+    run: Path, description: Mapping[str, Any], about: Mapping[str, Any], adapter: bool
+) -> str:
     config = description["config"]
     shown = ("preference", "valuation", "selection", "optim")
     settings = yaml.safe_dump({key: config[key] for key in shown if key in config}, sort_keys=False)
@@ -205,7 +224,9 @@ def _model_card(run: Path, description: Mapping[str, Any], about: Mapping[str, A
         base=config["model"]["name_or_path"],
         what="LoRA adapters" if adapter else "A fine-tuned version",
         library="peft" if adapter else "transformers",
-        method="supervised fine-tuning" if objective is None else f"preference optimization ({objective})",
+        method="supervised fine-tuning"
+        if objective is None
+        else f"preference optimization ({objective})",
         step=description["step"],
         valued=config["valuation"]["enabled"],
         settings=settings.strip(),

@@ -22,7 +22,8 @@ def flush(path: Path) -> None:
 
 
 def publish(final: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` make a file beside `final`, then renames it. Raises OSError when the disk refuses."""
+    """Has `write` make a file beside `final`, then renames it. Raises OSError when the disk
+    refuses."""
     partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         write(partial)

@@ -1,9 +1,10 @@
-"""The diagonal Fisher of the reference model, E over prompts x and completions y of squared gradients (Eq. 5), sharded.
+"""The diagonal Fisher of the reference model, E over prompts x and completions y of squared
+gradients (Eq. 5), sharded.
 
-The gradients are those of each completion's summed loss, at the scored parameters. The decoder runs forward under
-DeepSpeed's hooks and the scored layers, from the last, one at a time through the streamer; each rank brings sequences
-of its own and keeps its slices of the sums. What has been summed is saved now and then, so an interrupted estimate goes
-on.
+The gradients are those of each completion's summed loss, at the scored parameters. The decoder runs
+forward under DeepSpeed's hooks and the scored layers, from the last, one at a time through the
+streamer; each rank brings sequences of its own and keeps its slices of the sums. What has been
+summed is saved now and then, so an interrupted estimate goes on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ Signals = defaultdict[str, list[tuple[Tensor, Tensor]]]
 
 
 class FisherSum:
-    """Sums of squared gradients over sequences, of the chosen parameters of the last `depth` layers.
+    """Sums of squared gradients over sequences, of the chosen parameters of the last `depth`
+    layers.
 
     Parameters without a gradient by position (`kind` other: experts, convolutions) have none.
     """
@@ -70,9 +72,11 @@ class FisherSum:
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> tuple[Entry, Tensor]:
-        """Runs the model's body on sequences padded on the right: what `add` wants, and the states after the norm.
+        """Runs the model's body on sequences padded on the right: what `add` wants, and the states
+        after the norm.
 
-        Embeddings of tokens alone are gathered here, in small messages, rather than by DeepSpeed's hooks.
+        Embeddings of tokens alone are gathered here, in small messages, rather than by DeepSpeed's
+        hooks.
         """
         inputs = {"input_ids": ids_BT}
         paths = self._decoder.stage_parameters("embeddings").keys()
@@ -94,11 +98,13 @@ class FisherSum:
 
     @torch.no_grad()
     def add(self, entry: Entry, batch: Mapping[str, Tensor]) -> None:
-        """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must call it.
+        """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must
+        call it.
 
-        `batch` has `input_ids` and `labels`, padded on the right. Memory: the states between the layers, one layer with
-        the signals of its modules, one block of logits (all those of one sequence where the head is scored), and one
-        parameter's matrix in float32, which is reduced before the next is formed.
+        `batch` has `input_ids` and `labels`, padded on the right. Memory: the states between the
+        layers, one layer with the signals of its modules, one block of logits (all those of one
+        sequence where the head is scored), and one parameter's matrix in float32, which is reduced
+        before the next is formed.
         """
         chunks = chunks_of(entry, batch["labels"], self._chunk_tokens)
         outgrads = self._top(chunks)
@@ -107,7 +113,9 @@ class FisherSum:
             with self._streamer.stage(index) as module:
                 for number, chunk in enumerate(chunks):
                     if chunk.has_response:
-                        outgrads[number] = self._back(module, place, chunk, outgrads[number], signals)
+                        outgrads[number] = self._back(
+                            module, place, chunk, outgrads[number], signals
+                        )
                 self._take(index, module, signals)
         self._embeddings(chunks, outgrads, batch["input_ids"])
         self._head(chunks, outgrads, batch["input_ids"])
@@ -120,17 +128,25 @@ class FisherSum:
             for chunk in chunks:
                 response_BT, _ = loss_positions(chunk.labels_BT)
 
-                def remember(path: str, act_RH: Tensor, outgrad_RH: Tensor, response_BT: Tensor = response_BT) -> None:
-                    signals[path].append((_spread(act_RH, response_BT), _spread(outgrad_RH, response_BT)))
+                def remember(
+                    path: str, act_RH: Tensor, outgrad_RH: Tensor, response_BT: Tensor = response_BT
+                ) -> None:
+                    signals[path].append(
+                        (_spread(act_RH, response_BT), _spread(outgrad_RH, response_BT))
+                    )
 
                 with SignalCapture({"": norm}, remember):
                     states_BTH = chunk.entry.states[-1]
-                    _, outgrad_BTH = top_backward(norm, head, states_BTH, chunk, self._decoder.logit_softcap)
+                    _, outgrad_BTH = top_backward(
+                        norm, head, states_BTH, chunk, self._decoder.logit_softcap
+                    )
                 outgrads.append(outgrad_BTH)
             self._take("norm", norm, signals)
         return outgrads
 
-    def _back(self, module: nn.Module, place: int, chunk: Chunk, outgrad_BTH: Tensor, signals: Signals) -> Tensor:
+    def _back(
+        self, module: nn.Module, place: int, chunk: Chunk, outgrad_BTH: Tensor, signals: Signals
+    ) -> Tensor:
         """One layer's backward pass; the gradient at its input, where something below wants it."""
 
         def remember(path: str, act: Tensor, outgrad: Tensor) -> None:
@@ -138,15 +154,21 @@ class FisherSum:
                 act, outgrad = act.transpose(1, 2), outgrad.transpose(1, 2)
             signals[path].append((act, outgrad))
 
-        watched = {path: module.get_submodule(path) for path in self._owners.get(self._streamer.indices[place], {})}
+        watched = {
+            path: module.get_submodule(path)
+            for path in self._owners.get(self._streamer.indices[place], {})
+        }
         hidden_BTH = chunk.entry.states[place].detach()
         with torch.enable_grad(), SignalCapture(watched, remember):
             hidden_BTH.requires_grad_(place > 0 or "embeddings" in self._owners)
-            self._streamer.forward(module, hidden_BTH, chunk.entry.layer_inputs[place]).backward(outgrad_BTH)
+            self._streamer.forward(module, hidden_BTH, chunk.entry.layer_inputs[place]).backward(
+                outgrad_BTH
+            )
         return outgrad_BTH if hidden_BTH.grad is None else hidden_BTH.grad
 
     def _take(self, stage: Stage, module: nn.Module, signals: Signals) -> None:
-        """Squares what a stage's modules saw, one parameter after the other, and adds it to the slices."""
+        """Squares what a stage's modules saw, one parameter after the other, and adds it to the
+        slices."""
         for path, parameters in self._owners.get(stage, {}).items():
             owner, pairs = module.get_submodule(path), signals.pop(path, [])
             for own, name in parameters.items():
@@ -155,16 +177,22 @@ class FisherSum:
                     self._square_into(total, owner, own, act, outgrad)
                 self._reduce(name, total)
 
-    def _square_into(self, total: Tensor, owner: nn.Module, own: str, act: Tensor, outgrad: Tensor) -> None:
+    def _square_into(
+        self, total: Tensor, owner: nn.Module, own: str, act: Tensor, outgrad: Tensor
+    ) -> None:
         if not isinstance(owner, nn.Linear | Conv1D):
-            total += squares.vector_square(squares.norm_gradients(owner, act, outgrad)[own], self._square)
+            total += squares.vector_square(
+                squares.norm_gradients(owner, act, outgrad)[own], self._square
+            )
         elif own == "bias":
             total += squares.vector_square(outgrad, self._square)
         else:
             rows, columns = (act, outgrad) if isinstance(owner, Conv1D) else (outgrad, act)
             squares.add_linear_square(total, rows, columns, self._square)
 
-    def _embeddings(self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor) -> None:
+    def _embeddings(
+        self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor
+    ) -> None:
         """Takes those that are not the head as well."""
         for path, parameters in self._owners.get("embeddings", {}).items():
             name = parameters["weight"]
@@ -177,7 +205,8 @@ class FisherSum:
             self._reduce(name, total_VH)
 
     def _entered(self, path: str, ids_BT: Tensor, outgrad_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows of an embedding the tokens take, and the gradients of those, from that at the first layer."""
+        """Which rows of an embedding the tokens take, and the gradients of those, from that at the
+        first layer."""
         embedding = self._decoder.stage("embeddings").get_submodule(path)
         assert isinstance(embedding, nn.Embedding)
         if embedding is not self._decoder.model.get_input_embeddings():  # it is of positions
@@ -188,7 +217,8 @@ class FisherSum:
         return ids_BT, entered_BTH
 
     def _head(self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor) -> None:
-        """Takes the head's parameters, one sequence after the other, and the embeddings' where they are the same."""
+        """Takes the head's parameters, one sequence after the other, and the embeddings' where they
+        are the same."""
         names = self._owners.get("head", {}).get("", {})
         if not names:
             return
@@ -208,9 +238,13 @@ class FisherSum:
                     tied = None
                     if tied_path is not None:
                         ids_1T = ids_BT[chunk.rows][row : row + 1]
-                        index_1T, entered_1TH = self._entered(tied_path, ids_1T, outgrad_BTH[row : row + 1])
+                        index_1T, entered_1TH = self._entered(
+                            tied_path, ids_1T, outgrad_BTH[row : row + 1]
+                        )
                         tied = response_T.nonzero()[:, 0], index_1T[0], entered_1TH[0]
-                    squares.add_head_square(totals["weight"], outgrad_RV, act_RH, tied, self._square)
+                    squares.add_head_square(
+                        totals["weight"], outgrad_RV, act_RH, tied, self._square
+                    )
                     if "bias" in totals:
                         totals["bias"] += squares.vector_square(outgrad_RV[None], self._square)
         for own, total in totals.items():
@@ -228,10 +262,11 @@ def _spread(values_RH: Tensor, response_BT: Tensor) -> Tensor:
 
 
 class EstimateFolder:
-    """Where an estimate lies when it is done, and beside it (`.partial`) what has been summed so far.
+    """Where an estimate lies when it is done, and beside it (`.partial`) what has been summed so
+    far.
 
-    `settings` is what decides the numbers; `about` goes into the header too. Raises UserError when the folder or its
-    partial one holds an estimate with other settings.
+    `settings` is what decides the numbers; `about` goes into the header too. Raises UserError when
+    the folder or its partial one holds an estimate with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
@@ -252,10 +287,13 @@ class EstimateFolder:
         return collectives.on_rank_0(check)
 
     def resume(self, total: FisherSum) -> int:
-        """Loads the newest sums, saved by any number of ranks; returns how many prompts they are of, 0 if none."""
+        """Loads the newest sums, saved by any number of ranks; returns how many prompts they are
+        of, 0 if none."""
 
         def newest() -> Path | None:
-            states = sorted(self._partial.glob("prompts-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+            states = sorted(
+                self._partial.glob("prompts-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
+            )
             return states[-1] if states else None
 
         folder = collectives.on_rank_0(newest)
@@ -275,7 +313,9 @@ class EstimateFolder:
     def save(self, total: FisherSum, prompts: int) -> None:
         """Saves the sums over the first `prompts` prompts in place of older ones."""
         final = self._partial / f"prompts-{prompts}"
-        self._write(total.slices, total, final, {**self._header, "prompts": prompts, "finished": False})
+        self._write(
+            total.slices, total, final, {**self._header, "prompts": prompts, "finished": False}
+        )
         if collectives.rank() == 0:
             for older in self._partial.iterdir():
                 if older != final:
@@ -289,11 +329,14 @@ class EstimateFolder:
         """
 
         def check() -> None:
-            faulty = [name for name, own in total.slices.items() if not bool(torch.isfinite(own).all())]
+            faulty = [
+                name for name, own in total.slices.items() if not bool(torch.isfinite(own).all())
+            ]
             if faulty:
                 shutil.rmtree(self._partial, ignore_errors=True)  # no use going on from there
                 raise UserError(
-                    f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on these prompts; try "
+                    f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on "
+                    "these prompts; try "
                     "model.dtype=float32"
                 )
 
@@ -304,7 +347,9 @@ class EstimateFolder:
             shutil.rmtree(self._partial, ignore_errors=True)
         collectives.barrier()
 
-    def _write(self, slices: Mapping[str, Tensor], total: FisherSum, final: Path, header: dict[str, Any]) -> None:
+    def _write(
+        self, slices: Mapping[str, Tensor], total: FisherSum, final: Path, header: dict[str, Any]
+    ) -> None:
         """All ranks write beside `final`; then rank 0 renames."""
         writing = self._partial / f"{final.name}.writing"
 
@@ -328,6 +373,7 @@ class EstimateFolder:
         changed = differences(found.header.get("settings", {}), self._settings)
         if changed:
             raise UserError(
-                f"{found} holds a Fisher with other settings; remove it, set fisher.output to another folder, "
+                f"{found} holds a Fisher with other settings; remove it, set fisher.output to "
+                "another folder, "
                 f"{otherwise}:\n  " + "\n  ".join(changed)
             )

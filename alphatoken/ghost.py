@@ -1,7 +1,8 @@
-"""Estimator `ghost`, the paper's: signals of the last K layers' linears, contracted with the held-out ones and drift.
+"""Estimator `ghost`, the paper's: signals of the last K layers' linears, contracted with the
+held-out ones and drift.
 
-Shape legend: B sequences, T positions, R response positions of one chunk, N validation positions over all ranks, I and
-O the features of a linear.
+Shape legend: B sequences, T positions, R response positions of one chunk, N validation positions
+over all ranks, I and O the features of a linear.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from alphatoken.valuation import TERMS, Contraction, Materialised, TokenValues
 
 @dataclass(frozen=True)
 class Products:
-    """What the signals of one linear are contracted with. `target` may hold G + lambda V; then there is no `proxy`."""
+    """What the signals of one linear are contracted with. `target` may hold G + lambda V; then
+    there is no `proxy`."""
 
     target: Contraction
     proxy: Contraction | None
@@ -36,14 +38,20 @@ class Products:
 class GhostScorer(Scorer):
     """Values response tokens on the linears of the last K layers of a decoder (Eqs. 8-12)."""
 
-    def __init__(self, decoder: Decoder, config: ValuationConfig, device: torch.device, drift: Drift | None) -> None:
+    def __init__(
+        self, decoder: Decoder, config: ValuationConfig, device: torch.device, drift: Drift | None
+    ) -> None:
         super().__init__(decoder, config)
         self._drift = drift
         self._resident = config.is_resident
         depth = scored_depth(config.layers, len(decoder.layers))
         self._layers = list(decoder.layers)[len(decoder.layers) - depth :]
-        self.tower = Tower(decoder, depth, device, resident=self._resident, chunk_tokens=config.chunk_tokens)
-        self.linears: dict[str, ScoredLinear] = {linear.name: linear for linear in self.tower.scored}
+        self.tower = Tower(
+            decoder, depth, device, resident=self._resident, chunk_tokens=config.chunk_tokens
+        )
+        self.linears: dict[str, ScoredLinear] = {
+            linear.name: linear for linear in self.tower.scored
+        }
         self._dtype = next(decoder.model.parameters()).dtype
         features = {linear.name: self._features(linear) for linear in self.tower.scored}
         self._held_out = HeldOutSignals(features, config.contraction, self._dtype, device)
@@ -101,7 +109,8 @@ class GhostScorer(Scorer):
         return [name for name, linear in self.linears.items() if linear.layer == layer]
 
     def _gather_products(self, layer: int) -> dict[str, Products]:
-        """What a layer's signals are contracted with, from all ranks' slices; one message for G, one for V."""
+        """What a layer's signals are contracted with, from all ranks' slices; one message for G,
+        one for V."""
         names, weight = self._names(layer), self.config.stability_weight
         targets = self._held_out.contractions(names)
         if self._drift is None:
@@ -125,7 +134,9 @@ class GhostScorer(Scorer):
 class _Collector:
     """Sink of held-out signals: at response positions, into `HeldOutSignals`."""
 
-    def __init__(self, held_out: HeldOutSignals, names: Callable[[int], list[str]], response_BT: Tensor) -> None:
+    def __init__(
+        self, held_out: HeldOutSignals, names: Callable[[int], list[str]], response_BT: Tensor
+    ) -> None:
         self._held_out = held_out
         self._names = names
         self._response_BT = response_BT
@@ -151,7 +162,10 @@ class _Accumulator:
         self._config = scorer.config
         self._response_BT = response_BT
         self._order = {name: place for place, name in enumerate(scorer.linears)}
-        self._sums = {name: torch.zeros(response_BT.shape, device=response_BT.device) for name in (*TERMS, "composite")}
+        self._sums = {
+            name: torch.zeros(response_BT.shape, device=response_BT.device)
+            for name in (*TERMS, "composite")
+        }
         self._bands: dict[int, Tensor] = {}
         self._mixed: dict[int, Tensor] = {}
         self.nonfinite = torch.zeros(len(self._order), dtype=torch.bool, device=response_BT.device)
@@ -199,9 +213,11 @@ class _Accumulator:
         chunk_BT[self._response_BT[rows]] += value_R
 
     def _causal(self, linear: ScoredLinear, outgrad_BTO: Tensor) -> Tensor:
-        """sum_k A[k, t] d_k for every position, (B, T, O); zero in output rows that are no values."""
+        """sum_k A[k, t] d_k for every position, (B, T, O); zero in output rows that are no
+        values."""
         if linear.feeds is not None:
-            # What flows back into an adapter's A came through its B, and of that only the value rows count.
+            # What flows back into an adapter's A came through its B, and of that only the value
+            # rows count.
             return self._mixed[linear.layer] @ self._scorer.tower.weight(linear.layer, linear.feeds)
         band_BTW, value_rows = self._bands[linear.layer], linear.value_rows
         if value_rows is None:

@@ -1,4 +1,5 @@
-"""The held-out signals of the scored linears, divided over the ranks, in the form each linear's contraction needs."""
+"""The held-out signals of the scored linears, divided over the ranks, in the form each linear's
+contraction needs."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from alphatoken.valuation import Contraction, ContractionName, Ghost, Materialis
 
 @dataclass
 class _Signals:
-    """One linear's signals. materialised: this rank's slice of the sum of d_v h_v^T. ghost: this rank's own rows."""
+    """One linear's signals. materialised: this rank's slice of the sum of d_v h_v^T. ghost: this
+    rank's own rows."""
 
     contraction: ContractionName
     slice: Tensor
@@ -26,12 +28,16 @@ class _Signals:
 class HeldOutSignals:
     """Collects (h_v, d_v) per linear and hands out contractions with them.
 
-    `features` maps names to (out, in). `choice` forces a contraction, or is "auto". Contractions are in `dtype`. Every
-    rank must call `begin`, `reduce` and `contractions` in the same order.
+    `features` maps names to (out, in). `choice` forces a contraction, or is "auto". Contractions
+    are in `dtype`. Every rank must call `begin`, `reduce` and `contractions` in the same order.
     """
 
     def __init__(
-        self, features: Mapping[str, tuple[int, int]], choice: str, dtype: torch.dtype, device: torch.device
+        self,
+        features: Mapping[str, tuple[int, int]],
+        choice: str,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._features = features
         self._choice = choice
@@ -41,9 +47,12 @@ class HeldOutSignals:
         self._val_count = 0
 
     def begin(self, own_val_count: int, own_scored_tokens: int) -> None:
-        """Forgets the old signals. The counts are this rank's validation positions, and the tokens it will score."""
+        """Forgets the old signals. The counts are this rank's validation positions, and the tokens
+        it will score."""
         counts = torch.tensor([own_val_count, own_scored_tokens], device=self._device)
-        self._val_count, scored_tokens = (int(count) for count in collectives.sum_over_ranks(counts).tolist())
+        self._val_count, scored_tokens = (
+            int(count) for count in collectives.sum_over_ranks(counts).tolist()
+        )
         ranks = collectives.world_size()
         self._signals = {}
         for name, (out_features, in_features) in self._features.items():
@@ -63,34 +72,47 @@ class HeldOutSignals:
             signals.outgrads.append(outgrad_NO)
         else:
             matrix_OI = valuation.target_matrix(outgrad_NO, act_NI)
-            signals.pending_OI = matrix_OI if signals.pending_OI is None else signals.pending_OI + matrix_OI
+            signals.pending_OI = (
+                matrix_OI if signals.pending_OI is None else signals.pending_OI + matrix_OI
+            )
 
     def reduce(self, names: Sequence[str]) -> None:
-        """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of them."""
+        """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of
+        them."""
         formed = [name for name in names if self._signals[name].contraction == "materialised"]
         if not formed:
             return
         nothing = {name: torch.zeros(self._features[name], device=self._device) for name in formed}
         pending = [self._signals[name].pending_OI for name in formed]
-        whole = [nothing[name] if part is None else part for name, part in zip(formed, pending, strict=True)]
+        whole = [
+            nothing[name] if part is None else part
+            for name, part in zip(formed, pending, strict=True)
+        ]
         for name, own in zip(formed, collectives.sum_to_slices(whole), strict=True):
             self._signals[name].slice += own
             self._signals[name].pending_OI = None
 
     def contractions(self, names: Sequence[str]) -> dict[str, Contraction]:
-        """The target contraction of each named linear; gathers matrices (one message) or rows (two per linear)."""
+        """The target contraction of each named linear; gathers matrices (one message) or rows (two
+        per linear)."""
         formed = [name for name in names if self._signals[name].contraction == "materialised"]
-        slices = [(self._signals[name].slice / max(self._val_count, 1)).to(self._dtype) for name in formed]
+        slices = [
+            (self._signals[name].slice / max(self._val_count, 1)).to(self._dtype) for name in formed
+        ]
         shapes = [torch.Size(self._features[name]) for name in formed]
         contractions: dict[str, Contraction] = {
             name: Materialised(matrix_OI)
-            for name, matrix_OI in zip(formed, collectives.gather_slices(slices, shapes), strict=True)
+            for name, matrix_OI in zip(
+                formed, collectives.gather_slices(slices, shapes), strict=True
+            )
         }
         for name in names:
             if name not in contractions:
                 signals, (out_features, in_features) = self._signals[name], self._features[name]
                 outgrad_NO = self._all_rows(signals.outgrads, out_features)
-                contractions[name] = Ghost(outgrad_NO, self._all_rows(signals.acts, in_features), self._val_count)
+                contractions[name] = Ghost(
+                    outgrad_NO, self._all_rows(signals.acts, in_features), self._val_count
+                )
         return contractions
 
     def _all_rows(self, parts: list[Tensor], features: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Token losses and objectives: loss positions, the head with its cross-entropy in row blocks, and what is summed.
+"""Token losses and objectives: loss positions, the head with its cross-entropy in row blocks, and
+what is summed.
 
 Shape legend: B sequences, T positions, R selected loss positions, H hidden size, V vocabulary.
 """
@@ -21,8 +22,9 @@ LOGIT_BLOCK_ELEMENTS = 2**26
 def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Shifts labels into loss positions: position t predicts token t+1.
 
-    labels_BT: (B, T) int64, IGNORE_INDEX off the response. Returns `response_BT` (bool, the response mask) and
-    `targets_BT` (int64, the token each position predicts; IGNORE_INDEX elsewhere). The last position predicts nothing.
+    labels_BT: (B, T) int64, IGNORE_INDEX off the response. Returns `response_BT` (bool, the
+    response mask) and `targets_BT` (int64, the token each position predicts; IGNORE_INDEX
+    elsewhere). The last position predicts nothing.
     """
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
     return targets_BT != IGNORE_INDEX, targets_BT
@@ -34,9 +36,14 @@ def block_rows(vocabulary: int) -> int:
 
 
 def _block_loss(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_R: Tensor, softcap: float | None
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log likelihoods (R,) and their gradients with respect to the head's output (R, V), both float32."""
+    """Negative log likelihoods (R,) and their gradients with respect to the head's output (R, V),
+    both float32."""
     logits_RV = F.linear(hidden_RH, weight_VH, bias_V).float()
     slope_RV: Tensor | None = None
     if softcap is not None:
@@ -53,24 +60,30 @@ def _block_loss(
 def head_loss(
     hidden_RH: Tensor, head: nn.Linear, targets_R: Tensor, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Losses and the gradient of each with respect to its own hidden state; no graph, one block of logits at a time.
+    """Losses and the gradient of each with respect to its own hidden state; no graph, one block of
+    logits at a time.
 
-    hidden_RH: (R, H) after the final norm; targets_R: (R,) int64; `softcap`: logits are c tanh(logits / c). Returns nll
-    (R,) float32 and gradients (R, H) in the dtype of `hidden_RH`.
+    hidden_RH: (R, H) after the final norm; targets_R: (R,) int64; `softcap`: logits are c
+    tanh(logits / c). Returns nll (R,) float32 and gradients (R, H) in the dtype of `hidden_RH`.
     """
     nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
     grad_RH = torch.empty_like(hidden_RH)
     rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
-        nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
+        nll_R[block], grad_RV = _block_loss(
+            hidden_RH[block], head.weight, head.bias, targets_R[block], softcap
+        )
         grad_RH[block] = grad_RV.to(hidden_RH.dtype) @ head.weight
     return nll_R, grad_RH
 
 
 @torch.no_grad()
-def head_outgrads(hidden_RH: Tensor, head: nn.Linear, targets_R: Tensor, softcap: float | None = None) -> Tensor:
-    """Gradient of each row's loss with respect to the head's output before any cap, (R, V) float32."""
+def head_outgrads(
+    hidden_RH: Tensor, head: nn.Linear, targets_R: Tensor, softcap: float | None = None
+) -> Tensor:
+    """Gradient of each row's loss with respect to the head's output before any cap, (R, V)
+    float32."""
     return _block_loss(hidden_RH, head.weight, head.bias, targets_R, softcap)[1]
 
 
@@ -83,15 +96,18 @@ def head_jvp(
     targets_R: Tensor,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and their derivatives when the states after the norm move along `tangent_RH` and the head's weights along
-    `weight_tangents` (whole, by name; absent ones do not move): (R,) float32 each, one block of logits at a time.
+    """Losses and their derivatives when the states after the norm move along `tangent_RH` and the
+    head's weights along `weight_tangents` (whole, by name; absent ones do not move): (R,) float32
+    each, one block of logits at a time.
     """
     nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
     derivative_R = torch.empty_like(nll_R)
     rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
-        nll_R[block], grad_RV = _block_loss(hidden_RH[block], head.weight, head.bias, targets_R[block], softcap)
+        nll_R[block], grad_RV = _block_loss(
+            hidden_RH[block], head.weight, head.bias, targets_R[block], softcap
+        )
         tangent_RV = F.linear(tangent_RH[block], head.weight)
         if "weight" in weight_tangents:
             tangent_RV += F.linear(hidden_RH[block], weight_tangents["weight"])
@@ -102,20 +118,27 @@ def head_jvp(
 
 
 def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """Samples a token per row from softmax(logits), temperature 1: the first whose cumulative probability is above u.
+    """Samples a token per row from softmax(logits), temperature 1: the first whose cumulative
+    probability is above u.
 
-    uniform_R: (R,) in [0, 1). Returns (R,) int64. The same numbers draw the same tokens, in whatever batch.
+    uniform_R: (R,) in [0, 1). Returns (R,) int64. The same numbers draw the same tokens, in
+    whatever batch.
     """
     largest_R1 = logits_RV.amax(dim=-1, keepdim=True).double()
-    cumulative_RV = logits_RV.double().sub_(largest_R1).exp_().cumsum_(dim=-1)  # in place: it is large
+    cumulative_RV = (
+        logits_RV.double().sub_(largest_R1).exp_().cumsum_(dim=-1)
+    )  # in place: it is large
     threshold_R1 = (uniform_R.double() * cumulative_RV[:, -1])[:, None]
     token_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0]
     return token_R.clamp_max(logits_RV.shape[1] - 1)
 
 
 @torch.no_grad()
-def head_samples(hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap: float | None = None) -> Tensor:
-    """A token drawn from the model's own prediction at each of the given states after the final norm; (R,) int64."""
+def head_samples(
+    hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap: float | None = None
+) -> Tensor:
+    """A token drawn from the model's own prediction at each of the given states after the final
+    norm; (R,) int64."""
     token_R = torch.empty(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device)
     rows = max(1, block_rows(head.weight.shape[0]) // 16)  # probabilities are float64
     for start in range(0, hidden_RH.shape[0], rows):
@@ -128,7 +151,8 @@ def head_samples(hidden_RH: Tensor, head: nn.Linear, uniform_R: Tensor, softcap:
 
 
 class _BlockedNLL(torch.autograd.Function):
-    """Head and cross-entropy whose backward recomputes the logits block by block, unless one block is all there is."""
+    """Head and cross-entropy whose backward recomputes the logits block by block, unless one block
+    is all there is."""
 
     @staticmethod
     def forward(
@@ -144,7 +168,9 @@ class _BlockedNLL(torch.autograd.Function):
         only_block: Tensor | None = None
         for start in range(0, hidden_RH.shape[0], rows):
             block = slice(start, start + rows)
-            nll_R[block], grad_RV = _block_loss(hidden_RH[block], weight_VH, bias_V, targets_R[block], softcap)
+            nll_R[block], grad_RV = _block_loss(
+                hidden_RH[block], weight_VH, bias_V, targets_R[block], softcap
+            )
             if hidden_RH.shape[0] <= rows:
                 only_block = grad_RV.to(hidden_RH.dtype)
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R, only_block)
@@ -152,17 +178,23 @@ class _BlockedNLL(torch.autograd.Function):
         return nll_R
 
     @staticmethod
-    def backward(ctx: Any, outgrad_R: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, outgrad_R: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         hidden_RH, weight_VH, bias_V, targets_R, only_block = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        )
         rows = block_rows(weight_VH.shape[0])
         for start in range(0, hidden_RH.shape[0], rows):
             block = slice(start, start + rows)
             grad_RV = only_block
             if grad_RV is None:
-                _, grad_RV = _block_loss(hidden_RH[block], weight_VH, bias_V, targets_R[block], ctx.softcap)
+                _, grad_RV = _block_loss(
+                    hidden_RH[block], weight_VH, bias_V, targets_R[block], ctx.softcap
+                )
             grad_RV = (grad_RV * outgrad_R[block, None]).to(hidden_RH.dtype)
             grad_hidden[block] = grad_RV @ weight_VH
             if grad_weight is not None:
@@ -173,9 +205,14 @@ class _BlockedNLL(torch.autograd.Function):
 
 
 def head_nll(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_R: Tensor, softcap: float | None
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    softcap: float | None,
 ) -> Tensor:
-    """Negative log likelihood of each row, (R,) float32, differentiable; memory is bounded by one block of logits."""
+    """Negative log likelihood of each row, (R,) float32, differentiable; memory is bounded by one
+    block of logits."""
     nll_R: Tensor = _BlockedNLL.apply(hidden_RH, weight_VH, bias_V, targets_R, softcap)  # type: ignore[no-untyped-call]
     return nll_R
 
@@ -183,8 +220,9 @@ def head_nll(
 class HeadLoss(nn.Module):
     """The head and its cross-entropy as one module, sharing the head's parameters.
 
-    ZeRO-3 gathers a module's weights around its forward call: blocks inside one call cost one gather, and a rank with
-    no rows makes the same call as the others. `softcap`: logits are c tanh(logits / c).
+    ZeRO-3 gathers a module's weights around its forward call: blocks inside one call cost one
+    gather, and a rank with no rows makes the same call as the others. `softcap`: logits are c
+    tanh(logits / c).
     """
 
     def __init__(self, head: nn.Linear, softcap: float | None = None) -> None:
@@ -202,51 +240,76 @@ Batch = Mapping[str, Tensor]
 
 
 class Objective(Protocol):
-    """What is minimised, as a sum over one micro-batch; the loop divides by a denominator of the optimizer step.
+    """What is minimised, as a sum over one micro-batch; the loop divides by a denominator of the
+    optimizer step.
 
-    `nll_BT` are all token losses without a graph, zero off the response; `weight_BT` the weights of the selection, zero
-    where a token is not kept. `batch` is as `data.batches` makes it.
+    `nll_BT` are all token losses without a graph, zero off the response; `weight_BT` the weights of
+    the selection, zero where a token is not kept. `batch` is as `data.batches` makes it.
     """
 
     branches: tuple[str, ...]
     """Names of the responses that every row has; empty where it has one."""
 
     def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
-        """d objective / d (sum_t l_t) of each position's sequence at an all-ones mask, detached, (B, T)."""
+        """d objective / d (sum_t l_t) of each position's sequence at an all-ones mask, detached,
+        (B, T)."""
         ...
 
-    def total(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor, kept_nll_R: Tensor) -> Tensor:
-        """The objective of the kept tokens, whose losses with their graph are `kept_nll_R`. Scalar."""
+    def total(
+        self,
+        batch: Batch,
+        nll_BT: Tensor,
+        response_BT: Tensor,
+        weight_BT: Tensor,
+        kept_nll_R: Tensor,
+    ) -> Tensor:
+        """The objective of the kept tokens, whose losses with their graph are `kept_nll_R`.
+        Scalar."""
         ...
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
-        """What the step's sum is divided by; the counts are of the whole optimizer step, over all ranks."""
+        """What the step's sum is divided by; the counts are of the whole optimizer step, over all
+        ranks."""
         ...
 
-    def metrics(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
-        """What is reported of a training micro-batch besides losses and values, a number per row each."""
+    def metrics(
+        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
+    ) -> dict[str, Tensor]:
+        """What is reported of a training micro-batch besides losses and values, a number per row
+        each."""
         ...
 
     def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
-        """What is reported of held-out rows: `loss` and others, each a vector of which the mean counts."""
+        """What is reported of held-out rows: `loss` and others, each a vector of which the mean
+        counts."""
         ...
 
 
 class SupervisedObjective:
-    """Masked SFT (Eq. 13): the weighted sum of kept token losses over the number of kept tokens of the step."""
+    """Masked SFT (Eq. 13): the weighted sum of kept token losses over the number of kept tokens of
+    the step."""
 
     branches: tuple[str, ...] = ()
 
     def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
         return torch.ones_like(nll_BT)
 
-    def total(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor, kept_nll_R: Tensor) -> Tensor:
+    def total(
+        self,
+        batch: Batch,
+        nll_BT: Tensor,
+        response_BT: Tensor,
+        weight_BT: Tensor,
+        kept_nll_R: Tensor,
+    ) -> Tensor:
         return (weight_BT[weight_BT > 0] * kept_nll_R).sum()
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
         return kept_tokens
 
-    def metrics(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
+    def metrics(
+        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
+    ) -> dict[str, Tensor]:
         return {}
 
     def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The module the engine wraps: decoder, then score, select, and the loss of the kept tokens.
 
-Shape legend: B rows, T loss positions, R response (or kept) positions in order of (row, position), H hidden size.
+Shape legend: B rows, T loss positions, R response (or kept) positions in order of (row, position),
+H hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ WEIGHTS = "lm."  # how the names of the model's weights begin in `ValuedModel`
 
 
 class Assessment(TypedDict):
-    """What is known about a micro-batch's response tokens before any is chosen; nothing carries a graph."""
+    """What is known about a micro-batch's response tokens before any is chosen; nothing carries a
+    graph."""
 
     response_BT: Tensor
     protected_BT: Tensor
@@ -36,7 +38,8 @@ class Assessment(TypedDict):
 
 
 class StepOutput(TypedDict):
-    """One micro-batch of training. Only `total` carries a graph. (A dict: ZeRO-3 looks into those for tensors.)"""
+    """One micro-batch of training. Only `total` carries a graph. (A dict: ZeRO-3 looks into those
+    for tensors.)"""
 
     total: Tensor
     """The objective summed over the kept tokens; divide by the step's denominator."""
@@ -50,7 +53,8 @@ class StepOutput(TypedDict):
 
 
 class TokenLosses(nn.Module):
-    """A causal LM whose forward pass returns the loss of each response token, as `token_losses`: a reference model."""
+    """A causal LM whose forward pass returns the loss of each response token, as `token_losses`: a
+    reference model."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -75,8 +79,9 @@ def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
 class ValuedModel(nn.Module):
     """A causal LM whose forward pass returns the objective of the valuable tokens.
 
-    The engine must neither shard nor save the scoring tower, so the scorer is attached outside the module tree. `batch`
-    is always a micro-batch as `data.batches` makes it. Every rank makes the same module calls, also with no token.
+    The engine must neither shard nor save the scoring tower, so the scorer is attached outside the
+    module tree. `batch` is always a micro-batch as `data.batches` makes it. Every rank makes the
+    same module calls, also with no token.
     """
 
     scorer: Scorer | None
@@ -100,14 +105,15 @@ class ValuedModel(nn.Module):
         self.attach(None)
 
     def attach(self, scorer: Scorer | None) -> None:
-        """Values tokens with `scorer` from now on; without one every policy but `top_value` still works."""
+        """Values tokens with `scorer` from now on; without one every policy but `top_value` still
+        works."""
         object.__setattr__(self, "scorer", scorer)
 
     def forward(self, batch: Batch, chosen: tuple[Assessment, Tensor] | None = None) -> StepOutput:
         """The objective of a micro-batch.
 
-        Tokens are valued and selected here, unless `chosen` brings an assessment and weights (R,) that were made for
-        the whole step before.
+        Tokens are valued and selected here, unless `chosen` brings an assessment and weights (R,)
+        that were made for the whole step before.
         """
         if chosen is not None:
             return self._objective_of(batch, self._decoder.hidden_states(batch), *chosen)
@@ -120,7 +126,8 @@ class ValuedModel(nn.Module):
 
     @torch.no_grad()
     def assess(self, batch: Batch) -> Assessment:
-        """Values a micro-batch ahead of its training pass (scope `global_batch`), by a forward pass of its own."""
+        """Values a micro-batch ahead of its training pass (scope `global_batch`), by a forward pass
+        of its own."""
         if self.scorer is not None:
             with self.scorer.capture() as capture:
                 self._decoder.hidden_states(batch)
@@ -144,7 +151,8 @@ class ValuedModel(nn.Module):
     def _score(self, batch: Batch, scorer: Scorer, entry: Entry) -> Assessment:
         with self._stopwatch.phase("score"):
             scores = scorer.score(entry, batch)
-            # Values are linear in their own sequence's gradient, so it may be scaled afterwards.
+            # Values are linear in their own sequence's gradient, so it may be scaled
+            # afterwards.
             response_BT, _ = loss_positions(batch["labels"])
             coefficient_BT = self._objective.coefficients(batch, scores.nll_BT, response_BT)
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
@@ -155,11 +163,18 @@ class ValuedModel(nn.Module):
         branch_BT = batch["document_ids"] % len(self.selections)
         rank_BT = torch.zeros_like(nll_BT)
         for branch, selection in enumerate(self.selections):
-            others = (values.get("composite"), nll_BT, batch.get("noise"), batch.get("reference_nll"))
+            others = (
+                values.get("composite"),
+                nll_BT,
+                batch.get("noise"),
+                batch.get("reference_nll"),
+            )
             rank_BT = torch.where(branch_BT == branch, ranking(selection.policy, *others), rank_BT)
         return Assessment(
             response_BT=response_BT,
-            protected_BT=torch.isin(targets_BT, torch.tensor(self._eos_token_ids, device=targets_BT.device)),
+            protected_BT=torch.isin(
+                targets_BT, torch.tensor(self._eos_token_ids, device=targets_BT.device)
+            ),
             nll_BT=nll_BT,
             rank_BT=rank_BT,
             values=values,
@@ -176,7 +191,9 @@ class ValuedModel(nn.Module):
         weight_R = self.choose(batch, assessment)
         return self._output(batch, every_nll_R[weight_R > 0], assessment, weight_R)
 
-    def _objective_of(self, batch: Batch, hidden_BTH: Tensor, assessment: Assessment, weight_R: Tensor) -> StepOutput:
+    def _objective_of(
+        self, batch: Batch, hidden_BTH: Tensor, assessment: Assessment, weight_R: Tensor
+    ) -> StepOutput:
         """The head runs on the kept tokens only."""
         _, targets_BT = loss_positions(batch["labels"])
         kept_BT = torch.zeros_like(assessment["response_BT"])
@@ -184,7 +201,9 @@ class ValuedModel(nn.Module):
         nll_R = self.head_loss(hidden_BTH[kept_BT], targets_BT[kept_BT])
         return self._output(batch, nll_R, assessment, weight_R)
 
-    def _output(self, batch: Batch, nll_R: Tensor, assessment: Assessment, weight_R: Tensor) -> StepOutput:
+    def _output(
+        self, batch: Batch, nll_R: Tensor, assessment: Assessment, weight_R: Tensor
+    ) -> StepOutput:
         """`nll_R` are the losses of the tokens whose weight is not zero."""
         weight_BT = torch.zeros_like(assessment["nll_BT"])
         weight_BT[assessment["response_BT"]] = weight_R

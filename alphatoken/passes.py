@@ -1,4 +1,5 @@
-"""What passes over the scored layers share: chunks of whole sequences, and the top of a backward pass."""
+"""What passes over the scored layers share: chunks of whole sequences, and the top of a backward
+pass."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Chunk:
 
 
 def chunks_of(entry: Entry, labels_BT: Tensor, chunk_tokens: int) -> list[Chunk]:
-    """Whole sequences, of at most `chunk_tokens` tokens together, padding included, but at least one each."""
+    """Whole sequences, of at most `chunk_tokens` tokens together, padding included, but at least
+    one each."""
     batch, length = labels_BT.shape
     size = max(1, chunk_tokens // length)
     pieces = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
@@ -40,7 +42,8 @@ def top_backward(
     chunk: Chunk,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Token losses (B, T) and the gradient of their sum at the last layer's output `hidden_BTH` (B, T, H)."""
+    """Token losses (B, T) and the gradient of their sum at the last layer's output `hidden_BTH` (B,
+    T, H)."""
     response_BT, targets_BT = loss_positions(chunk.labels_BT)
     with torch.enable_grad():
         hidden_RH = hidden_BTH[response_BT].requires_grad_()

@@ -1,7 +1,8 @@
-"""The DPO family on pairs of responses, over masked token sums: objectives, their coefficients, what is reported.
+"""The DPO family on pairs of responses, over masked token sums: objectives, their coefficients,
+what is reported.
 
-Shape legend: P pairs, B rows, T loss positions, R kept positions. l is a token's loss under the model, r under the
-reference. Sums are float64: differences of long sums matter here.
+Shape legend: P pairs, B rows, T loss positions, R kept positions. l is a token's loss under the
+model, r under the reference. Sums are float64: differences of long sums matter here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from alphatoken.config_preference import BRANCHES, REFERENCE_FREE, PreferenceConfig
 from alphatoken.losses import Batch
 
-# Rewards nearer to each other than this are equal: float32 losses of the same weights, summed in another order.
+# Rewards nearer to each other than this are equal: float32 losses of the same weights, summed
+# in another order.
 ROUNDING = 1e-6
 
 
@@ -59,35 +61,43 @@ def dpo_margin(pairs: Pairs, beta: float) -> Tensor:
 
 
 def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-(1 - e) log sigmoid(s) - e log sigmoid(-s): Rafailov et al., arXiv 2305.18290, Eq. 7; conservative if e > 0."""
+    """-(1 - e) log sigmoid(s) - e log sigmoid(-s): Rafailov et al., arXiv 2305.18290, Eq. 7;
+    conservative if e > 0."""
     s_P = dpo_margin(pairs, beta)
     return (1 - label_smoothing) * F.softplus(-s_P) + label_smoothing * F.softplus(s_P)
 
 
 def alpha_dpo_weight(every: Pairs, beta: float) -> Tensor:
-    """omega = beta sigmoid(-s) with s over all response tokens, detached: minus d dpo / d log-ratio of chosen."""
+    """omega = beta sigmoid(-s) with s over all response tokens, detached: minus d dpo / d log-ratio
+    of chosen."""
     return (beta * torch.sigmoid(-dpo_margin(every, beta))).detach()
 
 
-def alpha_dpo(kept: Pairs, omega_P: Tensor, normalisation: Literal["sum", "mean_kept"] = "sum") -> Tensor:
-    """omega (sum_t m+_t l+_t - sum_t m-_t l-_t), or of means over kept tokens: AlphaToken, arXiv 2606.01635, Eq. 14."""
+def alpha_dpo(
+    kept: Pairs, omega_P: Tensor, normalisation: Literal["sum", "mean_kept"] = "sum"
+) -> Tensor:
+    """omega (sum_t m+_t l+_t - sum_t m-_t l-_t), or of means over kept tokens: AlphaToken, arXiv
+    2606.01635, Eq. 14."""
     if normalisation == "sum":
         return omega_P * (kept.chosen.nll_P - kept.rejected.nll_P)
     return omega_P * (kept.chosen.mean_nll - kept.rejected.mean_nll)
 
 
 def ipo(pairs: Pairs, beta: float) -> Tensor:
-    """(log-ratio of chosen - log-ratio of rejected - 1 / (2 beta))^2: Azar et al., arXiv 2310.12036, Eq. 17."""
+    """(log-ratio of chosen - log-ratio of rejected - 1 / (2 beta))^2: Azar et al., arXiv
+    2310.12036, Eq. 17."""
     return (dpo_margin(pairs, 1.0) - 0.5 / beta).square()
 
 
 def hinge(pairs: Pairs, beta: float) -> Tensor:
-    """max(0, 1 - s): SLiC-HF's loss (Zhao et al., arXiv 2305.10425) on log-ratios, as in Liu et al., 2309.06657."""
+    """max(0, 1 - s): SLiC-HF's loss (Zhao et al., arXiv 2305.10425) on log-ratios, as in Liu et
+    al., 2309.06657."""
     return F.relu(1 - dpo_margin(pairs, beta))
 
 
 def simpo(pairs: Pairs, beta: float, margin: float) -> Tensor:
-    """-log sigmoid(beta (mean l- - mean l+) - gamma): Meng et al., arXiv 2405.14734, Eq. 6; means over kept tokens.
+    """-log sigmoid(beta (mean l- - mean l+) - gamma): Meng et al., arXiv 2405.14734, Eq. 6; means
+    over kept tokens.
 
     0 where a branch has no token.
     """
@@ -96,7 +106,8 @@ def simpo(pairs: Pairs, beta: float, margin: float) -> Tensor:
 
 
 def orpo(pairs: Pairs, beta: float) -> Tensor:
-    """-lambda log sigmoid(log of the odds ratio): Hong et al., arXiv 2403.07691, Eq. 7, with lambda = `beta`.
+    """-lambda log sigmoid(log of the odds ratio): Hong et al., arXiv 2403.07691, Eq. 7, with lambda
+    = `beta`.
 
     odds = p / (1 - p) with p = exp(-mean loss of kept tokens). 0 where a branch has no token.
     """
@@ -105,21 +116,25 @@ def orpo(pairs: Pairs, beta: float) -> Tensor:
 
 
 def _log_odds(branch: Branch) -> Tensor:
-    # A certain response has infinite odds; and the gradient of where() must be finite on the side not taken, too.
-    nll_P = torch.where(branch.tokens_P > 0, branch.mean_nll, 1.0).clamp_min(torch.finfo(torch.float32).eps)
+    # A certain response has infinite odds; and the gradient of where() must be finite on the
+    # side not taken, too.
+    nll_P = torch.where(branch.tokens_P > 0, branch.mean_nll, 1.0).clamp_min(
+        torch.finfo(torch.float32).eps
+    )
     return -nll_P - torch.log(-torch.expm1(-nll_P))
 
 
 def cpo(pairs: Pairs, beta: float) -> Tensor:
-    """-log sigmoid(beta (sum l- - sum l+)): Xu et al., arXiv 2401.08417, Eq. 4, the part of it on both branches."""
+    """-log sigmoid(beta (sum l- - sum l+)): Xu et al., arXiv 2401.08417, Eq. 4, the part of it on
+    both branches."""
     return F.softplus(beta * (pairs.chosen.nll_P - pairs.rejected.nll_P))
 
 
 class PreferenceObjective:
     """An objective on pairs, summed over pairs and divided by their number.
 
-    Documents 2 i and 2 i + 1 of a batch are the chosen and the rejected response of its pair i; unless the objective
-    is reference-free, `reference_nll` (B, T) has the reference's token losses.
+    Documents 2 i and 2 i + 1 of a batch are the chosen and the rejected response of its pair i;
+    unless the objective is reference-free, `reference_nll` (B, T) has the reference's token losses.
     """
 
     branches: tuple[str, ...] = BRANCHES
@@ -129,7 +144,8 @@ class PreferenceObjective:
         self._with_reference = config.objective not in REFERENCE_FREE
 
     def loss(self, kept: Pairs, every: Pairs) -> Tensor:
-        """The objective of each pair, (P,), on `kept` tokens; `every` one of the response weighs pairs of alpha_dpo."""
+        """The objective of each pair, (P,), on `kept` tokens; `every` one of the response weighs
+        pairs of alpha_dpo."""
         config, beta = self._config, self._config.scale
         match config.objective:
             case "alpha_dpo":
@@ -151,17 +167,28 @@ class PreferenceObjective:
     def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
         coefficient_PB = self._derivatives(self._every(batch, nll_BT, response_BT))
         coefficient_BT = torch.zeros_like(nll_BT)
-        coefficient_BT[response_BT] = coefficient_PB.flatten().float()[batch["document_ids"][response_BT]]
+        coefficient_BT[response_BT] = coefficient_PB.flatten().float()[
+            batch["document_ids"][response_BT]
+        ]
         return coefficient_BT
 
-    def total(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor, kept_nll_R: Tensor) -> Tensor:
+    def total(
+        self,
+        batch: Batch,
+        nll_BT: Tensor,
+        response_BT: Tensor,
+        weight_BT: Tensor,
+        kept_nll_R: Tensor,
+    ) -> Tensor:
         kept = self._pairs(batch, weight_BT, kept_nll_R)
         return self.loss(kept, self._every(batch, nll_BT, response_BT)).sum().float()
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
         return rows
 
-    def metrics(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
+    def metrics(
+        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
+    ) -> dict[str, Tensor]:
         every = self._every(batch, nll_BT, response_BT)
         kept = self._pairs(batch, weight_BT, nll_BT[weight_BT > 0])
         metrics = {
@@ -178,7 +205,8 @@ class PreferenceObjective:
         return metrics
 
     def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
-        """At all-ones masks, where `alpha_dpo` has DPO's gradient and so is reported by DPO's loss."""
+        """At all-ones masks, where `alpha_dpo` has DPO's gradient and so is reported by DPO's
+        loss."""
         every = self._every(batch, nll_BT, response_BT)
         alpha = self._config.objective == "alpha_dpo"
         longer_P = every.chosen.tokens_P - every.rejected.tokens_P
@@ -198,24 +226,40 @@ class PreferenceObjective:
         """Sums over the tokens whose weight is not zero; `nll_R` are their losses."""
         kept_BT = weight_BT > 0
         weight_R, document_R = weight_BT[kept_BT].double(), batch["document_ids"][kept_BT]
-        reference_R = batch["reference_nll"][kept_BT].double() if self._with_reference else torch.zeros_like(weight_R)
+        reference_R = (
+            batch["reference_nll"][kept_BT].double()
+            if self._with_reference
+            else torch.zeros_like(weight_R)
+        )
 
         def sums(value_R: Tensor) -> Tensor:
             nothing_D = torch.zeros(len(batch["rows"]), dtype=torch.float64, device=value_R.device)
             return nothing_D.index_add(0, document_R, weight_R * value_R).view(-1, len(BRANCHES))
 
-        columns = [sums(column_R) for column_R in (nll_R.double(), reference_R, torch.ones_like(weight_R))]
-        return Pairs(*(Branch(*(column_PB[:, branch] for column_PB in columns)) for branch in range(len(BRANCHES))))
+        columns = [
+            sums(column_R) for column_R in (nll_R.double(), reference_R, torch.ones_like(weight_R))
+        ]
+        return Pairs(
+            *(
+                Branch(*(column_PB[:, branch] for column_PB in columns))
+                for branch in range(len(BRANCHES))
+            )
+        )
 
     def _derivatives(self, every: Pairs) -> Tensor:
         """d objective / d (sum_t l_t) of both branches of each pair at all-ones masks, (P, 2)."""
         with torch.enable_grad():
-            sums = [branch.nll_P.detach().requires_grad_() for branch in (every.chosen, every.rejected)]
-            kept = Pairs(replace(every.chosen, nll_P=sums[0]), replace(every.rejected, nll_P=sums[1]))
+            sums = [
+                branch.nll_P.detach().requires_grad_() for branch in (every.chosen, every.rejected)
+            ]
+            kept = Pairs(
+                replace(every.chosen, nll_P=sums[0]), replace(every.rejected, nll_P=sums[1])
+            )
             return torch.stack(torch.autograd.grad(self.loss(kept, every).sum(), sums), dim=1)
 
     def _rewards(self, pairs: Pairs) -> dict[str, Tensor]:
-        """What the objective compares of each branch, beta times a log-ratio or a log-probability, and by how much."""
+        """What the objective compares of each branch, beta times a log-ratio or a log-probability,
+        and by how much."""
         rewards = []
         for branch in (pairs.chosen, pairs.rejected):
             if self._with_reference:
@@ -231,10 +275,14 @@ class PreferenceObjective:
             "rewards_accuracy": _preferred(chosen_P - rejected_P),
         }
 
-    def _kl_estimate(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, every: Pairs) -> Tensor:
-        """Mean over a pair's tokens of rho - 1 - log rho, where rho is reference over model probability.
+    def _kl_estimate(
+        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, every: Pairs
+    ) -> Tensor:
+        """Mean over a pair's tokens of rho - 1 - log rho, where rho is reference over model
+        probability.
 
-        Its mean over the model's own samples is the divergence from the reference per token; these are given responses.
+        Its mean over the model's own samples is the divergence from the reference per token; these
+        are given responses.
         """
         log_rho_R = (nll_BT - batch["reference_nll"])[response_BT].double()
         terms = self._pairs(batch, response_BT.to(nll_BT.dtype), torch.expm1(log_rho_R) - log_rho_R)
@@ -243,5 +291,6 @@ class PreferenceObjective:
 
 
 def _preferred(difference_P: Tensor) -> Tensor:
-    """1 where the first is preferred, 1/2 for a tie, else 0. What rounding leaves of equal losses is a tie."""
+    """1 where the first is preferred, 1/2 for a tie, else 0. What rounding leaves of equal losses
+    is a tie."""
     return (torch.sign(torch.where(difference_P.abs() > ROUNDING, difference_P, 0.0)) + 1) / 2

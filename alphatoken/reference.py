@@ -1,7 +1,9 @@
-"""Token losses of a reference model: of all rows once, before training and cached on disk, or of each micro-batch.
+"""Token losses of a reference model: of all rows once, before training and cached on disk, or of
+each micro-batch.
 
-A cache is a folder of Parquet files, one for some consecutive rows of a dataset each, and `settings.json`, which says
-what they are of. It is complete when the files cover the dataset; whoever finds an unfinished one goes on with it.
+A cache is a folder of Parquet files, one for some consecutive rows of a dataset each, and
+`settings.json`, which says what they are of. It is complete when the files cover the dataset;
+whoever finds an unfinished one goes on with it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ Losses = Callable[[dict[str, Tensor]], Tensor]
 
 
 class CachedLosses:
-    """The losses of every row's response tokens, from a complete cache; files are memory-mapped, row groups decoded."""
+    """The losses of every row's response tokens, from a complete cache; files are memory-mapped,
+    row groups decoded."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._starts = np.array([start for start, _, _ in spans])
@@ -61,7 +64,8 @@ class CachedLosses:
             self._file(number)
 
     def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Losses of the response tokens of a row, (R,): those of its first document, then of its second."""
+        """Losses of the response tokens of a row, (R,): those of its first document, then of its
+        second."""
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         group, place = divmod(row - int(self._starts[file]), ROW_GROUP)
         losses = self._group(file, group)[place].values
@@ -73,14 +77,19 @@ class CachedLosses:
             return pq.ParquetFile(path, memory_map=True)
         except FileNotFoundError:
             raise UserError(
-                f"{path} is not there for rank {collectives.rank()}, which did not write it: set reference.cache to a "
+                f"{path} is not there for rank {collectives.rank()}, which did not write it: set "
+                "reference.cache to a "
                 "folder that all nodes see"
             ) from None
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, and its losses are computed again") from None
+            raise UserError(
+                f"{path} is damaged ({error}); remove it, and its losses are computed again"
+            ) from None
 
     def _read_group(self, number: int, group: int) -> Any:
-        return self._file(number).read_row_group(group, columns=["nll"]).column("nll").combine_chunks()
+        return (
+            self._file(number).read_row_group(group, columns=["nll"]).column("nll").combine_chunks()
+        )
 
 
 class CacheFolder:
@@ -99,7 +108,8 @@ class CacheFolder:
         return max((end for _, end, _ in self._spans()), default=0)
 
     def open(self) -> CachedLosses:
-        """Its losses, when it is complete. Raises UserError on every rank if any cannot read them."""
+        """Its losses, when it is complete. Raises UserError on every rank if any cannot read
+        them."""
         spans = self._spans()
         return collectives.agree(lambda: CachedLosses(spans))
 
@@ -107,7 +117,8 @@ class CacheFolder:
         return collectives.on_rank_0(lambda: _longest_chain(self.path, self.rows))
 
     def add(self, start: int, losses: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> None:
-        """Writes the losses of some consecutive rows from `start`; a crash leaves them all or none."""
+        """Writes the losses of some consecutive rows from `start`; a crash leaves them all or
+        none."""
 
         def write() -> None:
             offsets = np.cumsum([0, *map(len, losses)]).astype(np.int32)
@@ -120,7 +131,9 @@ class CacheFolder:
         try:
             collectives.on_rank_0(write)
         except OSError as error:
-            raise UserError(f"cannot write the losses of the reference to {self.path}: {error}") from None
+            raise UserError(
+                f"cannot write the losses of the reference to {self.path}: {error}"
+            ) from None
 
     def _claim(self, settings: dict[str, Any]) -> None:
         file = self.path / SETTINGS
@@ -130,19 +143,26 @@ class CacheFolder:
                 _check_settings(file, settings)
                 return
             if any(path.suffix != PARTIAL for path in self.path.iterdir()):
-                raise UserError(f"reference.cache: {self.path} holds other files; choose an empty or a new folder")
+                raise UserError(
+                    f"reference.cache: {self.path} holds other files; choose an empty or a "
+                    "new folder"
+                )
             publish_text(file, json.dumps(settings, indent=1))
         except OSError as error:
-            raise UserError(f"cannot write the reference's losses to {self.path}: {error}") from None
+            raise UserError(
+                f"cannot write the reference's losses to {self.path}: {error}"
+            ) from None
 
 
 class Reference:
-    """A run's reference model, as micro-batches see it: the token losses that become their `reference_nll`.
+    """A run's reference model, as micro-batches see it: the token losses that become their
+    `reference_nll`.
 
-    Every rank must build it, when the starting model has its engine and before a checkpoint is loaded into it.
-    `starting_losses` gives the token losses (B, T) of the model as it starts, `parts` are the datasets whose rows will
-    be asked for. `identity` is a hash of the reference's weights and configuration. Raises UserError for a cache of
-    something else, or a loss that is not finite.
+    Every rank must build it, when the starting model has its engine and before a checkpoint is
+    loaded into it. `starting_losses` gives the token losses (B, T) of the model as it starts,
+    `parts` are the datasets whose rows will be asked for. `identity` is a hash of the reference's
+    weights and configuration. Raises UserError for a cache of something else, or a loss that is not
+    finite.
     """
 
     def __init__(
@@ -157,7 +177,9 @@ class Reference:
         self._config = config
         self._device = device
         name = config.reference.model
-        self.identity = _identity_of_start(decoder, device) if name is None else _identity_of_files(name)
+        self.identity = (
+            _identity_of_start(decoder, device) if name is None else _identity_of_files(name)
+        )
         self._cached: dict[TokenDataset, CachedLosses] = {}
         self._online: TokenLosses | None = None
         if config.reference.mode == "online":
@@ -168,7 +190,13 @@ class Reference:
         other = self._load() if unfinished and name is not None else None
         with evaluating(decoder.model) if unfinished else nullcontext():
             for each in unfinished:
-                self._fill(folders[each], each, parts[each], other or starting_losses, tokenizer.pad_token_id)
+                self._fill(
+                    folders[each],
+                    each,
+                    parts[each],
+                    other or starting_losses,
+                    tokenizer.pad_token_id,
+                )
         if other is not None:
             zero3.release(other)
         self._cached = {part: folders[each].open() for each, part in parts.items()}
@@ -182,12 +210,15 @@ class Reference:
         return self._online is not None
 
     def complete(self, batches: Sequence[dict[str, Tensor]]) -> None:
-        """Computes the batches' losses online. Every rank must call it, with equally many batches."""
+        """Computes the batches' losses online. Every rank must call it, with equally many
+        batches."""
         assert self._online is not None, "cached losses come with the batches"
         for batch in batches:
             batch["reference_nll"] = self._online(batch)
 
-    def _folders(self, tokenizer: PreTrainedTokenizerBase, parts: dict[str, TokenDataset]) -> dict[str, CacheFolder]:
+    def _folders(
+        self, tokenizer: PreTrainedTokenizerBase, parts: dict[str, TokenDataset]
+    ) -> dict[str, CacheFolder]:
         config = self._config
         settings = {
             "format_version": FORMAT_VERSION,
@@ -212,39 +243,56 @@ class Reference:
         values = inference_config(config, offload=config.reference.offload)
         chosen = config.model
         if config.reference.model is not None:
-            chosen = chosen.model_copy(update={"name_or_path": config.reference.model, "lora": None})
+            chosen = chosen.model_copy(
+                update={"name_or_path": config.reference.model, "lora": None}
+            )
         model = TokenLosses(decoder_of(load_model(chosen, values, config.train.seed).eval()))
         build_inference_engine(model, values, self._device)
         return model
 
-    def _fill(self, folder: CacheFolder, name: str, part: TokenDataset, losses: Losses, pad_token: int) -> None:
-        """Computes what is missing, in blocks of consecutive rows; the rows of a block are dealt to the ranks."""
+    def _fill(
+        self, folder: CacheFolder, name: str, part: TokenDataset, losses: Losses, pad_token: int
+    ) -> None:
+        """Computes what is missing, in blocks of consecutive rows; the rows of a block are dealt to
+        the ranks."""
         done, config = folder.done(), self._config
         rank, ranks = collectives.rank(), collectives.world_size()
         title = f"Reference losses of {name}"
         with Countdown(title, "rows", done, len(part), active=rank == 0) as countdown:
             while done < len(part):
                 rows = np.arange(done, min(done + config.reference.save_every, len(part)))
-                layout = Layout(size=min(config.train.micro_batch_size, -(-len(rows) // ranks)), pad_token=pad_token)
+                layout = Layout(
+                    size=min(config.train.micro_batch_size, -(-len(rows) // ranks)),
+                    pad_token=pad_token,
+                )
                 own = [torch.zeros(0, 2, dtype=torch.float64, device=self._device)]
-                for number, dealt in enumerate(micro_batches(part, rows, layout, rank, ranks), start=1):
+                for number, dealt in enumerate(
+                    micro_batches(part, rows, layout, rank, ranks), start=1
+                ):
                     batch = {key: tensor.to(self._device) for key, tensor in dealt.items()}
                     own.append(_by_row(batch, losses(batch)))
                     countdown.advance(done + min(number * layout.size * ranks, len(rows)))
                 everywhere = collectives.gather_rows(torch.cat(own)).cpu()
                 everywhere = everywhere[everywhere[:, 0].argsort(stable=True)]
                 found, counts = everywhere[:, 0].long().unique_consecutive(return_counts=True)
-                assert found.tolist() == rows.tolist(), "every row has a response token, and is dealt once"
+                assert found.tolist() == rows.tolist(), (
+                    "every row has a response token, and is dealt once"
+                )
                 finite = torch.isfinite(everywhere[:, 1])
                 if not bool(finite.all()):
                     faulty = part.location(int(everywhere[~finite][0, 0]))
-                    raise UserError(f"the reference's loss of {faulty} is not finite; try model.dtype=float32")
-                folder.add(done, [each.float().numpy() for each in everywhere[:, 1].split(counts.tolist())])
+                    raise UserError(
+                        f"the reference's loss of {faulty} is not finite; try model.dtype=float32"
+                    )
+                folder.add(
+                    done, [each.float().numpy() for each in everywhere[:, 1].split(counts.tolist())]
+                )
                 done = int(rows[-1]) + 1
 
 
 def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known of the reference before any weight is read. Raises UserError, for another vocabulary too."""
+    """What can be known of the reference before any weight is read. Raises UserError, for another
+    vocabulary too."""
     name = config.reference.model
     if not config.needs_reference:
         if config.reference != type(config.reference)():
@@ -254,7 +302,9 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
         return
     try:
         size = AutoConfig.from_pretrained(name).get_text_config().vocab_size
-        own_size = AutoConfig.from_pretrained(config.model.name_or_path).get_text_config().vocab_size
+        own_size = (
+            AutoConfig.from_pretrained(config.model.name_or_path).get_text_config().vocab_size
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"reference.model={name} cannot be loaded: {error}") from None
     try:
@@ -265,8 +315,10 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
         vocabulary = {}
     if vocabulary != tokenizer.get_vocab():
         raise UserError(
-            f"reference.model={name} has another vocabulary ({size} tokens) than {config.model.name_or_path} "
-            f"({own_size} tokens), so losses of tokens cannot be compared; choose a reference of the same family"
+            f"reference.model={name} has another vocabulary ({size} tokens) than "
+            f"{config.model.name_or_path} "
+            f"({own_size} tokens), so losses of tokens cannot be compared; choose a reference of "
+            "the same family"
         )
 
 
@@ -274,13 +326,18 @@ def _by_row(batch: dict[str, Tensor], nll_BT: Tensor) -> Tensor:
     """(row, loss) of each response token in order of documents, (R, 2) float64."""
     response_BT, _ = loss_positions(batch["labels"])
     document_R, order_R = batch["document_ids"][response_BT].sort(stable=True)
-    return torch.stack([batch["rows"][document_R].double(), nll_BT[response_BT][order_R].double()], dim=1)
+    return torch.stack(
+        [batch["rows"][document_R].double(), nll_BT[response_BT][order_R].double()], dim=1
+    )
 
 
 def _longest_chain(folder: Path, rows: int) -> list[Span]:
-    """Files that together cover the rows from 0 on, as far as any do. Two runs may have cut them differently."""
+    """Files that together cover the rows from 0 on, as far as any do. Two runs may have cut them
+    differently."""
     files = sorted(
-        (int(match[1]), int(match[2]), path) for path in folder.iterdir() if (match := ROWS_FILE.fullmatch(path.name))
+        (int(match[1]), int(match[2]), path)
+        for path in folder.iterdir()
+        if (match := ROWS_FILE.fullmatch(path.name))
     )
     chains: dict[int, list[Span]] = {0: []}
     for start, end, path in files:
@@ -297,8 +354,8 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     changed = differences(theirs, settings)
     if changed:
         raise UserError(
-            f"{file.parent} holds losses of something else; remove it, or set reference.cache to another folder:\n  "
-            + "\n  ".join(changed)
+            f"{file.parent} holds losses of something else; remove it, or set "
+            "reference.cache to another folder:\n  " + "\n  ".join(changed)
         )
 
 

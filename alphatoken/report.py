@@ -1,4 +1,5 @@
-"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, and token values in colour. Rank 0 only."""
+"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, and token values in
+colour. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -39,9 +40,12 @@ class ValuedText:
 
 
 class Report:
-    """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and write nothing."""
+    """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and
+    write nothing."""
 
-    def __init__(self, config: RunConfig, metrics_file: Path, first_step: int, total_steps: int, active: bool) -> None:
+    def __init__(
+        self, config: RunConfig, metrics_file: Path, first_step: int, total_steps: int, active: bool
+    ) -> None:
         self._config = config
         self._file = metrics_file
         self._active = active
@@ -67,13 +71,16 @@ class Report:
                 console=self._console,
             )
             self._progress.start()
-            self._task = self._progress.add_task("starting", total=total_steps, completed=first_step)
+            self._task = self._progress.add_task(
+                "starting", total=total_steps, completed=first_step
+            )
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, soft_wrap=True)
 
     def step(self, metrics: Metrics) -> None:
-        """Records the metrics of one optimizer step (from 1; 0 is the evaluation before training)."""
+        """Records the metrics of one optimizer step (from 1; 0 is the evaluation before
+        training)."""
         if not self._active:
             return
         with self._file.open("a", encoding="utf-8") as lines:
@@ -88,13 +95,19 @@ class Report:
             due = due and self._config.logging.every > 1  # the bar shows every step already
         if due or "eval_loss" in metrics:
             rate = (time.monotonic() - self._started) / max(step - self._first_step, 1)
-            left = "" if step == 0 else f"  ETA {timedelta(seconds=round(rate * (self._total_steps - step)))}"
+            left = (
+                ""
+                if step == 0
+                else f"  ETA {timedelta(seconds=round(rate * (self._total_steps - step)))}"
+            )
             self.say(f"step {step}/{self._total_steps}  {_in_full(metrics)}{left}")
 
     def _remember(self, metrics: Metrics) -> None:
         """For the summary at the end."""
         if "eval_loss" in metrics:
-            self._evaluations.append({key: value for key, value in metrics.items() if key.startswith("eval_")})
+            self._evaluations.append(
+                {key: value for key, value in metrics.items() if key.startswith("eval_")}
+            )
         self._last = metrics
 
     def finish(self, folder: Path, sample: ValuedText | None) -> None:
@@ -113,10 +126,16 @@ class Report:
             for key, value in first.items():
                 changed = "" if value == last[key] else f" -> {last[key]:.4f}"
                 table.add_row(key, f"{value:.4f}{changed}")
-        for key, name in (("loss_kept", "loss of kept tokens"), ("rewards_margin", "reward margin")):
+        for key, name in (
+            ("loss_kept", "loss of kept tokens"),
+            ("rewards_margin", "reward margin"),
+        ):
             if key in self._last:
                 table.add_row(f"{name}, last step", f"{self._last[key]:.4f}")
-        table.add_row("kept tokens, last step", f"{self._last['kept_tokens']} of {self._last['response_tokens']}")
+        table.add_row(
+            "kept tokens, last step",
+            f"{self._last['kept_tokens']} of {self._last['response_tokens']}",
+        )
         table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
         table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
         for name in ("metrics.jsonl", "config.yaml", "export"):
@@ -140,17 +159,24 @@ class Report:
             "most" if value >= ranked[-fifth] else "least" if value <= ranked[fifth - 1] else ""
             for value in sample.values
         ]
-        for kind, run in itertools.groupby(zip(classes, sample.tokens, strict=True), key=lambda pair: pair[0]):
+        for kind, run in itertools.groupby(
+            zip(classes, sample.tokens, strict=True), key=lambda pair: pair[0]
+        ):
             mark, style = marks[kind]
             piece = "".join(token for _, token in run)
             text.append(f"[{mark}{piece}{mark}]" if mark else piece, style=style)
-        legend = "green: most valued fifth, red: least" if coloured else "[+most valued fifth+] [-least valued fifth-]"
+        legend = (
+            "green: most valued fifth, red: least"
+            if coloured
+            else "[+most valued fifth+] [-least valued fifth-]"
+        )
         self._console.print(f"\nOne response of the last step ({legend}):", markup=False)
         self._console.print(text, soft_wrap=True)
 
 
 class Countdown(AbstractContextManager["Countdown"]):
-    """Progress of something before training: a bar with the time left, or ten lines where there is no terminal."""
+    """Progress of something before training: a bar with the time left, or ten lines where there is
+    no terminal."""
 
     def __init__(self, title: str, unit: str, done: int, total: int, active: bool) -> None:
         self._title, self._unit, self._first, self._total = title, unit, done, total
@@ -158,7 +184,9 @@ class Countdown(AbstractContextManager["Countdown"]):
         self._started = time.monotonic()
         self._told = 0
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console) if self._console.is_terminal else None
+        self._progress = (
+            Progress(*columns, console=self._console) if self._console.is_terminal else None
+        )
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(self._text(done), total=total, completed=done)
@@ -175,7 +203,10 @@ class Countdown(AbstractContextManager["Countdown"]):
             self._console.print(f"{self._text(done)}  ETA {left}", markup=False, soft_wrap=True)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -194,7 +225,8 @@ def valued_text(
     (row, *_), positions = (index.tolist() for index in first_BT.nonzero(as_tuple=True))
     ids = batch["input_ids"][row].tolist()
     return ValuedText(
-        [tokenizer.decode([ids[t + 1]]) for t in positions], assessment["values"]["composite"][first_BT].tolist()
+        [tokenizer.decode([ids[t + 1]]) for t in positions],
+        assessment["values"]["composite"][first_BT].tolist(),
     )
 
 
@@ -229,7 +261,9 @@ def _in_short(metrics: Metrics) -> str:
     kept = 100 * metrics["kept_tokens"] / max(metrics["response_tokens"], 1)
     objective = f"loss {metrics['loss_kept']:.4f}"
     if "rewards_margin" in metrics:
-        objective = f"margin {metrics['rewards_margin']:.4f}  accuracy {metrics['rewards_accuracy']:.3f}"
+        objective = (
+            f"margin {metrics['rewards_margin']:.4f}  accuracy {metrics['rewards_accuracy']:.3f}"
+        )
     return f"{objective}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
 
 
@@ -247,12 +281,16 @@ def _in_full(metrics: Metrics) -> str:
 def _evaluated(metrics: Metrics) -> str:
     text = f"eval_loss {metrics['eval_loss']:.4f}"
     if "eval_rewards_accuracy" in metrics:
-        text += f"  eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer {metrics['eval_length_accuracy']:.3f})"
+        text += (
+            f"  eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer "
+            f"{metrics['eval_length_accuracy']:.3f})"
+        )
     return text
 
 
 def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
-    """Drops the lines of steps that will be done again, so that a resumed run continues its file; returns the rest."""
+    """Drops the lines of steps that will be done again, so that a resumed run continues its file;
+    returns the rest."""
     if not file.exists():
         return []
     if first_step == 0:  # the evaluation before training is done again, too

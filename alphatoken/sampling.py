@@ -1,6 +1,8 @@
-"""What the reference model itself would answer: tokens sampled at temperature 1, for the Monte-Carlo Fisher.
+"""What the reference model itself would answer: tokens sampled at temperature 1, for the
+Monte-Carlo Fisher.
 
-All randomness comes in as uniform numbers, one per token, so that samples depend neither on ranks nor on batches.
+All randomness comes in as uniform numbers, one per token, so that samples depend neither on ranks
+nor on batches.
 """
 
 from __future__ import annotations
@@ -31,32 +33,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def teacher_forced(
-    labels_BT: Tensor, hidden_BTH: Tensor, head: nn.Linear, uniform_BT: Tensor, softcap: float | None
+    labels_BT: Tensor,
+    hidden_BTH: Tensor,
+    head: nn.Linear,
+    uniform_BT: Tensor,
+    softcap: float | None,
 ) -> Tensor:
-    """Labels of the same response positions, each drawn from the model's prediction there; (B, T) int64.
+    """Labels of the same response positions, each drawn from the model's prediction there; (B, T)
+    int64.
 
     `hidden_BTH`: states after the final norm, of a pass over the given responses.
     """
     response_BT, targets_BT = loss_positions(labels_BT)
     sampled_BT = targets_BT.clone()
-    sampled_BT[response_BT] = head_samples(hidden_BTH[response_BT], head, uniform_BT[response_BT], softcap)
+    sampled_BT[response_BT] = head_samples(
+        hidden_BTH[response_BT], head, uniform_BT[response_BT], softcap
+    )
     return nn.functional.pad(sampled_BT[:, :-1], (1, 0), value=IGNORE_INDEX)
 
 
 @torch.no_grad()
 def rollouts(
-    decoder: Decoder, prompts: Sequence[Tensor], uniform_BN: Tensor, stop_tokens: list[int], pad_token: int
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    uniform_BN: Tensor,
+    stop_tokens: list[int],
+    pad_token: int,
 ) -> dict[str, Tensor]:
-    """The prompts, (P,) each, continued by at most N tokens sampled from the model: `input_ids` and `labels` (B, T).
+    """The prompts, (P,) each, continued by at most N tokens sampled from the model: `input_ids` and
+    `labels` (B, T).
 
-    Padding is on the right. Labels are -100 on prompts; the token that stops a completion has one. The model generates
-    with a key-value cache, in batches. Under ZeRO-3 its hooks gather the layers one after the other for every token,
-    and every rank goes on until all are done, so every rank must call it.
+    Padding is on the right. Labels are -100 on prompts; the token that stops a completion has one.
+    The model generates with a key-value cache, in batches. Under ZeRO-3 its hooks gather the layers
+    one after the other for every token, and every rank goes on until all are done, so every rank
+    must call it.
     """
-    left_BP = pad_sequence(list(prompts), batch_first=True, padding_value=pad_token, padding_side="left")
+    left_BP = pad_sequence(
+        list(prompts), batch_first=True, padding_value=pad_token, padding_side="left"
+    )
     inside = [torch.ones_like(prompt) for prompt in prompts]
     settings = GenerationConfig(
-        max_new_tokens=uniform_BN.shape[1], do_sample=False, eos_token_id=stop_tokens, pad_token_id=pad_token
+        max_new_tokens=uniform_BN.shape[1],
+        do_sample=False,
+        eos_token_id=stop_tokens,
+        pad_token_id=pad_token,
     )
     with _without_own_settings(decoder.model):
         generated: Tensor = decoder.model.generate(
@@ -83,7 +103,8 @@ def rollouts(
 
 @contextmanager
 def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills gaps from the model's own generation config, whose repetition penalty would bias the draws."""
+    """`generate` fills gaps from the model's own generation config, whose repetition penalty would
+    bias the draws."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -1,4 +1,5 @@
-"""What every estimator of token values offers: `refresh` takes in held-out rows and drift, `score` values a batch."""
+"""What every estimator of token values offers: `refresh` takes in held-out rows and drift, `score`
+values a batch."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Scores:
 
 
 class Scorer(ABC):
-    """Values response tokens of batches. Every rank must call `refresh` together, and `score` unless it is resident."""
+    """Values response tokens of batches. Every rank must call `refresh` together, and `score`
+    unless it is resident."""
 
     def __init__(self, decoder: Decoder, config: ValuationConfig) -> None:
         self._decoder = decoder
@@ -45,18 +47,22 @@ class Scorer(ABC):
 
     @abstractmethod
     def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
-        """Takes over the current weights and drift and, from `batches`, new held-out signals (None keeps the old ones).
+        """Takes over the current weights and drift and, from `batches`, new held-out signals (None
+        keeps the old ones).
 
-        `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels` and, unless all
-        padding is on the right, `attention_mask`), equally many on every rank; one without response positions is a
-        placeholder. `scored_tokens`, about as many as this rank will score with them, helps to choose contractions.
-        Returns the batches' token losses, (B, T) float32 each.
+        `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels`
+        and, unless all padding is on the right, `attention_mask`), equally many on every rank; one
+        without response positions is a placeholder. `scored_tokens`, about as many as this rank
+        will score with them, helps to choose contractions. Returns the batches' token losses, (B,
+        T) float32 each.
         """
 
     @abstractmethod
     def score(self, entry: Entry, batch: Batch) -> Scores:
-        """Values of every response position of a batch whose forward pass was captured as `entry`; of summed losses."""
+        """Values of every response position of a batch whose forward pass was captured as `entry`;
+        of summed losses."""
 
     @abstractmethod
     def nonfinite_parts(self) -> list[str]:
-        """Parts of the model whose signals were not finite since the last call, in order of the forward pass."""
+        """Parts of the model whose signals were not finite since the last call, in order of the
+        forward pass."""

@@ -1,7 +1,8 @@
-"""From values to token weights. How many are kept follows from labels alone, so normalisers are known beforehand.
+"""From values to token weights. How many are kept follows from labels alone, so normalisers are
+known beforehand.
 
-Shape legend: B rows, T loss positions, R response positions in order of (row, position), S sequences (documents) in
-order of their first position.
+Shape legend: B rows, T loss positions, R response positions in order of (row, position), S
+sequences (documents) in order of their first position.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Keeps the best tokens of each group: of each sequence, of a micro-batch, or of all micro-batches of a step.
+    """Keeps the best tokens of each group: of each sequence, of a micro-batch, or of all
+    micro-batches of a step.
 
-    A group of n response tokens keeps exactly max(ceil(keep_ratio n), sum over its sequences of min(min_keep, n_s)).
-    First come the `min_keep` best of every sequence, then protected tokens if `protect_eos`, then the best of the rest;
-    ties go to the earlier position. With `soft` weights every token is kept and weighed by the sigmoid of its rank
-    value, standardised over its group; protected tokens weigh 1.
+    A group of n response tokens keeps exactly max(ceil(keep_ratio n), sum over its sequences of
+    min(min_keep, n_s)). First come the `min_keep` best of every sequence, then protected tokens if
+    `protect_eos`, then the best of the rest; ties go to the earlier position. With `soft` weights
+    every token is kept and weighed by the sigmoid of its rank value, standardised over its group;
+    protected tokens weigh 1.
     """
 
     policy: Policy
@@ -39,7 +42,8 @@ class Selection:
     soft: bool = False
 
     def kept_count(self, counts: Sequence[int]) -> int:
-        """Tokens that will be kept of a micro-batch (or step) whose sequences have `counts` response tokens."""
+        """Tokens that will be kept of a micro-batch (or step) whose sequences have `counts`
+        response tokens."""
         groups = [[count] for count in counts] if self.scope == "sequence" else [list(counts)]
         return sum(self.budget(sum(group), self.forced_count(group)) for group in groups)
 
@@ -52,10 +56,11 @@ class Selection:
         return total if self.policy == "all" else max(math.ceil(self.keep_ratio * total), forced)
 
     def weigh(self, rank_R: Tensor, sequence_R: Tensor, protected_R: Tensor) -> Tensor:
-        """Weights of the tokens of one micro-batch (or, for `global_batch`, of a whole step), (R,) float32.
+        """Weights of the tokens of one micro-batch (or, for `global_batch`, of a whole step), (R,)
+        float32.
 
-        `rank_R` is what the policy ranks by (`ranking`), higher first, NaN last; `sequence_R` int64 numbers the
-        sequences in ascending order; `protected_R` bool marks end-of-turn targets.
+        `rank_R` is what the policy ranks by (`ranking`), higher first, NaN last; `sequence_R` int64
+        numbers the sequences in ascending order; `protected_R` bool marks end-of-turn targets.
         """
         rank_R = rank_R.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         protected_R = protected_R & self.protect_eos
@@ -63,7 +68,8 @@ class Selection:
         if self.soft:
             return torch.where(protected_R, 1.0, torch.sigmoid(_standardised(rank_R, group_R)))
         order_R = torch.arange(rank_R.numel(), device=rank_R.device)
-        # Stable sorts, least significant key first: position, rank, protection; then forced tokens, then the group.
+        # Stable sorts, least significant key first: position, rank, protection; then forced
+        # tokens, then the group.
         order_R = order_R[rank_R[order_R].argsort(descending=True, stable=True)]
         order_R = order_R[(~protected_R[order_R]).int().argsort(stable=True)]
         by_sequence_R = order_R[sequence_R[order_R].argsort(stable=True)]
@@ -72,7 +78,10 @@ class Selection:
         order_R = order_R[(~forced_R[order_R]).int().argsort(stable=True)]
 
         order_R = order_R[group_R[order_R].argsort(stable=True)]
-        totals, forced = group_R.bincount().tolist(), group_R[forced_R].bincount(minlength=1).tolist()
+        totals, forced = (
+            group_R.bincount().tolist(),
+            group_R[forced_R].bincount(minlength=1).tolist(),
+        )
         forced += [0] * (len(totals) - len(forced))
         budgets = [self.budget(*pair) for pair in zip(totals, forced, strict=False)]
         weight_R = torch.zeros(rank_R.shape, device=rank_R.device)
@@ -82,10 +91,13 @@ class Selection:
         return weight_R
 
 
-def scheduled_ratio(schedule: Schedule, start: float | None, end: float, step: int, steps: int) -> Fraction:
+def scheduled_ratio(
+    schedule: Schedule, start: float | None, end: float, step: int, steps: int
+) -> Fraction:
     """The keep ratio of optimizer step `step` (from 0) of a schedule over `steps` steps.
 
-    Ratios are the decimals the user wrote, not the binary fractions nearest to them: 0.55 of 100 is 55, not 56.
+    Ratios are the decimals the user wrote, not the binary fractions nearest to them: 0.55 of 100 is
+    55, not 56.
     """
     last = Fraction(str(end))
     if schedule == "constant" or start is None or step >= steps:
@@ -96,7 +108,9 @@ def scheduled_ratio(schedule: Schedule, start: float | None, end: float, step: i
     return first + (last - first) * progress
 
 
-def weigh_branches(selections: Sequence[Selection], rank_R: Tensor, sequence_R: Tensor, protected_R: Tensor) -> Tensor:
+def weigh_branches(
+    selections: Sequence[Selection], rank_R: Tensor, sequence_R: Tensor, protected_R: Tensor
+) -> Tensor:
     """As `Selection.weigh`, every branch by its own selection, (R,) float32.
 
     Sequences are numbered row by row, so with n selections sequence s is of branch s mod n.
@@ -117,8 +131,8 @@ def ranking(
 ) -> Tensor:
     """What a policy ranks tokens by, (B, T), higher is kept first.
 
-    `top_value` needs the composite value, `random` the noise, `excess_loss` the reference's losses (Rho-1, Lin et al.,
-    arXiv 2404.07965, Eq. 3); `all` keeps every token whatever its rank.
+    `top_value` needs the composite value, `random` the noise, `excess_loss` the reference's losses
+    (Rho-1, Lin et al., arXiv 2404.07965, Eq. 3); `all` keeps every token whatever its rank.
     """
     match policy:
         case "top_value":
@@ -137,8 +151,11 @@ def ranking(
 
 
 def uniform_noise(seed: int, step: int, row: int, length: int) -> Tensor:
-    """Noise for the random policy, (`length`,) float32, that depends on (seed, step, row) alone, not on ranks."""
-    return torch.from_numpy(np.random.default_rng([seed, step, row]).random(length, dtype=np.float32))
+    """Noise for the random policy, (`length`,) float32, that depends on (seed, step, row) alone,
+    not on ranks."""
+    return torch.from_numpy(
+        np.random.default_rng([seed, step, row]).random(length, dtype=np.float32)
+    )
 
 
 def _standardised(rank_R: Tensor, group_R: Tensor) -> Tensor:
@@ -146,7 +163,9 @@ def _standardised(rank_R: Tensor, group_R: Tensor) -> Tensor:
     count_G = group_R.bincount().clamp_min(1).double()
     mean_G = torch.zeros_like(count_G).index_add_(0, group_R, rank_R.double()) / count_G
     centred_R = rank_R.double() - mean_G[group_R]
-    deviation_G = (torch.zeros_like(count_G).index_add_(0, group_R, centred_R.square()) / count_G).sqrt()
+    deviation_G = (
+        torch.zeros_like(count_G).index_add_(0, group_R, centred_R.square()) / count_G
+    ).sqrt()
     scale_R = deviation_G[group_R]
     return torch.where(scale_R > 0, centred_R / scale_R, 0.0).float()
 

@@ -1,7 +1,9 @@
-"""Tensors by parameter name in safetensors files: whole ones, or the slices that each rank wrote of its own.
+"""Tensors by parameter name in safetensors files: whole ones, or the slices that each rank wrote of
+its own.
 
-A folder of slices has one file per rank, `slices-RANK-of-RANKS.safetensors`. Its header (key `alphatoken`, JSON) says
-what the tensors are, and the shape and first element of each. The slices can be read on any number of ranks, and whole.
+A folder of slices has one file per rank, `slices-RANK-of-RANKS.safetensors`. Its header (key
+`alphatoken`, JSON) says what the tensors are, and the shape and first element of each. The slices
+can be read on any number of ranks, and whole.
 """
 
 from __future__ import annotations
@@ -36,12 +38,17 @@ class _Part:
 
 
 def save_slices(
-    folder: Path, slices: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], header: dict[str, Any]
+    folder: Path,
+    slices: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    header: dict[str, Any],
 ) -> None:
-    """Writes this rank's slices (flat, padded like `zero3` has them) of tensors shaped like the named parameters.
+    """Writes this rank's slices (flat, padded like `zero3` has them) of tensors shaped like the
+    named parameters.
 
-    Where parameters are not sharded, rank 0 writes them whole and the others nothing. The same input gives the same
-    bytes. Every rank must call it; they do not wait for each other. Raises OSError when the disk refuses.
+    Where parameters are not sharded, rank 0 writes them whole and the others nothing. The same
+    input gives the same bytes. Every rank must call it; they do not wait for each other. Raises
+    OSError when the disk refuses.
     """
     rank, ranks = collectives.rank(), collectives.world_size()
     own, places = {}, {}
@@ -60,10 +67,11 @@ def save_slices(
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors by name from one safetensors file or a folder of them, whole or in slices, read when asked for.
+    """Tensors by name from one safetensors file or a folder of them, whole or in slices, read when
+    asked for.
 
-    `header` is what `save_slices` was given; empty for files of others. Raises UserError when a file cannot be read or
-    a slice is missing.
+    `header` is what `save_slices` was given; empty for files of others. Raises UserError when a
+    file cannot be read or a slice is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +93,10 @@ class TensorFile(Mapping[str, Tensor]):
             for part in parts:
                 reached = part.end if part.start == reached else -1
             if reached != math.prod(self._shapes[name]):
-                raise UserError(f"{path} does not hold all slices of {name}; is a file missing, or of another write?")
+                raise UserError(
+                    f"{path} does not hold all slices of {name}; is a file missing, or of "
+                    "another write?"
+                )
 
     def _read_places(self, file: Path) -> None:
         with safe_open(file, "pt") as tensors:
@@ -133,6 +144,7 @@ class TensorFile(Mapping[str, Tensor]):
 def load_fisher(path: str | Path) -> Mapping[str, Tensor]:
     """An estimated Fisher by full parameter name, for `score_tokens` and notebooks.
 
-    Whole float32 tensors of the weight's shape, read when asked for. Raises UserError for an unreadable folder.
+    Whole float32 tensors of the weight's shape, read when asked for. Raises UserError for an
+    unreadable folder.
     """
     return TensorFile(Path(path))

@@ -1,4 +1,5 @@
-"""Sums over the micro-batches and ranks of one optimizer step, and what to say when something in them is not finite."""
+"""Sums over the micro-batches and ranks of one optimizer step, and what to say when something in
+them is not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from alphatoken.errors import NonFiniteError
 from alphatoken.model import StepOutput
 from alphatoken.valuation import TERMS
 
-# What is multiplied with each other: the Gram matrix of these columns gives all means, deviations and covariances.
+# What is multiplied with each other: the Gram matrix of these columns gives all means,
+# deviations and covariances.
 COLUMNS = ("one", *TERMS, "composite")
 
 
@@ -25,7 +27,8 @@ class Located(Protocol):
 
 
 class Means:
-    """Means over all micro-batches and ranks of vectors by name; the names are the same in every call."""
+    """Means over all micro-batches and ranks of vectors by name; the names are the same in every
+    call."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -33,7 +36,9 @@ class Means:
 
     def add(self, vectors: Mapping[str, Tensor]) -> None:
         for name, vector in vectors.items():
-            own = torch.stack([vector.double().sum(), torch.ones_like(vector, dtype=torch.float64).sum()])
+            own = torch.stack(
+                [vector.double().sum(), torch.ones_like(vector, dtype=torch.float64).sum()]
+            )
             self._sums[name] = self._sums[name] + own if name in self._sums else own
 
     def reduce(self) -> dict[str, float]:
@@ -41,14 +46,18 @@ class Means:
         if not self._sums:
             return {}
         sums = collectives.sum_over_ranks(torch.stack(list(self._sums.values())).to(self._device))
-        return {name: total / max(count, 1) for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)}
+        return {
+            name: total / max(count, 1)
+            for name, (total, count) in zip(self._sums, sums.tolist(), strict=True)
+        }
 
 
 class StepStatistics:
     """Collects on the device, without making the host wait, until `reduce`.
 
-    `part_weights` are what adaptation and stability are multiplied by in the composite of this step; `has_drift` says
-    whether there is any stability; `branches` names the responses of each row where there are several.
+    `part_weights` are what adaptation and stability are multiplied by in the composite of this
+    step; `has_drift` says whether there is any stability; `branches` names the responses of each
+    row where there are several.
     """
 
     def __init__(
@@ -62,7 +71,9 @@ class StepStatistics:
         self._has_drift = has_drift
         self._branches = branches
         self._losses = torch.zeros(3, dtype=torch.float64, device=device)
-        self._grams = torch.zeros(len(branches) or 1, len(COLUMNS), len(COLUMNS), dtype=torch.float64, device=device)
+        self._grams = torch.zeros(
+            len(branches) or 1, len(COLUMNS), len(COLUMNS), dtype=torch.float64, device=device
+        )
         self._objective = Means(device)
         self._faults = torch.zeros(1, dtype=torch.float64, device=device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
@@ -87,7 +98,9 @@ class StepStatistics:
             for branch, gram_CC in enumerate(self._grams):
                 own_RC = table_RC[branch_R == branch]
                 gram_CC += own_RC.T @ own_RC
-            self._parts.append(torch.stack([table_RC[:, 1:3].sum(1), table_RC[:, 3:5].sum(1)], dim=1).float())
+            self._parts.append(
+                torch.stack([table_RC[:, 1:3].sum(1), table_RC[:, 3:5].sum(1)], dim=1).float()
+            )
         everything_BT = nll_BT + values.get("composite", 0.0) + batch.get("reference_nll", 0.0)
         everything_BT[weight_BT > 0] += output["kept_nll_R"]
         self._check("data.train", batch, everything_BT)
@@ -97,12 +110,15 @@ class StepStatistics:
         rows, documents_BT = batch["rows"], batch["document_ids"]
         inside_BT = documents_BT >= 0
         faults = torch.zeros(len(rows), device=rows.device)
-        faults.index_add_(0, documents_BT[inside_BT], (~torch.isfinite(number_BT[inside_BT])).float())
+        faults.index_add_(
+            0, documents_BT[inside_BT], (~torch.isfinite(number_BT[inside_BT])).float()
+        )
         self._faults += faults.sum()
         self._seen.append((part, rows, faults == 0))
 
     def reduce(self, response_tokens: int, kept_tokens: int, denominator: int) -> dict[str, float]:
-        """Means over all ranks; the token counts and what the objective is divided by are of the whole step.
+        """Means over all ranks; the token counts and what the objective is divided by are of the
+        whole step.
 
         Raises NonFiniteError on every rank if any rank saw something that is not finite.
         """
@@ -111,7 +127,10 @@ class StepStatistics:
         kept_sum, response_sum, total, faults = sums[:4].tolist()
         if faults > 0:
             raise NonFiniteError("a loss or signal is not finite")
-        metrics = {"loss_kept": kept_sum / max(kept_tokens, 1), "loss_response": response_sum / max(response_tokens, 1)}
+        metrics = {
+            "loss_kept": kept_sum / max(kept_tokens, 1),
+            "loss_response": response_sum / max(response_tokens, 1),
+        }
         if self._branches:
             metrics["loss"] = total / max(denominator, 1)
         metrics |= self._objective.reduce()
@@ -121,7 +140,10 @@ class StepStatistics:
             metrics |= self._value_metrics(gram_CC / gram_CC[0, 0])
         for name, own_CC in zip(self._branches, grams, strict=False):
             if own_CC[0, 0] > 0:
-                metrics |= {f"{key}_{name}": number for key, number in _moments(own_CC / own_CC[0, 0]).items()}
+                metrics |= {
+                    f"{key}_{name}": number
+                    for key, number in _moments(own_CC / own_CC[0, 0]).items()
+                }
         return metrics
 
     def _value_metrics(self, moment_CC: Tensor) -> dict[str, float]:
@@ -131,23 +153,36 @@ class StepStatistics:
         if math.isnan(mean_C[1]):
             return metrics
         for part, columns in (("adaptation", slice(1, 3)), ("stability", slice(3, 5))):
-            metrics[f"{part}_std"] = float(covariance_CC[columns, columns].sum().clamp_min(0).sqrt())
-        # The composite is a weighted sum of the terms, so their covariances with it add up to its variance.
+            metrics[f"{part}_std"] = float(
+                covariance_CC[columns, columns].sum().clamp_min(0).sqrt()
+            )
+        # The composite is a weighted sum of the terms, so their covariances with it add up to
+        # its variance.
         variance = float(covariance_CC[5, 5])
         for index, name in enumerate(TERMS, start=1):
             weight = self._part_weights[0 if index < 3 else 1]
-            metrics[f"{name}_share"] = weight * float(covariance_CC[index, 5]) / variance if variance > 0 else 0.0
+            metrics[f"{name}_share"] = (
+                weight * float(covariance_CC[index, 5]) / variance if variance > 0 else 0.0
+            )
         if self._has_drift:
             adaptation_R, stability_R = collectives.gather_rows(torch.cat(self._parts)).unbind(1)
-            metrics["adaptation_stability_rank_correlation"] = rank_correlation(adaptation_R, stability_R)
+            metrics["adaptation_stability_rank_correlation"] = rank_correlation(
+                adaptation_R, stability_R
+            )
         return metrics
 
-    def describe_faults(self, parts: Mapping[str, Located], faulty_parts: Sequence[str]) -> list[str]:
-        """A line for each rank with rows or signals that are not finite. Every rank must call it."""
+    def describe_faults(
+        self, parts: Mapping[str, Located], faulty_parts: Sequence[str]
+    ) -> list[str]:
+        """A line for each rank with rows or signals that are not finite. Every rank must call
+        it."""
         rows = [f"{part} {parts[part].location(row)}" for part, row in self.faulty_rows()]
         own = f"rank {collectives.rank()}: {', '.join(rows)}" if rows else ""
         if own and faulty_parts:
-            own += f" (signals of {len(faulty_parts)} parts, the last in the forward pass: {faulty_parts[-1]})"
+            own += (
+                f" (signals of {len(faulty_parts)} parts, the last in the forward pass: "
+                f"{faulty_parts[-1]})"
+            )
         return [line for line in collectives.gather_objects(own) if line]
 
     def faulty_rows(self) -> list[tuple[str, int]]:
@@ -173,7 +208,8 @@ def _moments(moment_CC: Tensor) -> dict[str, float]:
 
 
 def rank_correlation(first_R: Tensor, second_R: Tensor) -> float:
-    """Spearman's: the correlation of the ranks, ties sharing their mean rank; 0 where one of them does not vary."""
+    """Spearman's: the correlation of the ranks, ties sharing their mean rank; 0 where one of them
+    does not vary."""
     centred = []
     for values_R in (first_R, second_R):
         _, place_R, count_U = values_R.unique(return_inverse=True, return_counts=True)

@@ -1,8 +1,10 @@
-"""Plain copies of a decoder's layers, final norm, head and embeddings, filled with weights while they are needed.
+"""Plain copies of a decoder's layers, final norm, head and embeddings, filled with weights while
+they are needed.
 
-They live outside the engine: no ZeRO hooks, no gradients on weights. With one stage at a time in memory they run the
-decoder forward, backward (vector-Jacobian) and in forward mode (Jacobian-vector), under any ZeRO stage. Every rank must
-ask for the same stages in the same order, whatever it then does with them.
+They live outside the engine: no ZeRO hooks, no gradients on weights. With one stage at a time in
+memory they run the decoder forward, backward (vector-Jacobian) and in forward mode
+(Jacobian-vector), under any ZeRO stage. Every rank must ask for the same stages in the same order,
+whatever it then does with them.
 """
 
 from __future__ import annotations
@@ -28,13 +30,20 @@ NO_INPUT = LayerInput((), {})
 class LayerStreamer:
     """Layers `first` to the last, the norm, the head and the embeddings of a decoder.
 
-    resident: keep all but the embeddings, filled at every `refresh` (sharded weights are gathered, others shared with
-    the model); otherwise each is filled when it is entered and emptied when it is left. forward_mode: experts run one
-    after the other, as their grouped kernel has no forward derivative.
+    resident: keep all but the embeddings, filled at every `refresh` (sharded weights are gathered,
+    others shared with the model); otherwise each is filled when it is entered and emptied when it
+    is left. forward_mode: experts run one after the other, as their grouped kernel has no forward
+    derivative.
     """
 
     def __init__(
-        self, decoder: Decoder, first: int, device: torch.device, *, resident: bool, forward_mode: bool = False
+        self,
+        decoder: Decoder,
+        first: int,
+        device: torch.device,
+        *,
+        resident: bool,
+        forward_mode: bool = False,
     ) -> None:
         self.indices = range(first, len(decoder.layers))
         self._decoder = decoder
@@ -44,7 +53,9 @@ class LayerStreamer:
         skeleton = _skeleton(decoder)
         if forward_mode:
             skeleton.model.set_experts_implementation("eager")
-        self._modules: dict[Stage, nn.Module] = {index: skeleton.layers[index] for index in self.indices}
+        self._modules: dict[Stage, nn.Module] = {
+            index: skeleton.layers[index] for index in self.indices
+        }
         self._modules |= {"norm": skeleton.norm, "head": skeleton.head}
         # Without layers and norm, the body computes what enters the first layer.
         skeleton.body.set_submodule(decoder.architecture.layers, nn.ModuleList())
@@ -56,7 +67,8 @@ class LayerStreamer:
         return self._modules[stage]
 
     def refresh(self) -> None:
-        """Takes over the model's current weights, where they are kept. One all-gather per layer, norm and head."""
+        """Takes over the model's current weights, where they are kept. One all-gather per layer,
+        norm and head."""
         if self._resident:
             for stage in self._modules:
                 if stage != "embeddings":
@@ -83,12 +95,16 @@ class LayerStreamer:
             yield norm, head
 
     def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by path); linear in them.
+        """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by
+        path); linear in them.
 
-        Their tangents in place of the weights therefore give the derivative, and gradients depend on no weight.
+        Their tangents in place of the weights therefore give the derivative, and gradients depend
+        on no weight.
         """
         self._take_buffers("embeddings")
-        hidden: Tensor = functional_call(self._modules["embeddings"], dict(weights), (), body_inputs(batch))[0]
+        hidden: Tensor = functional_call(
+            self._modules["embeddings"], dict(weights), (), body_inputs(batch)
+        )[0]
         return hidden
 
     def forward(
@@ -98,7 +114,8 @@ class LayerStreamer:
         inputs: LayerInput,
         on_attention: AttentionConsumer | None = None,
     ) -> Tensor:
-        """The output of a filled layer, (B, T, H); a graph is built where gradients are enabled and needed."""
+        """The output of a filled layer, (B, T, H); a graph is built where gradients are enabled and
+        needed."""
         with AttentionCapture(self._attention, on_attention), zero3.plain_linears():
             return _output_of(module(hidden_BTH, *inputs.args, **inputs.kwargs))
 
@@ -118,8 +135,12 @@ class LayerStreamer:
             entry = hidden_BTH.detach().requires_grad_()
             weights = {path: module.get_parameter(path).detach().requires_grad_() for path in paths}
             with AttentionCapture(self._attention), zero3.plain_linears():
-                output = _output_of(functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs)))
-            gradients = torch.autograd.grad(output, [entry, *weights.values()], outgrad_BTH, allow_unused=True)
+                output = _output_of(
+                    functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs))
+                )
+            gradients = torch.autograd.grad(
+                output, [entry, *weights.values()], outgrad_BTH, allow_unused=True
+            )
         return gradients[0], {
             path: torch.zeros_like(weights[path]) if gradient is None else gradient
             for path, gradient in zip(weights, gradients[1:], strict=True)
@@ -133,11 +154,13 @@ class LayerStreamer:
         inputs: LayerInput,
         weight_tangents: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Jacobian-vector product of a filled layer or norm: output and its derivative, of the input's shape each.
+        """Jacobian-vector product of a filled layer or norm: output and its derivative, of the
+        input's shape each.
 
-        `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module, whole weights) those
-        of weights; absent ones do not move. Attention runs in query blocks, the only kernel with a forward derivative.
-        Raises UserError where a layer has an operation without one.
+        `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module,
+        whole weights) those of weights; absent ones do not move. Attention runs in query blocks,
+        the only kernel with a forward derivative. Raises UserError where a layer has an operation
+        without one.
         """
         attention = AttentionCapture(self._attention, blocked=True)
         with torch.no_grad(), forward_ad.dual_level(), attention, zero3.plain_linears():
@@ -147,14 +170,18 @@ class LayerStreamer:
                 for path, tangent in weight_tangents.items()
             }
             try:
-                result = functional_call(module, weights, (hidden, *inputs.args), dict(inputs.kwargs))
+                result = functional_call(
+                    module, weights, (hidden, *inputs.args), dict(inputs.kwargs)
+                )
             except RuntimeError as error:
                 if not re.search("forward AD|forward-mode|jvp", str(error)):
                     raise
                 lacking = str(error).partition(" that does not")[0]
                 raise UserError(
-                    f"valuation.estimator=exact is not possible with {type(self._decoder.model).__name__} here: a "
-                    f"{type(module).__name__} has no forward derivative ({lacking}); use valuation.estimator=ghost"
+                    "valuation.estimator=exact is not possible with "
+                    f"{type(self._decoder.model).__name__} here: a "
+                    f"{type(module).__name__} has no forward derivative ({lacking}); use "
+                    "valuation.estimator=ghost"
                 ) from None
             primal, tangent = forward_ad.unpack_dual(_output_of(result))
             return primal, torch.zeros_like(primal) if tangent is None else tangent

@@ -11,7 +11,8 @@ import torch
 
 
 class Stopwatch:
-    """Sums seconds per phase between calls of `read`. Phases may nest; each counts its own full duration.
+    """Sums seconds per phase between calls of `read`. Phases may nest; each counts its own full
+    duration.
 
     On CUDA phases are bracketed by events, so measuring does not make the host wait before `read`.
     """

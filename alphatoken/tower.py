@@ -1,10 +1,11 @@
-"""The scoring tower: the last K decoder layers, the final norm and the head, re-run apart from the training graph.
+"""The scoring tower: the last K decoder layers, the final norm and the head, re-run apart from the
+training graph.
 
-From the hidden state that entered the scored layers it computes token losses and, in a backward pass of its own, the
-signals (h, d) of every scored linear, which it hands to a sink as they arise.
+From the hidden state that entered the scored layers it computes token losses and, in a backward
+pass of its own, the signals (h, d) of every scored linear, which it hands to a sink as they arise.
 
-`resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a time and needs every
-state between the layers; every rank must then run it together.
+`resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a
+time and needs every state between the layers; every rank must then run it together.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from alphatoken.streamer import LayerStreamer
 
 
 class SignalSink(Protocol):
-    """Receives the signals of a tower pass; `rows` are the sequences of the batch that a chunk consists of."""
+    """Receives the signals of a tower pass; `rows` are the sequences of the batch that a chunk
+    consists of."""
 
     def layer(self, layer: int) -> AbstractContextManager[None]:
-        """Entered before the first and left after the last signal of a layer; only by a streamed tower."""
+        """Entered before the first and left after the last signal of a layer; only by a streamed
+        tower."""
         ...
 
     def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
@@ -41,10 +44,17 @@ class SignalSink(Protocol):
 
 
 class Tower:
-    """`refresh` must be called before the first use and after every optimizer step, on every rank."""
+    """`refresh` must be called before the first use and after every optimizer step, on every
+    rank."""
 
     def __init__(
-        self, decoder: Decoder, depth: int, device: torch.device, *, resident: bool = True, chunk_tokens: int = 16384
+        self,
+        decoder: Decoder,
+        depth: int,
+        device: torch.device,
+        *,
+        resident: bool = True,
+        chunk_tokens: int = 16384,
     ) -> None:
         first = len(decoder.layers) - depth
         self.scored: list[ScoredLinear] = decoder.scored_linears(depth)
@@ -58,15 +68,18 @@ class Tower:
         return self.streamer.indices
 
     def weight(self, layer: int, path: str) -> Tensor:
-        """The tower's own copy of a linear's weight; without values while the layer is not in memory."""
+        """The tower's own copy of a linear's weight; without values while the layer is not in
+        memory."""
         weight: Tensor = self.streamer.module(layer).get_parameter(f"{path}.weight")
         return weight
 
     def run(self, entry: Entry, labels_BT: Tensor, sink: SignalSink) -> Tensor:
-        """Forward and backward through the scored layers; returns the token losses, (B, T) float32, 0 off the response.
+        """Forward and backward through the scored layers; returns the token losses, (B, T) float32,
+        0 off the response.
 
-        The signals are those of the summed response losses. The batch runs in chunks of whole sequences of at most
-        `chunk_tokens` tokens, padding included; one without response positions yields no signals.
+        The signals are those of the summed response losses. The batch runs in chunks of whole
+        sequences of at most `chunk_tokens` tokens, padding included; one without response positions
+        yields no signals.
         """
         run = self._run_resident if self._resident else self._run_streamed
         return torch.cat(run(chunks_of(entry, labels_BT, self._chunk_tokens), sink))
@@ -78,9 +91,13 @@ class Tower:
                 hidden_BTH = chunk.entry.states[0]
                 if chunk.has_response:
                     for index in self.layers:
-                        hidden_BTH = self._forward(index, self.streamer.module(index), hidden_BTH, chunk, sink)
+                        hidden_BTH = self._forward(
+                            index, self.streamer.module(index), hidden_BTH, chunk, sink
+                        )
                 with self.streamer.top() as top:
-                    nll_BT, outgrad_BTH = top_backward(*top, hidden_BTH.detach(), chunk, self._softcap)
+                    nll_BT, outgrad_BTH = top_backward(
+                        *top, hidden_BTH.detach(), chunk, self._softcap
+                    )
                 if chunk.has_response:
                     hidden_BTH.backward(outgrad_BTH)
             losses.append(nll_BT)
@@ -88,7 +105,9 @@ class Tower:
 
     def _run_streamed(self, chunks: list[Chunk], sink: SignalSink) -> list[Tensor]:
         with self.streamer.top() as top:
-            heads = [top_backward(*top, chunk.entry.states[-1], chunk, self._softcap) for chunk in chunks]
+            heads = [
+                top_backward(*top, chunk.entry.states[-1], chunk, self._softcap) for chunk in chunks
+            ]
         outgrads = [outgrad_BTH for _, outgrad_BTH in heads]
         for place, index in reversed(list(enumerate(self.layers))):
             with self.streamer.stage(index) as module, sink.layer(index):
@@ -98,7 +117,9 @@ class Tower:
                     hidden_BTH = chunk.entry.states[place].detach()
                     with torch.enable_grad(), self._capture([index], chunk, sink):
                         hidden_BTH.requires_grad_(place > 0)
-                        self._forward(index, module, hidden_BTH, chunk, sink).backward(outgrads[number])
+                        self._forward(index, module, hidden_BTH, chunk, sink).backward(
+                            outgrads[number]
+                        )
                     if hidden_BTH.grad is not None:
                         outgrads[number] = hidden_BTH.grad
         return [nll_BT for nll_BT, _ in heads]
@@ -112,7 +133,12 @@ class Tower:
         return SignalCapture(linears, partial(sink.signal, chunk.rows))
 
     def _forward(
-        self, index: int, module: nn.Module, hidden_BTH: Tensor, chunk: Chunk, sink: SignalSink | None
+        self,
+        index: int,
+        module: nn.Module,
+        hidden_BTH: Tensor,
+        chunk: Chunk,
+        sink: SignalSink | None,
     ) -> Tensor:
         watch = None if sink is None else partial(sink.attention, chunk.rows)
         inputs = chunk.entry.layer_inputs[index - self.layers[0]]

@@ -1,4 +1,5 @@
-"""The training loop, shared by all recipes: builds the parts, runs optimizer steps, reports, saves, exports."""
+"""The training loop, shared by all recipes: builds the parts, runs optimizer steps, reports, saves,
+exports."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ from alphatoken.watchdog import Watchdog
 class Trainer:
     """One run, built from its configuration. Every rank builds it and calls `run`.
 
-    Building raises UserError for whatever can be known to be wrong before training starts. It writes nothing into the
-    run folder but the Fisher, where that has to be estimated.
+    Building raises UserError for whatever can be known to be wrong before training starts. It
+    writes nothing into the run folder but the Fisher, where that has to be estimated.
     """
 
     def __init__(self, config: RunConfig, objective: Objective) -> None:
@@ -75,7 +76,10 @@ class Trainer:
         check_files(config)
         self._folder, continuation = open_run_folder(config)
         if continuation is not None and continuation.universal:
-            engine_config["checkpoint"] = {**engine_config.get("checkpoint", {}), "load_universal": True}
+            engine_config["checkpoint"] = {
+                **engine_config.get("checkpoint", {}),
+                "load_universal": True,
+            }
 
         self._splits = load_splits(config, self._tokenizer)
         self._prompts: Prompts | None = None
@@ -87,21 +91,29 @@ class Trainer:
         self._stopwatch = Stopwatch(self._device)
         model = load_model(config.model, engine_config, config.train.seed)
         if config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         decoder = decoder_of(model.train())
         decoder.freeze_unreached()
         eos = eos_token_ids(self._tokenizer, model.generation_config)
         selections = selections_at(config, 0, self._total_steps)
         self._model = ValuedModel(decoder, objective, selections, eos, self._stopwatch)
         self._engine = build_engine(self._model, config, engine_config, self._total_steps)
-        # The default stability reference is the starting weights: the scorer comes before a checkpoint is loaded.
+        # The default stability reference is the starting weights: the scorer comes before a
+        # checkpoint is loaded.
         self._notes: list[str] = []
         self._drift: Drift | None = None
         if config.valuation.enabled:
-            chosen, depth = config.valuation, scored_depth(config.valuation.layers, len(decoder.layers))
+            chosen, depth = (
+                config.valuation,
+                scored_depth(config.valuation.layers, len(decoder.layers)),
+            )
             self._notes = decoder.left_out(depth, chosen.parameters, chosen.estimator)
             self._drift = self._build_drift(decoder)
-            self._model.attach(build_scorer(decoder, chosen, self._device, self._drift, self._adam_scale))
+            self._model.attach(
+                build_scorer(decoder, chosen, self._device, self._drift, self._adam_scale)
+            )
         self._reference: Reference | None = None
         if config.needs_reference:
             # The default reference is the starting model as well.
@@ -112,7 +124,10 @@ class Trainer:
         self._first_step = self._steps_taken = self._saved_step = 0
         self._stop = StopRequest(self._device, config.train.grace_seconds)
         self._watchdog = Watchdog(
-            self._folder.heartbeats, collectives.rank(), collectives.world_size(), config.train.watchdog_seconds
+            self._folder.heartbeats,
+            collectives.rank(),
+            collectives.world_size(),
+            config.train.watchdog_seconds,
         )
         self._inputs = {
             **{name: fingerprint(part.identity) for name, part in self._splits.named().items()},
@@ -129,11 +144,14 @@ class Trainer:
         self._sample: ValuedText | None = None
 
     def run(self) -> None:
-        """Trains to the end. Raises NonFiniteError on every rank before a step that would spoil the weights."""
+        """Trains to the end. Raises NonFiniteError on every rank before a step that would spoil the
+        weights."""
         config, total = self._config, self._total_steps
         about = {"data": {name: part.described() for name, part in self._splits.named().items()}}
         start_run_folder(self._folder, config, self._model.lm, self._tokenizer, about)
-        report = Report(config, self._folder.metrics, self._first_step, total, active=collectives.rank() == 0)
+        report = Report(
+            config, self._folder.metrics, self._first_step, total, active=collectives.rank() == 0
+        )
         with self._stop, self._watchdog, closing(report):
             self._announce(report)
             if self._first_step == 0 and self._splits.eval is not None:
@@ -152,7 +170,9 @@ class Trainer:
                 if self._splits.eval is not None and self._evaluates(done):
                     metrics |= self._evaluate(self._splits.eval)
                 report.step(metrics)
-                if _due(done, config.train.save_every) or (done == total and config.train.save_every is not None):
+                if _due(done, config.train.save_every) or (
+                    done == total and config.train.save_every is not None
+                ):
                     report.say(f"saved {self._save(done)}")
             if self._stop.is_agreed():
                 self._stop_after(total, report)
@@ -169,7 +189,9 @@ class Trainer:
             fisher = estimate_fisher(config, decoder, self._tokenizer, prompts, self._device)
             self._notes.append(f"Fisher: {fisher}, estimated on {prompts}")
         if fisher is None:
-            self._notes.append("valuation.stability_weight=0 and no valuation.fisher: values are adaptation only")
+            self._notes.append(
+                "valuation.stability_weight=0 and no valuation.fisher: values are adaptation only"
+            )
             return None
         if prompts is None and config.fisher != FisherConfig():
             self._notes.append("section fisher is not used: valuation.fisher is given")
@@ -179,10 +201,13 @@ class Trainer:
         return drift
 
     def _continue(self, continuation: Continuation) -> None:
-        """Takes over the state of a checkpoint. Raises UserError where it was trained with other inputs."""
+        """Takes over the state of a checkpoint. Raises UserError where it was trained with other
+        inputs."""
         state = load_checkpoint(self._engine, continuation.checkpoint)
         allowed = self._config.train.resume_allow
-        self._notes += changed_inputs(state["inputs"], self._inputs, allowed, continuation.checkpoint.name)
+        self._notes += changed_inputs(
+            state["inputs"], self._inputs, allowed, continuation.checkpoint.name
+        )
         if self._model.scorer is not None:
             self._model.scorer.scales.state = state["scales"]
         if len(state["random"]) == collectives.world_size():
@@ -208,11 +233,16 @@ class Trainer:
         """Ends a run that was asked to stop, so that it can go on."""
         if done != self._saved_step and self._can_save(done):
             self._save(done)
-        after = f"step {self._saved_step}, which is saved" if self._saved_step else "no step, so nothing is saved"
+        after = (
+            f"step {self._saved_step}, which is saved"
+            if self._saved_step
+            else "no step, so nothing is saved"
+        )
         report.say(f"stopped after {after}; continue with the same command and train.resume=auto")
 
     def _can_save(self, done: int) -> bool:
-        """Whether a run continued after `done` steps could rebuild the held-out signals as they are."""
+        """Whether a run continued after `done` steps could rebuild the held-out signals as they
+        are."""
         valued = self._model.scorer is not None
         return done > 0 and (not valued or done % self._config.valuation.refresh_every == 0)
 
@@ -223,11 +253,15 @@ class Trainer:
         for name, part in self._splits.named().items():
             for source in part.reports:
                 report.say(f"{name}: {source}")
-        for note in [*self._notes, *([f"continuing after step {self._first_step}"] if self._first_step else [])]:
+        for note in [
+            *self._notes,
+            *([f"continuing after step {self._first_step}"] if self._first_step else []),
+        ]:
             report.say(note)
 
     def _optimizer_step(self, step: int, report: Report) -> Metrics:
-        """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the accumulation window."""
+        """One optimizer step (`step` counts from 0): refresh, then every micro-batch of the
+        accumulation window."""
         began = time.perf_counter()
         self._stopwatch.read()  # what an evaluation took is no part of the step
         self._steps_taken = step
@@ -238,12 +272,15 @@ class Trainer:
         denominator = self._objective.denominator(kept_tokens, len(rows))
         if denominator == 0:
             report.say(f"step {step + 1}: no token to train on, so the loss of this step is zero")
-        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches, divided here.
+        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and
+        # micro-batches, divided here.
         scale = collectives.world_size() / denominator if denominator else 0.0
 
         scorer = self._model.scorer
         part_weights = (1.0, 0.0) if scorer is None else scorer.part_weights
-        statistics = StepStatistics(self._device, part_weights, self._drift is not None, self._objective.branches)
+        statistics = StepStatistics(
+            self._device, part_weights, self._drift is not None, self._objective.branches
+        )
         self._watchdog.moved(f"step {step + 1}, refresh")
         with self._stopwatch.phase("refresh"):
             self._refresh(step, statistics, own_tokens)
@@ -261,26 +298,35 @@ class Trainer:
             if number == len(batches):
                 means = self._reduce(statistics, step, response_tokens, kept_tokens, denominator)
                 learning_rate = self._engine.get_lr()[0]
-                self._sample = valued_text(self._tokenizer, batch, output["assessment"]) or self._sample
+                self._sample = (
+                    valued_text(self._tokenizer, batch, output["assessment"]) or self._sample
+                )
             with self._stopwatch.phase("optimizer"):
                 self._engine.step()
 
-        # Before Adam's first step its scale is 1, so values are in another unit than ever after.
+        # Before Adam's first step its scale is 1, so values are in another unit than ever
+        # after.
         comparable = self._config.valuation.preconditioner == "none" or step > 0
         if scorer is not None and "stability_std" in means and comparable:
             scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
         if self._drift is not None:
             with self._stopwatch.phase("refresh"):
                 means["drift_norm"], means["fisher_weighted_drift"] = self._drift.magnitudes()
-        norm = self._engine.get_global_grad_norm()  # None: DeepSpeed does not tell at stage 0 in float32
+        norm = (
+            self._engine.get_global_grad_norm()
+        )  # None: DeepSpeed does not tell at stage 0 in float32
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteError(
-                f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. Continue from the last "
-                "checkpoint with train.resume=auto, a lower optim.lr and train.resume_allow=[optim.lr]"
+                f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. "
+                "Continue from the last "
+                "checkpoint with train.resume=auto, a lower optim.lr and "
+                "train.resume_allow=[optim.lr]"
             )
         seconds = self._stopwatch.read()
         phases = ("ahead", "forward") if "ahead" in seconds else ("forward",)
-        seconds[phases[0]] -= seconds.get("score", 0.0)  # scoring happens inside the pass that comes first
+        seconds[phases[0]] -= seconds.get(
+            "score", 0.0
+        )  # scoring happens inside the pass that comes first
         seconds["step"] = time.perf_counter() - began
         phases = (*phases, "score", "backward", "refresh", "optimizer", "step")
         if "reference" in seconds:
@@ -297,8 +343,11 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self._device),
         }
 
-    def _choose_ahead(self, batches: list[dict[str, Tensor]]) -> Sequence[tuple[Assessment, Tensor] | None]:
-        """With scope `global_batch`: assesses every micro-batch, then weighs the tokens of all ranks together."""
+    def _choose_ahead(
+        self, batches: list[dict[str, Tensor]]
+    ) -> Sequence[tuple[Assessment, Tensor] | None]:
+        """With scope `global_batch`: assesses every micro-batch, then weighs the tokens of all
+        ranks together."""
         if self._config.selection.scope != "global_batch":
             return [None] * len(batches)
         with self._stopwatch.phase("ahead"):
@@ -307,7 +356,8 @@ class Trainer:
             return list(zip(assessments, weights, strict=True))
 
     def _refresh(self, step: int, statistics: StepStatistics, own_tokens: int) -> None:
-        """Current weights and drift before each step; every `refresh_every` steps, new validation signals too."""
+        """Current weights and drift before each step; every `refresh_every` steps, new validation
+        signals too."""
         scorer, validation = self._model.scorer, self._splits.validation
         if scorer is None or validation is None:
             return
@@ -325,7 +375,8 @@ class Trainer:
             statistics.add_validation(batch, nll_BT)
 
     def _adam_scale(self, parameter: nn.Parameter) -> Tensor | float:
-        """What the optimizer multiplies a gradient by, on this rank's slice; 1 before its first step."""
+        """What the optimizer multiplies a gradient by, on this rank's slice; 1 before its first
+        step."""
         if self._steps_taken == 0:
             return 1.0
         moment, chosen = zero3.second_moment_slice(parameter, self._device), self._config.optim
@@ -337,12 +388,16 @@ class Trainer:
         for batch in self._micro_batches(part, np.arange(len(part)), step=0):
             self._watchdog.moved("an evaluation")
             response_BT, _ = loss_positions(batch["labels"])
-            means.add(self._objective.evaluation(batch, self._model.token_losses(batch), response_BT))
+            means.add(
+                self._objective.evaluation(batch, self._model.token_losses(batch), response_BT)
+            )
         metrics: Metrics = {f"eval_{name}": mean for name, mean in means.reduce().items()}
         self._stop.took("evaluation", time.perf_counter() - began)
         return metrics
 
-    def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[dict[str, Tensor]]:
+    def _micro_batches(
+        self, part: TokenDataset, rows: Indices, step: int
+    ) -> list[dict[str, Tensor]]:
         """This rank's micro-batches, on its device."""
         config, ranks = self._config, collectives.world_size()
         layout = Layout(
@@ -350,28 +405,44 @@ class Trainer:
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=self._tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
-            noise_key=(config.train.seed, step) if any(each.policy == "random" for each in config.selections) else None,
+            noise_key=(config.train.seed, step)
+            if any(each.policy == "random" for each in config.selections)
+            else None,
             reference=None if self._reference is None else self._reference.cached(part),
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
-        batches = [{key: tensor.to(self._device) for key, tensor in batch.items()} for batch in dealt]
-        if self._reference is not None and self._reference.is_online and part is not self._splits.validation:
+        batches = [
+            {key: tensor.to(self._device) for key, tensor in batch.items()} for batch in dealt
+        ]
+        if (
+            self._reference is not None
+            and self._reference.is_online
+            and part is not self._splits.validation
+        ):
             with self._stopwatch.phase("reference"):
                 self._reference.complete(batches)
         return batches
 
     def _reduce(
-        self, statistics: StepStatistics, step: int, response_tokens: int, kept_tokens: int, denominator: int
+        self,
+        statistics: StepStatistics,
+        step: int,
+        response_tokens: int,
+        kept_tokens: int,
+        denominator: int,
     ) -> dict[str, float]:
-        """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if anything is not finite."""
+        """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if
+        anything is not finite."""
         try:
             return statistics.reduce(response_tokens, kept_tokens, denominator)
         except NonFiniteError as error:
             faulty = self._model.scorer.nonfinite_parts() if self._model.scorer else []
             found = "\n  ".join(statistics.describe_faults(self._splits.named(), faulty))
             raise NonFiniteError(
-                f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n  {found}\n"
-                "Look at them, or continue from the last checkpoint with train.resume=auto, a lower optim.lr and "
+                f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n  "
+                f"{found}\n"
+                "Look at them, or continue from the last checkpoint with train.resume=auto, a "
+                "lower optim.lr and "
                 "train.resume_allow=[optim.lr]"
             ) from None
 

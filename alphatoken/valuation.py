@@ -1,10 +1,10 @@
 """The algebra of token values: plain tensors, no modules, no ranks.
 
-Shape legend: B sequences, T loss positions, R scored positions (flattened over B and T), N validation positions,
-I and O the input and output features of one linear map with weight W (O, I).
+Shape legend: B sequences, T loss positions, R scored positions (flattened over B and T), N
+validation positions, I and O the input and output features of one linear map with weight W (O, I).
 
-`act` is the input h of a linear, `outgrad` the gradient d = dL/d(W h) of the *summed* loss. Both contractions of the
-target term are exact; they differ in cost only (see `cheaper_contraction`).
+`act` is the input h of a linear, `outgrad` the gradient d = dL/d(W h) of the *summed* loss. Both
+contractions of the target term are exact; they differ in cost only (see `cheaper_contraction`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Values of every loss position, (B, T) float32 each, zero off the response; positive is worth training on.
+    """Values of every loss position, (B, T) float32 each, zero off the response; positive is worth
+    training on.
 
-    `composite` is Eq. 12. When only the composite was computed (`split_terms: false`) the four terms are NaN
-    on the response. Estimator `exact` does not tell causal from direct paths: the direct terms hold both.
+    `composite` is Eq. 12. When only the composite was computed (`split_terms: false`) the four
+    terms are NaN on the response. Estimator `exact` does not tell causal from direct paths: the
+    direct terms hold both.
     """
 
     direct_target: Tensor
@@ -36,9 +38,12 @@ class TokenValues:
 
     @classmethod
     def from_terms(cls, terms: Sequence[Tensor], weights: tuple[float, float]) -> TokenValues:
-        """`terms` in the order of TERMS. `weights` multiply adaptation and stability: (1, lambda) in Eq. 12."""
+        """`terms` in the order of TERMS. `weights` multiply adaptation and stability: (1, lambda)
+        in Eq. 12."""
         direct_target, causal_target, direct_proxy, causal_proxy = terms
-        composite = weights[0] * (direct_target + causal_target) + weights[1] * (direct_proxy + causal_proxy)
+        composite = weights[0] * (direct_target + causal_target) + weights[1] * (
+            direct_proxy + causal_proxy
+        )
         return cls(direct_target, causal_target, direct_proxy, causal_proxy, composite)
 
     def items(self) -> list[tuple[str, Tensor]]:
@@ -46,10 +51,12 @@ class TokenValues:
 
 
 class RunningScales:
-    """Running standard deviations of adaptation and stability (`balance: std`): the part weights follow from them.
+    """Running standard deviations of adaptation and stability (`balance: std`): the part weights
+    follow from them.
 
-    Each is the root of an exponential mean of the variances of optimizer steps, unbiased by its start; steps in which a
-    part does not vary, as stability before anything has moved, do not count.
+    Each is the root of an exponential mean of the variances of optimizer steps, unbiased by its
+    start; steps in which a part does not vary, as stability before anything has moved, do not
+    count.
     """
 
     DECAY = 0.9
@@ -65,7 +72,8 @@ class RunningScales:
                 part[:] = [self.DECAY * part[0] + deviation**2, self.DECAY * part[1] + 1.0]
 
     def part_weights(self, stability_weight: float) -> tuple[float, float]:
-        """(1 / deviation of adaptation, lambda / deviation of stability); (1, 0) before they have varied."""
+        """(1 / deviation of adaptation, lambda / deviation of stability); (1, 0) before they have
+        varied."""
         inverse = [(count / total) ** 0.5 if total > 0 else 0.0 for total, count in self.state]
         return inverse[0] or 1.0, stability_weight * inverse[1]
 
@@ -86,7 +94,8 @@ def ghost_product(
     val_count: int,
     block: int = 8192,
 ) -> Tensor:
-    """1/N sum_v <d_t, d_v> <h_t, h_v> for every scored position t (Eq. 8), without forming G. Returns (R,) float32.
+    """1/N sum_v <d_t, d_v> <h_t, h_v> for every scored position t (Eq. 8), without forming G.
+    Returns (R,) float32.
 
     `val_count` is N over all ranks. Never more than (R, `block`) products are held at once.
     """
@@ -99,7 +108,8 @@ def ghost_product(
 
 
 def bilinear_product(outgrad_RO: Tensor, matrix_OI: Tensor, act_RI: Tensor) -> Tensor:
-    """d_t^T M h_t for every scored position t: Eq. 8 with M = G (materialised), Eq. 11 with M = V. (R,) float32."""
+    """d_t^T M h_t for every scored position t: Eq. 8 with M = G (materialised), Eq. 11 with M = V.
+    (R,) float32."""
     return ((act_RI @ matrix_OI.T).float() * outgrad_RO.float()).sum(-1)
 
 
@@ -131,36 +141,45 @@ class Ghost:
         return ghost_product(outgrad_RO, act_RI, self.outgrad_NO, self.act_NI, self.val_count)
 
 
-# What moving a byte between ranks costs, in floating-point operations: about an accelerator's rate over a network's.
+# What moving a byte between ranks costs, in floating-point operations: about an accelerator's
+# rate over a network's.
 FLOPS_PER_BYTE = 1000.0
 
 
 def cheaper_contraction(
     val_count: int, scored_tokens: int, in_features: int, out_features: int, ranks: int
 ) -> ContractionName:
-    """The contraction that costs less until the next refresh, in computation and communication of one rank.
+    """The contraction that costs less until the next refresh, in computation and communication of
+    one rank.
 
-    `ghost` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes; `materialised` multiplies
-    2 I O per scored token, 2 I O N / R once to form G, and reduces and gathers I O numbers of 4 bytes. Without the
-    one-off parts they break even at N = I O / (I + O). `scored_tokens` is one rank's, between two refreshes.
+    `ghost` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes;
+    `materialised` multiplies 2 I O per scored token, 2 I O N / R once to form G, and reduces and
+    gathers I O numbers of 4 bytes. Without the one-off parts they break even at N = I O / (I + O).
+    `scored_tokens` is one rank's, between two refreshes.
     """
     features, product = in_features + out_features, in_features * out_features
     remote = (ranks - 1) / ranks
-    ghost = 2.0 * scored_tokens * val_count * features + FLOPS_PER_BYTE * remote * 2 * val_count * features
+    ghost = (
+        2.0 * scored_tokens * val_count * features
+        + FLOPS_PER_BYTE * remote * 2 * val_count * features
+    )
     formed = 2.0 * product * val_count / ranks + FLOPS_PER_BYTE * remote * 2 * 4 * product
     return "ghost" if ghost < 2.0 * scored_tokens * product + formed else "materialised"
 
 
 def drift(fisher: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
-    """V = F * (W - W_ref), elementwise, float32 (Eq. 10). All three have one shape, a weight's or a slice of it."""
+    """V = F * (W - W_ref), elementwise, float32 (Eq. 10). All three have one shape, a weight's or a
+    slice of it."""
     return fisher.float() * (weight.float() - reference.float())
 
 
 def adam_scale(second_moment: Tensor, steps: int, beta2: float, eps: float) -> Tensor:
-    """What Adam multiplies a gradient by after `steps` >= 1 steps: 1 / (sqrt(v / (1 - beta2^steps)) + eps), float32.
+    """What Adam multiplies a gradient by after `steps` >= 1 steps: 1 / (sqrt(v / (1 - beta2^steps))
+    + eps), float32.
 
-    0 where v is 0: what has never had a gradient, such as the embedding of a token not yet seen, would get 1 / eps and
-    outweigh everything, while Adam's own step there is bounded, as v takes in the step's gradient first.
+    0 where v is 0: what has never had a gradient, such as the embedding of a token not yet seen,
+    would get 1 / eps and outweigh everything, while Adam's own step there is bounded, as v takes in
+    the step's gradient first.
     """
     unbiased = second_moment.float() / (1 - beta2**steps)
     return torch.where(unbiased > 0, (unbiased.sqrt() + eps).reciprocal(), 0.0)

@@ -1,9 +1,11 @@
-"""The only module that reads DeepSpeed's internals: full weights, this rank's slices, and their fp32 masters.
+"""The only module that reads DeepSpeed's internals: full weights, this rank's slices, and their
+fp32 masters.
 
-Under ZeRO stage 3 a parameter is flattened, padded to a multiple of the number of ranks and cut into equal slices;
-`ds_tensor` is this rank's slice, `ds_shape` and `ds_numel` describe the whole. At lower stages every rank holds the
-whole parameter, which is then its own only slice. fp32 masters, Adam moments and anything we keep per slice (Fisher,
-reference) share one layout, so elementwise work on slices needs no communication.
+Under ZeRO stage 3 a parameter is flattened, padded to a multiple of the number of ranks and cut
+into equal slices; `ds_tensor` is this rank's slice, `ds_shape` and `ds_numel` describe the whole.
+At lower stages every rank holds the whole parameter, which is then its own only slice. fp32
+masters, Adam moments and anything we keep per slice (Fisher, reference) share one layout, so
+elementwise work on slices needs no communication.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from alphatoken.errors import UserError
 
 @contextmanager
 def plain_linears() -> Iterator[None]:
-    """Torch's own `F.linear` inside. ZeRO-3 replaces it in the whole process by a function whose graph does not hold on
-    to gathered weights, which training needs; but it has no forward derivative, and keeps inputs of frozen weights.
+    """Torch's own `F.linear` inside. ZeRO-3 replaces it in the whole process by a function whose
+    graph does not hold on to gathered weights, which training needs; but it has no forward
+    derivative, and keeps inputs of frozen weights.
     """
     if "deepspeed" not in sys.modules:
         yield
@@ -43,7 +46,8 @@ def plain_linears() -> Iterator[None]:
 
 @contextmanager
 def communicated_bytes() -> Iterator[dict[str, int]]:
-    """Bytes that this rank hands to each collective inside, by its name, from DeepSpeed's own log; filled on exit.
+    """Bytes that this rank hands to each collective inside, by its name, from DeepSpeed's own log;
+    filled on exit.
 
     The log waits for every message, so what is inside takes longer than it would.
     """
@@ -75,7 +79,9 @@ def zero_settings(deepspeed_values: Mapping[str, Any]) -> Any:
     try:
         return DeepSpeedZeroConfig(**deepspeed_values.get("zero_optimization", {}))
     except ValueError as error:
-        raise UserError(f"deepspeed.config: zero_optimization is not accepted by DeepSpeed: {error}") from None
+        raise UserError(
+            f"deepspeed.config: zero_optimization is not accepted by DeepSpeed: {error}"
+        ) from None
 
 
 def is_sharded(parameter: Parameter) -> bool:
@@ -100,23 +106,30 @@ def slice_range(parameter: Parameter) -> tuple[int, int]:
 
 @torch.no_grad()
 def full_weights(parameters: Sequence[Parameter], device: torch.device) -> list[Tensor]:
-    """The whole weights, in the parameters' dtype. Sharded ones arrive in one all-gather; others are not copied.
+    """The whole weights, in the parameters' dtype. Sharded ones arrive in one all-gather; others
+    are not copied.
 
-    Every rank sends its slices and receives (R-1)/R of the weights' bytes. Call it between optimizer steps or inside a
-    forward pass; never through `GatheredParameters`, which clashes with DeepSpeed's prefetching there.
+    Every rank sends its slices and receives (R-1)/R of the weights' bytes. Call it between
+    optimizer steps or inside a forward pass; never through `GatheredParameters`, which clashes with
+    DeepSpeed's prefetching there.
     """
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     slices = [parameter.ds_tensor.detach().to(device).flatten() for parameter in sharded]
-    gathered = iter(collectives.gather_slices(slices, [full_shape(parameter) for parameter in sharded]))
-    return [next(gathered) if is_sharded(parameter) else parameter.detach() for parameter in parameters]
+    gathered = iter(
+        collectives.gather_slices(slices, [full_shape(parameter) for parameter in sharded])
+    )
+    return [
+        next(gathered) if is_sharded(parameter) else parameter.detach() for parameter in parameters
+    ]
 
 
 @torch.no_grad()
 def master_slice(parameter: Parameter, device: torch.device) -> Tensor:
-    """This rank's slice of the fp32 master weight, flat and padded like `ds_tensor`; may alias it, do not write.
+    """This rank's slice of the fp32 master weight, flat and padded like `ds_tensor`; may alias it,
+    do not write.
 
-    Below stage 3 the whole master, gathered from the ranks that hold its parts; without one (no engine, or a frozen
-    parameter) the weight itself.
+    Below stage 3 the whole master, gathered from the ranks that hold its parts; without one (no
+    engine, or a frozen parameter) the weight itself.
     """
     master: Any = None
     if is_sharded(parameter):
@@ -134,14 +147,16 @@ def master_slice(parameter: Parameter, device: torch.device) -> Tensor:
 
 
 def padded(own: Tensor, parameter: Parameter) -> Tensor:
-    """This rank's elements of a tensor shaped like the whole weight, zero-padded to the length of `ds_tensor`."""
+    """This rank's elements of a tensor shaped like the whole weight, zero-padded to the length of
+    `ds_tensor`."""
     start, end = slice_range(parameter)
     length = parameter.ds_tensor.numel() if is_sharded(parameter) else end - start
     return nn.functional.pad(own, (0, length - own.numel()))
 
 
 def sum_to_slices(wholes: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
-    """This rank's slices, flat and padded, of the sums over ranks of tensors shaped like the whole weights.
+    """This rank's slices, flat and padded, of the sums over ranks of tensors shaped like the whole
+    weights.
 
     One reduce-scatter of the tensors; an all-reduce of each where the parameters are not sharded.
     """
@@ -151,18 +166,22 @@ def sum_to_slices(wholes: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
 
 
 def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
-    """Tensors shaped like the whole weights from this and all other ranks' slices of them, in one all-gather."""
+    """Tensors shaped like the whole weights from this and all other ranks' slices of them, in one
+    all-gather."""
     shapes = [full_shape(parameter) for parameter in parameters]
     if slices and is_sharded(parameters[0]):
         return collectives.gather_slices(slices, shapes)
     return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
 
 
-def save_shards(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> Exception | None:
-    """Has every rank write its part of a checkpoint into `folder / tag`; returns what the disk refused on this rank.
+def save_shards(
+    engine: Any, folder: Path, tag: str, client_state: dict[str, Any]
+) -> Exception | None:
+    """Has every rank write its part of a checkpoint into `folder / tag`; returns what the disk
+    refused on this rank.
 
-    DeepSpeed's ranks wait for each other between their files, so nothing is raised before all are through. The scripts
-    that DeepSpeed puts beside its checkpoints are left out.
+    DeepSpeed's ranks wait for each other between their files, so nothing is raised before all are
+    through. The scripts that DeepSpeed puts beside its checkpoints are left out.
     """
     refused: list[Exception] = []
     write = engine.checkpoint_engine.save
@@ -187,8 +206,8 @@ def save_shards(engine: Any, folder: Path, tag: str, client_state: dict[str, Any
 def separate_step_counts(engine: Any) -> None:
     """Gives every tensor of the optimizer a step counter of its own.
 
-    DeepSpeed 0.19.8 loads universal checkpoints so that all parameter groups share one counter, which a fused Adam then
-    advances once for each of them.
+    DeepSpeed 0.19.8 loads universal checkpoints so that all parameter groups share one counter,
+    which a fused Adam then advances once for each of them.
     """
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for state in optimizer.state.values():
@@ -197,7 +216,8 @@ def separate_step_counts(engine: Any) -> None:
 
 
 def masters_of(checkpoint: Path) -> Mapping[str, Any]:
-    """The fp32 masters in a checkpoint of stages 1 to 3 by name, whole when `.contiguous()` is called on one.
+    """The fp32 masters in a checkpoint of stages 1 to 3 by name, whole when `.contiguous()` is
+    called on one.
 
     Files are memory-mapped; at stages 1 and 2 DeepSpeed nevertheless reads all masters at once.
     """
@@ -215,18 +235,24 @@ Options = list[dict[str, Any]]
 def optimizer_options(engine: Any) -> Options:
     """Learning rate at its peak, decay, betas and epsilon of each parameter group."""
     keys = ("initial_lr", "weight_decay", "betas", "eps")
-    return [{key: group[key] for key in keys} for group in engine.lr_scheduler.optimizer.param_groups]
+    return [
+        {key: group[key] for key in keys} for group in engine.lr_scheduler.optimizer.param_groups
+    ]
 
 
 def set_optimizer_options(engine: Any, options: Options) -> None:
-    """Gives optimizer and schedule, where a checkpoint has left them, the options that `optimizer_options` gave."""
+    """Gives optimizer and schedule, where a checkpoint has left them, the options that
+    `optimizer_options` gave."""
     scheduler = engine.lr_scheduler
     scheduler.base_lrs = [each["initial_lr"] for each in options]
     rates = [
         peak * factor(scheduler.last_epoch)
         for peak, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
-    for groups in (engine.optimizer.param_groups, scheduler.optimizer.param_groups):  # mostly the same
+    for groups in (
+        engine.optimizer.param_groups,
+        scheduler.optimizer.param_groups,
+    ):  # mostly the same
         for group, each, rate in zip(groups, options, rates, strict=True):
             group |= {**each, "lr": rate}
     scheduler._last_lr = rates
@@ -235,8 +261,8 @@ def set_optimizer_options(engine: Any, options: Options) -> None:
 def link_moments(engine: Any) -> None:
     """Lets `second_moment_slice` find Adam's moments; to be called after an optimizer step.
 
-    At stages 1 and 2 DeepSpeed (0.19.8) links them to parameters once the first parameter group has been stepped, when
-    the others have none yet, and never again.
+    At stages 1 and 2 DeepSpeed (0.19.8) links them to parameters once the first parameter group has
+    been stepped, when the others have none yet, and never again.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
@@ -246,13 +272,17 @@ def link_moments(engine: Any) -> None:
 
 @torch.no_grad()
 def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor:
-    """This rank's slice of Adam's second moment, float32, laid out like `master_slice`; after `link_moments`.
+    """This rank's slice of Adam's second moment, float32, laid out like `master_slice`; after
+    `link_moments`.
 
-    At stages 1 and 2 the whole of it, gathered from the ranks that hold its parts, so every rank must ask.
+    At stages 1 and 2 the whole of it, gathered from the ranks that hold its parts, so every rank
+    must ask.
     """
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
-    read = safe_get_local_optimizer_state if is_sharded(parameter) else safe_get_full_optimizer_state
+    read = (
+        safe_get_local_optimizer_state if is_sharded(parameter) else safe_get_full_optimizer_state
+    )
     moment: Tensor = read(parameter, "exp_avg_sq").detach().flatten()
     return moment.to(device=device, dtype=torch.float32)
 
@@ -263,12 +293,16 @@ _SPREAD, _MIX = 0x9E3779B97F4A7C15 - 2**64, 0xC2B2AE3D27D4EB4F - 2**64
 
 @torch.no_grad()
 def checksums(
-    parameters: Mapping[str, Parameter], device: torch.device, read: Callable[[str, int, int], Tensor] | None = None
+    parameters: Mapping[str, Parameter],
+    device: torch.device,
+    read: Callable[[str, int, int], Tensor] | None = None,
 ) -> dict[str, int]:
-    """A 64-bit checksum of every whole weight, rounded to bf16: the same on any number of ranks and in either dtype.
+    """A 64-bit checksum of every whole weight, rounded to bf16: the same on any number of ranks and
+    in either dtype.
 
-    Each element's bits are multiplied by a number that depends on its position; the sums wrap. Every rank reads its own
-    slices; one all-reduce of an int64 per parameter. With `read(name, start, end)` the flat weights come from there.
+    Each element's bits are multiplied by a number that depends on its position; the sums wrap.
+    Every rank reads its own slices; one all-reduce of an int64 per parameter. With `read(name,
+    start, end)` the flat weights come from there.
     """
     sums = torch.zeros(len(parameters), dtype=torch.int64, device=device)
     for number, (name, parameter) in enumerate(parameters.items()):
@@ -278,7 +312,11 @@ def checksums(
         if read is not None:
             own = read(name, start, end)
         else:
-            own = (parameter.ds_tensor if is_sharded(parameter) else parameter).detach().flatten()[: end - start]
+            own = (
+                (parameter.ds_tensor if is_sharded(parameter) else parameter)
+                .detach()
+                .flatten()[: end - start]
+            )
         for block in own.split(2**18):
             bits = block.to(device, torch.bfloat16).view(torch.int16).long()
             place = torch.arange(start, start + len(bits), device=device) * _SPREAD
@@ -288,7 +326,8 @@ def checksums(
 
 
 def release(model: nn.Module) -> None:
-    """Frees the weights of a model that will not run again: at stage 3 globals of DeepSpeed hold on to parameters."""
+    """Frees the weights of a model that will not run again: at stage 3 globals of DeepSpeed hold on
+    to parameters."""
     for parameter in model.parameters():
         for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
             if tensor is not None:
@@ -299,7 +338,8 @@ def release(model: nn.Module) -> None:
 
 
 def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
-    """The wrapped module's whole weights by name, on rank 0's CPU; None on other ranks, all of which must call it."""
+    """The wrapped module's whole weights by name, on rank 0's CPU; None on other ranks, all of
+    which must call it."""
     if engine.zero_optimization_partition_weights():
         state: dict[str, Tensor] | None = engine._zero3_consolidated_16bit_state_dict()
         return state

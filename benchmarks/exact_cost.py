@@ -1,11 +1,14 @@
-"""What estimator `exact` costs, for each set of parameters, beside `ghost`: on the same micro-batches of real rows.
+"""What estimator `exact` costs, for each set of parameters, beside `ghost`: on the same
+micro-batches of real rows.
 
-    python -m benchmarks.exact_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+    python -m benchmarks.exact_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output
+    FILE.json
 
-One process. `plain` is the engine with valuation off; every other case scores, selects half of the response tokens and
-trains on them. Each round runs all cases on one micro-batch; ratios are medians over rounds of ratios within a round.
-Refreshing (once per optimizer step) is timed apart. Scores are of G + lambda V in one direction, as with
-`split_terms: false`; the case `two directions` keeps G and V apart.
+One process. `plain` is the engine with valuation off; every other case scores, selects half of the
+response tokens and trains on them. Each round runs all cases on one micro-batch; ratios are medians
+over rounds of ratios within a round. Refreshing (once per optimizer step) is timed apart. Scores
+are of G + lambda V in one direction, as with `split_terms: false`; the case `two directions` keeps
+G and V apart.
 """
 
 from __future__ import annotations
@@ -48,7 +51,11 @@ def settings(layers: int) -> dict[str, dict[str, Any]]:
         "exact, norms, all layers": {**exact, "parameters": "norms"},
         "exact, linears, all layers": exact,
         "exact, all parameters": {**exact, "parameters": "all"},
-        "exact, all parameters, two directions": {**exact, "parameters": "all", "split_terms": True},
+        "exact, all parameters, two directions": {
+            **exact,
+            "parameters": "all",
+            "split_terms": True,
+        },
     }
 
 
@@ -73,9 +80,16 @@ class Cases:
         scorers: dict[str, Scorer] = {}
         for name, values in settings(len(decoder.layers)).items():
             config = ValuationConfig.model_validate(values)
-            stable = decoder.stable_parameters(scored_depth(config.layers, len(decoder.layers)), config.parameters)
-            ones = {key: torch.ones(1).expand(decoder.model.get_parameter(key).ds_shape) for key in stable}
-            scorers[name] = build_scorer(decoder, config, self.device, Drift(stable, ones, None, self.device))
+            stable = decoder.stable_parameters(
+                scored_depth(config.layers, len(decoder.layers)), config.parameters
+            )
+            ones = {
+                key: torch.ones(1).expand(decoder.model.get_parameter(key).ds_shape)
+                for key in stable
+            }
+            scorers[name] = build_scorer(
+                decoder, config, self.device, Drift(stable, ones, None, self.device)
+            )
         self.calls: dict[str, Callable[[int], None]] = {"plain": self.plain}
         self.calls |= {name: partial(self.valued, scorer) for name, scorer in scorers.items()}
         self.refreshes = {name: partial(self.refresh, scorer) for name, scorer in scorers.items()}
@@ -106,7 +120,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, refresh in cases.refreshes.items():
             refresh()
             refreshes[name] = statistics.median(seconds(refresh, cases.device) for _ in range(3))
-        for call in cases.calls.values():  # warm-up: lazy allocations, kernels, DeepSpeed's prefetch trace
+        for (
+            call
+        ) in cases.calls.values():  # warm-up: lazy allocations, kernels, DeepSpeed's prefetch trace
             call(0)
         times: dict[str, list[float]] = {name: [] for name in cases.calls}
         for number in range(1, arguments.rounds + 1):
@@ -124,7 +140,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes_above_resident": peaks,
         "ratios": {
             name: {
-                "valued / plain": statistics.median(a / b for a, b in zip(own, times["plain"], strict=True)),
+                "valued / plain": statistics.median(
+                    a / b for a, b in zip(own, times["plain"], strict=True)
+                ),
                 "in FLOPs": operations[name] / operations["plain"],
                 "refresh / plain": refreshes[name] / statistics.median(times["plain"]),
             }
@@ -135,9 +153,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table("case", "valued / plain, without refresh", "in FLOPs", "refresh / plain", title=result["device"])
+    table = Table(
+        "case",
+        "valued / plain, without refresh",
+        "in FLOPs",
+        "refresh / plain",
+        title=result["device"],
+    )
     for name, ratios in result["ratios"].items():
-        table.add_row(name, *(f"{ratios[key]:.2f}" for key in ("valued / plain", "in FLOPs", "refresh / plain")))
+        table.add_row(
+            name,
+            *(f"{ratios[key]:.2f}" for key in ("valued / plain", "in FLOPs", "refresh / plain")),
+        )
     Console(width=110).print(table)
 
 

@@ -1,9 +1,11 @@
-"""Peak memory of `exact` on all parameters of all layers, for models of different depth, per rank, under ZeRO-3.
+"""Peak memory of `exact` on all parameters of all layers, for models of different depth, per rank,
+under ZeRO-3.
 
     MALLOC_MMAP_THRESHOLD_=65536 launch/local.sh --module benchmarks.exact_memory
 
-Random Llamas of equal width and 4, 8 and 16 layers, each with two directions (G and V). What is reported is the peak of
-a call above what was resident before it: model shards, optimizer, slices of G, Fisher and reference do grow with depth.
+Random Llamas of equal width and 4, 8 and 16 layers, each with two directions (G and V). What is
+reported is the peak of a call above what was resident before it: model shards, optimizer, slices of
+G, Fisher and reference do grow with depth.
 """
 
 from __future__ import annotations
@@ -50,13 +52,17 @@ def save_model(folder: Path, depth: int) -> None:
 
 
 def save_rows(file: Path, name: str, count: int) -> str:
-    rows = [{"prompt": f"{name} {number}: " + "a" * 200, "response": "b" * 200} for number in range(count)]
+    rows = [
+        {"prompt": f"{name} {number}: " + "a" * 200, "response": "b" * 200}
+        for number in range(count)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
 
 def measure(folder: Path, depth: int) -> dict[str, int]:
-    """Peaks of this rank: of a refresh with 4 held-out sequences per rank, and of scoring 4 sequences."""
+    """Peaks of this rank: of a refresh with 4 held-out sequences per rank, and of scoring 4
+    sequences."""
     model = folder / f"model-{depth}"
 
     def prepare() -> None:
@@ -113,7 +119,9 @@ def main() -> None:
     shared = collectives.on_rank_0(tempfile.mkdtemp)
     results = {depth: collectives.gather_objects(measure(Path(shared), depth)) for depth in DEPTHS}
     if collectives.rank() == 0:
-        json.dump({f"{depth} layers": ranks for depth, ranks in results.items()}, sys.stdout, indent=1)
+        json.dump(
+            {f"{depth} layers": ranks for depth, ranks in results.items()}, sys.stdout, indent=1
+        )
         print()
         shutil.rmtree(shared)
 

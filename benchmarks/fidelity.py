@@ -1,18 +1,21 @@
-"""What values are worth: every estimator against explicit per-token gradients and against real optimizer steps.
+"""What values are worth: every estimator against explicit per-token gradients and against real
+optimizer steps.
 
-    python -m benchmarks.fidelity --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+    python -m benchmarks.fidelity --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output
+    FILE.json
 
-One process, a copy of the model in float32 as the truth and one in bf16 for the estimators, both with the same (bf16)
-weights. Rows of at most `--max-length` tokens are taken in order: first the validation sequences, then the responses,
-then those of AdamW's warm-up (which has no weight decay).
+One process, a copy of the model in float32 as the truth and one in bf16 for the estimators, both
+with the same (bf16) weights. Rows of at most `--max-length` tokens are taken in order: first the
+validation sequences, then the responses, then those of AdamW's warm-up (which has no weight decay).
 
-- **Token truth.** <grad l_t, G> over all parameters for every response token, one backward pass each, G the gradient of
-  the validation loss. For every estimator and baseline policy: the rank correlation (Spearman) with the truth, and the
-  value captured, the truth of the tokens it would keep over that of the best ones; within sequences, within
-  micro-batches, and over all tokens. Intervals: 95 %, by bootstrap over sequences.
-- **Step truth.** With the moments of AdamW some steps into training: how much the validation loss after one more step
-  rises when a group of tokens (half a response) is left out of it, measured, for SGD and for AdamW. Beside it the rank
-  correlation of each estimator's sum over the group.
+- **Token truth.** <grad l_t, G> over all parameters for every response token, one backward pass
+  each, G the gradient of the validation loss. For every estimator and baseline policy: the rank
+  correlation (Spearman) with the truth, and the value captured, the truth of the tokens it would
+  keep over that of the best ones; within sequences, within micro-batches, and over all tokens.
+  Intervals: 95 %, by bootstrap over sequences.
+- **Step truth.** With the moments of AdamW some steps into training: how much the validation loss
+  after one more step rises when a group of tokens (half a response) is left out of it, measured,
+  for SGD and for AdamW. Beside it the rank correlation of each estimator's sum over the group.
 - **Cost.** Seconds of a scoring pass over those of a plain training step on the same rows.
 """
 
@@ -68,7 +71,12 @@ def estimators(layers: int) -> dict[str, dict[str, Any]]:
         "exact, norms, all layers": {**exact, "layers": "all", "parameters": "norms"},
         f"exact, all parameters, last {half}": {**exact, "layers": half, "parameters": "all"},
         "exact, all parameters": {**exact, "layers": "all", "parameters": "all"},
-        "exact, all parameters, adam": {**exact, "layers": "all", "parameters": "all", "preconditioner": "adam"},
+        "exact, all parameters, adam": {
+            **exact,
+            "layers": "all",
+            "parameters": "all",
+            "preconditioner": "adam",
+        },
     }
 
 
@@ -83,13 +91,19 @@ class Rows:
     @property
     def sequences(self) -> list[tuple[int, int]]:
         """(micro-batch, row) of every sequence."""
-        return [(number, row) for number, batch in enumerate(self.train) for row in range(len(batch["input_ids"]))]
+        return [
+            (number, row)
+            for number, batch in enumerate(self.train)
+            for row in range(len(batch["input_ids"]))
+        ]
 
 
 def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dataset: TokenDataset = tokenise([Source(path=str(arguments.data))], Encoder(tokenizer, 4096), arguments.cache)
+    dataset: TokenDataset = tokenise(
+        [Source(path=str(arguments.data))], Encoder(tokenizer, 4096), arguments.cache
+    )
     fitting = np.flatnonzero(dataset.lengths <= arguments.max_length)
     layout = Layout(arguments.micro_batch, tokenizer.pad_token_id)
 
@@ -101,7 +115,10 @@ def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
     warm_up = arguments.warm_up_steps * arguments.micro_batch
     needed = held_out + arguments.responses + warm_up
     if len(fitting) < needed:
-        sys.exit(f"{arguments.data} has {len(fitting)} rows of at most {arguments.max_length} tokens, not {needed}")
+        sys.exit(
+            f"{arguments.data} has {len(fitting)} rows of at most {arguments.max_length} "
+            f"tokens, not {needed}"
+        )
     return Rows(
         validation=taken(0, held_out),
         train=taken(held_out, arguments.responses),
@@ -113,7 +130,9 @@ def token_losses(decoder: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
     """Losses of the response positions, (R,)."""
     response_BT, targets_BT = loss_positions(batch["labels"])
     hidden_RH, head = decoder.hidden_states(batch)[response_BT], decoder.head
-    return head_nll(hidden_RH, head.weight, head.bias, targets_BT[response_BT], decoder.logit_softcap)
+    return head_nll(
+        hidden_RH, head.weight, head.bias, targets_BT[response_BT], decoder.logit_softcap
+    )
 
 
 class Truth:
@@ -124,13 +143,17 @@ class Truth:
         self.rows = rows
         self._decoder = decoder_of(model)
         self.parameters = dict(model.named_parameters())
-        self._validation_tokens = sum(int(loss_positions(batch["labels"])[0].sum()) for batch in rows.validation)
+        self._validation_tokens = sum(
+            int(loss_positions(batch["labels"])[0].sum()) for batch in rows.validation
+        )
 
     def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
         return token_losses(self._decoder, batch)
 
     def gradient(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, list(self.parameters.values()), retain_graph=keep_graph))
+        return list(
+            torch.autograd.grad(loss, list(self.parameters.values()), retain_graph=keep_graph)
+        )
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -140,7 +163,9 @@ class Truth:
     def validation_gradient(self) -> list[Tensor]:
         total = [torch.zeros_like(parameter) for parameter in self.parameters.values()]
         for batch in self.rows.validation:
-            for sum_so_far, each in zip(total, self.gradient(self.losses(batch).sum()), strict=True):
+            for sum_so_far, each in zip(
+                total, self.gradient(self.losses(batch).sum()), strict=True
+            ):
                 sum_so_far += each / self._validation_tokens
         return total
 
@@ -159,7 +184,9 @@ class Truth:
 
 
 def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in zip(first, second, strict=True))
+    return sum(
+        float(torch.dot(a.flatten(), b.flatten())) for a, b in zip(first, second, strict=True)
+    )
 
 
 def one_row(batch: Mapping[str, Tensor], row: int) -> Batch:
@@ -169,9 +196,13 @@ def one_row(batch: Mapping[str, Tensor], row: int) -> Batch:
 
 
 def estimate(
-    model: PreTrainedModel, rows: Rows, settings: dict[str, Any], scale: Callable[[nn.Parameter], Tensor]
+    model: PreTrainedModel,
+    rows: Rows,
+    settings: dict[str, Any],
+    scale: Callable[[nn.Parameter], Tensor],
 ) -> tuple[list[list[Tensor]], dict[str, float]]:
-    """Values like `Truth.token_values`, and the seconds of refresh and of scoring (all micro-batches)."""
+    """Values like `Truth.token_values`, and the seconds of refresh and of scoring (all
+    micro-batches)."""
     config = ValuationConfig.model_validate(settings)
     decoder = decoder_of(model)
     scorer = build_scorer(decoder, config, model.device, None, scale)
@@ -201,7 +232,10 @@ def timed() -> Iterator[list[float]]:
 
 def by_row(value_BT: Tensor, batch: Mapping[str, Tensor]) -> list[Tensor]:
     response_BT, _ = loss_positions(batch["labels"])
-    return [value_T[response_T].float().cpu() for value_T, response_T in zip(value_BT, response_BT, strict=True)]
+    return [
+        value_T[response_T].float().cpu()
+        for value_T, response_T in zip(value_BT, response_BT, strict=True)
+    ]
 
 
 def baselines(truth: Truth, seed: int) -> dict[str, list[list[Tensor]]]:
@@ -215,12 +249,15 @@ def baselines(truth: Truth, seed: int) -> dict[str, list[list[Tensor]]]:
     return {
         "policy loss": losses,
         "policy low_perplexity": [[-row for row in rows] for rows in losses],
-        "policy random": [[torch.rand(row.shape, generator=generator) for row in rows] for rows in losses],
+        "policy random": [
+            [torch.rand(row.shape, generator=generator) for row in rows] for rows in losses
+        ],
     }
 
 
 def plain_step_seconds(model: PreTrainedModel, rows: Rows) -> float:
-    """Forward and backward of the mean loss of every response token, all micro-batches; gradients are dropped."""
+    """Forward and backward of the mean loss of every response token, all micro-batches; gradients
+    are dropped."""
     decoder = decoder_of(model)
     token_losses(decoder, rows.train[0]).mean().backward()  # warm-up
     with timed() as plain:
@@ -245,17 +282,27 @@ def fidelity(
     return correlation / weight, kept / best
 
 
-def with_interval(measure: Callable[[list[int]], Sequence[float]], count: int, draws: int, seed: int) -> list[Any]:
-    """Per number that `measure` gives for drawn places: [value, lower, upper], 95 % by bootstrap over the places."""
+def with_interval(
+    measure: Callable[[list[int]], Sequence[float]], count: int, draws: int, seed: int
+) -> list[Any]:
+    """Per number that `measure` gives for drawn places: [value, lower, upper], 95 % by bootstrap
+    over the places."""
     rng = np.random.default_rng(seed)
     values = measure(list(range(count)))
-    drawn = np.array([measure(sorted(rng.integers(0, count, count).tolist())) for _ in range(draws)])
+    drawn = np.array(
+        [measure(sorted(rng.integers(0, count, count).tolist())) for _ in range(draws)]
+    )
     bounds = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return [[value, float(low), float(high)] for value, low, high in zip(values, *bounds, strict=True)]
+    return [
+        [value, float(low), float(high)] for value, low, high in zip(values, *bounds, strict=True)
+    ]
 
 
 def token_table(
-    truth: list[list[Tensor]], found: dict[str, list[list[Tensor]]], rows: Rows, arguments: argparse.Namespace
+    truth: list[list[Tensor]],
+    found: dict[str, list[list[Tensor]]],
+    rows: Rows,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """By estimator and scope: rank correlation and value captured, each with its interval."""
     table: dict[str, Any] = {}
@@ -266,10 +313,14 @@ def token_table(
         table[name] = {}
         for scope in SCOPES:
 
-            def of_drawn(places: list[int], scope: str = scope, flat: list[Tensor] = flat) -> tuple[float, float]:
+            def of_drawn(
+                places: list[int], scope: str = scope, flat: list[Tensor] = flat
+            ) -> tuple[float, float]:
                 members: dict[int, list[int]] = {}
                 for position, place in enumerate(places):
-                    key = {"sequence": position, "micro_batch": batch_of[place], "global_batch": 0}[scope]
+                    key = {"sequence": position, "micro_batch": batch_of[place], "global_batch": 0}[
+                        scope
+                    ]
                     members.setdefault(key, []).append(place)
                 return fidelity(flat_truth, flat, list(members.values()), arguments.keep_ratio)
 
@@ -334,7 +385,8 @@ class Optimizers:
 
 
 def step_truth(truth: Truth, optimizers: Optimizers) -> dict[str, list[float]]:
-    """By optimizer: the rise of the validation loss when each half response is left out of the step."""
+    """By optimizer: the rise of the validation loss when each half response is left out of the
+    step."""
     rows, tokens = truth.rows, 0
     total = [torch.zeros_like(parameter) for parameter in truth.parameters.values()]
     for batch in rows.train:
@@ -347,7 +399,9 @@ def step_truth(truth: Truth, optimizers: Optimizers) -> dict[str, list[float]]:
     for number, row in track(rows.sequences, "steps without a group"):
         losses_R = truth.losses(one_row(rows.train[number], row))
         halves = losses_R.tensor_split(2)
-        gradients = [truth.gradient(part.sum(), keep_graph=True) for part in halves]  # before the weights move
+        gradients = [
+            truth.gradient(part.sum(), keep_graph=True) for part in halves
+        ]  # before the weights move
         for left_out in gradients:
             without = [(a - b) / tokens for a, b in zip(total, left_out, strict=True)]
             for kind in rises:
@@ -356,31 +410,46 @@ def step_truth(truth: Truth, optimizers: Optimizers) -> dict[str, list[float]]:
 
 
 def step_table(
-    rises: dict[str, list[float]], found: dict[str, list[list[Tensor]]], arguments: argparse.Namespace
+    rises: dict[str, list[float]],
+    found: dict[str, list[list[Tensor]]],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """By estimator and optimizer: rank correlation of summed values with the measured rise, with its interval."""
+    """By estimator and optimizer: rank correlation of summed values with the measured rise, with
+    its interval."""
     table: dict[str, Any] = {}
     for name, values in found.items():
-        sums = [float(part.sum()) for batch in values for row in batch for part in row.tensor_split(2)]
+        sums = [
+            float(part.sum()) for batch in values for row in batch for part in row.tensor_split(2)
+        ]
         table[name] = {}
         for kind, measured in rises.items():
 
-            def of_drawn(places: list[int], measured: list[float] = measured, sums: list[float] = sums) -> tuple[float]:
-                pairs = [index for place in places for index in (2 * place, 2 * place + 1)]  # halves stay together
+            def of_drawn(
+                places: list[int], measured: list[float] = measured, sums: list[float] = sums
+            ) -> tuple[float]:
+                pairs = [
+                    index for place in places for index in (2 * place, 2 * place + 1)
+                ]  # halves stay together
                 return (rank_correlation(torch.tensor(measured)[pairs], torch.tensor(sums)[pairs]),)
 
-            (table[name][kind],) = with_interval(of_drawn, len(sums) // 2, arguments.bootstrap, seed=2)
+            (table[name][kind],) = with_interval(
+                of_drawn, len(sums) // 2, arguments.bootstrap, seed=2
+            )
     return table
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_rows(arguments, device)
-    full = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(device).eval()
+    full = (
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(device).eval()
+    )
     truth = Truth(full, rows)
     optimizers = Optimizers(truth, arguments)
     # The estimators see the weights that the truth is about, rounded.
-    coarse = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    coarse = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype)
+    )
     coarse = coarse.to(device).eval()
     coarse.load_state_dict(full.state_dict())
     by_identity = {id(parameter): name for name, parameter in coarse.named_parameters()}
@@ -416,8 +485,14 @@ def show(result: dict[str, Any]) -> None:
         return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
 
     console = Console(width=170)
-    title = f"{result['response_tokens']} tokens of {result['responses']} responses, {result['model']}"
-    heads = [f"{what}, {scope}" for scope in ("micro_batch", "sequence") for what in ("rank correlation", "captured")]
+    title = (
+        f"{result['response_tokens']} tokens of {result['responses']} responses, {result['model']}"
+    )
+    heads = [
+        f"{what}, {scope}"
+        for scope in ("micro_batch", "sequence")
+        for what in ("rank correlation", "captured")
+    ]
     table = Table("token truth", *heads, "score / plain step", title=title)
     for name, scopes in result["tokens"].items():
         cells = [
@@ -426,7 +501,11 @@ def show(result: dict[str, Any]) -> None:
             for what in ("rank correlation", "value captured")
         ]
         cost = result["seconds"].get(name)
-        table.add_row(name, *cells, "" if cost is None else f"{cost['score'] / result['seconds_of_plain_steps']:.2f}")
+        table.add_row(
+            name,
+            *cells,
+            "" if cost is None else f"{cost['score'] / result['seconds_of_plain_steps']:.2f}",
+        )
     console.print(table)
     table = Table("step truth: rank correlation with the measured rise", "SGD", "AdamW")
     for name, kinds in result["steps"].items():
@@ -443,7 +522,9 @@ def plot(result: dict[str, Any], file: Path) -> None:
         value, low, high = result["tokens"][name]["micro_batch"]["rank correlation"]
         x = cost["score"] / result["seconds_of_plain_steps"]
         marker = "o" if name.startswith("ghost") else "s"
-        axes.errorbar(x, value, yerr=[[value - low], [high - value]], fmt=marker, capsize=3, label=name)
+        axes.errorbar(
+            x, value, yerr=[[value - low], [high - value]], fmt=marker, capsize=3, label=name
+        )
     axes.set_xlabel("time of a scoring pass / time of a plain training step")
     axes.set_ylabel("rank correlation with per-token gradients")
     axes.set_title(f"{result['model']}: fidelity of token values against their cost")
@@ -453,17 +534,28 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}")
-    parser.add_argument("--output", type=Path, required=True, help="JSON; the plot lies beside it as .png")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON; the plot lies beside it as .png"
+    )
     parser.add_argument("--responses", type=int, default=20)
     parser.add_argument("--validation-sequences", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=144, help="longer rows are left out")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--keep-ratio", type=Fraction, default=Fraction(1, 2))
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the estimators' model")
-    parser.add_argument("--warm-up-steps", type=int, default=8, help="of AdamW, before anything is measured")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of the estimators' model",
+    )
+    parser.add_argument(
+        "--warm-up-steps", type=int, default=8, help="of AdamW, before anything is measured"
+    )
     parser.add_argument("--adamw-lr", type=float, default=2e-5)
     parser.add_argument("--sgd-lr", type=float, default=2e-3)
     parser.add_argument("--bootstrap", type=int, default=1000)

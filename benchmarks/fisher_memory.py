@@ -1,10 +1,11 @@
-"""Peak memory of a Fisher estimate, per rank, beside the sum of what it should have to hold.
+r"""Peak memory of a Fisher estimate, per rank, beside the sum of what it should have to hold.
 
-    MALLOC_MMAP_THRESHOLD_=65536 launch/local.sh --module benchmarks.fisher_memory \
-        --config configs/sft/smollm2_gsm8k.yaml fisher.batch_size=1 fisher.num_prompts=4 fisher.output=FOLDER
+    MALLOC_MMAP_THRESHOLD_=65536 launch/local.sh --module benchmarks.fisher_memory \ --config
+        configs/sft/smollm2_gsm8k.yaml fisher.batch_size=1 fisher.num_prompts=4 fisher.output=FOLDER
 
-Takes the configuration of `recipes/fisher.py`. The peak is above what is resident once the model is loaded.
-The variable makes glibc give back what is freed; otherwise it keeps some, which shows as resident.
+Takes the configuration of `recipes/fisher.py`. The peak is above what is resident once the model is
+loaded. The variable makes glibc give back what is freed; otherwise it keeps some, which shows as
+resident.
 """
 
 from __future__ import annotations
@@ -25,19 +26,28 @@ from benchmarks.measuring import Peak
 
 
 def expected(decoder: Decoder, config: RunConfig, tokens: int, responses: int) -> dict[str, int]:
-    """Bytes of what has to be held at once besides the loaded shards, on one rank, for one sequence."""
+    """Bytes of what has to be held at once besides the loaded shards, on one rank, for one
+    sequence."""
     size = 4 if config.model.dtype == "float32" else 2
     text: PretrainedConfig = decoder.config
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
-    scored = [zero3.full_shape(decoder.model.get_parameter(each.name)) for each in decoder.scored_linears(depth)]
-    whole = {name: zero3.full_shape(each).numel() for name, each in decoder.model.named_parameters()}
+    scored = [
+        zero3.full_shape(decoder.model.get_parameter(each.name))
+        for each in decoder.scored_linears(depth)
+    ]
+    whole = {
+        name: zero3.full_shape(each).numel() for name, each in decoder.model.named_parameters()
+    }
     layer = sum(numel for name, numel in whole.items() if ".layers.0." in name)
-    # Of one layer: what its linears take in and give out, and the gradients of that; and the states between layers.
+    # Of one layer: what its linears take in and give out, and the gradients of that; and the
+    # states between layers.
     features = sum(sum(shape) for shape in scored) // depth
     rows = min(responses, max(1, LOGIT_BLOCK_ELEMENTS // text.vocab_size))
     return {
         "largest gathered layer": max(layer, *whole.values()) * size,
-        "activations of one sequence": tokens * (2 * features + (depth + 1) * text.hidden_size) * size,
+        "activations of one sequence": tokens
+        * (2 * features + (depth + 1) * text.hidden_size)
+        * size,
         "one block of logits and their exponentials": rows * text.vocab_size * (4 + 4),
         "Fisher shards": sum(shape.numel() for shape in scored) * 4 // collectives.world_size(),
         "one dense linear": max(shape.numel() for shape in scored) * 4,
@@ -57,7 +67,11 @@ def main() -> None:
     peaks = collectives.gather_objects(peak)
     parts = expected(decoder, config, length, responses)
     if collectives.rank() == 0:
-        shown = {**parts, "sum": sum(parts.values()), "measured above the loaded shards, per rank": peaks}
+        shown = {
+            **parts,
+            "sum": sum(parts.values()),
+            "measured above the loaded shards, per rank": peaks,
+        }
         json.dump(shown, sys.stdout, indent=1)
         print()
 

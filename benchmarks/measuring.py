@@ -1,4 +1,5 @@
-"""What the cost benchmarks share: a trainer on real rows, clocks, peaks and FLOPs, and how a result is kept."""
+"""What the cost benchmarks share: a trainer on real rows, clocks, peaks and FLOPs, and how a result
+is kept."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def reset_high_water(cuda: bool) -> None:
 
 
 def status(field: str) -> int:
-    """A size of this process in bytes, by its name in /proc: VmRSS is what is resident, VmHWM its peak."""
+    """A size of this process in bytes, by its name in /proc: VmRSS is what is resident, VmHWM its
+    peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -80,7 +82,12 @@ def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
             "max_length": arguments.max_length,
             "cache_dir": folder,
         },
-        "valuation": {"layers": 3, "window": 32, "split_terms": arguments.split_terms, "stability_weight": 0.0},
+        "valuation": {
+            "layers": 3,
+            "window": 32,
+            "split_terms": arguments.split_terms,
+            "stability_weight": 0.0,
+        },
         "selection": {"keep_ratio": 0.5},
         "train": {
             "global_batch_size": PAPER_MICRO_BATCHES * arguments.micro_batch,
@@ -96,7 +103,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return f"CPU, {torch.get_num_threads()} threads ({model})"
@@ -104,13 +115,22 @@ def device_name(device: torch.device) -> str:
 
 def cost_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every cost benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a Llama-like model")
-    parser.add_argument("--data", type=Path, required=True, help="rows {prompt, response}; the first 64 are held out")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="rows {prompt, response}; the first 64 are held out",
+    )
     parser.add_argument("--output", type=Path, help="where to write the result as JSON")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=1024, help="rows are cut to as many tokens")
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="rows are cut to as many tokens"
+    )
     return parser
 
 
@@ -119,7 +139,9 @@ def circumstances(module: str, device: torch.device, model: Path) -> dict[str, A
     return {
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "device": device_name(device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},
+        "versions": {
+            package: version(package) for package in ("torch", "transformers", "deepspeed")
+        },
         "threads": torch.get_num_threads(),
         "model": model.name,
     }

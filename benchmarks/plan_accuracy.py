@@ -1,12 +1,15 @@
-"""How far `alphatoken plan` is from what runs take: peak memory, bytes communicated, floating-point operations.
+"""How far `alphatoken plan` is from what runs take: peak memory, bytes communicated, floating-point
+operations.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.plan_accuracy --model models/smollm2 --output FILE
+    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.plan_accuracy --model models/smollm2 --output
+    FILE
 
-Every case runs four optimizer steps by `launch/local.sh` on generated rows of one length. Memory is the highest that
-was resident on any rank in the first three, loading included, less what was resident after its imports (on a GPU: the
-highest allocated). Bytes are those of the third step in DeepSpeed's communications log. FLOPs are counted in the
-fourth, which runs with the math kernel of attention. With the environment variable glibc gives freed memory back;
-without it a process holds on to some.
+Every case runs four optimizer steps by `launch/local.sh` on generated rows of one length. Memory is
+the highest that was resident on any rank in the first three, loading included, less what was
+resident after its imports (on a GPU: the highest allocated). Bytes are those of the third step in
+DeepSpeed's communications log. FLOPs are counted in the fourth, which runs with the math kernel of
+attention. With the environment variable glibc gives freed memory back; without it a process holds
+on to some.
 """
 
 from __future__ import annotations
@@ -71,16 +74,22 @@ def measure(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, PreferenceRunConfig):
         objective = PreferenceObjective(config.preference)
     trainer = Trainer(config, objective)
-    report = Report(config, Path(config.train.output_dir).with_suffix(".jsonl"), 0, STEPS, active=False)
+    report = Report(
+        config, Path(config.train.output_dir).with_suffix(".jsonl"), 0, STEPS, active=False
+    )
     for step in range(STEPS - 1):
         trainer._optimizer_step(step, report)
     with communicated_bytes() as communicated:
         trainer._optimizer_step(STEPS - 1, report)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM") - at_start
+    peak = (
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM") - at_start
+    )
     with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
         trainer._optimizer_step(STEPS, report)
     rows = rows_of(trainer._splits.train, len(config.selections))
-    plan = make_plan(config, rows, collectives.world_size(), "cpu" if device.type == "cpu" else None)
+    plan = make_plan(
+        config, rows, collectives.world_size(), "cpu" if device.type == "cpu" else None
+    )
     pairs = {
         "memory": (plan.memory.peak, peak),
         "bytes": (sum(message.bytes for message in plan.traffic), sum(communicated.values())),
@@ -94,7 +103,16 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
 def run_case(case: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The rank that took the most memory."""
-    options = ["--case", case, "--folder", folder, "--model", arguments.model, "--dtype", arguments.dtype]
+    options = [
+        "--case",
+        case,
+        "--folder",
+        folder,
+        "--model",
+        arguments.model,
+        "--dtype",
+        arguments.dtype,
+    ]
     command = ["launch/local.sh", "--module", "benchmarks.plan_accuracy", *map(str, options)]
     subprocess.run(command, check=True, env={**os.environ, "RANKS": "2"})
     ranks: list[dict[str, Any]] = json.loads((folder / "result.json").read_text())
@@ -110,17 +128,23 @@ def show(results: dict[str, Any], console: Console) -> None:
         cells = []
         for what, (unit, name) in units.items():
             planned, measured = result[what]["planned"], result[what]["measured"]
-            cells.append(f"{planned / unit:,.1f} / {measured / unit:,.1f} {name} = {planned / measured:.3f}")
+            cells.append(
+                f"{planned / unit:,.1f} / {measured / unit:,.1f} {name} = {planned / measured:.3f}"
+            )
         table.add_row(case, *cells)
     console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--output", type=Path, help="where to write the result as JSON")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--words", type=int, default=128, help="words of each prompt and of each response")
+    parser.add_argument(
+        "--words", type=int, default=128, help="words of each prompt and of each response"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,13 +1,16 @@
-"""What valuation costs: this engine with and without it, and the published procedure, on the same micro-batches.
+"""What valuation costs: this engine with and without it, and the published procedure, on the same
+micro-batches.
 
-    python -m benchmarks.valuation_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz --output FILE.json
+    python -m benchmarks.valuation_cost --model models/smollm2 --data DIR/gsm8k_train.jsonl.gz
+    --output FILE.json
 
-One process. `plain` is this engine with valuation off; `valued` scores (paper settings: last 3 layers, window 32, but
-adaptation only), selects half of the tokens and trains on them; `published` is the paper's procedure as its text
-describes it: validation sequences appended to every micro-batch, eager attention returning the weights of all layers,
-one backward pass for the signals and a second one, over the retained graph, for the masked loss. In its favour rows are
-padded to the longest only, and its head runs on response positions only. Each round runs every variant on the same
-micro-batch; the table holds medians, and medians of the ratios within rounds.
+One process. `plain` is this engine with valuation off; `valued` scores (paper settings: last 3
+layers, window 32, but adaptation only), selects half of the tokens and trains on them; `published`
+is the paper's procedure as its text describes it: validation sequences appended to every
+micro-batch, eager attention returning the weights of all layers, one backward pass for the signals
+and a second one, over the retained graph, for the masked loss. In its favour rows are padded to the
+longest only, and its head runs on response positions only. Each round runs every variant on the
+same micro-batch; the table holds medians, and medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Published:
             )
         }
 
-    def step(self, train: list[tuple[Tensor, Tensor]], validation: list[tuple[Tensor, Tensor]]) -> None:
+    def step(
+        self, train: list[tuple[Tensor, Tensor]], validation: list[tuple[Tensor, Tensor]]
+    ) -> None:
         """Forward of everything, backward for the signals, values, backward of the masked loss."""
         rows = [*train, *validation]
         length = max(len(ids) for ids, _ in rows)
@@ -72,14 +77,18 @@ class Published:
         acts: dict[Any, Tensor] = {}
         outputs: dict[Any, Tensor] = {}
         handles = [
-            linear.register_forward_hook(lambda _module, args, output, key=key: _keep(acts, outputs, key, args, output))
+            linear.register_forward_hook(
+                lambda _module, args, output, key=key: _keep(acts, outputs, key, args, output)
+            )
             for key, linear in self._linears.items()
         ]
         result = self._model.model(input_ids=ids_BT, output_attentions=True, use_cache=False)
         for handle in handles:
             handle.remove()
         logits_RV = self._model.lm_head(result.last_hidden_state[response_BT]).float()
-        nll_R = torch.nn.functional.cross_entropy(logits_RV, targets_BT[response_BT], reduction="none")
+        nll_R = torch.nn.functional.cross_entropy(
+            logits_RV, targets_BT[response_BT], reduction="none"
+        )
         nll_R.sum().backward(retain_graph=True)
         self._model.zero_grad()
 
@@ -103,7 +112,9 @@ class Published:
         (nll_R[: len(value_R)] * mask_R).sum().div(len(kept)).backward()  # training rows come first
 
 
-def _keep(acts: dict[Any, Tensor], outputs: dict[Any, Tensor], key: Any, args: Any, output: Tensor) -> None:
+def _keep(
+    acts: dict[Any, Tensor], outputs: dict[Any, Tensor], key: Any, args: Any, output: Tensor
+) -> None:
     acts[key] = args[0].detach()
     outputs[key] = output
     output.retain_grad()
@@ -127,7 +138,9 @@ class Cases:
             size: trainer._micro_batches(trainer._splits.validation, np.arange(size), step=0)
             for size in arguments.validation_sequences
         }
-        self._own_tokens = sum(int(loss_positions(batch["labels"])[0].sum()) for batch in self._batches)
+        self._own_tokens = sum(
+            int(loss_positions(batch["labels"])[0].sum()) for batch in self._batches
+        )
         replica = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.bfloat16, attn_implementation="eager"
         ).to(self.device)
@@ -144,7 +157,9 @@ class Cases:
     def tokens(self, number: int) -> tuple[int, int]:
         """Tokens and response tokens of a micro-batch."""
         batch = self._batches[number]
-        return int((batch["document_ids"] >= 0).sum()), int(loss_positions(batch["labels"])[0].sum())
+        return int((batch["document_ids"] >= 0).sum()), int(
+            loss_positions(batch["labels"])[0].sum()
+        )
 
     def plain(self, number: int) -> None:
         self._model.attach(None)
@@ -185,7 +200,9 @@ def _rows(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cases = Cases(arguments, folder)
-        for call in cases.calls.values():  # warm-up: lazy allocations, kernels, DeepSpeed's prefetch trace
+        for (
+            call
+        ) in cases.calls.values():  # warm-up: lazy allocations, kernels, DeepSpeed's prefetch trace
             call(0)
         times: dict[str, list[float]] = {name: [] for name in cases.calls}
         for number in range(1, arguments.rounds + 1):
@@ -193,7 +210,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 times[name].append(seconds(partial(call, number), cases.device))
         peak = Peak(cases.device)
         peaks = {name: peak.of(partial(call, 1)) for name, call in cases.calls.items()}
-        operations = {name: flops(partial(call, 1)) for name, call in cases.calls.items() if name != "optimizer"}
+        operations = {
+            name: flops(partial(call, 1))
+            for name, call in cases.calls.items()
+            if name != "optimizer"
+        }
         tokens = [cases.tokens(number) for number in range(1, arguments.rounds + 1)]
     return {
         **circumstances("benchmarks.valuation_cost", cases.device, arguments.model),
@@ -205,7 +226,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": times,
         "peak_bytes_above_resident": peaks,
         "flops": operations,
-        "ratios": {str(size): ratios(size, times, operations, peaks) for size in arguments.validation_sequences},
+        "ratios": {
+            str(size): ratios(size, times, operations, peaks)
+            for size in arguments.validation_sequences
+        },
     }
 
 
@@ -213,11 +237,17 @@ def ratios(
     size: int, times: dict[str, list[float]], operations: dict[str, int], peaks: dict[str, int]
 ) -> dict[str, float]:
     """Medians over rounds of ratios within a round, FLOP ratios, and the ratio of peak memory."""
-    rounds = [costs(dict(zip(times, values, strict=True)), size) for values in zip(*times.values(), strict=True)]
+    rounds = [
+        costs(dict(zip(times, values, strict=True)), size)
+        for values in zip(*times.values(), strict=True)
+    ]
     in_flops = costs({**operations, "optimizer": 0}, size)
     ours = max(peaks[f"valued {size}"], peaks[f"refresh {size}"])
     return {
-        **{name: statistics.median(each[name][0] / each[name][1] for each in rounds) for name in rounds[0]},
+        **{
+            name: statistics.median(each[name][0] / each[name][1] for each in rounds)
+            for name in rounds[0]
+        },
         **{f"{name}, in FLOPs": above / below for name, (above, below) in in_flops.items()},
         "peak memory, valued / published": ours / peaks[f"published {size}"],
     }
@@ -239,7 +269,9 @@ def costs(cost: Mapping[str, float], size: int) -> dict[str, tuple[float, float]
 
 def show(result: dict[str, Any]) -> None:
     console = Console(width=110)
-    table = Table("case", "median seconds", "TFLOP", "peak MiB above resident", title=result["device"])
+    table = Table(
+        "case", "median seconds", "TFLOP", "peak MiB above resident", title=result["device"]
+    )
     for name, values in result["seconds"].items():
         operations = result["flops"].get(name)
         table.add_row(
@@ -258,7 +290,11 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = cost_parser(__doc__)
     parser.add_argument(
-        "--validation-sequences", type=int, nargs="+", default=[8, 32], help="numbers to measure; the paper has 32"
+        "--validation-sequences",
+        type=int,
+        nargs="+",
+        default=[8, 32],
+        help="numbers to measure; the paper has 32",
     )
     parser.add_argument("--split-terms", action="store_true", help="keep the four terms apart")
     run_cost(parser, measure, show)

@@ -1,6 +1,8 @@
-"""Preference optimization (the DPO family) on the valuable tokens of pairs of responses, under DeepSpeed.
+"""Preference optimization (the DPO family) on the valuable tokens of pairs of responses, under
+DeepSpeed.
 
-    deepspeed recipes/preference.py --config configs/preference/smollm2_hh_rlhf.yaml [section.key=value ...]
+    deepspeed recipes/preference.py --config configs/preference/smollm2_hh_rlhf.yaml
+    [section.key=value ...]
 
 `--help` explains every key.
 """
@@ -14,7 +16,9 @@ from alphatoken.training import Trainer
 
 def main() -> None:
     with readable_errors():
-        description = "Preference optimization on the valuable tokens of pairs of responses, under DeepSpeed."
+        description = (
+            "Preference optimization on the valuable tokens of pairs of responses, under DeepSpeed."
+        )
         config = parse_arguments(PreferenceRunConfig, description)
         Trainer(config, PreferenceObjective(config.preference)).run()
 

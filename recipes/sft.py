@@ -14,7 +14,9 @@ from alphatoken.training import Trainer
 
 def main() -> None:
     with readable_errors():
-        config = parse_arguments(RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed.")
+        config = parse_arguments(
+            RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed."
+        )
         Trainer(config, SupervisedObjective()).run()
 
 

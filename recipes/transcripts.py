@@ -1,9 +1,11 @@
-"""Turns preference rows whose prompt is a transcript ("Human: ... Assistant: ...") into lists of messages.
+"""Turns preference rows whose prompt is a transcript ("Human: ... Assistant: ...") into lists of
+messages.
 
     python -m recipes.transcripts pairs.jsonl.gz pairs.jsonl
 
-Rows have "prompt", "chosen" and "rejected" as text, as in copies of HH-RLHF. A model with a chat template should see
-the turns of a conversation as its template writes them, not as one long user message.
+Rows have "prompt", "chosen" and "rejected" as text, as in copies of HH-RLHF. A model with a chat
+template should see the turns of a conversation as its template writes them, not as one long user
+message.
 """
 
 import gzip
@@ -23,15 +25,22 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def messages_of(transcript: str, where: str) -> list[dict[str, str]]:
-    """The turns of a transcript that ends where the assistant is to answer. Raises UserError for another text."""
+    """The turns of a transcript that ends where the assistant is to answer. Raises UserError for
+    another text."""
     before, *parts = SPEAKER.split(transcript)
     if before.strip() or not parts:
-        raise UserError(f"{where}: the prompt must begin with 'Human:' or 'Assistant:', but begins {transcript[:40]!r}")
+        raise UserError(
+            f"{where}: the prompt must begin with 'Human:' or 'Assistant:', but begins "
+            f"{transcript[:40]!r}"
+        )
     turns = [
-        {"role": ROLES[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+        {"role": ROLES[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
     ]
     if turns[-1] != {"role": "assistant", "content": ""}:
-        raise UserError(f"{where}: the prompt must end with 'Assistant:', but ends {transcript[-40:]!r}")
+        raise UserError(
+            f"{where}: the prompt must end with 'Assistant:', but ends {transcript[-40:]!r}"
+        )
     return turns[:-1]
 
 
@@ -41,12 +50,16 @@ def convert(source: Path) -> list[dict[str, Any]]:
     with opener(source, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [
-        {**row, "prompt": messages_of(row["prompt"], f"{source}:{number}")} for number, row in enumerate(rows, start=1)
+        {**row, "prompt": messages_of(row["prompt"], f"{source}:{number}")}
+        for number, row in enumerate(rows, start=1)
     ]
 
 
-def hold_out(rows: list[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows without, and with, those of the first conversations that together have at least `count`.
+def hold_out(
+    rows: list[dict[str, Any]], count: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows without, and with, those of the first conversations that together have at least
+    `count`.
 
     Rows whose conversations begin alike may share answers, so they stay together.
     """
@@ -69,8 +82,12 @@ def write(rows: list[dict[str, Any]], target: Path) -> None:
 def main(
     source: Annotated[Path, typer.Argument(help="Rows with transcripts: .jsonl or .jsonl.gz.")],
     target: Annotated[Path, typer.Argument(help="Rows with messages: .jsonl.")],
-    held_out: Annotated[Path | None, typer.Option(help="Where to write rows that are held out of TARGET.")] = None,
-    held_out_rows: Annotated[int, typer.Option(help="How many, at least: whole conversations.")] = 64,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Where to write rows that are held out of TARGET.")
+    ] = None,
+    held_out_rows: Annotated[
+        int, typer.Option(help="How many, at least: whole conversations.")
+    ] = 64,
 ) -> None:
     """Writes the rows of SOURCE to TARGET with their prompts as messages."""
     with readable_errors():

@@ -72,7 +72,8 @@ def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One optimizer step per configuration: every micro-batch's output by document, and the gradient before the step.
+    """One optimizer step per configuration: every micro-batch's output by document, and the
+    gradient before the step.
 
     Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
     """
@@ -84,7 +85,11 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
         gradients: dict[str, Tensor] = {}
 
         def remember(
-            _module: Any, args: tuple[Any, ...], output: Any, rows: dict[int, Any] = rows, branches: int = branches
+            _module: Any,
+            args: tuple[Any, ...],
+            output: Any,
+            rows: dict[int, Any] = rows,
+            branches: int = branches,
         ) -> None:
             assessment, documents = output["assessment"], args[0]["document_ids"]
             for number, row in enumerate(args[0]["rows"].tolist()):
@@ -113,7 +118,8 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
-    """What each case of the benchmark takes, and what was planned. (Memory does not count: forked processes share.)"""
+    """What each case of the benchmark takes, and what was planned. (Memory does not count: forked
+    processes share.)"""
     return {
         case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32"))
         for case in plan_accuracy.CASES
@@ -133,7 +139,9 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     for number, batch in enumerate(batches):
         output = trainer._engine(batch)
         denominator = trainer._objective.denominator(kept_tokens, len(rows))
-        trainer._engine.backward(output["total"] * collectives.world_size() / denominator, scale_wrt_gas=False)
+        trainer._engine.backward(
+            output["total"] * collectives.world_size() / denominator, scale_wrt_gas=False
+        )
         result["kept"].append(int((output["weight_BT"] > 0).sum()))
         result["tokens"].append({"ids": batch["input_ids"], "weight": output["weight_BT"]})
         if number == len(batches) - 1:
@@ -154,7 +162,8 @@ def shard_of(rank: int, length: int) -> Tensor:
 
 
 def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Values of the next step's rows after some optimizer steps, with the weights and Adam's moments they depend on."""
+    """Values of the next step's rows after some optimizer steps, with the weights and Adam's
+    moments they depend on."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results = {}
@@ -165,26 +174,40 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
             trainer._optimizer_step(step, report)
         trainer._steps_taken = steps
         batches = trainer._micro_batches(
-            trainer._splits.train, trainer._train_order.step(steps, values["train"]["global_batch_size"]), steps
+            trainer._splits.train,
+            trainer._train_order.step(steps, values["train"]["global_batch_size"]),
+            steps,
         )
-        trainer._refresh(steps, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own_tokens=1)
+        trainer._refresh(
+            steps, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own_tokens=1
+        )
         rows = {}
         for batch in batches:
             value_BT = trainer._model.assess(batch)["values"]["direct_target"]
             for number, row in enumerate(batch["rows"].tolist()):
                 rows[row] = value_BT[batch["document_ids"] == number]
-        parameters = {key.removeprefix("lm."): each for key, each in trainer._model.named_parameters() if "lm." in key}
+        parameters = {
+            key.removeprefix("lm."): each
+            for key, each in trainer._model.named_parameters()
+            if "lm." in key
+        }
         results[name] = {
             "rows": rows,
-            "weights": {key: safe_get_full_fp32_param(each).clone() for key, each in parameters.items()},
-            "moments": {key: safe_get_full_optimizer_state(each, "exp_avg_sq") for key, each in parameters.items()},
+            "weights": {
+                key: safe_get_full_fp32_param(each).clone() for key, each in parameters.items()
+            },
+            "moments": {
+                key: safe_get_full_optimizer_state(each, "exp_avg_sq")
+                for key, each in parameters.items()
+            },
         }
         trainer._engine.destroy()
     return results
 
 
 def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Forward, vjp and jvp of the last layers under ZeRO, on rows and directions of this rank's own."""
+    """Forward, vjp and jvp of the last layers under ZeRO, on rows and directions of this rank's
+    own."""
     results = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
@@ -204,7 +227,10 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
                 output = streamer.forward(module, hidden, inputs)
                 paths = [path for path, _ in module.named_parameters()]
                 gradient, weights = streamer.vjp(module, hidden, inputs, outgrad, paths)
-                tangents = {path: torch.randn(each.shape, generator=generator) for path, each in weights.items()}
+                tangents = {
+                    path: torch.randn(each.shape, generator=generator)
+                    for path, each in weights.items()
+                }
                 _, derivative = streamer.jvp(module, hidden, outgrad, inputs, tangents)
             products[index] = {
                 "hidden": hidden,
@@ -231,8 +257,8 @@ def run_trainers(
 ) -> dict[str, str]:
     """Whole runs, one after the other; returns the error message of each, empty where it finished.
 
-    Dies before it writes that block of a reference's losses, or that checkpoint, if any. disk: how it is full from the
-    second checkpoint on.
+    Dies before it writes that block of a reference's losses, or that checkpoint, if any. disk: how
+    it is full from the second checkpoint on.
     """
     if killed_in_save is not None:
         die_in_call(Trainer, "_save", killed_in_save, f"killed in save {killed_in_save}")
@@ -262,7 +288,9 @@ def live_tensor_bytes(folder: Path, values: dict[str, Any]) -> int:
     return sum(storages.values())
 
 
-def messages_of(configs: dict[str, dict[str, Any]], work: Callable[[dict[str, Any]], None]) -> dict[str, str]:
+def messages_of(
+    configs: dict[str, dict[str, Any]], work: Callable[[dict[str, Any]], None]
+) -> dict[str, str]:
     messages = {}
     for name, values in configs.items():
         messages[name] = ""
@@ -288,7 +316,10 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 
 
 def recorded_run(
-    folder: Path, values: dict[str, Any], kill: tuple[str, int, int] | None = None, by: int = signal.SIGKILL
+    folder: Path,
+    values: dict[str, Any],
+    kill: tuple[str, int, int] | None = None,
+    by: int = signal.SIGKILL,
 ) -> dict[str, Any]:
     """A whole run; the kept tokens of every step's documents, and how often each moment was passed.
 
@@ -311,7 +342,9 @@ def recorded_run(
     def remember(_module: Any, args: tuple[Any, ...], output: Any) -> None:
         for number, row in enumerate(args[0]["rows"].tolist()):
             inside = args[0]["document_ids"] == number
-            kept[trainer._steps_taken, branches * row + number % branches] = output["weight_BT"][inside]
+            kept[trainer._steps_taken, branches * row + number % branches] = output["weight_BT"][
+                inside
+            ]
 
     trainer._model.register_forward_hook(remember)
     trainer.run()
@@ -338,7 +371,8 @@ def free_space(count: int) -> None:
 
 
 def fill_disk(way: str) -> None:
-    """`space`: less is free than a checkpoint takes. `refused`: no file may be longer than a few bytes."""
+    """`space`: less is free than a checkpoint takes. `refused`: no file may be longer than a few
+    bytes."""
     saves = itertools.count(1)
 
     def later() -> None:
@@ -370,16 +404,20 @@ def die_in_call(owner: type, method: str, number: int, message: str) -> None:
 def fisher_estimates(
     folder: Path, configs: dict[str, dict[str, Any]], killed_in_pass: int | None = None
 ) -> dict[str, str]:
-    """Estimates one after the other, or dies at the start of a pass; returns the error message of each, if any."""
+    """Estimates one after the other, or dies at the start of a pass; returns the error message of
+    each, if any."""
     if killed_in_pass is not None:
         die_in_call(FisherSum, "add", killed_in_pass, f"killed in pass {killed_in_pass}")
-    return messages_of(configs, lambda values: run_fisher(validate(RunConfig, values, "of the test")))
+    return messages_of(
+        configs, lambda values: run_fisher(validate(RunConfig, values, "of the test"))
+    )
 
 
 def drifts(
     folder: Path, configs: dict[str, dict[str, Any]], steps: int, universal: Path | None = None
 ) -> dict[str, Any]:
-    """After some optimizer steps (of a resumed run too): V from the shards, and the whole fp32 masters.
+    """After some optimizer steps (of a resumed run too): V from the shards, and the whole fp32
+    masters.
 
     `universal` is a checkpoint of another number of ranks to load first, converted by DeepSpeed.
     """
@@ -394,7 +432,9 @@ def drifts(
         if universal is not None:
             trainer._engine.load_checkpoint(str(universal.parent), tag=universal.name)
         first = [safe_get_full_fp32_param(drift._parameters[each]).clone() for each in names]
-        report = Report(trainer._config, folder / "metrics.jsonl", trainer._first_step, steps, active=False)
+        report = Report(
+            trainer._config, folder / "metrics.jsonl", trainer._first_step, steps, active=False
+        )
         for step in range(trainer._first_step, trainer._first_step + steps):
             trainer._optimizer_step(step, report)
         if values["train"].get("save_every"):
@@ -412,7 +452,8 @@ def drifts(
 
 
 def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Ordinary ZeRO-3 fine-tuning: the model's own logits, the mean loss of the global batch's response tokens."""
+    """Ordinary ZeRO-3 fine-tuning: the model's own logits, the mean loss of the global batch's
+    response tokens."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -420,12 +461,15 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
     initialise_ranks()
     ranks, rank = collectives.world_size(), collectives.rank()
     tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
-    dataset = tokenise(config.data.train, Encoder(tokenizer, config.data.max_length), config.data.cache_dir)
+    dataset = tokenise(
+        config.data.train, Encoder(tokenizer, config.data.max_length), config.data.cache_dir
+    )
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=config.optim.lr
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        lr=config.optim.lr,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * steps), steps)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
@@ -444,32 +488,45 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
     for step in range(steps):
         rows = Order([len(dataset)], None, (config.train.seed, 0)).step(step, batch)
         batches = micro_batches(dataset, rows, Layout(micro, tokenizer.pad_token_id), rank, ranks)
-        counted = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        counted = torch.tensor(
+            sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        )
         torch.distributed.all_reduce(counted)
         step_loss = torch.zeros(())
         for batch_of_rows in batches:
             attention = (batch_of_rows["input_ids"] != -1).long()
             logits = engine(input_ids=batch_of_rows["input_ids"], attention_mask=attention).logits
             loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), batch_of_rows["labels"][:, 1:].flatten(), reduction="sum"
+                logits[:, :-1].flatten(0, 1),
+                batch_of_rows["labels"][:, 1:].flatten(),
+                reduction="sum",
             )
             step_loss += loss.detach() / counted
-            # DeepSpeed averages over ranks and accumulation steps; the loss is already a mean over the global batch.
+            # DeepSpeed averages over ranks and accumulation steps; the loss is already a mean
+            # over the global batch.
             engine.backward(loss * ranks * len(batches) / counted)
             engine.step()
         torch.distributed.all_reduce(step_loss)
         losses.append(float(step_loss))
-    weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+    weights = {
+        name: safe_get_full_fp32_param(parameter).clone()
+        for name, parameter in model.named_parameters()
+    }
     return {"losses": losses, "weights": weights}
 
 
-def examinations(folder: Path, files: dict[str, Path], overrides: dict[str, list[list[str]]]) -> dict[str, Any]:
-    """What the doctor finds for each configuration, with other overrides on each rank, each as if on another node."""
+def examinations(
+    folder: Path, files: dict[str, Path], overrides: dict[str, list[list[str]]]
+) -> dict[str, Any]:
+    """What the doctor finds for each configuration, with other overrides on each rank, each as if
+    on another node."""
     results, storage.APPEARS_WITHIN = {}, 0.5
     for name, file in files.items():
         rank = int(os.environ["RANK"])
         arrival = Arrival(f"node-{rank}", rank, "cpu", 1)
-        examination = Examination(file, overrides[name][rank], arrival, Output(as_json=False, is_first=rank == 0))
+        examination = Examination(
+            file, overrides[name][rank], arrival, Output(as_json=False, is_first=rank == 0)
+        )
         examination.join_ranks(patience=120)
         examination.run()
         results[name] = examination.findings

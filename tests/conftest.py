@@ -1,4 +1,5 @@
-"""A tiny model folder and a tiny data set, built once per session. Tests are repeatable, and GPU tests wait for a GPU.
+"""A tiny model folder and a tiny data set, built once per session. Tests are repeatable, and GPU
+tests wait for a GPU.
 
 `--hypothesis-profile=default` looks at new examples instead of the same ones each time.
 """
@@ -48,16 +49,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for part, size in (("train", 30), ("validation", 7), ("eval", 5)):
         rows = []
         for index in range(size):
-            words = [rng.choice(["red", "green", "blue", "seven", "eleven"]) for _ in range(rng.randint(1, 9))]
+            words = [
+                rng.choice(["red", "green", "blue", "seven", "eleven"])
+                for _ in range(rng.randint(1, 9))
+            ]
             rows.append({"prompt": f"{part} {index}?", "response": " ".join(words)})
         files[part] = str(folder / f"{part}.jsonl")
-        Path(files[part]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        Path(files[part]).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return files
 
 
 @pytest.fixture(scope="session")
 def pair_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Pairs of different lengths, as `data.train`, `data.validation` and `data.eval`; prompts of one or three turns."""
+    """Pairs of different lengths, as `data.train`, `data.validation` and `data.eval`; prompts of
+    one or three turns."""
     folder = tmp_path_factory.mktemp("pairs")
     rng = random.Random(1)
     files = {}
@@ -70,11 +77,16 @@ def pair_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             )
             prompt: Any = f"{part} {index}?"
             if index % 3 == 0:
-                earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+                earlier = [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Yes?"},
+                ]
                 prompt = [*earlier, {"role": "user", "content": prompt}]
             rows.append({"prompt": prompt, "chosen": colours, "rejected": numbers})
         files[part] = str(folder / f"{part}.jsonl")
-        Path(files[part]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        Path(files[part]).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return files
 
 

@@ -1,4 +1,5 @@
-"""The slow, obvious definition of exact values: float64, one gradient per token by autograd, over whole parameters.
+"""The slow, obvious definition of exact values: float64, one gradient per token by autograd, over
+whole parameters.
 
 Nothing here is shared with the code it checks.
 """
@@ -18,12 +19,19 @@ def token_losses(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> dict[in
     """Loss of each response position of one sequence, with its graph."""
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    return {t: -log_probabilities[t, labels[t + 1]] for t in range(len(ids) - 1) if labels[t + 1] != -100}
+    return {
+        t: -log_probabilities[t, labels[t + 1]]
+        for t in range(len(ids) - 1)
+        if labels[t + 1] != -100
+    }
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if each is None else each for p, each in zip(parameters, found, strict=True)]
+    return [
+        torch.zeros_like(p) if each is None else each
+        for p, each in zip(parameters, found, strict=True)
+    ]
 
 
 def exact_values(
@@ -36,7 +44,8 @@ def exact_values(
     reference: Mapping[str, Tensor] | None = None,
     scale: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """`direct_target` = <grad l_t, G> and `direct_proxy` = <grad l_t, V> per position of every sequence, (T,) float64.
+    """`direct_target` = <grad l_t, G> and `direct_proxy` = <grad l_t, V> per position of every
+    sequence, (T,) float64.
 
     `scale` multiplies both directions, elementwise.
     """
@@ -54,13 +63,20 @@ def exact_values(
         ]
     if scale is not None:
         scales = [scale[name].double() for name in names]
-        target, drift = ([a * b for a, b in zip(each, scales, strict=True)] for each in (target, drift))
+        target, drift = (
+            [a * b for a, b in zip(each, scales, strict=True)] for each in (target, drift)
+        )
     results = []
     for ids, labels in sequences:
-        values = {term: torch.zeros(len(ids), dtype=torch.float64) for term in ("direct_target", "direct_proxy")}
+        values = {
+            term: torch.zeros(len(ids), dtype=torch.float64)
+            for term in ("direct_target", "direct_proxy")
+        }
         for t, loss in token_losses(model, ids, labels).items():
             own = gradients(loss, parameters)
-            values["direct_target"][t] = sum((a * b).sum() for a, b in zip(own, target, strict=True))
+            values["direct_target"][t] = sum(
+                (a * b).sum() for a, b in zip(own, target, strict=True)
+            )
             values["direct_proxy"][t] = sum((a * b).sum() for a, b in zip(own, drift, strict=True))
         results.append(values)
     return results

@@ -1,4 +1,5 @@
-"""The slow, obvious definition of the diagonal Fisher: float64, one sequence at a time, every completion enumerated.
+"""The slow, obvious definition of the diagonal Fisher: float64, one sequence at a time, every
+completion enumerated.
 
 Nothing here is shared with the code it checks.
 """
@@ -26,8 +27,11 @@ class Squares(NamedTuple):
     sequence: Tensor
 
 
-def squares(model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor) -> dict[str, Squares]:
-    """`model` is an `oracle_copy`; `ids` and `labels` are (T,), without padding. Labels need not be the ids."""
+def squares(
+    model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor
+) -> dict[str, Squares]:
+    """`model` is an `oracle_copy`; `ids` and `labels` are (T,), without padding. Labels need not be
+    the ids."""
     signals = sequence_signals(model, Scored(dict.fromkeys(names, 0), {}, {}), ids, labels)
     found = {}
     for name in names:
@@ -40,13 +44,18 @@ def squares(model: PreTrainedModel, names: Collection[str], ids: Tensor, labels:
 
 
 def position_gradients(
-    model: PreTrainedModel, names: Collection[str], ids: Tensor, labels: Tensor, head_first: str = "$^"
+    model: PreTrainedModel,
+    names: Collection[str],
+    ids: Tensor,
+    labels: Tensor,
+    head_first: str = "$^",
 ) -> dict[str, list[Tensor]]:
-    """The gradient of the summed loss by any parameter, position by position of the modules that own it.
+    """The gradient of the summed loss by any parameter, position by position of the modules that
+    own it.
 
-    For every position one pass over the sequence, in which the owners use the parameter there, and a constant of the
-    same value elsewhere. `model` is an `oracle_copy`. Outputs are (1, T, ...), or (1, heads, T, F) of modules whose
-    path matches `head_first`.
+    For every position one pass over the sequence, in which the owners use the parameter there, and
+    a constant of the same value elsewhere. `model` is an `oracle_copy`. Outputs are (1, T, ...), or
+    (1, heads, T, F) of modules whose path matches `head_first`.
     """
     owners: dict[int, tuple[nn.Module, int]] = {}
     parameters = [model.get_parameter(name) for name in names]
@@ -69,7 +78,8 @@ def position_gradients(
 
 @contextmanager
 def _parameters_at(module: nn.Module, position: int, axis: int, length: int) -> Iterator[None]:
-    """Lets gradients reach a module's parameters through one position of its output, along `axis`, only."""
+    """Lets gradients reach a module's parameters through one position of its output, along `axis`,
+    only."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -79,7 +89,9 @@ def _parameters_at(module: nn.Module, position: int, axis: int, length: int) -> 
         module.requires_grad_(True)
         assert output.shape[axis] == length
         here = torch.arange(length) == position
-        return torch.where(here.view([-1 if each == axis else 1 for each in range(output.dim())]), output, constant)
+        return torch.where(
+            here.view([-1 if each == axis else 1 for each in range(output.dim())]), output, constant
+        )
 
     module.forward = forward
     try:
@@ -96,8 +108,11 @@ def _is_transposed(model: PreTrainedModel, name: str) -> bool:
 def completions(
     model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, stop_tokens: Collection[int]
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every completion y that the model can give, and p(y | prompt). A completion ends with a stop token or is full."""
-    probabilities = torch.softmax(model(input_ids=prompt[None], use_cache=False).logits[0, -1], dim=-1)
+    """Every completion y that the model can give, and p(y | prompt). A completion ends with a stop
+    token or is full."""
+    probabilities = torch.softmax(
+        model(input_ids=prompt[None], use_cache=False).logits[0, -1], dim=-1
+    )
     for token, probability in enumerate(probabilities.tolist()):
         if token in stop_tokens or max_new_tokens == 1:
             yield (token,), probability
@@ -111,8 +126,8 @@ def completions(
 class ExactFisher:
     """By linear: the expectation over prompts and completions, and the variance of one draw.
 
-    The variance is that of the completion given its prompt, averaged over prompts: the mean of n draws that are spread
-    evenly over the prompts has `variance / n`.
+    The variance is that of the completion given its prompt, averaged over prompts: the mean of n
+    draws that are spread evenly over the prompts has `variance / n`.
     """
 
     mean: dict[str, Squares]
@@ -131,22 +146,34 @@ def exact_fisher(
     moments = [_moments(model, names, prompt, max_new_tokens, stop_tokens) for prompt in prompts]
     mean, variance = {}, {}
     for name in names:
-        first, second = (torch.stack([moment[name][power] for moment in moments]) for power in (0, 1))
+        first, second = (
+            torch.stack([moment[name][power] for moment in moments]) for power in (0, 1)
+        )
         mean[name] = Squares(*first.mean(0))
         variance[name] = Squares(*(second - first.square()).mean(0).clamp_min(0))
     return ExactFisher(mean, variance)
 
 
 def _moments(
-    model: PreTrainedModel, names: Collection[str], prompt: Tensor, max_new_tokens: int, stop_tokens: Collection[int]
+    model: PreTrainedModel,
+    names: Collection[str],
+    prompt: Tensor,
+    max_new_tokens: int,
+    stop_tokens: Collection[int],
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
     """E and E of the square of one prompt's squares; (2, O, I) each, token and sequence stacked."""
-    first = {name: torch.zeros(2, *model.get_parameter(name).shape, dtype=torch.float64) for name in names}
+    first = {
+        name: torch.zeros(2, *model.get_parameter(name).shape, dtype=torch.float64)
+        for name in names
+    }
     second = {name: torch.zeros_like(tensor) for name, tensor in first.items()}
     total = 0.0
     for completion, probability in completions(model, prompt, max_new_tokens, stop_tokens):
         answer = torch.tensor(completion)
-        ids, labels = torch.cat([prompt, answer]), torch.cat([torch.full_like(prompt, -100), answer])
+        ids, labels = (
+            torch.cat([prompt, answer]),
+            torch.cat([torch.full_like(prompt, -100), answer]),
+        )
         for name, pair in squares(model, names, ids, labels).items():
             first[name] += probability * torch.stack(pair)
             second[name] += probability * torch.stack(pair).square()

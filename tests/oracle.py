@@ -1,7 +1,8 @@
-"""The slow, obvious definition of token values: float64, one sequence at a time, written from the equations.
+"""The slow, obvious definition of token values: float64, one sequence at a time, written from the
+equations.
 
-Every position gets its explicit outer product d_t h_t^T and every layer its explicit (T, T) attention matrix. Nothing
-here is shared with the code it checks.
+Every position gets its explicit outer product d_t h_t^T and every layer its explicit (T, T)
+attention matrix. Nothing here is shared with the code it checks.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ Sequences = Sequence[tuple[Tensor, Tensor]]
 class Scored:
     """The scored set S.
 
-    linears: parameter name -> layer. values: those on the causal path -> their value rows (None: all). through: an
-    adapter's A -> its B, by way of whose value rows the causal path reaches it. attention: layer -> module path.
-    transposed: whether weights are stored (in, out).
+    linears: parameter name -> layer. values: those on the causal path -> their value rows (None:
+    all). through: an adapter's A -> its B, by way of whose value rows the causal path reaches it.
+    attention: layer -> module path. transposed: whether weights are stored (in, out).
     """
 
     linears: dict[str, int]
@@ -35,7 +36,8 @@ class Scored:
 
 @dataclass
 class SequenceSignals:
-    """One sequence's quantities: inputs (T, I) and output gradients (T, O) per linear, attention (T, T) per layer."""
+    """One sequence's quantities: inputs (T, I) and output gradients (T, O) per linear, attention
+    (T, T) per layer."""
 
     act: dict[str, Tensor]
     outgrad: dict[str, Tensor]
@@ -43,23 +45,32 @@ class SequenceSignals:
     response: list[int]
 
 
-def sequence_signals(model: PreTrainedModel, scored: Scored, ids: Tensor, labels: Tensor) -> SequenceSignals:
-    """`model` is a float64 copy with eager attention; `ids` and `labels` are (T,), without padding."""
+def sequence_signals(
+    model: PreTrainedModel, scored: Scored, ids: Tensor, labels: Tensor
+) -> SequenceSignals:
+    """`model` is a float64 copy with eager attention; `ids` and `labels` are (T,), without
+    padding."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     attention: dict[int, Tensor] = {}
     handles = []
     for name in scored.linears:
 
-        def remember(_module: object, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+        def remember(
+            _module: object, args: tuple[Tensor, ...], output: Tensor, name: str = name
+        ) -> None:
             inputs[name] = args[0][0].detach()
             outputs[name] = output
             output.retain_grad()
 
-        handles.append(model.get_submodule(name.removesuffix(".weight")).register_forward_hook(remember))
+        handles.append(
+            model.get_submodule(name.removesuffix(".weight")).register_forward_hook(remember)
+        )
     for layer, path in scored.attention.items():
 
-        def remember_attention(_module: object, _args: object, output: tuple[Tensor, ...], layer: int = layer) -> None:
+        def remember_attention(
+            _module: object, _args: object, output: tuple[Tensor, ...], layer: int = layer
+        ) -> None:
             attention[layer] = output[1][0].mean(0).detach()
 
         handles.append(model.get_submodule(path).register_forward_hook(remember_attention))
@@ -85,7 +96,9 @@ def oracle_copy(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def mean_gradients(model: PreTrainedModel, scored: Scored, validation: Sequences) -> dict[str, Tensor]:
+def mean_gradients(
+    model: PreTrainedModel, scored: Scored, validation: Sequences
+) -> dict[str, Tensor]:
     """1/N_val sum_v d_v h_v^T per linear."""
     held_out = [sequence_signals(model, scored, ids, labels) for ids, labels in validation]
     count = sum(len(signals.response) for signals in held_out)
@@ -100,8 +113,11 @@ def mean_gradients(model: PreTrainedModel, scored: Scored, validation: Sequences
     return mean
 
 
-def causal_outgrad(model: PreTrainedModel, scored: Scored, signals: SequenceSignals, name: str, k: int) -> Tensor:
-    """d_k of a linear on the causal path: of its value rows, or what they pass down to an adapter's A."""
+def causal_outgrad(
+    model: PreTrainedModel, scored: Scored, signals: SequenceSignals, name: str, k: int
+) -> Tensor:
+    """d_k of a linear on the causal path: of its value rows, or what they pass down to an adapter's
+    A."""
     source = scored.through.get(name, name)
     rows = scored.values[source]
     outgrad = signals.outgrad[source][k]
@@ -124,13 +140,16 @@ def token_values(
     reference: Mapping[str, Tensor] | None = None,
     coefficients: Sequence[float] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """The four terms and the composite of every position of every sequence, each (T,) float64, 0 off the response."""
+    """The four terms and the composite of every position of every sequence, each (T,) float64, 0
+    off the response."""
     model = oracle_copy(model)
     target = mean_gradients(model, scored, validation)
     drift = {name: torch.zeros_like(matrix) for name, matrix in target.items()}
     if fisher is not None and reference is not None:
         for name in scored.linears:
-            moved = fisher[name].double() * (model.get_parameter(name).detach() - reference[name].double())
+            moved = fisher[name].double() * (
+                model.get_parameter(name).detach() - reference[name].double()
+            )
             drift[name] = moved.T if scored.transposed else moved
 
     results = []
@@ -140,7 +159,13 @@ def token_values(
         length = len(ids)
         terms = {
             term: torch.zeros(length, dtype=torch.float64)
-            for term in ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
+            for term in (
+                "direct_target",
+                "causal_target",
+                "direct_proxy",
+                "causal_proxy",
+                "composite",
+            )
         }
         for t in signals.response:
             for name, layer in scored.linears.items():
@@ -167,4 +192,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |a - b| / max |b|."""
     actual, expected = actual.double(), expected.double()
     scale = expected.abs().max()
-    return float((actual - expected).abs().max() / scale) if scale > 0 else float(actual.abs().max())
+    return (
+        float((actual - expected).abs().max() / scale) if scale > 0 else float(actual.abs().max())
+    )

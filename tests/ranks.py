@@ -1,6 +1,7 @@
 """Runs a function of `tests.cases` in several gloo processes and collects what each returns.
 
-The processes are forked from a server that has imported everything, which saves each of them some ten seconds.
+The processes are forked from a server that has imported everything, which saves each of them some
+ten seconds.
 """
 
 from __future__ import annotations
@@ -41,29 +42,38 @@ def free_port() -> int:
 
 
 def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> list[Any]:
-    """Calls `tests.cases.<case>(folder, **arguments)` on every rank; returns the results in rank order.
+    """Calls `tests.cases.<case>(folder, **arguments)` on every rank; returns the results in rank
+    order.
 
     When a rank fails, the others are stopped and the test fails with that rank's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, folder / "arguments.pt")
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # read when the server imports torch and DeepSpeed
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }  # read when the server imports torch and DeepSpeed
     forkserver.ensure_running()
     port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     processes = [
-        _context.Process(target=_run_rank, args=(case, folder, rank_environment(rank, world_size, port), log))
+        _context.Process(
+            target=_run_rank, args=(case, folder, rank_environment(rank, world_size, port), log)
+        )
         for rank, log in enumerate(logs)
     ]
     for process in processes:
         process.start()
     try:
         while True:
-            # Looked up once: a process may end between two looks, and waiting for none would have no end.
+            # Looked up once: a process may end between two looks, and waiting for none would
+            # have no end.
             alive = [process.sentinel for process in processes if process.is_alive()]
             for rank, process in enumerate(processes):
                 if process.exitcode:
-                    raise AssertionError(f"rank {rank} of {case} failed:\n{logs[rank].read_text()[-6000:]}")
+                    raise AssertionError(
+                        f"rank {rank} of {case} failed:\n{logs[rank].read_text()[-6000:]}"
+                    )
             if not alive:
                 break
             wait(alive)
@@ -71,7 +81,9 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
         for process in processes:
             process.kill()
             process.join()
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [
+        torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)
+    ]
 
 
 def _run_rank(case: str, folder: Path, environment: dict[str, str], log: Path) -> None:

@@ -40,9 +40,14 @@ def padded_causal_mask(lengths: list[int], longest: int, side: str) -> Tensor:
 
 
 shapes = st.tuples(
-    st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (3, 3), (4, 1)]), st.integers(1, 40), st.integers(1, 35)
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (4, 2), (3, 3), (4, 1)]),
+    st.integers(1, 40),
+    st.integers(1, 35),
 )
-rules = st.sampled_from(["causal", "bool", "additive", "window", "documents", "documents and window"])
+rules = st.sampled_from(
+    ["causal", "bool", "additive", "window", "documents", "documents and window"]
+)
 
 
 def visibility_and_mask(rule: str, batch: int, length: int, side: str) -> tuple[Visibility, Tensor]:
@@ -57,7 +62,10 @@ def visibility_and_mask(rule: str, batch: int, length: int, side: str) -> tuple[
     return {
         "causal": (Visibility(), causal),
         "bool": (Visibility(explicit=padded), padded),
-        "additive": (Visibility(explicit=torch.zeros(padded.shape).masked_fill(~padded, float("-inf"))), padded),
+        "additive": (
+            Visibility(explicit=torch.zeros(padded.shape).masked_fill(~padded, float("-inf"))),
+            padded,
+        ),
         "window": (Visibility(sliding_window=4), causal & near),
         "documents": (Visibility(documents_BT=documents), causal & own[:, None]),
         "documents and window": (
@@ -68,7 +76,12 @@ def visibility_and_mask(rule: str, batch: int, length: int, side: str) -> tuple[
 
 
 @settings(deadline=None, max_examples=150)
-@given(shape=shapes, rule=rules, side=st.sampled_from(["left", "right"]), softcap=st.sampled_from([None, 0.7]))
+@given(
+    shape=shapes,
+    rule=rules,
+    side=st.sampled_from(["left", "right"]),
+    softcap=st.sampled_from([None, 0.7]),
+)
 def test_band_and_mixture_match_the_explicit_matrix(
     shape: tuple[int, tuple[int, int], int, int], rule: str, side: str, softcap: float | None
 ) -> None:
@@ -95,9 +108,13 @@ def test_band_and_mixture_match_the_explicit_matrix(
     assert relative_error(mix_band(band, outgrad), expected) <= 1e-5
 
     value = torch.randn(batch, kv_heads, length, 8, generator=generator)
-    seeing = mask.any(-1)[..., None]  # padding queries see nothing: what comes out there does not matter
+    seeing = mask.any(-1)[
+        ..., None
+    ]  # padding queries see nothing: what comes out there does not matter
     attended = every_head @ value.double().repeat_interleave(heads // kv_heads, dim=1)
-    assert relative_error(blocked_attention(call, value, block=7) * seeing, attended * seeing) <= 1e-5
+    assert (
+        relative_error(blocked_attention(call, value, block=7) * seeing, attended * seeing) <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 128])
@@ -106,14 +123,19 @@ def test_log_sum_exp_does_not_depend_on_its_blocks(block: int) -> None:
     padded = Visibility(explicit=padded_causal_mask([21, 9], 21, "left"))
     for visibility in (Visibility(), padded):
         call = AttentionCall(query, key, 0.3, visibility)
-        torch.testing.assert_close(log_sum_exp(call, block=block), log_sum_exp(call, block=64), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            log_sum_exp(call, block=block), log_sum_exp(call, block=64), rtol=1e-6, atol=1e-6
+        )
     blind = log_sum_exp(AttentionCall(query, key, 0.3, padded))[1, :, :12]
     assert torch.isneginf(blind).all(), "padding rows attend to nothing"
 
 
 @pytest.mark.parametrize("sliding_window", [None, 3])
-def test_forward_mode_keeps_packed_documents_apart_as_flash_attention_does(sliding_window: int | None) -> None:
-    """Flash attention gets no mask for packed rows, but positions that start anew; forward mode reads them alike."""
+def test_forward_mode_keeps_packed_documents_apart_as_flash_attention_does(
+    sliding_window: int | None,
+) -> None:
+    """Flash attention gets no mask for packed rows, but positions that start anew; forward mode
+    reads them alike."""
     query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
     positions = torch.tensor([[*range(5), *range(7)]])
 
@@ -121,7 +143,13 @@ def test_forward_mode_keeps_packed_documents_apart_as_flash_attention_does(slidi
         with AttentionCapture("flash_attention_2", blocked=True) as capture:
             q, k, v = (each[:, :, rows] for each in (query, key, value))
             output, _ = capture.attend(
-                torch.nn.Identity(), q, k, v, None, position_ids=position_ids, sliding_window=sliding_window
+                torch.nn.Identity(),
+                q,
+                k,
+                v,
+                None,
+                position_ids=position_ids,
+                sliding_window=sliding_window,
             )
         return output
 

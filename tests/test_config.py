@@ -33,14 +33,18 @@ def file(tmp_path: Path) -> Path:
 
 def test_overrides_are_yaml_and_win(file: Path) -> None:
     config = load_config(
-        RunConfig, file, ["optim.lr=3e-5", "valuation.layers=all", "data.train=[{path: a, weight: 2}, {path: b}]"]
+        RunConfig,
+        file,
+        ["optim.lr=3e-5", "valuation.layers=all", "data.train=[{path: a, weight: 2}, {path: b}]"],
     )
     assert config.optim.lr == 3e-5
     assert config.valuation.layers == "all"
     assert [source.path for source in config.data.train] == ["a", "b"]
 
 
-def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with readable_errors():
         pass
     with pytest.raises(SystemExit) as ended, readable_errors():
@@ -49,7 +53,9 @@ def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(capsys: pyte
     assert capsys.readouterr().err == "error: what to do\n"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
 def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
     load_config(RunConfig, path, with_section={"preference": PreferenceRunConfig})
 
@@ -63,12 +69,27 @@ def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
         ),
         ("preference.objective=simpoo", "preference.objective: input should be 'alpha_dpo', 'dpo'"),
         ("preference.beta=0", "preference.beta: input should be greater than 0"),
-        ("selection.chosen.keep_ratio=0", "selection.chosen.keep_ratio: input should be greater than 0"),
-        ("selection.chosen.scope=sequence", "selection.chosen.scope: unknown key; did you mean selection.scope?"),
+        (
+            "selection.chosen.keep_ratio=0",
+            "selection.chosen.keep_ratio: input should be greater than 0",
+        ),
+        (
+            "selection.chosen.scope=sequence",
+            "selection.chosen.scope: unknown key; did you mean selection.scope?",
+        ),
         ("selection.rejected.schedule=cosine", "selection.rejected: selection.schedule=cosine and"),
-        ("selection.rejected={policy: excess_loss}", "selection.policy=excess_loss needs reference.model"),
-        ("selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}", "needs a policy that ranks tokens"),
-        ("reference={mode: cached, offload: true}", "only reference.mode=online keeps a reference to offload"),
+        (
+            "selection.rejected={policy: excess_loss}",
+            "selection.policy=excess_loss needs reference.model",
+        ),
+        (
+            "selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}",
+            "needs a policy that ranks tokens",
+        ),
+        (
+            "reference={mode: cached, offload: true}",
+            "only reference.mode=online keeps a reference to offload",
+        ),
         ("reference={mode: online, cache: here}", "reference.mode=online caches nothing"),
         ("reference=offline", "reference: input should be 'cached' or 'online', not 'offline'"),
     ],
@@ -96,11 +117,19 @@ def test_branches_inherit_what_they_do_not_override(file: Path, tmp_path: Path) 
 
 
 def test_a_branch_may_be_constant_where_the_rest_follows_a_schedule(file: Path) -> None:
-    schedule = ["selection.schedule=linear", "selection.keep_ratio_start=1.0", "selection.schedule_steps=9"]
+    schedule = [
+        "selection.schedule=linear",
+        "selection.keep_ratio_start=1.0",
+        "selection.schedule_steps=9",
+    ]
     chosen, rejected = load_config(
         PreferenceRunConfig, file, [*schedule, "selection.chosen.schedule=constant"]
     ).selections
-    assert (chosen.schedule, chosen.keep_ratio_start, chosen.schedule_steps) == ("constant", None, None)
+    assert (chosen.schedule, chosen.keep_ratio_start, chosen.schedule_steps) == (
+        "constant",
+        None,
+        None,
+    )
     assert (rejected.schedule, rejected.schedule_steps) == ("linear", 9)
 
 
@@ -108,7 +137,12 @@ def test_help_has_every_key_of_a_preference_run(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parse_arguments(PreferenceRunConfig, "What it does.", ["--help"])
     shown = "".join(capsys.readouterr().out.split())
-    for key in ("preference.objective", "selection.rejected.keep_ratio", "reference.save_every", "train.keep_last"):
+    for key in (
+        "preference.objective",
+        "selection.rejected.keep_ratio",
+        "reference.save_every",
+        "train.keep_last",
+    ):
         assert key in shown
 
 
@@ -124,7 +158,9 @@ def test_defaults_follow_the_objective(file: Path) -> None:
 
 def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path) -> None:
     config = load_config(
-        RunConfig, file, ["deepspeed.config={zero_optimization: {stage: 2}}", "optim.betas=[0.9, 0.95]"]
+        RunConfig,
+        file,
+        ["deepspeed.config={zero_optimization: {stage: 2}}", "optim.betas=[0.9, 0.95]"],
     )
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
@@ -133,13 +169,25 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("selection.keep_raito=0.5", "selection.keep_raito: unknown key; did you mean selection.keep_ratio?"),
+        (
+            "selection.keep_raito=0.5",
+            "selection.keep_raito: unknown key; did you mean selection.keep_ratio?",
+        ),
         ("train.lr=1e-5", "train.lr: unknown key; did you mean optim.lr?"),
         ("modle.dtype=float32", "modle: unknown key; did you mean model?"),
         ("selection.keep_ratio=0", "selection.keep_ratio: input should be greater than 0, not 0"),
-        ("selection.keep_ratio=1.5", "selection.keep_ratio: input should be less than or equal to 1, not 1.5"),
-        ("valuation.layers=0", "valuation.layers: input should be greater than or equal to 1, not 0"),
-        ("valuation.estimator=magic", "valuation.estimator: input should be 'ghost' or 'exact', not 'magic'"),
+        (
+            "selection.keep_ratio=1.5",
+            "selection.keep_ratio: input should be less than or equal to 1, not 1.5",
+        ),
+        (
+            "valuation.layers=0",
+            "valuation.layers: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "valuation.estimator=magic",
+            "valuation.estimator: input should be 'ghost' or 'exact', not 'magic'",
+        ),
         (
             "valuation.parameters=all",
             "parameters=all: only valuation.estimator=exact reads this; with ghost leave it out",
@@ -148,9 +196,15 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
             "valuation={estimator: exact, window: 4, contraction: ghost}",
             "window=4 and contraction=ghost: only valuation",
         ),
-        ("valuation={estimator: exact, preconditioner: sgd}", "input should be 'none' or 'adam', not 'sgd'"),
+        (
+            "valuation={estimator: exact, preconditioner: sgd}",
+            "input should be 'none' or 'adam', not 'sgd'",
+        ),
         ("logging.every=true", "logging.every: input should be a valid integer, not True"),
-        ("train.micro_batch_size=7", "train.global_batch_size=64 is not a multiple of train.micro_batch_size=7"),
+        (
+            "train.micro_batch_size=7",
+            "train.global_batch_size=64 is not a multiple of train.micro_batch_size=7",
+        ),
         ("data.validation=null", "valuation.enabled=true needs data.validation"),
         ("model.name_or_path=null", "model.name_or_path: input should be a valid string, not None"),
         ("train.output_dir", "override 'train.output_dir' is not of the form section.key=value"),
@@ -170,12 +224,23 @@ def test_a_mistake_is_named_with_its_key_and_value(file: Path, override: str, me
             ["valuation.enabled=false", "selection.policy=top_value"],
             "selection.policy=top_value needs valuation.enabled",
         ),
-        (["train.save_every=3", "valuation.refresh_every=2"], "train.save_every=3 is not a multiple of"),
-        (["valuation.balance=std", "valuation.split_terms=false"], "valuation.balance=std needs adaptation"),
-        (["valuation.reference=somewhere"], "valuation.reference is given without valuation.fisher"),
+        (
+            ["train.save_every=3", "valuation.refresh_every=2"],
+            "train.save_every=3 is not a multiple of",
+        ),
+        (
+            ["valuation.balance=std", "valuation.split_terms=false"],
+            "valuation.balance=std needs adaptation",
+        ),
+        (
+            ["valuation.reference=somewhere"],
+            "valuation.reference is given without valuation.fisher",
+        ),
     ],
 )
-def test_settings_that_contradict_each_other(file: Path, overrides: list[str], message: str) -> None:
+def test_settings_that_contradict_each_other(
+    file: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         load_config(RunConfig, file, overrides)
 
@@ -202,11 +267,15 @@ def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the configuration .*nowhere.yaml: No such file"):
+    with pytest.raises(
+        UserError, match=r"cannot read the configuration .*nowhere.yaml: No such file"
+    ):
         load_config(RunConfig, tmp_path / "nowhere.yaml")
 
 
-def test_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_explains_every_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         parse_arguments(RunConfig, "A recipe.", ["--help"])
@@ -219,17 +288,25 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_the_launchers_rank_is_accepted(file: Path) -> None:
-    config = parse_arguments(RunConfig, "A recipe.", ["--local_rank=1", "--config", str(file), "optim.lr=1.0"])
+    config = parse_arguments(
+        RunConfig, "A recipe.", ["--local_rank=1", "--config", str(file), "optim.lr=1.0"]
+    )
     assert config.optim.lr == 1.0
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train_batch_size": 8}, "sets 'train_batch_size'; remove it and set train.global_batch_size instead"),
+        (
+            {"train_batch_size": 8},
+            "sets 'train_batch_size'; remove it and set train.global_batch_size instead",
+        ),
         ({"optimizer": {"type": "Adam"}}, "sets 'optimizer'; remove it and set optim"),
         ({"bf16": {"enabled": True}}, "set model.dtype instead"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            'reduce_bucket_size is "auto"',
+        ),
         ({"sequence_parallel_size": 2}, "sequence parallelism is not supported"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not supported"),
         ({"pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
@@ -257,5 +334,7 @@ def test_deepspeed_keys_that_are_not_ours_pass_through(run_values: dict[str, Any
 
 def test_batches_must_be_dealt_evenly_to_the_ranks(run_values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(run_values)
-    with pytest.raises(UserError, match=r"train.global_batch_size=12 is not a multiple of .* times 4 ranks = 8"):
+    with pytest.raises(
+        UserError, match=r"train.global_batch_size=12 is not a multiple of .* times 4 ranks = 8"
+    ):
         deepspeed_config(config, world_size=4)

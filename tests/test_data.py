@@ -1,4 +1,5 @@
-"""Reading, tokenising, masking, caching, ordering and collating, and what is said about bad data."""
+"""Reading, tokenising, masking, caching, ordering and collating, and what is said about bad
+data."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ CHAT = [
 ]
 MARKED_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"  # noqa: E501
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -55,7 +56,9 @@ def marked(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("file", sorted(TEMPLATES.glob("*.jinja")), ids=lambda file: file.stem)
 def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, file: Path) -> None:
-    config = ModelConfig.model_validate({"name_or_path": str(tiny_model), "chat_template": str(file)})
+    config = ModelConfig.model_validate(
+        {"name_or_path": str(tiny_model), "chat_template": str(file)}
+    )
     tokenizer = load_tokenizer(config)
     encoded = Encoder(tokenizer, 1000).encode({"messages": CHAT}, "here")
     assert spoken(tokenizer, encoded) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
@@ -63,7 +66,9 @@ def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, f
     start = Encoder(tokenizer, 1000).encode_prompt(CHAT[:-1], "here").input_ids
     assert encoded.input_ids[: len(start)] == start
     missing = config.model_copy(update={"chat_template": file.with_name("missing.jinja")})
-    with pytest.raises(UserError, match=r"cannot read model.chat_template=.*missing.jinja: No such file"):
+    with pytest.raises(
+        UserError, match=r"cannot read model.chat_template=.*missing.jinja: No such file"
+    ):
         load_tokenizer(missing)
 
 
@@ -114,14 +119,18 @@ def test_without_a_template_the_response_ends_with_eos(tiny_model: Path) -> None
         Encoder(tokenizer, 512).encode({"messages": CHAT}, "here")
 
 
-def test_eos_keeps_its_label_though_it_is_also_the_padding(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_eos_keeps_its_label_though_it_is_also_the_padding(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     rows = [
         {"prompt": "Hi", "response": "Hello."},
         {"prompt": "Hi", "response": "A longer answer, so there is padding."},
     ]
     dataset = read(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)
-    (batch,) = micro_batches(dataset, np.arange(2), Layout(2, tokenizer.pad_token_id), rank=0, world_size=1)
+    (batch,) = micro_batches(
+        dataset, np.arange(2), Layout(2, tokenizer.pad_token_id), rank=0, world_size=1
+    )
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         trained = labels[labels != -100]
         assert trained[-1] == tokenizer.eos_token_id, "the model would not learn to stop"
@@ -132,8 +141,16 @@ def test_eos_keeps_its_label_though_it_is_also_the_padding(tokenizer: PreTrained
 @pytest.mark.parametrize(
     ("template", "row", "found"),
     [
-        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", {"prompt": "", "response": "x"}, "every"),
-        ("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}", None, "no"),
+        (
+            "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            {"prompt": "", "response": "x"},
+            "every",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}",  # noqa: E501
+            None,
+            "no",
+        ),
     ],
 )
 def test_a_mask_of_all_ones_or_all_zeros_is_an_error(
@@ -146,7 +163,7 @@ def test_a_mask_of_all_ones_or_all_zeros_is_an_error(
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(marked: PreTrainedTokenizerBase) -> None:
     marked.chat_template = (
-        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ '<|im_start|>' + m['content'] }}"
+        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ '<|im_start|>' + m['content'] }}"  # noqa: E501
         "{% endif %}{% endfor %}"
     )
     with pytest.raises(UserError, match=r"rows.jsonl:7: .* message 3 differently"):
@@ -156,7 +173,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(marked: PreTrainedTok
 # Truncation, skips and schema.
 
 
-def test_truncation_and_skips_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_truncation_and_skips_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [
         {"prompt": "Hi", "response": "Hello."},
         {"prompt": "Hi", "response": "  "},
@@ -206,22 +225,36 @@ def test_a_malformed_row_is_named_by_file_and_line(
     ],
 )
 def test_missing_data_is_named(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         read(path, tokenizer, tmp_path)
 
 
-def test_a_source_without_usable_rows_is_an_error(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rows.jsonl has no usable row \(1 skipped: empty response\)"):
-        read(write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": ""}]), tokenizer, tmp_path)
+def test_a_source_without_usable_rows_is_an_error(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"rows.jsonl has no usable row \(1 skipped: empty response\)"
+    ):
+        read(
+            write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": ""}]),
+            tokenizer,
+            tmp_path,
+        )
 
 
 # Sources and cache.
 
 
-def test_every_source_format_gives_the_same_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_every_source_format_gives_the_same_rows(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     import datasets
 
     rows = [{"prompt": f"{number}?", "response": "yes " * number} for number in range(1, 6)]
@@ -234,25 +267,42 @@ def test_every_source_format_gives_the_same_rows(tokenizer: PreTrainedTokenizerB
         dataset = read(str(tmp_path / name), tokenizer, tmp_path)
         assert np.array_equal(dataset.digests(), expected.digests()), name
     assert expected.location(2) == f"{plain}:3"
-    assert read(str(tmp_path / "rows.parquet"), tokenizer, tmp_path).location(2).endswith("rows.parquet row 3")
+    assert (
+        read(str(tmp_path / "rows.parquet"), tokenizer, tmp_path)
+        .location(2)
+        .endswith("rows.parquet row 3")
+    )
 
 
 def test_a_slice_of_a_source(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [{"prompt": f"{number}?", "response": "yes"} for number in range(10)]
     source = Source(path=write_rows(tmp_path / "rows.jsonl", rows), skip=3, first=4)
     dataset = tokenise([source], Encoder(tokenizer, 512), tmp_path / "cache")
-    assert [dataset.location(index).rsplit(":")[-1] for index in range(len(dataset))] == ["4", "5", "6", "7"]
+    assert [dataset.location(index).rsplit(":")[-1] for index in range(len(dataset))] == [
+        "4",
+        "5",
+        "6",
+        "7",
+    ]
 
 
-def test_a_source_with_other_field_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_source_with_other_field_names(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"{number}?", "response": "yes"} for number in range(3)]
-    other = [{"problem": row["prompt"], "solution": row["response"], "prompt": "not this"} for row in rows]
-    path, columns = write_rows(tmp_path / "other.jsonl", other), {"prompt": "problem", "response": "solution"}
+    other = [
+        {"problem": row["prompt"], "solution": row["response"], "prompt": "not this"}
+        for row in rows
+    ]
+    path, columns = (
+        write_rows(tmp_path / "other.jsonl", other),
+        {"prompt": "problem", "response": "solution"},
+    )
     encoder, cache = Encoder(tokenizer, 512), tmp_path / "cache"
     found = tokenise([Source(path=path, columns=columns)], encoder, cache)
     expected = read(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)
     assert np.array_equal(found.digests(), expected.digests())
-    message = r"other.jsonl:1: no field 'answer', which data columns=.* name; it has problem, solution, prompt"
+    message = r"other.jsonl:1: no field 'answer', which data columns=.* name; it has problem, solution, prompt"  # noqa: E501
     with pytest.raises(UserError, match=message):
         tokenise([Source(path=path, columns={"response": "answer"})], encoder, cache)
 
@@ -297,19 +347,25 @@ def test_a_prompt_is_what_precedes_the_response(tiny_model: Path, template: bool
         assert not any(prompt.response_mask)
 
 
-def test_a_conversation_is_asked_without_its_final_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_conversation_is_asked_without_its_final_answer(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     asked = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Bye"},
     ]
     encoder = PromptEncoder(tokenizer, 200)
-    answered = encoder.encode({"messages": [*asked, {"role": "assistant", "content": "Farewell"}]}, "here")
+    answered = encoder.encode(
+        {"messages": [*asked, {"role": "assistant", "content": "Farewell"}]}, "here"
+    )
     assert answered == encoder.encode({"messages": asked}, "here")
     assert isinstance(answered, Encoded)
     assert "Bye" in tokenizer.decode(answered.input_ids)
     assert "Farewell" not in tokenizer.decode(answered.input_ids)
-    assert PromptEncoder(tokenizer, 9).encode({"prompt": "long " * 9}, "here") == Skipped("prompt over 9 tokens")
+    assert PromptEncoder(tokenizer, 9).encode({"prompt": "long " * 9}, "here") == Skipped(
+        "prompt over 9 tokens"
+    )
     assert encoder.encode({"prompt": " "}, "here") == Skipped("empty prompt")
     with pytest.raises(UserError, match="here: a row needs a text 'prompt', or 'messages'"):
         encoder.encode({"question": "?"}, "here")
@@ -345,9 +401,17 @@ def test_a_prompt_is_recognised_where_it_was_trained_on(
 ) -> None:
     """In an earlier turn of a conversation too, and without a template."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    turns = [{"role": role, "content": f"{role} {turn}"} for turn in range(2) for role in ("user", "assistant")]
+    turns = [
+        {"role": role, "content": f"{role} {turn}"}
+        for turn in range(2)
+        for role in ("user", "assistant")
+    ]
     train: list[dict[str, Any]] = [{"messages": turns}, {"prompt": "single", "response": "x"}]
-    asked: list[dict[str, Any]] = [{"prompt": "user 0"}, {"messages": turns[:3]}, {"prompt": "single"}]
+    asked: list[dict[str, Any]] = [
+        {"prompt": "user 0"},
+        {"messages": turns[:3]},
+        {"prompt": "single"},
+    ]
     if not template:
         tokenizer.chat_template = None
         train, asked = train[1:], asked[2:]
@@ -369,7 +433,9 @@ def test_a_mixture_of_prompts_has_none_twice(
 ) -> None:
     for name, size in (("small", 2), ("large", 20)):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {row}"} for row in range(size)])
-    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in ("small", "large")]
+    sources = [
+        {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in ("small", "large")
+    ]
     config = validate(RunConfig, {**run_values, "fisher": {"prompts": sources}}, "of the test")
     rows = load_prompts(config, tokenizer, load_splits(config, tokenizer).train).rows.tolist()
     assert len(rows) == len(set(rows))
@@ -379,7 +445,9 @@ def test_a_mixture_of_prompts_has_none_twice(
 # Splits.
 
 
-def test_the_three_parts_must_not_share_rows(run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_three_parts_must_not_share_rows(
+    run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
     train = Path(run_values["data"]["train"]).read_text().splitlines()
     for part in ("validation", "eval"):
         values = {**run_values, "data": dict(run_values["data"])}
@@ -387,7 +455,7 @@ def test_the_three_parts_must_not_share_rows(run_values: dict[str, Any], tokeniz
         file.write_text(Path(run_values["data"][part]).read_text() + train[3] + "\n")
         values["data"][part] = str(file)
         number = len(file.read_text().splitlines())
-        message = rf"data.{part} must be held out, but .*{part}.jsonl:{number} is also in data.train: .*train.jsonl:4"
+        message = rf"data.{part} must be held out, but .*{part}.jsonl:{number} is also in data.train: .*train.jsonl:4"  # noqa: E501
         with pytest.raises(UserError, match=message):
             load_splits(validate(RunConfig, values, "of the test"), tokenizer)
 
@@ -395,21 +463,42 @@ def test_the_three_parts_must_not_share_rows(run_values: dict[str, Any], tokeniz
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("train", "global_batch_size", 32, "data.train has 30 usable rows, fewer than train.global_batch_size=32"),
-        ("valuation", "validation_sequences", 8, "data.validation has 7 usable rows, fewer than valuation.validation"),
+        (
+            "train",
+            "global_batch_size",
+            32,
+            "data.train has 30 usable rows, fewer than train.global_batch_size=32",
+        ),
+        (
+            "valuation",
+            "validation_sequences",
+            8,
+            "data.validation has 7 usable rows, fewer than valuation.validation",
+        ),
     ],
 )
 def test_too_few_rows(
-    run_values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: str, key: str, value: int, message: str
+    run_values: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    section: str,
+    key: str,
+    value: int,
+    message: str,
 ) -> None:
     values = {**run_values, section: {**run_values[section], key: value}}
     with pytest.raises(UserError, match=message):
         load_splits(validate(RunConfig, values, "of the test"), tokenizer)
 
 
-def test_a_mixture_needs_all_weights_or_none(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_mixture_needs_all_weights_or_none(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"either all data sources .* b.jsonl has none"):
-        tokenise([Source(path="a.jsonl", weight=1.0), Source(path="b.jsonl")], Encoder(tokenizer, 64), tmp_path)
+        tokenise(
+            [Source(path="a.jsonl", weight=1.0), Source(path="b.jsonl")],
+            Encoder(tokenizer, 64),
+            tmp_path,
+        )
 
 
 # Order and micro-batches.
@@ -441,7 +530,9 @@ def test_seeds_and_streams_give_different_orders() -> None:
     sources=st.lists(st.tuples(st.integers(1, 20), st.floats(0.1, 5.0)), min_size=2, max_size=4),
     seed=st.integers(0, 3),
 )
-def test_a_weighted_epoch_has_the_shares_asked_for(sources: list[tuple[int, float]], seed: int) -> None:
+def test_a_weighted_epoch_has_the_shares_asked_for(
+    sources: list[tuple[int, float]], seed: int
+) -> None:
     sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
     total, starts = sum(sizes), np.cumsum([0, *sizes])
     order = Order(sizes, weights, (seed, 0))
@@ -505,5 +596,7 @@ def test_packed_rows_hold_the_same_documents(
                 assert other[key][inside].equal(one[key][alone, :length]), key
 
 
-def read(path: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, max_length: int = 512) -> TokenDataset:
+def read(
+    path: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, max_length: int = 512
+) -> TokenDataset:
     return tokenise([Source(path=path)], Encoder(tokenizer, max_length), tmp_path / "cache")

@@ -1,4 +1,5 @@
-"""One valued optimizer step under ZeRO on 1, 2 and 3 ranks against the same step in one plain process."""
+"""One valued optimizer step under ZeRO on 1, 2 and 3 ranks against the same step in one plain
+process."""
 
 from __future__ import annotations
 
@@ -31,17 +32,23 @@ def stability(tiny_model: Path, tmp_path: Path) -> dict[str, str]:
     """A random Fisher file and a reference a little away from the starting weights."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     generator = torch.Generator().manual_seed(3)
-    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    fisher = {
+        name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()
+    }
     save_file(fisher, tmp_path / "fisher.safetensors")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path / "reference")
-    return {"fisher": str(tmp_path / "fisher.safetensors"), "reference": str(tmp_path / "reference")}
+    return {
+        "fisher": str(tmp_path / "fisher.safetensors"),
+        "reference": str(tmp_path / "reference"),
+    }
 
 
 class PlainStep:
-    """The step in one process: values of all rows at once, masks by sorting, the gradient by autograd."""
+    """The step in one process: values of all rows at once, masks by sorting, the gradient by
+    autograd."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         folder, valuation = values["model"]["name_or_path"], values["valuation"]
@@ -58,12 +65,16 @@ class PlainStep:
             collate([held_out[row] for row in validation]),
             fisher=fisher,
             reference=reference,
-            config=ValuationConfig.model_validate({key: valuation[key] for key in SCORED_BY if key in valuation}),
+            config=ValuationConfig.model_validate(
+                {key: valuation[key] for key in SCORED_BY if key in valuation}
+            ),
         )
         self.places = {int(row): place for place, row in enumerate(chosen)}
         lengths = np.array([len(train[row][0]) for row in chosen])
         by_length = np.argsort(-lengths, kind="stable")
-        size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": GLOBAL_BATCH}[values["selection"]["scope"]]
+        size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": GLOBAL_BATCH}[
+            values["selection"]["scope"]
+        ]
         groups = [by_length[start : start + size] for start in range(0, GLOBAL_BATCH, size)]
         self.weight = torch.zeros_like(self.values.composite)
         batch = collate([train[row] for row in chosen])
@@ -76,7 +87,9 @@ class PlainStep:
             ]
             for _, place, t in sorted(tokens, reverse=True)[: math.ceil(KEEP * len(tokens))]:
                 self.weight[place, t] = 1
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
         targets = batch["input_ids"][:, 1:]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         kept = self.weight[:, :-1] > 0
@@ -84,7 +97,9 @@ class PlainStep:
         self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def stability_tensors(valuation: dict[str, Any]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+def stability_tensors(
+    valuation: dict[str, Any],
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     if "fisher" not in valuation:
         return None, None
     from safetensors.torch import load_file
@@ -94,7 +109,8 @@ def stability_tensors(valuation: dict[str, Any]) -> tuple[dict[str, Tensor] | No
 
 
 class Plain(Protocol):
-    """What one process finds: by document, the place in (N, T) values and weights; and the gradient."""
+    """What one process finds: by document, the place in (N, T) values and weights; and the
+    gradient."""
 
     places: dict[int, int]
     values: TokenValues
@@ -104,7 +120,9 @@ class Plain(Protocol):
 
 def check(results: list[Any], name: str, plain: Plain, terms: tuple[str, ...] = TERMS) -> None:
     rows = {row: output for rank in results for row, output in rank[name]["rows"].items()}
-    assert sorted(rows) == sorted(plain.places), "the ranks together must see each document of the global batch once"
+    assert sorted(rows) == sorted(plain.places), (
+        "the ranks together must see each document of the global batch once"
+    )
     for term in terms:
         actual = torch.zeros_like(plain.values.composite)
         for row, output in rows.items():
@@ -121,7 +139,8 @@ def check(results: list[Any], name: str, plain: Plain, terms: tuple[str, ...] = 
             error = relative_error(gradient, whole)
             ratio = float(gradient.norm() / whole.norm())
             assert error <= 1e-5, (
-                f"{name}, rank {rank}: gradient of {parameter} is off by {error:.1e}, ratio {ratio:.4f}"
+                f"{name}, rank {rank}: gradient of {parameter} is off by {error:.1e}, ratio "
+                f"{ratio:.4f}"
             )
 
 
@@ -153,7 +172,9 @@ def test_values_masks_and_gradient_equal_one_process(
         "with stability": {"valuation": stability},
         "ghost, chunked": {"valuation": {**stability, "contraction": "ghost", "chunk_tokens": 1}},
         "composite only": {"valuation": {**stability, "split_terms": False, "chunk_tokens": 200}},
-        "composite only, ghost": {"valuation": {**stability, "split_terms": False, "contraction": "ghost"}},
+        "composite only, ghost": {
+            "valuation": {**stability, "split_terms": False, "contraction": "ghost"}
+        },
         "streamed": {"valuation": {**streamed, "contraction": "materialised", "chunk_tokens": 1}},
         "streamed ghost": {"valuation": {**streamed, "contraction": "ghost"}},
         "checkpointed": {"valuation": stability, "train": {"gradient_checkpointing": True}},
@@ -170,24 +191,39 @@ def test_values_masks_and_gradient_equal_one_process(
             "valuation": streamed,
             "data": {"packing": True},
         },
-        **{f"stage {number}": {"valuation": stability, "deepspeed": stage(number)} for number in (0, 1, 2)},
+        **{
+            f"stage {number}": {"valuation": stability, "deepspeed": stage(number)}
+            for number in (0, 1, 2)
+        },
         "stage 2, streamed": {"valuation": streamed, "deepspeed": stage(2)},
         "exact": {"valuation": exact("linears", 2)},
         "exact, norms": {"valuation": exact("norms", "all")},
         "exact, all": {"valuation": {**exact("all", "all"), **stability}},
         "exact, all, resident, chunked": {
-            "valuation": {**exact("all", "all"), **stability, "residency": "resident", "chunk_tokens": 1}
+            "valuation": {
+                **exact("all", "all"),
+                **stability,
+                "residency": "resident",
+                "chunk_tokens": 1,
+            }
         },
         "exact, composite only, packed, checkpointed": {
             "valuation": {**exact("all", 2), **stability, "split_terms": False},
             "data": {"packing": True},
             "train": {"gradient_checkpointing": True},
         },
-        "exact, global batch": {"valuation": exact("all", 2), "selection": {"scope": "global_batch"}},
-        "exact, stage 2": {"valuation": {**exact("all", "all"), **stability}, "deepspeed": stage(2)},
+        "exact, global batch": {
+            "valuation": exact("all", 2),
+            "selection": {"scope": "global_batch"},
+        },
+        "exact, stage 2": {
+            "valuation": {**exact("all", "all"), **stability},
+            "deepspeed": stage(2),
+        },
     }
     configs = {
-        name: variant(run_values, tmp_path / name.replace(" ", "-"), **sections) for name, sections in variants.items()
+        name: variant(run_values, tmp_path / name.replace(" ", "-"), **sections)
+        for name, sections in variants.items()
     }
     results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
     plain: dict[str, PlainStep] = {}
@@ -197,7 +233,12 @@ def test_values_masks_and_gradient_equal_one_process(
         if key not in plain:
             plain[key] = PlainStep(values)
             assert plain[key].values.direct_proxy.any() == ("fisher" in values["valuation"])
-        check(results, name, plain[key], TERMS if values["valuation"].get("split_terms", True) else ("composite",))
+        check(
+            results,
+            name,
+            plain[key],
+            TERMS if values["valuation"].get("split_terms", True) else ("composite",),
+        )
 
 
 @pytest.mark.slow
@@ -205,7 +246,8 @@ def test_values_masks_and_gradient_equal_one_process(
 def test_a_rank_without_response_tokens_takes_part(
     way: str, run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
-    """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no loss."""
+    """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no
+    loss."""
     valuation = exact("all", "all") if way == "exact" else {"residency": way}
     values = variant(run_values, tmp_path / "run", valuation={**stability, **valuation})
     results = run_ranks("one_empty_micro_batch", 2, tmp_path / "ranks", values=values)
@@ -216,7 +258,9 @@ def test_a_rank_without_response_tokens_takes_part(
     for kept in (kept for result in results for kept in result["tokens"]):
         ids, weight = kept["ids"], kept["weight"]
         logits = model(input_ids=ids).logits
-        nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+        )
         (nll * weight[:, :-1]).sum().backward()
     total = sum(sum(result["kept"]) for result in results)
     for name, parameter in model.named_parameters():
@@ -229,7 +273,8 @@ def test_a_rank_without_response_tokens_takes_part(
 def test_other_architectures_train_and_score_under_zero(
     run_values: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps under ZeRO-3 on two ranks give the metrics of one process with whole weights, with either estimator."""
+    """Two steps under ZeRO-3 on two ranks give the metrics of one process with whole weights, with
+    either estimator."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     monkeypatch.setitem(SMALL, "vocab_size", len(tokenizer))
     monkeypatch.setitem(SMALL, "max_position_embeddings", 512)
@@ -244,22 +289,43 @@ def test_other_architectures_train_and_score_under_zero(
         for name in names:
             model = {"name_or_path": str(tmp_path / name), "dtype": "float32"}
             model["attn_implementation"] = "eager" if CASES[name].eager_only else "sdpa"
-            for estimator, valuation in (("ghost", run_values["valuation"]), ("exact", every_parameter)):
+            for estimator, valuation in (
+                ("ghost", run_values["valuation"]),
+                ("exact", every_parameter),
+            ):
                 run = f"{name}, {estimator}"
                 train = {**run_values["train"], "output_dir": str(tmp_path / f"{run}-{ranks}")}
-                sections = {"model": model, "train": train, "valuation": valuation, "deepspeed": stage(zero_stage)}
+                sections = {
+                    "model": model,
+                    "train": train,
+                    "valuation": valuation,
+                    "deepspeed": stage(zero_stage),
+                }
                 configs[run] = {**run_values, **sections}
-        (messages, *_) = run_ranks("run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
+        (messages, *_) = run_ranks(
+            "run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs
+        )
         assert not any(messages.values()), messages
         files = {run: tmp_path / f"{run}-{ranks}" / "metrics.jsonl" for run in configs}
-        return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+        return {
+            name: [json.loads(line) for line in file.read_text().splitlines()]
+            for name, file in files.items()
+        }
 
     alone, sharded = metrics(1, 1), metrics(2, 3)
     for name in alone:
         for one, two in zip(alone[name], sharded[name], strict=True):
             assert one.keys() == two.keys()
-            for key in one.keys() & {"loss_kept", "loss_response", "grad_norm", "composite_std", "eval_loss"}:
-                assert two[key] == pytest.approx(one[key], rel=1e-4), f"{name}: {key} of step {one['step']}"
+            for key in one.keys() & {
+                "loss_kept",
+                "loss_response",
+                "grad_norm",
+                "composite_std",
+                "eval_loss",
+            }:
+                assert two[key] == pytest.approx(one[key], rel=1e-4), (
+                    f"{name}: {key} of step {one['step']}"
+                )
 
 
 @pytest.mark.slow

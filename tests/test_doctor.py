@@ -1,4 +1,5 @@
-"""What the doctor finds: each fault that it is there for, on the rank that has it, and nothing in a healthy run."""
+"""What the doctor finds: each fault that it is there for, on the rank that has it, and nothing in a
+healthy run."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ TRAINED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgenerati
 UNTRAINED = "{{ message['content'] + '<|im_end|>' }}"
 
 
-def template(assistant: str = TRAINED, other: str = UNTRAINED, opening: str = f"{{{{ {TURN} }}}}") -> str:
+def template(
+    assistant: str = TRAINED, other: str = UNTRAINED, opening: str = f"{{{{ {TURN} }}}}"
+) -> str:
     """A chat template with parts of its own for the turns of the assistant and of others."""
     turn = f"{{% if message['role'] == 'assistant' %}}{assistant}{{% else %}}{other}{{% endif %}}"
     asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -61,21 +64,30 @@ def config(run_values: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def examined(
-    tiny_model: Path, tiny_data: dict[str, str], pair_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path,
+    tiny_data: dict[str, str],
+    pair_data: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, list[dict[str, Finding]]]:
     """By configuration and rank, the findings by check; of two ranks on two nodes."""
     folder = tmp_path_factory.mktemp("doctor")
     blocked = folder / "blocked"
     blocked.write_text("a file, below which nobody can write")
     leaked = folder / "leaked.jsonl"
-    held_out, train = (Path(tiny_data[part]).read_text().splitlines() for part in ("validation", "train"))
+    held_out, train = (
+        Path(tiny_data[part]).read_text().splitlines() for part in ("validation", "train")
+    )
     leaked.write_text("\n".join([*held_out, train[3], train[5]]) + "\n")
     values: dict[str, Any] = {
         "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
         "data": {**tiny_data, "cache_dir": str(folder / "cache")},
         "valuation": {"layers": 2, "validation_sequences": 5, "window": 4},
         "fisher": {"sampling": "teacher_forced", "num_prompts": 4},
-        "train": {"global_batch_size": 12, "micro_batch_size": 2, "output_dir": str(folder / "runs" / "new" / "run")},
+        "train": {
+            "global_batch_size": 12,
+            "micro_batch_size": 2,
+            "output_dir": str(folder / "runs" / "new" / "run"),
+        },
     }
     pairs = {**values, "data": {**pair_data, "cache_dir": str(folder / "cache")}, "preference": {}}
     files = {}
@@ -87,7 +99,11 @@ def examined(
         "preference": [],
         "leaked": [f"data.validation={leaked}"],
         "hopeless": [
-            *("train.global_batch_size=10", f"train.output_dir={blocked}/run", "data.train=missing.jsonl"),
+            *(
+                "train.global_batch_size=10",
+                f"train.output_dir={blocked}/run",
+                "data.train=missing.jsonl",
+            ),
             *("valuation.layers=9", f"valuation.fisher={folder}/missing", "reference.mode=online"),
         ],
     }
@@ -99,13 +115,19 @@ def examined(
         files.setdefault(name, files["sft"])
     by_rank = run_ranks("examinations", 2, folder / "ranks", files=files, overrides=overrides)
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["blocked", "cache", "leaked.jsonl", "preference.yaml", "ranks", "sft.yaml"], "it cleans up"
-    return {name: [{each.check: each for each in found[name]} for found in by_rank] for name in files}
+    assert left == ["blocked", "cache", "leaked.jsonl", "preference.yaml", "ranks", "sft.yaml"], (
+        "it cleans up"
+    )
+    return {
+        name: [{each.check: each for each in found[name]} for found in by_rank] for name in files
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "preference"])
-def test_nothing_is_wrong_with_a_healthy_run(examined: dict[str, list[dict[str, Finding]]], name: str) -> None:
+def test_nothing_is_wrong_with_a_healthy_run(
+    examined: dict[str, list[dict[str, Finding]]], name: str
+) -> None:
     found = examined[name][0]
     assert {check: each.outcome for check, each in found.items() if each.outcome != "ok"} == {}
     assert found["rendezvous"].found.startswith("2 ranks on 2 nodes met at 127.0.0.1:")
@@ -118,15 +140,22 @@ def test_nothing_is_wrong_with_a_healthy_run(examined: dict[str, list[dict[str, 
     assert "<|im_end|>]]" in "".join(text)
     assert found["lengths"].details[1:]
     for rank in examined[name]:
-        assert {check: each.outcome for check, each in rank.items()} == {c: each.outcome for c, each in found.items()}
+        assert {check: each.outcome for check, each in rank.items()} == {
+            c: each.outcome for c, each in found.items()
+        }
 
 
 @pytest.mark.slow
-def test_what_differs_on_one_rank_is_named_with_its_node(examined: dict[str, list[dict[str, Finding]]]) -> None:
+def test_what_differs_on_one_rank_is_named_with_its_node(
+    examined: dict[str, list[dict[str, Finding]]],
+) -> None:
     found = examined["differing"][0]
     assert found["configuration"].outcome == "failed"
     assert found["configuration"].nodes == ("node-1",)
-    assert "node-1 (rank 1): key optim.lr is 0.5, elsewhere 2e-05; key train.output_dir" in found["configuration"].found
+    assert (
+        "node-1 (rank 1): key optim.lr is 0.5, elsewhere 2e-05; key train.output_dir"
+        in found["configuration"].found
+    )
     assert found["output folder"].outcome == "failed"
     assert "node-1 (rank 1)" in found["output folder"].found
     assert "the file that rank 0 (node-0) wrote is not there" in found["output folder"].found
@@ -158,7 +187,14 @@ def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, F
 def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["hopeless"][0]
     failed = {check: each.found for check, each in found.items() if each.outcome == "failed"}
-    assert failed.keys() == {"batches", "model settings", "fisher", "reference", "output folder", "data"}
+    assert failed.keys() == {
+        "batches",
+        "model settings",
+        "fisher",
+        "reference",
+        "output folder",
+        "data",
+    }
     assert "train.global_batch_size=10 is not a multiple" in failed["batches"]
     assert "missing.jsonl does not exist" in failed["data"]
     assert "section reference is given" in failed["reference"]
@@ -171,7 +207,7 @@ def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]
 # The response mask.
 
 OPENING_TRAINED = (
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' }}{% endgeneration %}"  # noqa: E501
     "{% else %}{{ '<|im_start|>' + message['role'] + '\n' }}{% endif %}"
 )
 BEGINNING_LEFT = "{{ message['content'][:1] }}" + TRAINED.replace("['content']", "['content'][1:]")
@@ -184,10 +220,19 @@ def judged(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
 @pytest.mark.parametrize(
     ("parts", "complaint"),
     [
-        ({"other": TRAINED}, r"trains on text of the system: 'Quartz governs umbrellas\.' \(the probe\)"),
-        ({"other": TRAINED}, r"trains on text of the user: 'Which walrus juggles\?' \(the probe\) and \d+ more places"),
+        (
+            {"other": TRAINED},
+            r"trains on text of the system: 'Quartz governs umbrellas\.' \(the probe\)",
+        ),
+        (
+            {"other": TRAINED},
+            r"trains on text of the user: 'Which walrus juggles\?' \(the probe\) and \d+ more places",  # noqa: E501
+        ),
         ({"opening": OPENING_TRAINED}, r"trains on text of the template: '<\|im_start\|>assistant"),
-        ({"assistant": BEGINNING_LEFT}, r"does not train on text of the assistant: 'V' \(the probe\) and \d+ more"),
+        (
+            {"assistant": BEGINNING_LEFT},
+            r"does not train on text of the assistant: 'V' \(the probe\) and \d+ more",
+        ),
     ],
 )
 def test_a_template_that_trains_something_else(
@@ -201,9 +246,13 @@ def test_a_template_that_trains_something_else(
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs" / "chat_templates").glob("*.jinja")), ids=lambda file: file.stem
+    "file",
+    sorted((ROOT / "configs" / "chat_templates").glob("*.jinja")),
+    ids=lambda file: file.stem,
 )
-def test_shipped_templates(tokenizer: PreTrainedTokenizerBase, config: RunConfig, file: Path) -> None:
+def test_shipped_templates(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, file: Path
+) -> None:
     tokenizer.chat_template = file.read_text()
     assert judged(tokenizer, config).outcome == "ok"
     assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == len(masks.PROBE)
@@ -211,7 +260,9 @@ def test_shipped_templates(tokenizer: PreTrainedTokenizerBase, config: RunConfig
 
 
 SILENT_THOUGHT = "{{ '<think></think>' }}" + TRAINED
-THOUGHT = "{% generation %}{{ '<think></think>' + message['content'] + '<|im_end|>' }}{% endgeneration %}"
+THOUGHT = (
+    "{% generation %}{{ '<think></think>' + message['content'] + '<|im_end|>' }}{% endgeneration %}"
+)
 
 
 @pytest.mark.parametrize("parts", [{}, {"assistant": THOUGHT}, {"assistant": SILENT_THOUGHT}])
@@ -225,19 +276,23 @@ def test_a_template_may_speak_for_the_assistant_behind_the_question(
 def test_conversations_that_a_template_shortens_or_refuses(
     tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> None:
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"  # noqa: E501
     tokenizer.chat_template = strict + template()
     assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 4
     assert judged(tokenizer, config).outcome == "ok"
     # As some reasoning models' templates do: thoughts of earlier turns are left out.
-    forgetful = "{{ message['content'] if loop.last else message['content'][-4:] }}{{ '<|im_end|>' }}"
+    forgetful = (
+        "{{ message['content'] if loop.last else message['content'][-4:] }}{{ '<|im_end|>' }}"
+    )
     tokenizer.chat_template = template(assistant=forgetful)
     assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
     assert judged(tokenizer, config).outcome == "ok"
     tokenizer.chat_template = None
     assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
     assert judged(tokenizer, config).outcome == "ok"
-    tokenizer.chat_template = template(other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}")
+    tokenizer.chat_template = template(
+        other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}"
+    )
     found = judged(tokenizer, config)
     assert (found.outcome, found.nodes) == ("warning", ())
     assert "cannot be checked" in found.found
@@ -264,19 +319,28 @@ def endings(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
     return rows.check_endings(read_splits(config, tokenizer).train, tokenizer, config)
 
 
-def test_the_end_of_every_turn_is_trained(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+def test_the_end_of_every_turn_is_trained(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
     found = endings(tokenizer, config)
     assert found.outcome == "ok"
-    assert found.found.startswith("30 of 30 responses end with a label on a token that stops (<|im_end|>)")
+    assert found.found.startswith(
+        "30 of 30 responses end with a label on a token that stops (<|im_end|>)"
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
-    tokenizer: PreTrainedTokenizerBase, config: RunConfig, packing: bool, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    packing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     collate = batches._collate
 
-    def masking(dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout) -> dict[str, Tensor]:
+    def masking(
+        dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout
+    ) -> dict[str, Tensor]:
         batch = collate(dataset, rows, layout)
         batch["labels"][batch["input_ids"] == layout.pad_token] = -100
         return batch
@@ -289,11 +353,16 @@ def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
     ):  # the second hides the fault from its owner, not from us
         found = endings(tokenizer, config)
         assert found.outcome == "failed"
-        assert "30 responses of 30: the label of the end-of-turn token <|im_end|> is lost in collation" in found.found
+        assert (
+            "30 responses of 30: the label of the end-of-turn token <|im_end|> is lost in collation"
+            in found.found
+        )
         assert "collated with <|im_end|> as padding" in found.found
 
 
-def test_a_template_that_does_not_train_the_end_of_turn(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+def test_a_template_that_does_not_train_the_end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
     tokenizer.chat_template = template(
         assistant="{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
     )
@@ -305,11 +374,17 @@ def test_a_template_that_does_not_train_the_end_of_turn(tokenizer: PreTrainedTok
 def test_an_end_of_turn_at_which_generation_does_not_stop(
     tokenizer: PreTrainedTokenizerBase, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "stop_tokens", lambda *_: [tokenizer.convert_tokens_to_ids("<|endoftext|>")])
-    assert "is no token at which generation stops (<|endoftext|>)" in endings(tokenizer, config).found
+    monkeypatch.setattr(
+        rows, "stop_tokens", lambda *_: [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    )
+    assert (
+        "is no token at which generation stops (<|endoftext|>)" in endings(tokenizer, config).found
+    )
 
 
-def test_cut_responses_are_counted_apart(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+def test_cut_responses_are_counted_apart(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 60})})
     found = endings(tokenizer, config)
     cut = re.search(r"; (\d+) cut, without an end", found.found)
@@ -328,7 +403,12 @@ def test_cut_responses_are_counted_apart(tokenizer: PreTrainedTokenizerBase, con
 
 def alike(count: int) -> list[ranks.Facts]:
     """Two ranks a node."""
-    versions = {"python": "3.11.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
+    versions = {
+        "python": "3.11.1",
+        "torch": "2.13.0",
+        "deepspeed": "0.19.8",
+        "transformers": "5.23.0",
+    }
     same = {**versions, "alphatoken": "0.1.0"}, {"a.py": "0" * 64}, {"optim.lr": 1}
     return [ranks.Facts(f"node-{rank // 2}", "cuda", 2, 2**30, *same) for rank in range(count)]
 
@@ -337,7 +417,10 @@ def test_other_versions_and_code_are_named_with_their_nodes() -> None:
     facts, wanted = alike(6), {"torch": SpecifierSet(">=2.11")}
     assert ranks.compare_versions(facts, wanted).outcome == "ok"
     other = {**facts[2].versions, "torch": "2.9.1"}
-    facts[2:4] = [replace(each, versions=other, code={"a.py": "1" * 64, "b.py": "2" * 64}) for each in facts[2:4]]
+    facts[2:4] = [
+        replace(each, versions=other, code={"a.py": "1" * 64, "b.py": "2" * 64})
+        for each in facts[2:4]
+    ]
     found = ranks.compare_versions(facts, wanted)
     assert found.nodes == ("node-1",)
     assert "node-1 (ranks 2, 3): torch 2.9.1, elsewhere 2.13.0" in found.found
@@ -347,15 +430,23 @@ def test_other_versions_and_code_are_named_with_their_nodes() -> None:
         "node-1 (ranks 2, 3): file a.py is 111111111111, elsewhere 000000000000; "
         "file b.py is 222222222222, elsewhere missing"
     )
-    assert ranks.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found == "nosuch is not installed"
+    assert (
+        ranks.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found
+        == "nosuch is not installed"
+    )
 
 
 def test_devices_and_ranks() -> None:
-    assert ranks.compare_accelerators(alike(4)).found == "cuda, 1 GiB each, 2 ranks on each of 2 nodes"
+    assert (
+        ranks.compare_accelerators(alike(4)).found == "cuda, 1 GiB each, 2 ranks on each of 2 nodes"
+    )
     idle = ranks.compare_accelerators(alike(3))
     assert (idle.outcome, idle.nodes) == ("warning", ("node-1",))
     mixed = [*alike(2), replace(alike(1)[0], node="node-9", accelerator="cpu")]
-    assert "node-9 (rank 2): accelerator cpu, elsewhere cuda" in ranks.compare_accelerators(mixed).found
+    assert (
+        "node-9 (rank 2): accelerator cpu, elsewhere cuda"
+        in ranks.compare_accelerators(mixed).found
+    )
     nodes = ["node-0", "node-1"]
     assert ranks.judge_all_reduce([(100, 0.1, 2.0), (100, 0.1, 3.0)], nodes).nodes == ("node-1",)
     assert "200 bytes/s" in ranks.judge_all_reduce([(100, 0.5, 2.0), (100, 0.1, 2.0)], nodes).found
@@ -386,8 +477,12 @@ def test_room_for_checkpoints(config: RunConfig, monkeypatch: pytest.MonkeyPatch
 # The rendezvous.
 
 
-def meeting(environment: dict[str, str], devices: int = 0, accelerator: str = "cpu") -> Finding | None:
-    return meet(Arrival("here", int(environment["LOCAL_RANK"]), accelerator, devices), environment, 1.0).failure
+def meeting(
+    environment: dict[str, str], devices: int = 0, accelerator: str = "cpu"
+) -> Finding | None:
+    return meet(
+        Arrival("here", int(environment["LOCAL_RANK"]), accelerator, devices), environment, 1.0
+    ).failure
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
@@ -417,7 +512,9 @@ def test_another_runs_store_is_not_taken_for_ours() -> None:
 
 
 def test_more_ranks_than_devices() -> None:
-    found = meeting({**rank_environment(0, 1, free_port()), "LOCAL_RANK": "3"}, devices=2, accelerator="cuda")
+    found = meeting(
+        {**rank_environment(0, 1, free_port()), "LOCAL_RANK": "3"}, devices=2, accelerator="cuda"
+    )
     assert found is not None
     assert found.check == "accelerator"
     assert found.found == "here (rank 0): LOCAL_RANK=3, but 2 devices visible"
@@ -427,7 +524,17 @@ def test_more_ranks_than_devices() -> None:
 def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(run_values))
-    command = [sys.executable, "-m", "alphatoken", "--local_rank=0", "doctor", "--config", str(file), "--patience", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "alphatoken",
+        "--local_rank=0",
+        "doctor",
+        "--config",
+        str(file),
+        "--patience",
+        "2",
+    ]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -443,7 +550,9 @@ def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_
             )
             for rank in range(2)
         ]
-        (first, first_errors), (second, second_errors) = (each.communicate(timeout=60) for each in processes)
+        (first, first_errors), (second, second_errors) = (
+            each.communicate(timeout=60) for each in processes
+        )
     assert [each.returncode for each in processes] == [1, 1]
     node = socket.gethostname()
     assert f"{node}: port {port} is taken by another process" in " ".join(first.split())
@@ -454,14 +563,21 @@ def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_
 
 
 @pytest.mark.slow
-def test_one_document_of_json_and_the_exit_status(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_one_document_of_json_and_the_exit_status(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(run_values))
     command = [sys.executable, "-m", "alphatoken", "doctor", "--config", str(file), "--json"]
     # Without DS_ACCELERATOR DeepSpeed writes a warning to the standard output.
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
     done = subprocess.run(
-        [*command, "train.micro_batch_size=3", "data.packing=true", "model.attn_implementation=flash_attention_2"],
+        [
+            *command,
+            "train.micro_batch_size=3",
+            "data.packing=true",
+            "model.attn_implementation=flash_attention_2",
+        ],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -471,7 +587,11 @@ def test_one_document_of_json_and_the_exit_status(run_values: dict[str, Any], tm
     )
     assert done.returncode == 1
     document = json.loads(done.stdout)
-    assert (document["ok"], document["ranks"], document["nodes"]) == (False, 1, [socket.gethostname()])
+    assert (document["ok"], document["ranks"], document["nodes"]) == (
+        False,
+        1,
+        [socket.gethostname()],
+    )
     failed = {each["check"]: each for each in document["checks"] if each["outcome"] == "failed"}
     assert failed.keys() == {"model settings"}
     assert "flash_attention_2" in failed["model settings"]["found"]

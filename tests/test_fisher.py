@@ -19,7 +19,14 @@ from alphatoken.architectures import ParameterSet, decoder_of
 from alphatoken.fisher import FisherSum
 from alphatoken.losses import draw_tokens, head_samples
 from alphatoken.sampling import rollouts, teacher_forced
-from tests.fisher_oracle import ExactFisher, Squares, completions, exact_fisher, position_gradients, squares
+from tests.fisher_oracle import (
+    ExactFisher,
+    Squares,
+    completions,
+    exact_fisher,
+    position_gradients,
+    squares,
+)
 from tests.oracle import oracle_copy, relative_error
 from tests.test_exact import parameter_names
 from tests.tiny import CASES, VOCABULARY, collate, random_sequences, scored_linears
@@ -41,7 +48,8 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def relabelled_batches() -> list[list[tuple[Tensor, Tensor]]]:
-    """About half of the labels are not the next token, as if they had been sampled along a given response."""
+    """About half of the labels are not the next token, as if they had been sampled along a given
+    response."""
     generator = torch.Generator().manual_seed(3)
     batches = []
     for number, lengths in enumerate(BATCHES):
@@ -60,9 +68,13 @@ def expected_squares(name: str) -> dict[str, Squares]:
     model = built(name)
     names = scored_linears(CASES[name], model, depth=2)
     twin = oracle_copy(model)
-    each = [squares(twin, names, ids, labels) for batch in relabelled_batches() for ids, labels in batch]
+    each = [
+        squares(twin, names, ids, labels) for batch in relabelled_batches() for ids, labels in batch
+    ]
     return {
-        name: Squares(*(torch.stack(parts).sum(0) for parts in zip(*(one[name] for one in each), strict=True)))
+        name: Squares(
+            *(torch.stack(parts).sum(0) for parts in zip(*(one[name] for one in each), strict=True))
+        )
         for name in names
     }
 
@@ -90,7 +102,9 @@ def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
     model = built(name, torch.float64)  # squares double what rounding there is
     decoder = decoder_of(model)
     expected = expected_squares(name)
-    tolerance = 1e-4 if name == "qwen3_5" else 1e-5  # its linear attention is float32 in the oracle too
+    tolerance = (
+        1e-4 if name == "qwen3_5" else 1e-5
+    )  # its linear attention is float32 in the oracle too
     for chunk_tokens in (16384, 1):
         total = FisherSum(decoder, 2, square, CPU, chunk_tokens=chunk_tokens)
         for sequences in relabelled_batches():
@@ -100,7 +114,9 @@ def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
         for linear, pair in expected.items():
             actual = total.slices[linear].view(model.get_parameter(linear).shape)
             error = relative_error(actual, getattr(pair, square))
-            assert error <= tolerance, f"{linear} is off by {error:.1e} with chunk_tokens={chunk_tokens}"
+            assert error <= tolerance, (
+                f"{linear} is off by {error:.1e} with chunk_tokens={chunk_tokens}"
+            )
 
         before = {linear: own.clone() for linear, own in total.slices.items()}
         add(total, batch["input_ids"], torch.full_like(batch["labels"], -100))
@@ -109,20 +125,27 @@ def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
 
 @pytest.mark.parametrize(("depth", "chosen"), [(None, "all"), (2, "all"), (2, "norms")])
 @pytest.mark.parametrize("name", CASES)
-def test_norms_embeddings_and_heads_match_the_oracle(name: str, depth: int | None, chosen: ParameterSet) -> None:
+def test_norms_embeddings_and_heads_match_the_oracle(
+    name: str, depth: int | None, chosen: ParameterSet
+) -> None:
     """Every parameter that has a Fisher, in both squares, from gradients position by position."""
     model = built(name, torch.float64)
     decoder = decoder_of(model)
     batch = relabelled_batches()[0]
     every_depth = len(decoder.layers) if depth is None else depth
-    totals = {square: FisherSum(decoder, every_depth, square, CPU, parameters=chosen) for square in SQUARES}
+    totals = {
+        square: FisherSum(decoder, every_depth, square, CPU, parameters=chosen)
+        for square in SQUARES
+    }
     names = list(totals["token"].parameters)
     expected_names = parameter_names(CASES[name], model, every_depth, chosen)
     assert set(names) == {each for each in expected_names if not re.search(WITHOUT_FISHER, each)}
     twin = oracle_copy(model)
     expected = {each: Squares(torch.zeros(()), torch.zeros(())) for each in names}
     for ids, labels in batch:
-        for each, gradients in position_gradients(twin, names, ids, labels, CASES[name].head_first).items():
+        for each, gradients in position_gradients(
+            twin, names, ids, labels, CASES[name].head_first
+        ).items():
             stacked = torch.stack(gradients)
             own = Squares(stacked.square().sum(0), stacked.sum(0).square())
             expected[each] = Squares(*(a + b for a, b in zip(expected[each], own, strict=True)))
@@ -132,12 +155,17 @@ def test_norms_embeddings_and_heads_match_the_oracle(name: str, depth: int | Non
         for each in names:
             actual = total.slices[each].view(model.get_parameter(each).shape)
             error = relative_error(actual, getattr(expected[each], square))
-            # Norms, rotations and linear attention are float32 in the oracle too, and squares double that.
-            assert error <= (1e-4 if name == "qwen3_5" else 2e-5), f"{square} of {each} is off by {error:.1e}"
+            # Norms, rotations and linear attention are float32 in the oracle too, and squares
+            # double that.
+            assert error <= (1e-4 if name == "qwen3_5" else 2e-5), (
+                f"{square} of {each} is off by {error:.1e}"
+            )
 
 
 @pytest.mark.parametrize("square", SQUARES)
-def test_squaring_leaves_the_signals_as_they_were(monkeypatch: pytest.MonkeyPatch, square: Square) -> None:
+def test_squaring_leaves_the_signals_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, square: Square
+) -> None:
     """Linears that share an input are handed the same tensor."""
     torch.manual_seed(0)
     outgrad_BTO, act_BTI = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
@@ -150,7 +178,9 @@ def test_squaring_leaves_the_signals_as_they_were(monkeypatch: pytest.MonkeyPatc
         assert outgrad_BTO.equal(before[0])
         assert act_BTI.equal(before[1])
     outer_BTOI = outgrad_BTO[..., None] * act_BTI[:, :, None]
-    parts = outer_BTOI.square().sum((0, 1)) if square == "token" else outer_BTOI.sum(1).square().sum(0)
+    parts = (
+        outer_BTOI.square().sum((0, 1)) if square == "token" else outer_BTOI.sum(1).square().sum(0)
+    )
     assert all(torch.allclose(total, 1 + parts, rtol=1e-5) for total in totals)
 
 
@@ -165,12 +195,15 @@ def five_token_llama() -> PreTrainedModel:
     sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     tokens = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": STOP}
-    config = LlamaConfig(**sizes, **heads, **tokens, initializer_range=0.3, max_position_embeddings=16)
+    config = LlamaConfig(
+        **sizes, **heads, **tokens, initializer_range=0.3, max_position_embeddings=16
+    )
     return LlamaForCausalLM(config).eval()
 
 
 class Sampled:
-    """The exact Fisher, and its estimates from one set of samples spread evenly over the prompts."""
+    """The exact Fisher, and its estimates from one set of samples spread evenly over the
+    prompts."""
 
     def __init__(self) -> None:
         self.model = five_token_llama()
@@ -199,7 +232,9 @@ class Sampled:
         for name in self.names:
             mean = getattr(self.exact.mean[name], expected).flatten()
             deviation = (getattr(self.exact.variance[name], expected).flatten() / DRAWS).sqrt()
-            assert (deviation > 1e-9 * mean.max()).all(), "where nothing varies there is no standard error"
+            assert (deviation > 1e-9 * mean.max()).all(), (
+                "where nothing varies there is no standard error"
+            )
             scores.append((self.estimate[estimate][name] - mean) / deviation)
         return torch.cat(scores)
 
@@ -211,18 +246,22 @@ def sampled() -> Sampled:
 
 @pytest.mark.parametrize("square", SQUARES)
 def test_the_estimate_converges_to_the_exact_fisher(sampled: Sampled, square: Square) -> None:
-    """Elements are strongly correlated, so that their root mean square varies by about 0.15 from seed to seed."""
+    """Elements are strongly correlated, so that their root mean square varies by about 0.15 from
+    seed to seed."""
     scores = sampled.errors(square, square)
     assert scores.abs().max() <= 5
     assert scores.square().mean().sqrt() <= 1.5
     other: Square = "sequence" if square == "token" else "token"
     wrong = sampled.errors(square, other)
-    assert wrong.abs().max() > 50, "the squares are so close to each other that this test cannot fail"
+    assert wrong.abs().max() > 50, (
+        "the squares are so close to each other that this test cannot fail"
+    )
     assert wrong.square().mean().sqrt() > 5
 
 
 def test_both_squares_have_one_expectation_where_positions_do_not_mix(sampled: Sampled) -> None:
-    """Past the last attention, position t sees only its own loss, and those gradients are uncorrelated."""
+    """Past the last attention, position t sees only its own loss, and those gradients are
+    uncorrelated."""
     own = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     for path in own:
         pair = sampled.exact.mean[f"model.layers.1.{path}.weight"]
@@ -231,12 +270,19 @@ def test_both_squares_have_one_expectation_where_positions_do_not_mix(sampled: S
     assert relative_error(mixed.token, mixed.sequence) > 0.1
 
 
-def pearson(counts: Counter[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]) -> tuple[float, int]:
-    """The chi-square statistic and its degrees of freedom; completions expected fewer than 5 times are pooled."""
+def pearson(
+    counts: Counter[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]
+) -> tuple[float, int]:
+    """The chi-square statistic and its degrees of freedom; completions expected fewer than 5 times
+    are pooled."""
     draws = sum(counts.values())
-    rare = {completion for completion, probability in probabilities.items() if draws * probability < 5}
+    rare = {
+        completion for completion, probability in probabilities.items() if draws * probability < 5
+    }
     cells = [(counts[each], draws * probabilities[each]) for each in probabilities.keys() - rare]
-    cells.append((sum(counts[each] for each in rare), sum(draws * probabilities[each] for each in rare)))
+    cells.append(
+        (sum(counts[each] for each in rare), sum(draws * probabilities[each] for each in rare))
+    )
     return sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
 
 
@@ -248,15 +294,21 @@ def test_completions_come_as_often_as_the_model_says(sampled: Sampled) -> None:
         statistic, freedom = pearson(counts, exact[number])
         assert freedom > 20
         assert abs(statistic - freedom) <= 4 * (2 * freedom) ** 0.5
-        assert pearson(counts, exact[1 - number])[0] > 10 * freedom, "the prompts are too alike for this test to fail"
+        assert pearson(counts, exact[1 - number])[0] > 10 * freedom, (
+            "the prompts are too alike for this test to fail"
+        )
 
 
 @torch.no_grad()
-def drawn_completion(model: PreTrainedModel, prompt: Tensor, uniform: Tensor, stop_tokens: Collection[int]) -> Tensor:
+def drawn_completion(
+    model: PreTrainedModel, prompt: Tensor, uniform: Tensor, stop_tokens: Collection[int]
+) -> Tensor:
     """One token after the other, each from a pass over the whole sequence."""
     ids = prompt
     for number in uniform.tolist():
-        probabilities = torch.softmax(model(input_ids=ids[None], use_cache=False).logits[0, -1].double(), dim=-1)
+        probabilities = torch.softmax(
+            model(input_ids=ids[None], use_cache=False).logits[0, -1].double(), dim=-1
+        )
         token, reached = 0, float(probabilities[0])
         while reached <= number:
             token += 1
@@ -275,12 +327,18 @@ def test_a_completion_depends_on_its_prompt_and_its_numbers_only(name: str) -> N
     lengths = [2, 9, 5, 1, 7, 4, 3, 8]
     prompts = [ids for ids, _ in random_sequences([(length, 0) for length in lengths], seed=4)]
     uniform_BN = torch.rand(len(prompts), 6, generator=torch.Generator().manual_seed(6))
-    expected = [drawn_completion(model, *row, stop_tokens) for row in zip(prompts, uniform_BN, strict=True)]
-    assert len({len(completion) for completion in expected}) > 2, "completions should end at different places"
+    expected = [
+        drawn_completion(model, *row, stop_tokens) for row in zip(prompts, uniform_BN, strict=True)
+    ]
+    assert len({len(completion) for completion in expected}) > 2, (
+        "completions should end at different places"
+    )
 
     batch = rollouts(decoder, prompts, uniform_BN, stop_tokens, pad_token=0)
     assert batch["input_ids"].shape == batch["labels"].shape
-    assert batch["input_ids"].shape[1] == max(len(p) + len(c) for p, c in zip(prompts, expected, strict=True))
+    assert batch["input_ids"].shape[1] == max(
+        len(p) + len(c) for p, c in zip(prompts, expected, strict=True)
+    )
     for row, (prompt, completion) in enumerate(zip(prompts, expected, strict=True)):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
         end = len(prompt) + len(completion)
@@ -309,8 +367,11 @@ def test_a_completion_depends_on_its_prompt_and_its_numbers_only(name: str) -> N
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_the_models_own_generation_settings_do_not_change_the_samples(settings: dict[str, object]) -> None:
-    """`generation_config.json` of many chat models has a repetition penalty or cuts the distribution's tail."""
+def test_the_models_own_generation_settings_do_not_change_the_samples(
+    settings: dict[str, object],
+) -> None:
+    """`generation_config.json` of many chat models has a repetition penalty or cuts the
+    distribution's tail."""
     model = built("llama")
     prompts = [ids for ids, _ in random_sequences([(9, 0), (5, 0), (7, 0)], seed=4)]
     uniform_BN = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(6))
@@ -362,7 +423,9 @@ def test_samples_in_blocks_are_the_same(
     head = nn.Linear(6, 13, bias=bias)
     hidden_RH, uniform_R = 3 * torch.randn(50, 6), torch.rand(50)
     logits_RV = head(hidden_RH).detach()
-    expected = draw_tokens(logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap), uniform_R)
+    expected = draw_tokens(
+        logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap), uniform_R
+    )
     monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", 2 * rows_per_block * 13)
     assert head_samples(hidden_RH, head, uniform_R, softcap).equal(expected)
     assert head_samples(hidden_RH[:0], head, uniform_R[:0], softcap).shape == (0,)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken import losses
-from alphatoken.losses import HeadLoss, SupervisedObjective, head_jvp, head_loss, head_outgrads, loss_positions
+from alphatoken.losses import (
+    HeadLoss,
+    SupervisedObjective,
+    head_jvp,
+    head_loss,
+    head_outgrads,
+    loss_positions,
+)
 from tests.oracle import relative_error
 
 
@@ -23,7 +30,11 @@ def test_position_t_predicts_token_t_plus_one() -> None:
 @pytest.mark.parametrize("rows_per_block", [1, 3, 100])
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_blocked_head_equals_cross_entropy(
-    monkeypatch: pytest.MonkeyPatch, bias: bool, rows_per_block: int, rows: int, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch,
+    bias: bool,
+    rows_per_block: int,
+    rows: int,
+    softcap: float | None,
 ) -> None:
     vocabulary = 13
     monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
@@ -66,7 +77,9 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
     nll_BT, weight_BT = torch.tensor([[1.0, 2.5, 7.0]]), torch.tensor([[1.0, 2.0, 0.0]])
     assert objective.total({}, nll_BT, weight_BT >= 0, weight_BT, nll_BT[weight_BT > 0]) == 6.0
     assert objective.denominator(kept_tokens=4, rows=9) == 4
-    assert objective.coefficients({}, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)).equal(torch.ones(3, 5))
+    assert objective.coefficients({}, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)).equal(
+        torch.ones(3, 5)
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 0.8])
@@ -74,13 +87,20 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
 @pytest.mark.parametrize("rows_per_block", [1, 3, 100])
 @pytest.mark.parametrize("rows", [0, 7])
 def test_the_heads_derivatives_equal_autograds(
-    monkeypatch: pytest.MonkeyPatch, rows: int, rows_per_block: int, moving: tuple[str, ...], softcap: float | None
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    rows_per_block: int,
+    moving: tuple[str, ...],
+    softcap: float | None,
 ) -> None:
     vocabulary = 13
     monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
     head = nn.Linear(6, vocabulary).requires_grad_(False)
     hidden, targets = torch.randn(rows, 6), torch.randint(0, vocabulary, (rows,))
-    tangent, directions = torch.randn(rows, 6), {name: torch.randn(head.get_parameter(name).shape) for name in moving}
+    tangent, directions = (
+        torch.randn(rows, 6),
+        {name: torch.randn(head.get_parameter(name).shape) for name in moving},
+    )
 
     def nll(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
         logits = hidden_RH.double() @ weight_VH.double().T + bias_V.double()

@@ -1,4 +1,5 @@
-"""Pairs of responses: from rows to tokens and masks, what is cut, skipped and refused, and how batches hold them."""
+"""Pairs of responses: from rows to tokens and masks, what is cut, skipped and refused, and how
+batches hold them."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], prompt: int = 200, response: int = 200) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], prompt: int = 200, response: int = 200
+) -> Encoded:
     encoded = PairEncoder(tokenizer, prompt, response).encode(row, "here")
     assert isinstance(encoded, Encoded), encoded
     return encoded
@@ -59,7 +62,11 @@ PROMPT = [user("Hi"), assistant("Yes?"), user("A colour.")]
     [
         {"prompt": PROMPT, "chosen": "red", "rejected": "seven"},
         {"prompt": PROMPT, "chosen": [assistant("red")], "rejected": [assistant("seven")]},
-        {"prompt": PROMPT, "chosen": [*PROMPT, assistant("red")], "rejected": [*PROMPT, assistant("seven")]},
+        {
+            "prompt": PROMPT,
+            "chosen": [*PROMPT, assistant("red")],
+            "rejected": [*PROMPT, assistant("seven")],
+        },
         {"chosen": [*PROMPT, assistant("red")], "rejected": [*PROMPT, assistant("seven")]},
     ],
     ids=["texts", "messages", "whole conversations", "without prompt"],
@@ -77,35 +84,46 @@ def test_every_form_of_a_pair_trains_on_the_two_answers_alone(
     assert len(encoded.asked) == 1
     supervised = Encoder(tokenizer, 200).encode({"messages": [*PROMPT, assistant("x")]}, "here")
     assert isinstance(supervised, Encoded)
-    assert encoded.asked[0] == supervised.asked[-1], "the same prompt is recognised in other kinds of rows"
+    assert encoded.asked[0] == supervised.asked[-1], (
+        "the same prompt is recognised in other kinds of rows"
+    )
 
 
-THINKING = MARKED_TEMPLATE.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+THINKING = MARKED_TEMPLATE.replace(
+    "assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"
+)
 FORGETFUL = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and loop.last %}{% generation %}{{ message['content'] }}<|im_end|>"
+    "{% if message['role'] == 'assistant' and loop.last %}{% generation %}{{ message['content'] }}<|im_end|>"  # noqa: E501
     "{% endgeneration %}{% elif message['role'] == 'assistant' %}(left out)<|im_end|>"
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
 )
 
 
-def test_a_template_may_ask_with_more_than_it_writes_before_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_may_ask_with_more_than_it_writes_before_an_answer(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     assert THINKING != MARKED_TEMPLATE
     tokenizer.chat_template = THINKING
     encoded = encode(tokenizer, {"prompt": PROMPT, "chosen": "red and blue", "rejected": "7"})
     assert trained_texts(tokenizer, encoded) == ["red and blue<|im_end|>", "7<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_rewrites_earlier_answers_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     tokenizer.chat_template = FORGETFUL
     row = {"prompt": PROMPT, "chosen": "red", "rejected": "7"}
     assert trained_texts(tokenizer, encode(tokenizer, row)) == ["red<|im_end|>", "7<|im_end|>"]
-    # Ending with the assistant's turn, the prompt is written with it; followed by an answer, without.
+    # Ending with the assistant's turn, the prompt is written with it; followed by an answer,
+    # without.
     with pytest.raises(UserError, match="renders the prompt differently once an answer follows"):
         Encoder(tokenizer, 200).encode_answer(PROMPT[:2], [assistant("red")], "here")
 
 
-def test_an_answer_of_several_turns_trains_on_what_the_assistant_says(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_answer_of_several_turns_trains_on_what_the_assistant_says(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     chosen = [assistant("red"), user("And?"), assistant("blue")]
     encoded = encode(tokenizer, {"prompt": "A colour.", "chosen": chosen, "rejected": "seven"})
     assert trained_texts(tokenizer, encoded) == ["red<|im_end|>blue<|im_end|>", "seven<|im_end|>"]
@@ -119,7 +137,9 @@ def test_a_plain_pair_needs_no_template(tokenizer: PreTrainedTokenizerBase) -> N
         encode(tokenizer, {"prompt": PROMPT, "chosen": "red", "rejected": "seven"})
 
 
-def test_prompts_lose_their_start_and_responses_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_lose_their_start_and_responses_their_end(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     row = {"prompt": "word " * 40 + "A colour.", "chosen": "red and blue", "rejected": "7"}
     begins = tokenizer.bos_token
     tokenizer.bos_token = None
@@ -159,35 +179,61 @@ def test_pairs_without_a_difference_are_skipped_with_the_reason(
         ({"prompt": "Hi", "chosen": "red"}, "a row needs 'prompt', 'chosen' and 'rejected'"),
         ({"chosen": "red", "rejected": "7"}, "a row needs 'prompt', 'chosen' and 'rejected'"),
         ({"prompt": "Hi", "response": "red"}, "this one has prompt, response"),
-        ({"prompt": 3, "chosen": "red", "rejected": "7"}, "'prompt' must be text or a list of messages, but is 3"),
-        ({"prompt": "Hi", "chosen": [{"role": "assistant"}], "rejected": "7"}, "message 1 of 'chosen' needs a text"),
+        (
+            {"prompt": 3, "chosen": "red", "rejected": "7"},
+            "'prompt' must be text or a list of messages, but is 3",
+        ),
+        (
+            {"prompt": "Hi", "chosen": [{"role": "assistant"}], "rejected": "7"},
+            "message 1 of 'chosen' needs a text",
+        ),
         ({"prompt": "Hi", "chosen": "red", "rejected": []}, "'rejected' must be a non-empty list"),
-        ({"prompt": [*PROMPT, assistant("red")], "chosen": "red", "rejected": "7"}, "are fields swapped?"),
-        ({"prompt": PROMPT, "chosen": [user("Hi")], "rejected": "7"}, "begins with role 'user'; are fields swapped?"),
-        ({"prompt": PROMPT, "chosen": PROMPT, "rejected": "7"}, "'chosen' must be the assistant's answer"),
+        (
+            {"prompt": [*PROMPT, assistant("red")], "chosen": "red", "rejected": "7"},
+            "are fields swapped?",
+        ),
+        (
+            {"prompt": PROMPT, "chosen": [user("Hi")], "rejected": "7"},
+            "begins with role 'user'; are fields swapped?",
+        ),
+        (
+            {"prompt": PROMPT, "chosen": PROMPT, "rejected": "7"},
+            "'chosen' must be the assistant's answer",
+        ),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "the prompt is empty"),
     ],
 )
-def test_a_malformed_pair_is_named(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], message: str) -> None:
+def test_a_malformed_pair_is_named(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as error:
         PairEncoder(tokenizer, 64, 64).encode(row, "pairs.jsonl:3")
     assert str(error.value).startswith("pairs.jsonl:3: ")
     assert message in str(error.value)
 
 
-def test_data_whose_pairs_are_all_alike_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_data_whose_pairs_are_all_alike_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(3 * (json.dumps({"prompt": "Hi", "chosen": "red", "rejected": "red"}) + "\n"))
-    with pytest.raises(UserError, match=r"no usable row \(3 skipped: chosen and rejected are the same"):
+    with pytest.raises(
+        UserError, match=r"no usable row \(3 skipped: chosen and rejected are the same"
+    ):
         tokenise([Source(path=str(file))], PairEncoder(tokenizer, 64, 64), tmp_path / "cache")
 
 
 def config_of(values: dict[str, Any], **sections: dict[str, Any]) -> PreferenceRunConfig:
-    merged = {**values, **{key: {**values.get(key, {}), **content} for key, content in sections.items()}}
+    merged = {
+        **values,
+        **{key: {**values.get(key, {}), **content} for key, content in sections.items()},
+    }
     return validate(PreferenceRunConfig, merged, "of the test")
 
 
-def test_pairs_in_a_supervised_run_are_pointed_to_the_recipe(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_pairs_in_a_supervised_run_are_pointed_to_the_recipe(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     with pytest.raises(UserError, match=r"pairs are for recipes/preference.py"):
         Encoder(tokenizer, 64).encode({"prompt": "Hi", "chosen": "red", "rejected": "7"}, "here")
 
@@ -198,11 +244,16 @@ def test_held_out_rows_are_chosen_responses_or_supervised_rows(
     splits = load_splits(config_of(pair_values), tokenizer)
     assert len(splits.train[0]) == len(splits.eval[0] if splits.eval else []) == 2
     assert splits.validation is not None
-    rows = [json.loads(line) for line in Path(pair_values["data"]["validation"]).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(pair_values["data"]["validation"]).read_text().splitlines()
+    ]
     for index, row in enumerate(rows):
         ((ids, mask),) = splits.validation[index]
         assert tokenizer.decode(ids[mask]) == row["chosen"] + "<|im_end|>"
-    supervised = load_splits(config_of(pair_values, data={"validation": tiny_data["validation"]}), tokenizer)
+    supervised = load_splits(
+        config_of(pair_values, data={"validation": tiny_data["validation"]}), tokenizer
+    )
     assert supervised.validation is not None
     assert len(supervised.validation[0]) == 1
 
@@ -228,7 +279,9 @@ def test_an_answer_that_is_trained_on_is_not_held_out(
     leaked = tmp_path / "leaked.jsonl"
     rows = Path(pair_values["data"][part]).read_text()
     leaked.write_text(rows + json.dumps({**first, "rejected": "something else"}) + "\n")
-    with pytest.raises(UserError, match=rf"data.{part} must be held out, but .*leaked.jsonl:\d+ is also in .*:4"):
+    with pytest.raises(
+        UserError, match=rf"data.{part} must be held out, but .*leaked.jsonl:\d+ is also in .*:4"
+    ):
         load_splits(config_of(pair_values, data={part: str(leaked)}), tokenizer)
 
 
@@ -245,9 +298,14 @@ class Numbers:
 
 @pytest.mark.parametrize("row_tokens", [None, 150, 10_000])
 def test_a_pair_stays_together_and_every_token_has_its_reference(
-    pair_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row_tokens: int | None
+    pair_data: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    row_tokens: int | None,
 ) -> None:
-    dataset = tokenise([Source(path=pair_data["train"])], PairEncoder(tokenizer, 200, 200), tmp_path / "cache")
+    dataset = tokenise(
+        [Source(path=pair_data["train"])], PairEncoder(tokenizer, 200, 200), tmp_path / "cache"
+    )
     rows = Order(dataset.sizes, None, (0, 0)).step(0, 12)
     layout = Layout(3, tokenizer.pad_token_id, row_tokens, reference=Numbers(dataset))
     seen = []
@@ -272,9 +330,16 @@ def test_transcripts_become_messages(tmp_path: Path) -> None:
     transcript = "Human: Hi\n\nAssistant: Yes?\n\nHuman: A colour.\n\nOr two.\n\nAssistant:"
     expected = [user("Hi"), assistant("Yes?"), user("A colour.\n\nOr two.")]
     assert messages_of(transcript, "here") == messages_of("\n\n" + transcript, "here") == expected
-    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": transcript, "chosen": "red", "rejected": "7"}) + "\n")
-    assert convert(tmp_path / "in.jsonl") == [{"prompt": expected, "chosen": "red", "rejected": "7"}]
-    for wrong, message in (("A colour.", "must begin with"), ("Human: Hi", "must end with 'Assistant:'")):
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"prompt": transcript, "chosen": "red", "rejected": "7"}) + "\n"
+    )
+    assert convert(tmp_path / "in.jsonl") == [
+        {"prompt": expected, "chosen": "red", "rejected": "7"}
+    ]
+    for wrong, message in (
+        ("A colour.", "must begin with"),
+        ("Human: Hi", "must end with 'Assistant:'"),
+    ):
         with pytest.raises(UserError, match=message):
             messages_of(wrong, "here")
 
@@ -289,7 +354,9 @@ def test_conversations_that_begin_alike_are_held_out_together() -> None:
     assert len(train) + len(held_out) == len(rows)
 
 
-def test_examples_of_both_kinds_have_caches_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_examples_of_both_kinds_have_caches_of_their_own(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     encoders = [PairEncoder(tokenizer, *lengths) for lengths in ((64, 64), (32, 96))]
     identities = {each.identity for each in encoders}
     identities |= {ChosenEncoder(each, Encoder(tokenizer, 64)).identity for each in encoders}

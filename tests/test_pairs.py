@@ -1,4 +1,5 @@
-"""Preference runs under ZeRO on 1, 2 and 3 ranks against the same step in one plain process; references; bad data."""
+"""Preference runs under ZeRO on 1, 2 and 3 ranks against the same step in one plain process;
+references; bad data."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from alphatoken import UserError, ValuationConfig, score_tokens
 from alphatoken.config_file import validate
@@ -21,7 +28,16 @@ from alphatoken.config_preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
 from alphatoken.reference import CachedLosses, CacheFolder, _longest_chain, check_reference
 from tests.ranks import run_ranks
-from tests.test_distributed import SCORED_BY, TERMS, check, exact, stability, stability_tensors, stage, variant
+from tests.test_distributed import (
+    SCORED_BY,
+    TERMS,
+    check,
+    exact,
+    stability,
+    stability_tensors,
+    stage,
+    variant,
+)
 from tests.test_preference import Side, masked_loss, section, standard
 from tests.test_training import METRICS, start_recipe
 from tests.tiny import collate, tokenised
@@ -32,14 +48,25 @@ PAIRS, MICRO_BATCH, KEEP = 12, 2, 0.5
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 EVALUATED = {"eval_loss", "eval_rewards_margin", "eval_rewards_accuracy", "eval_length_accuracy"}
 REPORTED = {
-    *(f"rewards_{what}{masked}" for what in ("chosen", "rejected", "margin") for masked in ("", "_masked")),
+    *(
+        f"rewards_{what}{masked}"
+        for what in ("chosen", "rejected", "margin")
+        for masked in ("", "_masked")
+    ),
     *("loss", "rewards_accuracy", "omega", "kl_estimate"),
-    *(f"{what}_{branch}" for what in ("length", "kept_share", "composite_mean") for branch in ("chosen", "rejected")),
+    *(
+        f"{what}_{branch}"
+        for what in ("length", "kept_share", "composite_mean")
+        for branch in ("chosen", "rejected")
+    ),
 }
 
 
-def documents_of(tokenizer: PreTrainedTokenizerBase, file: str) -> list[list[tuple[Tensor, Tensor]]]:
-    """(ids, labels) of chosen and rejected of every row; labels on the answer and the end of its turn only."""
+def documents_of(
+    tokenizer: PreTrainedTokenizerBase, file: str
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """(ids, labels) of chosen and rejected of every row; labels on the answer and the end of its
+    turn only."""
     rows = []
     for line in Path(file).read_text().splitlines():
         fields = json.loads(line)
@@ -60,13 +87,18 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, file: str) -> list[list[tup
 
 
 def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
+    )
     return torch.nn.functional.pad(nll, (0, 1))
 
 
 class PlainPairs:
-    """The step in one process: values of all documents at once, masks by sorting, the gradient by autograd."""
+    """The step in one process: values of all documents at once, masks by sorting, the gradient by
+    autograd."""
 
     def __init__(self, values: dict[str, Any], name: str) -> None:
         folder, valuation = values["model"]["name_or_path"], values["valuation"]
@@ -91,26 +123,39 @@ class PlainPairs:
         )
         self.nll = token_losses(model, batch)
         with torch.no_grad():
-            reference = token_losses(AutoModelForCausalLM.from_pretrained(values["reference"]["model"]), batch)
+            reference = token_losses(
+                AutoModelForCausalLM.from_pretrained(values["reference"]["model"]), batch
+            )
         response = torch.zeros_like(self.nll, dtype=torch.bool)
         response[:, :-1] = batch["labels"][:, 1:] != -100
         for place in range(PAIRS):
             sides = [response[2 * place], response[2 * place + 1]]
             log_p = [
-                -self.nll[2 * place + side][mask].detach().double().requires_grad_() for side, mask in enumerate(sides)
+                -self.nll[2 * place + side][mask].detach().double().requires_grad_()
+                for side, mask in enumerate(sides)
             ]
-            references = [-reference[2 * place + side][mask].double() for side, mask in enumerate(sides)]
+            references = [
+                -reference[2 * place + side][mask].double() for side, mask in enumerate(sides)
+            ]
             loss = standard(name, log_p[0], log_p[1], (references[0], references[1]))
             for side, gradient in enumerate(torch.autograd.grad(loss, log_p)):
                 for term in TERMS:
                     getattr(self.values, term)[2 * place + side] *= -gradient[0]
-        self.weight = self._weights(values, response, [sum(len(ids) for ids, _ in train[row]) for row in rows])
+        self.weight = self._weights(
+            values, response, [sum(len(ids) for ids, _ in train[row]) for row in rows]
+        )
 
         def side_of(document: int) -> Side:
             inside = response[document]
-            return self.nll[document][inside], reference[document][inside], self.weight[document][inside]
+            return (
+                self.nll[document][inside],
+                reference[document][inside],
+                self.weight[document][inside],
+            )
 
-        losses = [masked_loss(name, side_of(2 * place), side_of(2 * place + 1)) for place in range(PAIRS)]
+        losses = [
+            masked_loss(name, side_of(2 * place), side_of(2 * place + 1)) for place in range(PAIRS)
+        ]
         (torch.stack(losses).sum() / PAIRS).backward()
         self.gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
 
@@ -118,7 +163,9 @@ class PlainPairs:
         """Each branch of each micro-batch (or of the step) keeps its own best tokens."""
         selection = values["selection"]
         order = np.argsort(-np.array(lengths), kind="stable")
-        size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": PAIRS}[selection["scope"]]
+        size = {"sequence": 1, "micro_batch": MICRO_BATCH, "global_batch": PAIRS}[
+            selection["scope"]
+        ]
         weight = torch.zeros_like(response, dtype=torch.float32)
         for start in range(0, PAIRS, size):
             for side, branch in enumerate(("chosen", "rejected")):
@@ -128,7 +175,9 @@ class PlainPairs:
                     for place in order[start : start + size]
                     for t in response[2 * place + side].nonzero()[:, 0].tolist()
                 ]
-                for _, document, t in sorted(tokens, reverse=True)[: math.ceil(ratio * len(tokens))]:
+                for _, document, t in sorted(tokens, reverse=True)[
+                    : math.ceil(ratio * len(tokens))
+                ]:
                     weight[document, t] = 1
         return weight
 
@@ -148,8 +197,14 @@ def test_values_masks_and_gradients_of_pairs_equal_one_process(
         "alpha": ("alpha_dpo", {}),
         "alpha, mean": ("alpha_dpo, mean", {"selection": {"scope": "sequence"}}),
         "alpha, exact": ("alpha_dpo", {"valuation": every_parameter, "data": {"packing": True}}),
-        "alpha, online": ("alpha_dpo", {"reference": {"mode": "online"}, "data": {"packing": True}}),
-        "alpha, online, stage 2": ("alpha_dpo", {"reference": {"mode": "online"}, "deepspeed": stage(2)}),
+        "alpha, online": (
+            "alpha_dpo",
+            {"reference": {"mode": "online"}, "data": {"packing": True}},
+        ),
+        "alpha, online, stage 2": (
+            "alpha_dpo",
+            {"reference": {"mode": "online"}, "deepspeed": stage(2)},
+        ),
         "alpha, chunked, streamed": (
             "alpha_dpo",
             {"valuation": {**stability, "chunk_tokens": 1, "residency": "streamed"}},
@@ -158,7 +213,10 @@ def test_values_masks_and_gradients_of_pairs_equal_one_process(
             "alpha_dpo",
             {"selection": {"scope": "global_batch", "rejected": {"keep_ratio": 0.3}}},
         ),
-        "dpo": ("dpo", {"selection": {"chosen": {"keep_ratio": 0.8}, "rejected": {"keep_ratio": 0.2}}}),
+        "dpo": (
+            "dpo",
+            {"selection": {"chosen": {"keep_ratio": 0.8}, "rejected": {"keep_ratio": 0.2}}},
+        ),
         "dpo, smoothed": ("dpo, smoothed", {}),
         "dpo, with nll": ("dpo, with nll", {}),
         "ipo": ("ipo", {}),
@@ -173,19 +231,29 @@ def test_values_masks_and_gradients_of_pairs_equal_one_process(
     configs = {}
     for name, (objective, sections) in variants.items():
         reference = {"model": stability["reference"]}
-        common: dict[str, dict[str, Any]] = {"preference": section(objective), "valuation": stability}
+        common: dict[str, dict[str, Any]] = {
+            "preference": section(objective),
+            "valuation": stability,
+        }
         if section(objective)["objective"] not in REFERENCE_FREE:
             common["reference"] = reference
-        merged = {key: common.get(key, {}) | sections.get(key, {}) for key in common.keys() | sections.keys()}
+        merged = {
+            key: common.get(key, {}) | sections.get(key, {})
+            for key in common.keys() | sections.keys()
+        }
         configs[name] = variant(pair_values, tmp_path / name.replace(" ", "-"), **merged)
     results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
     for name, values in configs.items():
-        plain = PlainPairs({**values, "reference": {"model": stability["reference"]}}, variants[name][0])
+        plain = PlainPairs(
+            {**values, "reference": {"model": stability["reference"]}}, variants[name][0]
+        )
         assert plain.values.direct_proxy.any()
         check(results, name, plain)
 
 
-def runs(pair_values: dict[str, Any], folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def runs(
+    pair_values: dict[str, Any], folder: Path, changes: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Configurations by name, each with an output folder of its own and some sections changed."""
     configs = {}
     for name, sections in changes.items():
@@ -200,7 +268,8 @@ def runs(pair_values: dict[str, Any], folder: Path, changes: dict[str, dict[str,
 def test_cached_and_online_references_give_the_same_run(
     pair_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
-    """Three steps, with the starting model as reference and with another one; the losses in each row's place."""
+    """Three steps, with the starting model as reference and with another one; the losses in each
+    row's place."""
     other = {"model": stability["reference"]}
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "cached": {"reference": {}},
@@ -215,12 +284,27 @@ def test_cached_and_online_references_give_the_same_run(
     (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
     assert not any(messages.values()), messages
     found = {name: metrics_of(values) for name, values in configs.items()}
-    assert found["cached"][0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6), "the start is its own reference"
+    assert found["cached"][0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6), (
+        "the start is its own reference"
+    )
     assert abs(found["cached"][-1]["rewards_margin"]) > 1e-3
-    for cached, online in (("cached", "online"), ("cached", "offloaded"), ("other cached", "other online")):
+    for cached, online in (
+        ("cached", "online"),
+        ("cached", "offloaded"),
+        ("other cached", "other online"),
+    ):
         for one, two in zip(found[cached], found[online], strict=True):
-            for key in one.keys() & {"loss", "eval_loss", "rewards_chosen", "rewards_margin", "omega", "grad_norm"}:
-                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{online}: {key} of step {one['step']}"
+            for key in one.keys() & {
+                "loss",
+                "eval_loss",
+                "rewards_chosen",
+                "rewards_margin",
+                "omega",
+                "grad_norm",
+            }:
+                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (
+                    f"{online}: {key} of step {one['step']}"
+                )
     assert abs(found["other cached"][0]["eval_loss"] - math.log(2)) > 1e-3
 
 
@@ -232,13 +316,20 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
     reference = {"model": stability["reference"], "save_every": 8, "cache": str(cache)}
     values = {**pair_values, "reference": reference}
     with pytest.raises(AssertionError, match="killed in block 3"):
-        run_ranks("run_trainers", 2, tmp_path / "killed", configs={"run": values}, killed_in_block=3)
+        run_ranks(
+            "run_trainers", 2, tmp_path / "killed", configs={"run": values}, killed_in_block=3
+        )
     files = sorted(path.name for path in (cache / "train").glob("*.parquet"))
     assert files == ["rows-000000000-000000008.parquet", "rows-000000008-000000016.parquet"]
     kept = {name: (cache / "train" / name).stat().st_mtime_ns for name in files}
 
     stale = {
-        "other rows": {"data": {**pair_values["data"], "train": [{"path": pair_values["data"]["train"], "first": 20}]}},
+        "other rows": {
+            "data": {
+                **pair_values["data"],
+                "train": [{"path": pair_values["data"]["train"], "first": 20}],
+            }
+        },
         "other lengths": {"preference": {"max_response_tokens": 9}},
         "other model": {"reference": {**reference, "model": pair_values["model"]["name_or_path"]}},
         "other dtype": {"model": {**pair_values["model"], "dtype": "bfloat16"}},
@@ -251,11 +342,17 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
     configs = runs(values, tmp_path, changes)
     (messages, _, _) = run_ranks("run_trainers", 3, tmp_path / "ranks", configs=configs)
     assert messages["resumed"] == messages["whole"] == ""
-    named = {"other rows": "rows: 30 there, 20 here", "other lengths": "max_response_tokens", "other dtype": "dtype"}
+    named = {
+        "other rows": "rows: 30 there, 20 here",
+        "other lengths": "max_response_tokens",
+        "other dtype": "dtype",
+    }
     for name in stale:
         assert "holds losses of something else" in messages[name]
         assert named.get(name, "model_sha256") in messages[name]
-    assert {name: (cache / "train" / name).stat().st_mtime_ns for name in files} == kept, "what was there is used"
+    assert {name: (cache / "train" / name).stat().st_mtime_ns for name in files} == kept, (
+        "what was there is used"
+    )
     one, other = (CachedLosses(_longest_chain(folder / "train", 30)) for folder in (cache, whole))
     for row in range(30):
         assert np.allclose(one[row], other[row], rtol=1e-5, atol=1e-6)
@@ -268,7 +365,8 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
 def test_excess_loss_keeps_what_the_reference_finds_easier(
     run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
-    """Rho-1 in supervised runs: the tokens with the highest loss above the reference's, by the same cache."""
+    """Rho-1 in supervised runs: the tokens with the highest loss above the reference's, by the same
+    cache."""
     values = variant(
         run_values,
         tmp_path / "run",
@@ -281,7 +379,9 @@ def test_excess_loss_keeps_what_the_reference_finds_easier(
         AutoModelForCausalLM.from_pretrained(folder)
         for folder in (values["model"]["name_or_path"], stability["reference"])
     )
-    train = tokenised(AutoTokenizer.from_pretrained(values["model"]["name_or_path"]), values["data"]["train"])
+    train = tokenised(
+        AutoTokenizer.from_pretrained(values["model"]["name_or_path"]), values["data"]["train"]
+    )
     rows = {row: output for rank in results for row, output in rank["excess"]["rows"].items()}
     assert len(rows) == 12
     for row, output in rows.items():
@@ -289,17 +389,23 @@ def test_excess_loss_keeps_what_the_reference_finds_easier(
         with torch.no_grad():
             excess = token_losses(model, batch)[0] - token_losses(reference, batch)[0]
         response = [t for t in range(len(excess) - 1) if batch["labels"][0, t + 1] != -100]
-        best = sorted(response, key=lambda t: float(excess[t]), reverse=True)[: math.ceil(KEEP * len(response))]
+        best = sorted(response, key=lambda t: float(excess[t]), reverse=True)[
+            : math.ceil(KEEP * len(response))
+        ]
         assert output["weight"].nonzero()[:, 0].tolist() == sorted(best)
 
 
 def test_a_reference_that_cannot_be_compared_is_refused_before_any_weight_is_read(
     pair_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    tokenizer, other = (AutoTokenizer.from_pretrained(pair_values["model"]["name_or_path"]) for _ in range(2))
+    tokenizer, other = (
+        AutoTokenizer.from_pretrained(pair_values["model"]["name_or_path"]) for _ in range(2)
+    )
     other.add_tokens(["<another>"])
     other.save_pretrained(tmp_path / "other")
-    AutoConfig.from_pretrained(pair_values["model"]["name_or_path"]).save_pretrained(tmp_path / "other")
+    AutoConfig.from_pretrained(pair_values["model"]["name_or_path"]).save_pretrained(
+        tmp_path / "other"
+    )
     cases = {
         "has another vocabulary": {"reference": {"model": str(tmp_path / "other")}},
         "cannot be loaded": {"reference": {"model": str(tmp_path / "missing")}},
@@ -318,8 +424,14 @@ def test_a_reference_that_cannot_be_compared_is_refused_before_any_weight_is_rea
 def test_a_rank_without_response_tokens_takes_part(
     pair_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
-    """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no loss."""
-    values = variant(pair_values, tmp_path / "run", valuation=stability, reference={"model": stability["reference"]})
+    """In the second micro-batch of three, rank 1 has nothing to score, nothing to keep, and no
+    loss."""
+    values = variant(
+        pair_values,
+        tmp_path / "run",
+        valuation=stability,
+        reference={"model": stability["reference"]},
+    )
     results = run_ranks("one_empty_micro_batch", 2, tmp_path / "ranks", values=values)
     assert results[1]["kept"][1] == 0
     assert min(results[0]["kept"]) > 0
@@ -336,7 +448,11 @@ def test_the_recipe_starts_from_a_supervised_runs_export(
     supervised = runs(run_values, tmp_path, {"sft": {"valuation": {"enabled": False}}})
     (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=supervised)
     assert messages == {"sft": ""}
-    values = runs(pair_values, tmp_path, {"preference": {"model": {"name_or_path": str(tmp_path / "sft" / "export")}}})
+    values = runs(
+        pair_values,
+        tmp_path,
+        {"preference": {"model": {"name_or_path": str(tmp_path / "sft" / "export")}}},
+    )
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values["preference"]))
     wrong = start_recipe(file, f"data.train={run_values['data']['train']}", recipe="preference")
@@ -358,11 +474,21 @@ def test_the_recipe_starts_from_a_supervised_runs_export(
     assert steps[0]["rewards_margin"] == pytest.approx(0, abs=1e-5)
     assert steps[0]["omega"] == pytest.approx(0.05, abs=1e-5)
     assert steps[-1].keys() >= EVALUATED
-    for shown in ("step 2/2", "margin ", "eval_accuracy ", "(longer ", "eval_length_accuracy", "Reference losses of"):
+    for shown in (
+        "step 2/2",
+        "margin ",
+        "eval_accuracy ",
+        "(longer ",
+        "eval_length_accuracy",
+        "Reference losses of",
+    ):
         assert shown in finished.stdout, finished.stdout
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "preference" / "export")
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "export")
-    assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(exported.parameters(), start.parameters(), strict=True)
+    )
 
 
 def losses_of(rows: int) -> list[Any]:
@@ -372,7 +498,9 @@ def losses_of(rows: int) -> list[Any]:
 def test_a_cache_survives_a_kill_at_any_moment_and_a_second_writer(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
-    (folder / "settings.abc.partial").write_text("{")  # as a run leaves it that is killed while it writes
+    (folder / "settings.abc.partial").write_text(
+        "{"
+    )  # as a run leaves it that is killed while it writes
     cache = CacheFolder(folder, 40, {"rows": 40})
     assert cache.done() == 0
     losses = losses_of(40)
@@ -416,13 +544,17 @@ def test_a_reference_that_was_cached_is_not_kept_in_memory(
 ) -> None:
     live = {}
     for name, reference in (("start", {}), ("other", {"model": stability["reference"]})):
-        values = variant(pair_values, tmp_path / name, valuation={"enabled": False}, reference=reference)
+        values = variant(
+            pair_values, tmp_path / name, valuation={"enabled": False}, reference=reference
+        )
         (live[name],) = run_ranks("live_tensor_bytes", 1, tmp_path / f"ranks-{name}", values=values)
     assert live["other"] == pytest.approx(live["start"], rel=0.01)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_against_the_same_reference_only(pair_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_goes_on_against_the_same_reference_only(
+    pair_values: dict[str, Any], tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(pair_values["model"]["name_or_path"], model)
     first = variant(
@@ -439,6 +571,6 @@ def test_a_run_goes_on_against_the_same_reference_only(pair_values: dict[str, An
     resumed = {**first, "train": {**first["train"], "resume": "auto"}}
     (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"run": resumed})
     assert (
-        "reference.model: the reference model (reference.model, by default model.name_or_path) changed"
-        in messages["run"]
+        "reference.model: the reference model (reference.model, by default "
+        "model.name_or_path) changed" in messages["run"]
     )

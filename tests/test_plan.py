@@ -44,22 +44,32 @@ def load(file: Path, *overrides: str) -> RunConfig:
 
 def model_folder(file: Path) -> Path:
     """Where the `config.json` of the model of a shipped configuration is."""
-    return ROOT / "tests" / "models" / next(name for start, name in MODELS.items() if file.name.startswith(start))
+    return (
+        ROOT
+        / "tests"
+        / "models"
+        / next(name for start, name in MODELS.items() if file.name.startswith(start))
+    )
 
 
 @pytest.fixture(scope="module")
-def accuracy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def accuracy(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What two ranks communicated and computed in one step of each case, and what was planned."""
     folder = tmp_path_factory.mktemp("accuracy")
     save_data(folder, 16, 24)
-    found: dict[str, dict[str, Any]] = run_ranks("planned_and_measured", 2, folder, model=tiny_model)[0]
+    found: dict[str, dict[str, Any]] = run_ranks(
+        "planned_and_measured", 2, folder, model=tiny_model
+    )[0]
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_and_flops_are_as_planned(accuracy: dict[str, dict[str, Any]], case: str) -> None:
-    """DeepSpeed's communications log of one step within 5 %, torch's FLOP counter with math attention within 10 %."""
+    """DeepSpeed's communications log of one step within 5 %, torch's FLOP counter with math
+    attention within 10 %."""
     found = accuracy[case]
     assert found["bytes"]["planned"] == pytest.approx(found["bytes"]["measured"], rel=0.05)
     assert found["flops"]["planned"] == pytest.approx(found["flops"]["measured"], rel=0.10)
@@ -76,7 +86,9 @@ def test_peak_memory_is_as_planned(tiny_model: Path, tmp_path: Path) -> None:
         "benchmarks.plan_accuracy",
         *(str(each) for pair in options.items() for each in pair),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    subprocess.run(
+        command, cwd=ROOT, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    )
     memory = json.loads(output.read_text())["cases"]["ghost"]["memory"]
     assert memory["planned"] == pytest.approx(memory["measured"], rel=0.15)
 
@@ -87,7 +99,9 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
-def test_large_models_fit_where_their_configurations_say(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_fit_where_their_configurations_say(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the command in the file's first lines, from the model's `config.json` alone."""
     monkeypatch.chdir(ROOT)  # paths in configurations are relative to the project
     (command,) = re.findall(r"# +(alphatoken plan .*)", file.read_text())
@@ -101,19 +115,31 @@ def test_large_models_fit_where_their_configurations_say(file: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3.2-3b", 3_212_749_824), ("llama-3.1-8b", 8_030_261_248), ("llama-3.3-70b", 70_553_706_496)],
+    [
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.3-70b", 70_553_706_496),
+    ],
 )
 def test_parameters_are_those_of_the_published_models(name: str, parameters: int) -> None:
     plan = plan_of(name)
     assert sum(numel for numel, _ in plan.blueprint.numels) == parameters
-    # Adam's moments and masters, gradients and weights in bf16: 16 bytes a parameter, divided over the ranks.
+    # Adam's moments and masters, gradients and weights in bf16: 16 bytes a parameter, divided
+    # over the ranks.
     states = ("weights", "fp32 master weights", "Adam's moments", "gradients")
-    assert sum(part.bytes for part in plan.memory.steady if part.name in states) == 16 * parameters / 8
+    assert (
+        sum(part.bytes for part in plan.memory.steady if part.name in states) == 16 * parameters / 8
+    )
 
 
 def test_deepspeed_configurations_put_states_where_they_say() -> None:
-    shipped = {file.stem: plan_of("llama-3.2-3b", deepspeed={"config": str(file)}) for file in DEEPSPEED}
-    steady = {name: {part.name: part.bytes for part in plan.memory.steady} for name, plan in shipped.items()}
+    shipped = {
+        file.stem: plan_of("llama-3.2-3b", deepspeed={"config": str(file)}) for file in DEEPSPEED
+    }
+    steady = {
+        name: {part.name: part.bytes for part in plan.memory.steady}
+        for name, plan in shipped.items()
+    }
     count = 3_212_749_824
     assert steady["zero3"]["weights"] == 2 * count / 8
     assert steady["zero2"]["weights"] == 2 * count
@@ -141,7 +167,9 @@ def test_every_supported_architecture_can_be_planned(case: str, tmp_path: Path) 
     attention = "eager" if TINY[case].eager_only else "sdpa"
     values = {"name_or_path": str(tmp_path), "attn_implementation": attention}
     plan = plan_of(case, model=values, valuation={"layers": 2})
-    assert sum(numel for numel, _ in plan.blueprint.numels) == sum(each.numel() for each in model.parameters())
+    assert sum(numel for numel, _ in plan.blueprint.numels) == sum(
+        each.numel() for each in model.parameters()
+    )
     assert all(0 < each.plain < each.total for each in plan.compute.values())
 
 
@@ -156,7 +184,9 @@ def test_what_does_not_fit_is_told_how_to_fit() -> None:
 
 
 def test_what_can_never_fit_gets_no_false_hope() -> None:
-    result = CliRunner().invoke(app, ["plan", *written_for("llama-3.3-70b"), "--world", "1", "--gpu", "rtx4090-24g"])
+    result = CliRunner().invoke(
+        app, ["plan", *written_for("llama-3.3-70b"), "--world", "1", "--gpu", "rtx4090-24g"]
+    )
     assert "that is not enough" in result.output
 
 
@@ -170,7 +200,14 @@ def test_a_plan_is_printed_for_people_and_for_programs() -> None:
     command = ["plan", *written_for("llama-3.2-3b"), "--world", "2", "--row-tokens", "512"]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0
-    for text in ("activations", "over a plain step", "ghost", "exact", "one checkpoint, on disk", "gradients"):
+    for text in (
+        "activations",
+        "over a plain step",
+        "ghost",
+        "exact",
+        "one checkpoint, on disk",
+        "gradients",
+    ):
         assert text in shown.output
     values = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert values["parameters"]["all"] == 3_212_749_824
@@ -181,7 +218,9 @@ def test_a_plan_is_printed_for_people_and_for_programs() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="--gpu h1000 is not known; known: a100-40g"):
         plan_of("llama-3.2-3b", device="h1000")
-    with pytest.raises(UserError, match=r"train\.global_batch_size=64 is not a multiple of .* 3 ranks"):
+    with pytest.raises(
+        UserError, match=r"train\.global_batch_size=64 is not a multiple of .* 3 ranks"
+    ):
         plan_of("llama-3.2-3b", ranks=3)
     with pytest.raises(UserError, match="--row-tokens 1"):
         Rows(1)

@@ -1,4 +1,5 @@
-"""Objectives on pairs: against values by hand, definitions written from log-probabilities, and autograd."""
+"""Objectives on pairs: against values by hand, definitions written from log-probabilities, and
+autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphatoken.config_preference import PreferenceConfig
-from alphatoken.preference import Branch, Pairs, PreferenceObjective, alpha_dpo, cpo, dpo, hinge, ipo, orpo, simpo
+from alphatoken.preference import (
+    Branch,
+    Pairs,
+    PreferenceObjective,
+    alpha_dpo,
+    cpo,
+    dpo,
+    hinge,
+    ipo,
+    orpo,
+    simpo,
+)
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "alpha_dpo": {},
@@ -39,7 +51,9 @@ def objective_of(name: str) -> PreferenceObjective:
 
 
 def branch(nll: float, reference: float, tokens: float) -> Branch:
-    return Branch(*(torch.tensor([number], dtype=torch.float64) for number in (nll, reference, tokens)))
+    return Branch(
+        *(torch.tensor([number], dtype=torch.float64) for number in (nll, reference, tokens))
+    )
 
 
 # Log-ratios +2 and -1, losses per token 2 and 3, so p = e^-2 and e^-3.
@@ -50,14 +64,20 @@ PAIR = Pairs(branch(8.0, 10.0, 4.0), branch(6.0, 5.0, 2.0))
     ("loss", "expected"),
     [
         (lambda: dpo(PAIR, 0.5), math.log(1 + math.exp(-1.5))),
-        (lambda: dpo(PAIR, 0.5, 0.25), 0.75 * math.log(1 + math.exp(-1.5)) + 0.25 * math.log(1 + math.exp(1.5))),
+        (
+            lambda: dpo(PAIR, 0.5, 0.25),
+            0.75 * math.log(1 + math.exp(-1.5)) + 0.25 * math.log(1 + math.exp(1.5)),
+        ),
         (lambda: ipo(PAIR, 0.25), (3 - 2) ** 2),
         (lambda: hinge(PAIR, 0.2), 0.4),
         (lambda: hinge(PAIR, 1.0), 0.0),
         (lambda: simpo(PAIR, 2.0, 0.5), math.log(1 + math.exp(-(2.0 - 0.5)))),
         (
             lambda: orpo(PAIR, 0.1),
-            0.1 * math.log(1 + (math.exp(-3) / (1 - math.exp(-3))) / (math.exp(-2) / (1 - math.exp(-2)))),
+            0.1
+            * math.log(
+                1 + (math.exp(-3) / (1 - math.exp(-3))) / (math.exp(-2) / (1 - math.exp(-2)))
+            ),
         ),
         (lambda: cpo(PAIR, 0.5), math.log(1 + math.exp(0.5 * 2))),
         (lambda: alpha_dpo(PAIR, torch.tensor(0.3)), 0.3 * (8 - 6)),
@@ -68,8 +88,11 @@ def test_values_computed_by_hand(loss: Callable[[], Tensor], expected: float) ->
     assert float(loss()) == pytest.approx(expected, rel=1e-6)
 
 
-def standard(name: str, chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor]) -> Tensor:
-    """The published definition for one pair, from the log-probabilities of all its tokens, (T,) each."""
+def standard(
+    name: str, chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The published definition for one pair, from the log-probabilities of all its tokens, (T,)
+    each."""
     options = OBJECTIVES[name]
     beta: float = options.get("beta", 2.0 if name == "simpo" else 0.1)
     smoothing: float = options.get("label_smoothing", 0.0)
@@ -85,7 +108,10 @@ def standard(name: str, chosen: Tensor, rejected: Tensor, reference: tuple[Tenso
                 return weight * (log_p[1] - log_p[0])
             return weight * (rejected.sum() - chosen.sum())
         case "dpo":
-            loss = -(1 - smoothing) * sigmoid(beta * ratio).log() - smoothing * sigmoid(-beta * ratio).log()
+            loss = (
+                -(1 - smoothing) * sigmoid(beta * ratio).log()
+                - smoothing * sigmoid(-beta * ratio).log()
+            )
             return loss - nll_weight * chosen.mean()
         case "ipo":
             return (ratio - 1 / (2 * beta)) ** 2
@@ -97,7 +123,9 @@ def standard(name: str, chosen: Tensor, rejected: Tensor, reference: tuple[Tenso
             odds = [probability.exp() / (1 - probability.exp()) for probability in log_p]
             return -chosen.mean() - beta * sigmoid((odds[0] / odds[1]).log()).log()
         case "cpo":
-            return -sigmoid(beta * (chosen.sum() - rejected.sum())).log() - nll_weight * chosen.mean()
+            return (
+                -sigmoid(beta * (chosen.sum() - rejected.sum())).log() - nll_weight * chosen.mean()
+            )
     raise AssertionError(name)
 
 
@@ -118,16 +146,23 @@ def masked_loss(name: str, chosen: Side, rejected: Side) -> Tensor:
     smoothing: float = options.get("label_smoothing", 0.0)
     margin: float = options.get("margin", 0.5)
     nll_weight: float = options.get("nll_weight", 0.0)
-    (nll, reference, tokens), (rejected_nll, rejected_reference, rejected_tokens) = sums(chosen), sums(rejected)
+    (nll, reference, tokens), (rejected_nll, rejected_reference, rejected_tokens) = (
+        sums(chosen),
+        sums(rejected),
+    )
     mean, rejected_mean = nll / tokens, rejected_nll / rejected_tokens
     s = beta * ((reference - nll) - (rejected_reference - rejected_nll))
     match name.split(",")[0]:
         case "alpha_dpo":
             s_of_all = beta * ((chosen[1] - chosen[0]).sum() - (rejected[1] - rejected[0]).sum())
             omega = (beta / (1 + torch.exp(s_of_all))).detach()
-            return omega * (mean - rejected_mean if "normalisation" in options else nll - rejected_nll)
+            return omega * (
+                mean - rejected_mean if "normalisation" in options else nll - rejected_nll
+            )
         case "dpo":
-            loss = (1 - smoothing) * torch.log1p(torch.exp(-s)) + smoothing * torch.log1p(torch.exp(s))
+            loss = (1 - smoothing) * torch.log1p(torch.exp(-s)) + smoothing * torch.log1p(
+                torch.exp(s)
+            )
             return loss + nll_weight * mean
         case "ipo":
             return (s / beta - 0.5 / beta) ** 2
@@ -136,7 +171,9 @@ def masked_loss(name: str, chosen: Side, rejected: Side) -> Tensor:
         case "simpo":
             return torch.log1p(torch.exp(margin - beta * (rejected_mean - mean)))
         case "orpo":
-            logit, rejected_logit = (-each - torch.log1p(-torch.exp(-each)) for each in (mean, rejected_mean))
+            logit, rejected_logit = (
+                -each - torch.log1p(-torch.exp(-each)) for each in (mean, rejected_mean)
+            )
             return beta * torch.log1p(torch.exp(rejected_logit - logit)) + mean
         case "cpo":
             return torch.log1p(torch.exp(beta * (nll - rejected_nll))) + nll_weight * mean
@@ -144,7 +181,8 @@ def masked_loss(name: str, chosen: Side, rejected: Side) -> Tensor:
 
 
 class Tokens:
-    """Random losses of some pairs in a batch whose documents lie in an order of their own, with padding."""
+    """Random losses of some pairs in a batch whose documents lie in an order of their own, with
+    padding."""
 
     def __init__(self, lengths: Sequence[tuple[int, int]], seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -162,7 +200,9 @@ class Tokens:
             self.batch["document_ids"][row, : length + 2] = document
             self.response_BT[row, 1 : length + 1] = True
             self.nll_BT[row, 1 : length + 1] = 3 * torch.rand(length, generator=generator)
-            self.batch["reference_nll"][row, 1 : length + 1] = 3 * torch.rand(length, generator=generator)
+            self.batch["reference_nll"][row, 1 : length + 1] = 3 * torch.rand(
+                length, generator=generator
+            )
 
     def of_document(self, values_BT: Tensor, document: int) -> Tensor:
         return values_BT[self.response_BT & (self.batch["document_ids"] == document)]
@@ -184,9 +224,17 @@ def test_with_all_tokens_kept_it_is_the_standard_definition(name: str) -> None:
     tokens, objective = Tokens(LENGTHS), objective_of(name)
     total, gradient_BT = tokens.total(objective, tokens.response_BT.float())
 
-    log_p = [-tokens.of_document(tokens.nll_BT, document).double().requires_grad_() for document in range(6)]
-    reference = [-tokens.of_document(tokens.batch["reference_nll"], document).double() for document in range(6)]
-    losses = [standard(name, log_p[i], log_p[i + 1], (reference[i], reference[i + 1])) for i in (0, 2, 4)]
+    log_p = [
+        -tokens.of_document(tokens.nll_BT, document).double().requires_grad_()
+        for document in range(6)
+    ]
+    reference = [
+        -tokens.of_document(tokens.batch["reference_nll"], document).double()
+        for document in range(6)
+    ]
+    losses = [
+        standard(name, log_p[i], log_p[i + 1], (reference[i], reference[i + 1])) for i in (0, 2, 4)
+    ]
     summed = torch.stack(losses).sum()
     expected = torch.autograd.grad(summed, log_p)
 
@@ -194,16 +242,23 @@ def test_with_all_tokens_kept_it_is_the_standard_definition(name: str) -> None:
     coefficient_BT = objective.coefficients(tokens.batch, tokens.nll_BT, tokens.response_BT)
     for document, derivative in enumerate(expected):
         ours = tokens.of_document(gradient_BT, document)
-        assert torch.allclose(ours.double(), -derivative, rtol=1e-4, atol=1e-7), f"document {document}"
-        # d objective / d (sum of losses): the tokens of a sequence all have it, whatever their own loss.
-        assert torch.allclose(tokens.of_document(coefficient_BT, document), ours, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(ours.double(), -derivative, rtol=1e-4, atol=1e-7), (
+            f"document {document}"
+        )
+        # d objective / d (sum of losses): the tokens of a sequence all have it, whatever their
+        # own loss.
+        assert torch.allclose(
+            tokens.of_document(coefficient_BT, document), ours, rtol=1e-4, atol=1e-7
+        )
     assert not coefficient_BT[~tokens.response_BT].any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_masked_tokens_have_no_gradient_and_kept_ones_have_their_formulas(name: str) -> None:
     tokens, objective = Tokens(LENGTHS, seed=1), objective_of(name)
-    weight_BT = (torch.rand(tokens.nll_BT.shape, generator=torch.Generator().manual_seed(2)) < 0.6) & tokens.response_BT
+    weight_BT = (
+        torch.rand(tokens.nll_BT.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    ) & tokens.response_BT
     weight_BT = weight_BT.float() * 0.5  # as soft weights
     _, gradient_BT = tokens.total(objective, weight_BT)
     assert not gradient_BT[weight_BT == 0].any()
@@ -211,7 +266,9 @@ def test_masked_tokens_have_no_gradient_and_kept_ones_have_their_formulas(name: 
     def of_pair(pair: int, nll_BT: Tensor) -> tuple[Side, Side]:
         columns_BT = (nll_BT, tokens.batch["reference_nll"].double(), weight_BT.double())
         sides = (2 * pair, 2 * pair + 1)
-        chosen, rejected = ([tokens.of_document(column_BT, side) for column_BT in columns_BT] for side in sides)
+        chosen, rejected = (
+            [tokens.of_document(column_BT, side) for column_BT in columns_BT] for side in sides
+        )
         return (chosen[0], chosen[1], chosen[2]), (rejected[0], rejected[1], rejected[2])
 
     leaf_BT = tokens.nll_BT.double().requires_grad_()
@@ -236,7 +293,11 @@ def test_a_branch_without_kept_tokens_is_finite(name: str) -> None:
 def test_a_certain_response_has_finite_odds() -> None:
     for nll in (0.0, 1e-30, 1e-9):
         pair = Pairs(
-            Branch(torch.tensor([nll], dtype=torch.float64, requires_grad=True), torch.zeros(1), torch.ones(1)),
+            Branch(
+                torch.tensor([nll], dtype=torch.float64, requires_grad=True),
+                torch.zeros(1),
+                torch.ones(1),
+            ),
             branch(6.0, 0.0, 2.0),
         )
         loss = orpo(pair, 0.1)
@@ -252,9 +313,13 @@ def test_a_micro_batch_without_pairs_takes_part() -> None:
         objective = objective_of(name)
         total, _ = tokens.total(objective, tokens.response_BT.float())
         assert total == 0
-        metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float())
+        metrics = objective.metrics(
+            tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float()
+        )
         full = Tokens(LENGTHS)
-        others = objective.metrics(full.batch, full.nll_BT, full.response_BT, full.response_BT.float())
+        others = objective.metrics(
+            full.batch, full.nll_BT, full.response_BT, full.response_BT.float()
+        )
         assert metrics.keys() == others.keys(), "all ranks must report the same"
         assert all(len(each) == 0 for each in metrics.values())
 
@@ -269,12 +334,19 @@ def test_dpos_gradient_is_the_papers_weight(ratio: float, beta: float) -> None:
 
 
 def test_metrics_are_what_they_say() -> None:
-    tokens, objective = Tokens([(2, 3)]), PreferenceObjective(PreferenceConfig(objective="dpo", beta=0.5))
+    tokens, objective = (
+        Tokens([(2, 3)]),
+        PreferenceObjective(PreferenceConfig(objective="dpo", beta=0.5)),
+    )
     weight_BT = tokens.response_BT.float()
-    weight_BT[(tokens.batch["document_ids"] == 0) & (weight_BT.cumsum(1) == 2)] = 0  # the second token of chosen
+    weight_BT[(tokens.batch["document_ids"] == 0) & (weight_BT.cumsum(1) == 2)] = (
+        0  # the second token of chosen
+    )
     metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, weight_BT)
     nll = [tokens.of_document(tokens.nll_BT, document).double() for document in (0, 1)]
-    reference = [tokens.of_document(tokens.batch["reference_nll"], document).double() for document in (0, 1)]
+    reference = [
+        tokens.of_document(tokens.batch["reference_nll"], document).double() for document in (0, 1)
+    ]
     rewards = [0.5 * float((r - own).sum()) for r, own in zip(reference, nll, strict=True)]
     log_ratio = torch.cat(nll) - torch.cat(reference)
     expected = {
@@ -307,7 +379,9 @@ def test_rounding_is_no_preference() -> None:
     tokens, objective = Tokens([(4, 7), (3, 3)]), PreferenceObjective(PreferenceConfig())
     noise = 1e-7 * torch.randn(tokens.nll_BT.shape)
     tokens.batch["reference_nll"] = torch.where(tokens.response_BT, tokens.nll_BT + noise, 0.0)
-    assert objective.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)["rewards_accuracy"].tolist() == [
+    assert objective.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)[
+        "rewards_accuracy"
+    ].tolist() == [
         0.5,
         0.5,
     ]
@@ -316,5 +390,7 @@ def test_rounding_is_no_preference() -> None:
 def test_a_token_the_model_has_learned_by_heart_leaves_the_divergence_finite() -> None:
     tokens, objective = Tokens([(2, 2)]), PreferenceObjective(PreferenceConfig())
     tokens.nll_BT[tokens.response_BT] = 120.0
-    metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float())
+    metrics = objective.metrics(
+        tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float()
+    )
     assert torch.isfinite(metrics["kl_estimate"]).all()

@@ -43,28 +43,37 @@ class ContractEverywhere:
         pass
 
     def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-        products = bilinear_product(outgrad_BTO.flatten(0, 1), self.matrices[name], act_BTI.flatten(0, 1))
+        products = bilinear_product(
+            outgrad_BTO.flatten(0, 1), self.matrices[name], act_BTI.flatten(0, 1)
+        )
         self.total += float(products.double().sum())
 
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_direct_values_of_all_positions_sum_to_the_gradient_product(name: str, resident: bool) -> None:
+def test_direct_values_of_all_positions_sum_to_the_gradient_product(
+    name: str, resident: bool
+) -> None:
     """sum_t d_t^T U h_t = <grad L, U> on the scored linears."""
     case = CASES[name]
     model = case.build()
     batch = collate(random_sequences(LENGTHS, seed=1))
     generator = torch.Generator().manual_seed(5)
     linears = scored_set(case, model, depth=3).linears
-    matrices = {name: torch.randn(model.get_parameter(name).shape, generator=generator) for name in linears}
+    matrices = {
+        name: torch.randn(model.get_parameter(name).shape, generator=generator) for name in linears
+    }
 
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
     )
     gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in linears])
     expected = sum(
-        float((gradient.double() * matrix).sum()) for gradient, matrix in zip(gradients, matrices.values(), strict=True)
+        float((gradient.double() * matrix).sum())
+        for gradient, matrix in zip(gradients, matrices.values(), strict=True)
     )
 
     decoder = decoder_of(model)
@@ -76,14 +85,19 @@ def test_direct_values_of_all_positions_sum_to_the_gradient_product(name: str, r
     sink = ContractEverywhere(oriented)
     nll_BT = tower.run(capture.entry, batch["labels"], sink)
     assert sink.total == pytest.approx(expected, rel=1e-4)
-    # `exact` spreads the same sum over the response tokens: with F = 1 and W_ref = W - u the drift is u.
+    # `exact` spreads the same sum over the response tokens: with F = 1 and W_ref = W - u the
+    # drift is u.
     values = score_tokens(
         model,
         batch,
         batch,
         fisher={name: torch.ones_like(matrix) for name, matrix in matrices.items()},
-        reference={name: model.get_parameter(name).detach() - matrix for name, matrix in matrices.items()},
-        config=ValuationConfig(estimator="exact", layers=3, residency="resident" if resident else "streamed"),
+        reference={
+            name: model.get_parameter(name).detach() - matrix for name, matrix in matrices.items()
+        },
+        config=ValuationConfig(
+            estimator="exact", layers=3, residency="resident" if resident else "streamed"
+        ),
     )
     assert float(values.direct_proxy.sum()) == pytest.approx(expected, rel=1e-4)
     assert float(nll_BT.sum()) == pytest.approx(float(loss), rel=1e-5)
@@ -111,7 +125,12 @@ def masked_sequences(draw: st.DrawFn) -> list[tuple[Tensor, Tensor]]:
     contraction=st.sampled_from(["ghost", "materialised"]),
 )
 def test_any_shape_and_mask_matches_the_oracle(
-    sequences: Sequences, window: int, chunk_tokens: int, side: str, residency: str, contraction: str
+    sequences: Sequences,
+    window: int,
+    chunk_tokens: int,
+    side: str,
+    residency: str,
+    contraction: str,
 ) -> None:
     setting = Setting(CASES["llama"], window, sequences)
     values = setting.score(
@@ -129,13 +148,22 @@ class Plain:
 
     def __init__(self) -> None:
         self.model = tiny_llama()
-        self.fisher, self.reference = stability(self.model, list(scored_set(CASES["llama"], self.model, 2).linears))
+        self.fisher, self.reference = stability(
+            self.model, list(scored_set(CASES["llama"], self.model, 2).linears)
+        )
         self.sequences = random_sequences(LENGTHS, seed=1)
         self.validation = random_sequences(VALIDATION_LENGTHS, seed=2)
 
     def values(self, batch: dict[str, Tensor], validation: dict[str, Tensor]) -> TokenValues:
         config = ValuationConfig(layers=2, window=4)
-        return score_tokens(self.model, batch, validation, fisher=self.fisher, reference=self.reference, config=config)
+        return score_tokens(
+            self.model,
+            batch,
+            validation,
+            fisher=self.fisher,
+            reference=self.reference,
+            config=config,
+        )
 
 
 def test_permuting_the_batch_permutes_the_values() -> None:
@@ -159,7 +187,8 @@ def test_duplicating_the_validation_set_changes_nothing() -> None:
 
 @pytest.mark.parametrize("contraction", ["ghost", "materialised"])
 def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materialised"]) -> None:
-    """Target terms are bilinear in the validation and the training loss, proxy terms linear in the training loss."""
+    """Target terms are bilinear in the validation and the training loss, proxy terms linear in the
+    training loss."""
     plain = Plain()
     batch, validation = collate(plain.sequences), collate(plain.validation)
     decoder = decoder_of(plain.model.eval())
@@ -167,7 +196,9 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
     config = ValuationConfig(layers=2, window=4, contraction=contraction)
 
     def scores(validation_scale: float, training_scale: float) -> TokenValues:
-        scorer = GhostScorer(decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU))
+        scorer = GhostScorer(
+            decoder, config, CPU, Drift(parameters, plain.fisher, plain.reference, CPU)
+        )
         with loss_scaled_by(validation_scale):
             scorer.refresh([validation])
         with torch.no_grad(), scorer.capture() as capture:
@@ -176,7 +207,12 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
             return scorer.score(capture.entry, batch).values
 
     once, scaled = scores(1.0, 1.0), scores(-2.0, 3.0)
-    for term, factor in {"direct_target": -6, "causal_target": -6, "direct_proxy": 3, "causal_proxy": 3}.items():
+    for term, factor in {
+        "direct_target": -6,
+        "causal_target": -6,
+        "direct_proxy": 3,
+        "causal_proxy": 3,
+    }.items():
         assert relative_error(getattr(scaled, term), factor * getattr(once, term)) <= 1e-5, term
 
 
@@ -198,7 +234,9 @@ def test_what_stands_in_the_padding_never_matters(side: str) -> None:
     plain = Plain()
     results = []
     for pad in (0, 9):
-        batch, validation = (collate(rows, side, pad) for rows in (plain.sequences, plain.validation))
+        batch, validation = (
+            collate(rows, side, pad) for rows in (plain.sequences, plain.validation)
+        )
         results.append(plain.values(batch, validation))
     for term in TERMS:
         assert torch.equal(getattr(results[0], term), getattr(results[1], term))
@@ -210,12 +248,22 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
     plain.model.lm_head.eval()
     before = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
     modes = [module.training for module in plain.model.modules()]
-    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.model.modules())
+    hooks = sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for module in plain.model.modules()
+    )
     plain.values(collate(plain.sequences), collate(plain.validation))
     assert [module.training for module in plain.model.modules()] == modes
-    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in plain.model.parameters())
-    assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.model.modules())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in plain.model.state_dict().items()
+    )
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in plain.model.parameters()
+    )
+    assert hooks == sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for module in plain.model.modules()
+    )
     assert plain.model.config._attn_implementation == "sdpa"
 
 
@@ -223,7 +271,9 @@ sizes = st.tuples(*[st.integers(1, 9)] * 4)
 
 
 @settings(deadline=None, max_examples=60)
-@given(size=sizes, seed=st.integers(0, 20), factor=st.sampled_from([0.5, 3.0]), block=st.integers(1, 9))
+@given(
+    size=sizes, seed=st.integers(0, 20), factor=st.sampled_from([0.5, 3.0]), block=st.integers(1, 9)
+)
 def test_both_contractions_are_the_same_bilinear_form(
     size: tuple[int, int, int, int], seed: int, factor: float, block: int
 ) -> None:
@@ -241,7 +291,10 @@ def test_both_contractions_are_the_same_bilinear_form(
     )
     explicit = torch.stack(
         [
-            sum(((outgrad[t] @ val_outgrad[v]) * (act[t] @ val_act[v]) for v in range(held_out)), torch.zeros(()))
+            sum(
+                ((outgrad[t] @ val_outgrad[v]) * (act[t] @ val_act[v]) for v in range(held_out)),
+                torch.zeros(()),
+            )
             / held_out
             for t in range(rows)
         ]
@@ -251,21 +304,29 @@ def test_both_contractions_are_the_same_bilinear_form(
         signals = HeldOutSignals({"linear": (outputs, inputs)}, choice, torch.float32, CPU)
         signals.begin(held_out, rows)
         for start in range(0, held_out, block):
-            signals.add("linear", factor * val_outgrad[start : start + block], val_act[start : start + block])
+            signals.add(
+                "linear",
+                factor * val_outgrad[start : start + block],
+                val_act[start : start + block],
+            )
         signals.reduce(["linear"])
         (contraction,) = signals.contractions(["linear"]).values()
         assert torch.allclose(contraction(outgrad, act), factor * explicit, atol=1e-4)
-    assert torch.allclose(ghost_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4)
+    assert torch.allclose(
+        ghost_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4
+    )
     matrix = target_matrix(val_outgrad, val_act) / held_out
     assert torch.allclose(bilinear_product(outgrad, matrix, act), explicit, atol=1e-4)
 
 
 def test_the_cost_model_breaks_even_where_it_says() -> None:
-    """In one process with many scored tokens: N = I O / (I + O). Few tokens do not repay forming G."""
+    """In one process with many scored tokens: N = I O / (I + O). Few tokens do not repay
+    forming G."""
     break_even = 576 * 1536 / (576 + 1536)
     for count, expected in ((int(break_even) - 5, "ghost"), (int(break_even) + 5, "materialised")):
         assert cheaper_contraction(count, 10**7, 576, 1536, ranks=1) == expected
     assert cheaper_contraction(1000, 10, 576, 1536, ranks=1) == "ghost"
-    # Over many ranks, moving a few rows is cheaper than moving a matrix, and a matrix cheaper than very many rows.
+    # Over many ranks, moving a few rows is cheaper than moving a matrix, and a matrix cheaper
+    # than very many rows.
     assert cheaper_contraction(300, 100, 4096, 4096, ranks=64) == "ghost"
     assert cheaper_contraction(100_000, 100, 4096, 4096, ranks=64) == "materialised"

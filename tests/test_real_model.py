@@ -1,4 +1,5 @@
-"""On the quickstart's model, SmolLM2-135M-Instruct: bf16 against fp32, attention kernels, the README's example."""
+"""On the quickstart's model, SmolLM2-135M-Instruct: bf16 against fp32, attention kernels, the
+README's example."""
 
 from __future__ import annotations
 
@@ -33,11 +34,16 @@ def batch_of(model: Path, problems: list[make_data.Problem]) -> dict[str, Tensor
     rows = []
     for prompt, response in problems:
         messages = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        asked = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         answered = tokenizer(response, add_special_tokens=False).input_ids
         rows.append((asked, answered))
     length = max(len(asked) + len(answered) for asked, answered in rows)
-    batch = {key: torch.zeros(len(rows), length, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+    batch = {
+        key: torch.zeros(len(rows), length, dtype=torch.int64)
+        for key in ("input_ids", "attention_mask")
+    }
     batch["labels"] = torch.full((len(rows), length), -100)
     for row, (asked, answered) in enumerate(rows):
         end = len(asked) + len(answered)
@@ -47,9 +53,14 @@ def batch_of(model: Path, problems: list[make_data.Problem]) -> dict[str, Tensor
     return batch
 
 
-def values_with(folder: Path, dtype: torch.dtype, attention: str, device: str = "cpu") -> tuple[Tensor, TokenValues]:
-    """The response mask at loss positions, and the values of four generated problems by four others."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(device)
+def values_with(
+    folder: Path, dtype: torch.dtype, attention: str, device: str = "cpu"
+) -> tuple[Tensor, TokenValues]:
+    """The response mask at loss positions, and the values of four generated problems by four
+    others."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).to(device)
     problems = make_data.problems(seed=0)
     batch, validation = (
         {key: tensor.to(device) for key, tensor in batch_of(folder, problems[part][rows]).items()}
@@ -83,7 +94,9 @@ def test_the_example_of_the_readme_prints_what_it_says() -> None:
     found = re.search(r"```python\n(.*?)```\n+(.*?)\n\S", readme, re.DOTALL)
     assert found is not None
     code, output = found.groups()
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     promised = [line.split() for line in output.splitlines() if line.strip() != "..."]
     printed = [line.split() for line in run.stdout.splitlines()[: len(promised)]]
     assert len(promised) > 5

@@ -1,4 +1,5 @@
-"""The Fisher on several ranks against the oracle, interrupted and resumed; drift on shards; what is refused."""
+"""The Fisher on several ranks against the oracle, interrupted and resumed; drift on shards; what is
+refused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,13 @@ SEED, PROMPTS, NEW_TOKENS, LONGEST = 5, 6, 7, 60
 
 
 def with_fisher(values: dict[str, Any], folder: Path, **fisher: Any) -> dict[str, Any]:
-    own = {"num_prompts": PROMPTS, "batch_size": 1, "seed": SEED, "max_new_tokens": NEW_TOKENS, "output": str(folder)}
+    own = {
+        "num_prompts": PROMPTS,
+        "batch_size": 1,
+        "seed": SEED,
+        "max_new_tokens": NEW_TOKENS,
+        "output": str(folder),
+    }
     return changed(values, fisher={**own, "max_prompt_tokens": LONGEST, **fisher})
 
 
@@ -49,7 +56,10 @@ def sampled(
 ) -> tuple[Tensor, Tensor]:
     """(ids, labels) that the gradients are of; written without caches and batches."""
     if sampling == "teacher_forced":
-        logits, uniform = model(input_ids=ids[None]).logits[0], uniform_noise(SEED, 0, row, len(ids))
+        logits, uniform = (
+            model(input_ids=ids[None]).logits[0],
+            uniform_noise(SEED, 0, row, len(ids)),
+        )
         labels = labels.clone()
         for t in range(len(ids) - 1):
             if labels[t + 1] != -100:
@@ -70,11 +80,15 @@ def sampled(
 def test_estimates_on_any_number_of_ranks_equal_the_oracle(
     run_values: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Six prompts in batches of one: on 1, 2 and 3 ranks, so on 4 in a run that began on 3, all with uneven lengths."""
+    """Six prompts in batches of one: on 1, 2 and 3 ranks, so on 4 in a run that began on 3, all
+    with uneven lengths."""
     for ranks in (1, 2, 3):
         configs = {
             f"{sampling} {square}": with_fisher(
-                run_values, tmp_path / f"{sampling}-{square}-{ranks}", sampling=sampling, square=square
+                run_values,
+                tmp_path / f"{sampling}-{square}-{ranks}",
+                sampling=sampling,
+                square=square,
             )
             for sampling in SAMPLINGS
             for square in ("token", "sequence")
@@ -84,7 +98,9 @@ def test_estimates_on_any_number_of_ranks_equal_the_oracle(
             deepspeed={"config": {"zero_optimization": {"stage": 2}}},
         )
         for square in ("token", "sequence"):
-            values = with_fisher(run_values, tmp_path / f"all-{square}-{ranks}", sampling="empirical", square=square)
+            values = with_fisher(
+                run_values, tmp_path / f"all-{square}-{ranks}", sampling="empirical", square=square
+            )
             exact = {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}
             configs[f"all {square}"] = changed(values, valuation=exact)
         run_ranks("fisher_estimates", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
@@ -100,40 +116,62 @@ def test_estimates_on_any_number_of_ranks_equal_the_oracle(
         for row in chosen:
             ids, labels = rows[row]
             with torch.no_grad():
-                ids, labels = sampled(model, ids, labels, int(row), sampling, {tokenizer.eos_token_id})
+                ids, labels = sampled(
+                    model, ids, labels, int(row), sampling, {tokenizer.eos_token_id}
+                )
             for name, both in squares(model, names, ids, labels).items():
-                sums[name] = [total + square for total, square in zip(sums[name], both, strict=True)]
+                sums[name] = [
+                    total + square for total, square in zip(sums[name], both, strict=True)
+                ]
         for ranks in (1, 2, 3):
             for index, square in enumerate(("token", "sequence")):
                 estimate = TensorFile(tmp_path / f"{sampling}-{square}-{ranks}")
                 for name in names:
                     error = relative_error(estimate[name], sums[name][index] / PROMPTS)
-                    assert error <= 1e-5, f"{sampling}, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+                    assert error <= 1e-5, (
+                        f"{sampling}, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+                    )
     names = list(TensorFile(tmp_path / "all-token-1"))
     assert len(names) == len(list(model.parameters()))
-    everything: dict[str, list[Tensor]] = {name: [torch.zeros(()), torch.zeros(())] for name in names}
+    everything: dict[str, list[Tensor]] = {
+        name: [torch.zeros(()), torch.zeros(())] for name in names
+    }
     for row in chosen:
         for name, gradients in position_gradients(model, names, *rows[row]).items():
             stacked = torch.stack(gradients)
             own = stacked.square().sum(0), stacked.sum(0).square()
-            everything[name] = [total + square for total, square in zip(everything[name], own, strict=True)]
+            everything[name] = [
+                total + square for total, square in zip(everything[name], own, strict=True)
+            ]
     for ranks in (1, 2, 3):
         for index, square in enumerate(("token", "sequence")):
             estimate = TensorFile(tmp_path / f"all-{square}-{ranks}")
             for name in names:
                 error = relative_error(estimate[name], everything[name][index] / PROMPTS)
-                assert error <= 1e-5, f"all parameters, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+                assert error <= 1e-5, (
+                    f"all parameters, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+                )
     for ranks in (1, 2, 3):
-        lower_stage, whole = TensorFile(tmp_path / f"stage-{ranks}"), TensorFile(tmp_path / "empirical-token-1")
+        lower_stage, whole = (
+            TensorFile(tmp_path / f"stage-{ranks}"),
+            TensorFile(tmp_path / "empirical-token-1"),
+        )
         assert all(relative_error(lower_stage[name], whole[name]) <= 1e-5 for name in whole)
 
 
 @pytest.mark.slow
-def test_an_interrupted_estimate_goes_on_to_the_same_bytes(run_values: dict[str, Any], tmp_path: Path) -> None:
-    values = {name: with_fisher(run_values, tmp_path / name, save_every=1) for name in ("straight", "cut", "moved")}
+def test_an_interrupted_estimate_goes_on_to_the_same_bytes(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    values = {
+        name: with_fisher(run_values, tmp_path / name, save_every=1)
+        for name in ("straight", "cut", "moved")
+    }
     run_ranks("fisher_estimates", 2, tmp_path / "a", configs={"": values["straight"]})
     with pytest.raises(AssertionError, match="killed in pass 3"):
-        run_ranks("fisher_estimates", 2, tmp_path / "b", configs={"": values["cut"]}, killed_in_pass=3)
+        run_ranks(
+            "fisher_estimates", 2, tmp_path / "b", configs={"": values["cut"]}, killed_in_pass=3
+        )
     assert not (tmp_path / "cut").exists()
     assert [path.name for path in (tmp_path / "cut.partial").iterdir()] == ["prompts-4"]
     run_ranks("fisher_estimates", 2, tmp_path / "c", configs={"": values["cut"]})
@@ -145,7 +183,9 @@ def test_an_interrupted_estimate_goes_on_to_the_same_bytes(run_values: dict[str,
 
     # Resumed on another number of ranks, and refused with other settings.
     with pytest.raises(AssertionError, match="killed in pass 3"):
-        run_ranks("fisher_estimates", 2, tmp_path / "d", configs={"": values["moved"]}, killed_in_pass=3)
+        run_ranks(
+            "fisher_estimates", 2, tmp_path / "d", configs={"": values["moved"]}, killed_in_pass=3
+        )
     unfinished = changed(
         run_values,
         valuation={"fisher": str(tmp_path / "moved.partial" / "prompts-4")},
@@ -154,7 +194,12 @@ def test_an_interrupted_estimate_goes_on_to_the_same_bytes(run_values: dict[str,
     (messages,) = run_ranks("run_trainers", 1, tmp_path / "unfinished", configs={"": unfinished})
     assert "holds the sums of an unfinished estimate" in messages[""]
     other = changed(values["moved"], fisher={"square": "sequence"})
-    configs = {"other": other, "same": values["moved"], "again": values["moved"], "other again": other}
+    configs = {
+        "other": other,
+        "same": values["moved"],
+        "again": values["moved"],
+        "other again": other,
+    }
     (messages,) = run_ranks("fisher_estimates", 1, tmp_path / "e", configs=configs)
     assert messages["same"] == messages["again"] == ""
     for name in ("other", "other again"):
@@ -165,16 +210,24 @@ def test_an_interrupted_estimate_goes_on_to_the_same_bytes(run_values: dict[str,
 
 OFFLOADED = {
     "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled first
-    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
 }
 
 
-def check_drift(result: dict[str, Any], fisher: dict[str, Tensor], reference: dict[str, Tensor], name: str) -> None:
+def check_drift(
+    result: dict[str, Any], fisher: dict[str, Tensor], reference: dict[str, Tensor], name: str
+) -> None:
     """V and its magnitudes from shards against whole tensors."""
     squared, weighted = 0.0, 0.0
     for parameter, master in result["masters"].items():
         moved = master - reference[parameter].detach().float()
-        assert torch.equal(result["drift"][parameter], fisher[parameter] * moved), f"{name}: {parameter}"
+        assert torch.equal(result["drift"][parameter], fisher[parameter] * moved), (
+            f"{name}: {parameter}"
+        )
         squared += float(moved.double().square().sum())
         weighted += float(0.5 * (fisher[parameter].double() * moved.double().square()).sum())
     assert squared > 0
@@ -184,10 +237,15 @@ def check_drift(result: dict[str, Any], fisher: dict[str, Tensor], reference: di
 def drifting_run(
     run_values: dict[str, Any], dtype: str, folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, Any]]:
-    """The starting model, a random Fisher, and the configuration of a run that moves and saves after two steps."""
-    model = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"], dtype=getattr(torch, dtype))
+    """The starting model, a random Fisher, and the configuration of a run that moves and saves
+    after two steps."""
+    model = AutoModelForCausalLM.from_pretrained(
+        run_values["model"]["name_or_path"], dtype=getattr(torch, dtype)
+    )
     generator = torch.Generator().manual_seed(3)
-    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    fisher = {
+        name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()
+    }
     save_file(fisher, folder / "fisher.safetensors")
     values = changed(
         run_values,
@@ -201,8 +259,11 @@ def drifting_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_drift_on_shards_equals_the_whole_computation(dtype: str, run_values: dict[str, Any], tmp_path: Path) -> None:
-    """Under ZeRO-3 with and without offloading, and stage 2, with accumulation, before and after resuming."""
+def test_drift_on_shards_equals_the_whole_computation(
+    dtype: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under ZeRO-3 with and without offloading, and stage 2, with accumulation, before and after
+    resuming."""
     model, fisher, base = drifting_run(run_values, dtype, tmp_path)
     sections: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -214,7 +275,10 @@ def test_drift_on_shards_equals_the_whole_computation(dtype: str, run_values: di
         for name, section in sections.items()
     }
     before = run_ranks("drifts", 2, tmp_path / "before", configs=configs, steps=2)
-    resumed = {name: changed(values, train={"resume": "auto", "save_every": None}) for name, values in configs.items()}
+    resumed = {
+        name: changed(values, train={"resume": "auto", "save_every": None})
+        for name, values in configs.items()
+    }
     after = run_ranks("drifts", 2, tmp_path / "after", configs=resumed, steps=1)
     start = dict(model.named_parameters())
     for results in (before, after):
@@ -223,7 +287,9 @@ def test_drift_on_shards_equals_the_whole_computation(dtype: str, run_values: di
                 check_drift(result[name], fisher, start, name)
                 elements = sum(master.numel() for master in result[name]["masters"].values())
                 held = elements if name == "stage 2" else -(-elements // 2)
-                assert result[name]["reference_bytes"] <= (held + 20) * (2 if dtype == "bfloat16" else 4)
+                assert result[name]["reference_bytes"] <= (held + 20) * (
+                    2 if dtype == "bfloat16" else 4
+                )
     for name in configs:
         for parameter, master in before[0][name]["masters"].items():
             assert torch.equal(after[0][name]["first"][parameter], master)
@@ -231,25 +297,43 @@ def test_drift_on_shards_equals_the_whole_computation(dtype: str, run_values: di
 
 @pytest.mark.slow
 def test_drift_with_secondary_partitions(run_values: dict[str, Any], tmp_path: Path) -> None:
-    """ZeRO++: weights are gathered from copies held by pairs of ranks; drift reads the primary slices of all four."""
+    """ZeRO++: weights are gathered from copies held by pairs of ranks; drift reads the primary
+    slices of all four."""
     model, fisher, base = drifting_run(run_values, "float32", tmp_path)
     sharding = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
-    values = changed(base, train={"global_batch_size": 16, "save_every": None}, deepspeed={"config": sharding})
+    values = changed(
+        base, train={"global_batch_size": 16, "save_every": None}, deepspeed={"config": sharding}
+    )
     for result in run_ranks("drifts", 4, tmp_path / "ranks", configs={"": values}, steps=2):
         check_drift(result[""], fisher, dict(model.named_parameters()), "secondary partitions")
 
 
 @pytest.mark.slow
 def test_drift_after_resuming_on_more_ranks(run_values: dict[str, Any], tmp_path: Path) -> None:
-    """1 -> 2 -> 3 ranks through DeepSpeed's universal checkpoints: the reference stays the starting weights."""
+    """1 -> 2 -> 3 ranks through DeepSpeed's universal checkpoints: the reference stays the starting
+    weights."""
     model, fisher, base = drifting_run(run_values, "float32", tmp_path)
     start = dict(model.named_parameters())
     universal: Path | None = None
     saved: dict[str, Tensor] = {}
     for ranks in (1, 2, 3):
-        loading = {"zero_optimization": {"stage": 3}, **({"checkpoint": {"load_universal": True}} if universal else {})}
-        values = changed(base, train={"output_dir": str(tmp_path / f"run-{ranks}")}, deepspeed={"config": loading})
-        results = run_ranks("drifts", ranks, tmp_path / f"{ranks}", configs={"": values}, steps=2, universal=universal)
+        loading = {
+            "zero_optimization": {"stage": 3},
+            **({"checkpoint": {"load_universal": True}} if universal else {}),
+        }
+        values = changed(
+            base,
+            train={"output_dir": str(tmp_path / f"run-{ranks}")},
+            deepspeed={"config": loading},
+        )
+        results = run_ranks(
+            "drifts",
+            ranks,
+            tmp_path / f"{ranks}",
+            configs={"": values},
+            steps=2,
+            universal=universal,
+        )
         for result in results:
             check_drift(result[""], fisher, start, f"{ranks} ranks")
             for name, master in saved.items():
@@ -261,7 +345,12 @@ def test_drift_after_resuming_on_more_ranks(run_values: dict[str, Any], tmp_path
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
         if ranks < 3:
-            subprocess.run(convert, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, capture_output=True)
+            subprocess.run(
+                convert,
+                env={**os.environ, "DS_ACCELERATOR": "cpu"},
+                check=True,
+                capture_output=True,
+            )
 
 
 @pytest.mark.slow
@@ -277,7 +366,9 @@ def test_lora_drifts_from_the_adapters_start(run_values: dict[str, Any], tmp_pat
     metrics = {}
     for ranks in (1, 2):
         values = changed(base, train={"output_dir": str(tmp_path / f"run-{ranks}")})
-        (result, *_) = run_ranks("drifts", ranks, tmp_path / f"ranks-{ranks}", configs={"": values}, steps=3)
+        (result, *_) = run_ranks(
+            "drifts", ranks, tmp_path / f"ranks-{ranks}", configs={"": values}, steps=3
+        )
         fisher = TensorFile(tmp_path / f"run-{ranks}" / "fisher")
         check_drift(result[""], dict(fisher), result[""]["first"], f"{ranks} ranks")
         assert all("lora" in name for name in fisher)
@@ -286,8 +377,15 @@ def test_lora_drifts_from_the_adapters_start(run_values: dict[str, Any], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_fisher_of_another_model_is_refused(run_values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    run_ranks("fisher_estimates", 1, tmp_path / "estimate", configs={"": with_fisher(run_values, tmp_path / "fisher")})
+def test_a_fisher_of_another_model_is_refused(
+    run_values: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    run_ranks(
+        "fisher_estimates",
+        1,
+        tmp_path / "estimate",
+        configs={"": with_fisher(run_values, tmp_path / "fisher")},
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1.0  # not even scored
     model.save_pretrained(tmp_path / "other")
@@ -303,12 +401,16 @@ def test_a_fisher_of_another_model_is_refused(run_values: dict[str, Any], tiny_m
 
     def uses(fisher: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         values = changed(run_values, valuation={"fisher": str(fisher)}, train={"max_steps": 1})
-        return changed(values, **sections, train={"output_dir": str(tmp_path / f"run-{len(configs)}")})
+        return changed(
+            values, **sections, train={"output_dir": str(tmp_path / f"run-{len(configs)}")}
+        )
 
     configs: dict[str, dict[str, Any]] = {}
     configs["same"] = uses(tmp_path / "fisher")
     configs["same, rounded"] = uses(tmp_path / "fisher", model={"dtype": "bfloat16"})
-    configs["same as reference"] = uses(tmp_path / "fisher", valuation={"reference": str(tiny_model)})
+    configs["same as reference"] = uses(
+        tmp_path / "fisher", valuation={"reference": str(tiny_model)}
+    )
     configs["dense"] = uses(tmp_path / "dense.safetensors")
     configs["other"] = uses(tmp_path / "fisher", model={"name_or_path": str(tmp_path / "other")})
     configs["deeper"] = uses(tmp_path / "fisher", valuation={"layers": 3})
@@ -318,13 +420,19 @@ def test_a_fisher_of_another_model_is_refused(run_values: dict[str, Any], tiny_m
         if name.endswith("layers.3.mlp.down_proj.weight"):
             weight[0, 0] += 1.0
     model.save_pretrained(tmp_path / "reference")
-    configs["other reference"] = uses(tmp_path / "fisher", valuation={"reference": str(tmp_path / "reference")})
+    configs["other reference"] = uses(
+        tmp_path / "fisher", valuation={"reference": str(tmp_path / "reference")}
+    )
 
     both = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
-    assert [both[0][name] for name in ("same", "same, rounded", "same as reference", "dense")] == [""] * 4
+    assert [both[0][name] for name in ("same", "same, rounded", "same as reference", "dense")] == [
+        ""
+    ] * 4
     expected = {
         "other": "was estimated for .* with other weights than those of model.name_or_path=.*other",
-        "other reference": "was estimated for .* with other weights than those of valuation.reference=",
+        "other reference": (
+            "was estimated for .* with other weights than those of valuation.reference="
+        ),
         "deeper": "has no tensor model.layers.1.self_attn.q_proj.weight, which is scored",
         "incomplete": "has no tensor",
         "cut": "cannot read .*slices-00000-of-00002.safetensors as safetensors",
@@ -339,7 +447,11 @@ def test_a_missing_slice_is_noticed(tmp_path: Path) -> None:
     for number, (start, length) in enumerate(((0, 4), (4, 2))):
         header = {"tensors": {"w": {"shape": [2, 3], "start": start}}}
         flat = torch.arange(start, start + length, dtype=torch.float32)
-        save_file({"w": flat}, tmp_path / f"slices-{number}.safetensors", {"alphatoken": json.dumps(header)})
+        save_file(
+            {"w": flat},
+            tmp_path / f"slices-{number}.safetensors",
+            {"alphatoken": json.dumps(header)},
+        )
     file = TensorFile(tmp_path)
     assert torch.equal(file["w"], torch.arange(6.0).view(2, 3))
     assert torch.equal(file.flat("w", 3, 5), torch.tensor([3.0, 4.0]))
@@ -377,5 +489,7 @@ def test_balanced_values_weigh_both_parts_by_their_deviation() -> None:
     response = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
     adaptation = values.direct_target + values.causal_target
     proxy = values.direct_proxy + values.causal_proxy
-    expected = adaptation / adaptation[response].std(correction=0) + 1.5 * proxy / proxy[response].std(correction=0)
+    expected = adaptation / adaptation[response].std(correction=0) + 1.5 * proxy / proxy[
+        response
+    ].std(correction=0)
     assert relative_error(values.composite, expected) <= 1e-5

@@ -1,4 +1,5 @@
-"""One layer at a time: forward, vector-Jacobian and Jacobian-vector products against the model's own autograd."""
+"""One layer at a time: forward, vector-Jacobian and Jacobian-vector products against the model's
+own autograd."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def entry_of(decoder: Decoder, batch: dict[str, Tensor]) -> Entry:
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen3_5"])  # computes in float32 inside
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name != "qwen3_5"]
+)  # computes in float32 inside
 def test_products_match_autograd(name: str, resident: bool) -> None:
     model = CASES[name].build().double()
     model.set_experts_implementation("eager")  # the grouped kernel has no float64
@@ -67,9 +70,13 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
         assert relative_error(primal, output) <= 1e-6  # softmax in float32
         # <outgrad, J tangent> = <J^T outgrad, tangent>
         products = [
-            gradient * direction for gradient, direction in zip(expected, [tangent, *tangents.values()], strict=True)
+            gradient * direction
+            for gradient, direction in zip(expected, [tangent, *tangents.values()], strict=True)
         ]
-        forward_mode, reverse_mode = float((outgrad * derivative).sum()), sum(float(each.sum()) for each in products)
+        forward_mode, reverse_mode = (
+            float((outgrad * derivative).sum()),
+            sum(float(each.sum()) for each in products),
+        )
         magnitude = sum(float(each.abs().sum()) for each in products)  # the terms may cancel
         assert abs(forward_mode - reverse_mode) <= 1e-6 * magnitude
         hidden = output.detach()
@@ -79,7 +86,9 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_products_under_zero_equal_one_process(world_size: int, run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_products_under_zero_equal_one_process(
+    world_size: int, run_values: dict[str, Any], tmp_path: Path
+) -> None:
     """Every rank brings rows of its own."""
     configs = {
         f"stage {stage}": {
@@ -90,7 +99,9 @@ def test_products_under_zero_equal_one_process(world_size: int, run_values: dict
         for stage in (2, 3)
     }
     results = run_ranks("layer_products", world_size, tmp_path / "ranks", configs=configs)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"])
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        run_values["model"]["name_or_path"]
+    )
     decoder = decoder_of(model)
     streamer = LayerStreamer(decoder, FIRST, CPU, resident=True, forward_mode=True)
     streamer.refresh()

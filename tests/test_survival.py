@@ -1,4 +1,5 @@
-"""Runs that are killed, asked to stop, moved to other numbers of ranks, or find their checkpoints damaged."""
+"""Runs that are killed, asked to stop, moved to other numbers of ranks, or find their checkpoints
+damaged."""
 
 from __future__ import annotations
 
@@ -39,27 +40,44 @@ TIMING = ("seconds", "tokens_per_second", "peak")
 
 
 def run_of(
-    mode: tuple[str, str], run_values: dict[str, Any], pair_values: dict[str, Any], folder: Path, **train: Any
+    mode: tuple[str, str],
+    run_values: dict[str, Any],
+    pair_values: dict[str, Any],
+    folder: Path,
+    **train: Any,
 ) -> dict[str, Any]:
-    """Four steps of three micro-batches on each of two ranks; the third step goes on into the second epoch."""
+    """Four steps of three micro-batches on each of two ranks; the third step goes on into the
+    second epoch."""
     dtype, kind = mode
-    values = changed(run_values if kind == "sft" else pair_values, model={"dtype": dtype}, optim={"warmup_ratio": 0.0})
-    return changed(values, train={"max_steps": 4, "save_every": 1, "output_dir": str(folder), **train})
+    values = changed(
+        run_values if kind == "sft" else pair_values,
+        model={"dtype": dtype},
+        optim={"warmup_ratio": 0.0},
+    )
+    return changed(
+        values, train={"max_steps": 4, "save_every": 1, "output_dir": str(folder), **train}
+    )
 
 
 def comparable(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in step.items() if not k.startswith(TIMING)} for step in metrics_of(folder)]
+    return [
+        {k: v for k, v in step.items() if not k.startswith(TIMING)} for step in metrics_of(folder)
+    ]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto"
+    ).state_dict()
     return weights
 
 
 class Uninterrupted:
     """What each kind of run gives when nothing happens, made when it is first asked for."""
 
-    def __init__(self, run_values: dict[str, Any], pair_values: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, run_values: dict[str, Any], pair_values: dict[str, Any], folder: Path
+    ) -> None:
         self._values, self._folder = (run_values, pair_values), folder
         self._results: dict[tuple[str, str], Any] = {}
 
@@ -68,11 +86,14 @@ class Uninterrupted:
         folder = self._folder / "-".join(mode)
         if mode not in self._results:
             values = run_of(mode, *self._values, folder)
-            self._results[mode] = run_ranks("recorded_run", 2, self._folder / f"ranks-{folder.name}", values=values)
+            self._results[mode] = run_ranks(
+                "recorded_run", 2, self._folder / f"ranks-{folder.name}", values=values
+            )
         return folder, self._results[mode]
 
     def check_killed(self, mode: tuple[str, str], moment: str, rng: random.Random) -> None:
-        """Kills a rank at a random passage of a moment, resumes, and compares with the run that was left alone."""
+        """Kills a rank at a random passage of a moment, resumes, and compares with the run that was
+        left alone."""
         _, recorded = self.of(mode)
         rank = 0 if moment == "publishing" else rng.randrange(2)
         passages = recorded[rank]["calls"][moment]
@@ -81,7 +102,9 @@ class Uninterrupted:
         folder = self._folder / name
         values, kill = run_of(mode, *self._values, folder), (moment, rank, number)
         with pytest.raises(AssertionError, match=f"killed in {moment}"):
-            run_ranks("recorded_run", 2, folder.with_name(f"{name}-first"), values=values, kill=kill)
+            run_ranks(
+                "recorded_run", 2, folder.with_name(f"{name}-first"), values=values, kill=kill
+            )
         self.check_resumed(mode, folder)
 
     def check_resumed(self, mode: tuple[str, str], folder: Path) -> None:
@@ -91,9 +114,12 @@ class Uninterrupted:
         resumed = run_ranks("recorded_run", 2, folder.with_name(f"{name}-again"), values=values)
         assert comparable(folder) == comparable(straight), name
         found = re.search(
-            r"continuing after step (\d+)", (folder.with_name(f"{name}-again") / "rank-0.log").read_text()
+            r"continuing after step (\d+)",
+            (folder.with_name(f"{name}-again") / "rank-0.log").read_text(),
         )
-        done_again = set(range(int(found[1]) if found else 0, 4))  # none, if only the export was missing
+        done_again = set(
+            range(int(found[1]) if found else 0, 4)
+        )  # none, if only the export was missing
         for one, other in zip(recorded, resumed, strict=True):
             assert {step for step, _ in other["kept"]} == done_again, name
             for key, kept in other["kept"].items():
@@ -108,7 +134,9 @@ class Uninterrupted:
         folder = self._folder / "dropped"
         values = run_of(mode, *self._values, folder, save_every=None, grace_seconds=0.01)
         ranks = folder.with_name("dropped-first")
-        run_ranks("recorded_run", 2, ranks, values=values, kill=("scoring", 1, 8), by=signal.SIGTERM)
+        run_ranks(
+            "recorded_run", 2, ranks, values=values, kill=("scoring", 1, 8), by=signal.SIGTERM
+        )
         said = (ranks / "rank-0.log").read_text()
         assert "no time to finish step 3: it will be done again" in said
         assert "stopped after step 2, which is saved" in said
@@ -116,13 +144,18 @@ class Uninterrupted:
 
 
 @pytest.fixture
-def uninterrupted(run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path) -> Uninterrupted:
+def uninterrupted(
+    run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path
+) -> Uninterrupted:
     return Uninterrupted(run_values, pair_values, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(uninterrupted: Uninterrupted) -> None:
-    """12 random moments, three in each of {float32, bfloat16} x {SFT, preference}, every kind of moment among them."""
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(
+    uninterrupted: Uninterrupted,
+) -> None:
+    """12 random moments, three in each of {float32, bfloat16} x {SFT, preference}, every kind of
+    moment among them."""
     rng = random.Random(SEED)
     moments = [*MOMENTS, *rng.sample(sorted(MOMENTS), 12 - len(MOMENTS))]
     rng.shuffle(moments)
@@ -154,7 +187,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     """Two steps on some ranks, then ten more on others: the same rows, losses to 1e-5.
 
-    At learning rates of 1e-3, as elsewhere in these tests, rounding alone grows beyond that within seven steps.
+    At learning rates of 1e-3, as elsewhere in these tests, rounding alone grows beyond that within
+    seven steps.
     """
     values = changed(run_values if kind == "sft" else pair_values, optim={"lr": 1e-4})
     values = changed(values, train={"max_steps": 12, "eval_every": 4})
@@ -166,9 +200,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         folder = tmp_path / name
         first = changed(values, train={"output_dir": str(folder), "save_every": 2})
         with pytest.raises(AssertionError, match="killed in save 2"):
-            run_ranks("run_trainers", before, tmp_path / f"{name}-a", configs={"": first}, killed_in_save=2)
+            run_ranks(
+                "run_trainers",
+                before,
+                tmp_path / f"{name}-a",
+                configs={"": first},
+                killed_in_save=2,
+            )
         again = changed(first, train={"resume": "auto", "save_every": None, "keep_last": 1})
-        (messages, *_) = run_ranks("run_trainers", after, tmp_path / f"{name}-b", configs={"": again})
+        (messages, *_) = run_ranks(
+            "run_trainers", after, tmp_path / f"{name}-b", configs={"": again}
+        )
         assert messages == {"": ""}
         log = (tmp_path / f"{name}-b" / "rank-0.log").read_text()
         assert f"was written by {before} ranks and converted for {after}" in log
@@ -176,9 +218,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         found = metrics_of(folder)
         assert [step["step"] for step in found] == [step["step"] for step in expected]
         for one, other in zip(expected, found, strict=True):
-            keys = {"loss_kept", "loss_response", "eval_loss", "rewards_margin", "kept_tokens", "response_tokens", "lr"}
+            keys = {
+                "loss_kept",
+                "loss_response",
+                "eval_loss",
+                "rewards_margin",
+                "kept_tokens",
+                "response_tokens",
+                "lr",
+            }
             for key in one.keys() & keys:
-                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), f"{name}: {key}, step {one['step']}"
+                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (
+                    f"{name}: {key}, step {one['step']}"
+                )
 
 
 @pytest.mark.slow
@@ -186,31 +238,55 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def test_other_stages_go_on_with_another_number_of_ranks(
     stage: int, run_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    values = changed(run_values, deepspeed={"config": {"zero_optimization": {"stage": stage}}}, optim={"lr": 1e-4})
+    values = changed(
+        run_values,
+        deepspeed={"config": {"zero_optimization": {"stage": stage}}},
+        optim={"lr": 1e-4},
+    )
     whole = changed(values, train={"max_steps": 4, "output_dir": str(tmp_path / "whole")})
     first = changed(whole, train={"output_dir": str(tmp_path / "moved"), "save_every": 2})
     (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks-whole", configs={"": whole})
     assert messages == {"": ""}
     with pytest.raises(AssertionError, match="killed in save 2"):
-        run_ranks("run_trainers", 2, tmp_path / "ranks-first", configs={"": first}, killed_in_save=2)
+        run_ranks(
+            "run_trainers", 2, tmp_path / "ranks-first", configs={"": first}, killed_in_save=2
+        )
     again = changed(first, train={"resume": "auto"})
     (messages,) = run_ranks("run_trainers", 1, tmp_path / "ranks-again", configs={"": again})
     assert messages == {"": ""}
-    for one, other in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "moved"), strict=True):
+    for one, other in zip(
+        metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "moved"), strict=True
+    ):
         for key in one.keys() & {"loss_kept", "eval_loss", "lr", "drift_norm"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), f"{key}, step {one['step']}"
+            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (
+                f"{key}, step {one['step']}"
+            )
 
 
 @pytest.mark.slow
 def test_what_a_continued_run_needs_is_checked(run_values: dict[str, Any], tmp_path: Path) -> None:
-    """Changed rows under the same path, an optimizer that is to change, and a run that was finished before."""
+    """Changed rows under the same path, an optimizer that is to change, and a run that was finished
+    before."""
     file = tmp_path / "train.jsonl"
     shutil.copy(run_values["data"]["train"], file)
-    values = changed(run_values, data={"train": str(file)}, valuation={"enabled": False}, optim={"warmup_ratio": 0.0})
-    first = changed(values, train={"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")})
+    values = changed(
+        run_values,
+        data={"train": str(file)},
+        valuation={"enabled": False},
+        optim={"warmup_ratio": 0.0},
+    )
+    first = changed(
+        values, train={"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")}
+    )
     again = changed(first, train={"resume": "auto"})
-    slower = changed(again, train={"max_steps": 3, "resume_allow": ["optim.*", "train.max_steps"]}, optim={"lr": 1e-9})
-    (messages,) = run_ranks("run_trainers", 1, tmp_path / "ranks", configs={"1": first, "2": again, "3": slower})
+    slower = changed(
+        again,
+        train={"max_steps": 3, "resume_allow": ["optim.*", "train.max_steps"]},
+        optim={"lr": 1e-9},
+    )
+    (messages,) = run_ranks(
+        "run_trainers", 1, tmp_path / "ranks", configs={"1": first, "2": again, "3": slower}
+    )
     assert messages["1"] == messages["2"] == "", "a finished run is only exported again"
     assert messages["3"] == "", messages
     assert metrics_of(tmp_path / "run")[-1]["lr"] <= 1e-9
@@ -220,14 +296,19 @@ def test_what_a_continued_run_needs_is_checked(run_values: dict[str, Any], tmp_p
 
 
 @pytest.mark.slow
-def test_a_stop_between_refreshes_waits_for_the_next_one(run_values: dict[str, Any], tmp_path: Path) -> None:
-    """Held-out signals are not part of a checkpoint: with refresh_every=2 a run can only go on from even steps."""
+def test_a_stop_between_refreshes_waits_for_the_next_one(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Held-out signals are not part of a checkpoint: with refresh_every=2 a run can only go on from
+    even steps."""
     train = {"max_steps": 6, "output_dir": str(tmp_path / "run")}
     values = changed(run_values, valuation={"refresh_every": 2}, train=train)
     kill = ("scoring", 1, 8)  # in the third step
     run_ranks("recorded_run", 2, tmp_path / "first", values=values, kill=kill, by=signal.SIGUSR1)
     assert "stopped after step 4, which is saved" in (tmp_path / "first" / "rank-0.log").read_text()
-    run_ranks("recorded_run", 2, tmp_path / "again", values=changed(values, train={"resume": "auto"}))
+    run_ranks(
+        "recorded_run", 2, tmp_path / "again", values=changed(values, train={"resume": "auto"})
+    )
     assert [step["step"] for step in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -248,14 +329,21 @@ def test_checkpoints_beyond_the_newest_are_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def damaged_run(tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def damaged_run(
+    tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> RunConfig:
     """The configuration of a run with two checkpoints, to be resumed."""
     folder = tmp_path_factory.mktemp("damaged")
     values = {
         "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
         "data": {**tiny_data, "cache_dir": str(folder / "cache")},
         "valuation": {"enabled": False},
-        "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "output_dir": str(folder / "run")},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 2,
+            "output_dir": str(folder / "run"),
+        },
     }
     values = changed(values, train={"save_every": 1})
     run_ranks("run_trainers", 2, folder / "ranks", configs={"": values})
@@ -263,8 +351,11 @@ def damaged_run(tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: p
 
 
 @pytest.mark.slow
-def test_no_damage_to_a_checkpoint_is_accepted(damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 random files of the newest checkpoint cut, changed in one bit, or deleted: the one before is used."""
+def test_no_damage_to_a_checkpoint_is_accepted(
+    damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 random files of the newest checkpoint cut, changed in one bit, or deleted: the one before
+    is used."""
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     newest = damaged_run.train.output_dir / "checkpoints" / "step-2"
     rng = random.Random(SEED)
@@ -290,20 +381,30 @@ def test_no_damage_to_a_checkpoint_is_accepted(damaged_run: RunConfig, monkeypat
     assert found is not None
     assert found.step == 2
     for step in (1, 2):
-        (newest.with_name(f"step-{step}") / "complete.json").rename(newest.with_name(f"{step}.json"))
-    with pytest.raises(UserError, match=r"no usable checkpoint, but some that are not; remove them to start anew"):
+        (newest.with_name(f"step-{step}") / "complete.json").rename(
+            newest.with_name(f"{step}.json")
+        )
+    with pytest.raises(
+        UserError, match=r"no usable checkpoint, but some that are not; remove them to start anew"
+    ):
         open_run_folder(damaged_run)
     for step in (1, 2):
         newest.with_name(f"{step}.json").rename(newest.with_name(f"step-{step}") / "complete.json")
 
 
 @pytest.mark.slow
-def test_what_changed_since_the_checkpoint_is_listed(damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changed_since_the_checkpoint_is_listed(
+    damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    values = changed(damaged_run.model_dump(mode="json"), optim={"lr": 1e-4}, train={"eval_every": 7, "seed": 5})
+    values = changed(
+        damaged_run.model_dump(mode="json"), optim={"lr": 1e-4}, train={"eval_every": 7, "seed": 5}
+    )
 
     def opened(*allowed: str) -> tuple[str, ...]:
-        config = validate(RunConfig, changed(values, train={"resume_allow": list(allowed)}), "of the test")
+        config = validate(
+            RunConfig, changed(values, train={"resume_allow": list(allowed)}), "of the test"
+        )
         _, found = open_run_folder(config)
         assert found is not None
         return found.notes
@@ -313,20 +414,28 @@ def test_what_changed_since_the_checkpoint_is_listed(damaged_run: RunConfig, mon
     assert "optim.lr: was 2e-05, is 0.0001" in str(error.value)
     assert "train.seed" not in str(error.value).split(":\n")[1]
     notes = opened("train.seed", "optim.*")
-    assert "changed since step-2, as train.resume_allow says: optim.lr: was 2e-05, is 0.0001" in notes
+    assert (
+        "changed since step-2, as train.resume_allow says: optim.lr: was 2e-05, is 0.0001" in notes
+    )
     assert "changed since step-2, as train.resume_allow says: train.seed: was 0, is 5" in notes
     assert "changed since step-2: train.eval_every: was None, is 7" in notes
     assert len(notes) == 3
 
 
 def test_a_checkpoint_leaves_the_options_of_the_optimizer_as_configured() -> None:
-    """Whatever was loaded: a decay of zero that is to be one, another rate, in a schedule that is half over."""
+    """Whatever was loaded: a decay of zero that is to be one, another rate, in a schedule that is
+    half over."""
 
     def engine(lr: float, decay: float) -> SimpleNamespace:
         weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-        groups = [{"params": [weights[0]], "weight_decay": decay}, {"params": [weights[1]], "weight_decay": 0.0}]
+        groups = [
+            {"params": [weights[0]], "weight_decay": decay},
+            {"params": [weights[1]], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=lr)
-        return SimpleNamespace(optimizer=optimizer, lr_scheduler=get_linear_schedule_with_warmup(optimizer, 0, 10))
+        return SimpleNamespace(
+            optimizer=optimizer, lr_scheduler=get_linear_schedule_with_warmup(optimizer, 0, 10)
+        )
 
     before, now = engine(1.0, 0.0), engine(0.1, 0.5)
     for _ in range(5):
@@ -337,7 +446,11 @@ def test_a_checkpoint_leaves_the_options_of_the_optimizer_as_configured() -> Non
     now.lr_scheduler.load_state_dict(before.lr_scheduler.state_dict())
     zero3.set_optimizer_options(now, options)
     groups = now.optimizer.param_groups
-    assert [group["lr"] for group in groups] == now.lr_scheduler.get_last_lr() == pytest.approx([0.05, 0.05])
+    assert (
+        [group["lr"] for group in groups]
+        == now.lr_scheduler.get_last_lr()
+        == pytest.approx([0.05, 0.05])
+    )
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     now.optimizer.step()
     now.lr_scheduler.step()
@@ -353,8 +466,16 @@ def test_which_checkpoints_may_go() -> None:
 
 
 @pytest.mark.slow
-def test_old_checkpoints_are_removed_when_newer_ones_are_whole(run_values: dict[str, Any], tmp_path: Path) -> None:
-    train = {"max_steps": 6, "save_every": 1, "keep_last": 2, "keep_every": 3, "output_dir": str(tmp_path / "run")}
+def test_old_checkpoints_are_removed_when_newer_ones_are_whole(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    train = {
+        "max_steps": 6,
+        "save_every": 1,
+        "keep_last": 2,
+        "keep_every": 3,
+        "output_dir": str(tmp_path / "run"),
+    }
     values = changed(run_values, train=train, valuation={"enabled": False})
     run_ranks("run_trainers", 1, tmp_path / "ranks", configs={"": values})
     assert sorted(step_folders(tmp_path / "run" / "checkpoints")) == [3, 5, 6]
@@ -365,7 +486,8 @@ def test_old_checkpoints_are_removed_when_newer_ones_are_whole(run_values: dict[
 def test_a_full_disk_stops_the_run_and_leaves_older_checkpoints(
     way: str, run_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    """There is too little space; or the disk says so while files are written; or it really is that small."""
+    """There is too little space; or the disk says so while files are written; or it really is that
+    small."""
     values = changed(
         run_values,
         train={"max_steps": 3, "save_every": 1, "output_dir": str(tmp_path / "disk" / "run")},
@@ -374,12 +496,18 @@ def test_a_full_disk_stops_the_run_and_leaves_older_checkpoints(
     disk = tmp_path / "disk"
     disk.mkdir()
     if way == "small disk":
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
+        )
         if mounted.returncode != 0:
             pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
     try:
-        (messages, *_) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs={"": values}, disk=way)
-        expected = "GiB free, but a checkpoint takes" if way == "space" else "cannot write checkpoint"
+        (messages, *_) = run_ranks(
+            "run_trainers", 2, tmp_path / "ranks", configs={"": values}, disk=way
+        )
+        expected = (
+            "GiB free, but a checkpoint takes" if way == "space" else "cannot write checkpoint"
+        )
         assert expected in messages[""]
         assert "step-2" in messages[""] or way == "space"
         checkpoints = disk / "run" / "checkpoints"
@@ -403,7 +531,9 @@ def test_a_stop_is_remembered_and_short_grace_drops_the_window() -> None:
         stop.took("micro-batch", 5.0)
         stop.drop_if_short(99, evaluates=True)  # nobody asked
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.drop_if_short(5, evaluates=True)  # 25 s and, as nothing is known of saves, half of the grace
+        stop.drop_if_short(
+            5, evaluates=True
+        )  # 25 s and, as nothing is known of saves, half of the grace
         with pytest.raises(WindowDroppedError):
             stop.drop_if_short(7, evaluates=True)
         stop.took("save", 10.0)
@@ -421,7 +551,12 @@ def started(values: dict[str, Any], file: Path, *overrides: str) -> subprocess.P
     command = ["launch/local.sh", "recipes/sft.py", "--config", str(file), *overrides]
     environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -430,10 +565,14 @@ def ranks_of(file: Path) -> list[int]:
     found = {}
     for folder in Path("/proc").iterdir():
         try:
-            words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            words, variables = (
+                (folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")
+            )
         except OSError:
             continue
-        ranks = [int(each.removeprefix(b"RANK=")) for each in variables if each.startswith(b"RANK=")]
+        ranks = [
+            int(each.removeprefix(b"RANK=")) for each in variables if each.startswith(b"RANK=")
+        ]
         if ranks and str(file).encode() in words:
             found[ranks[0]] = int(folder.name)
     return [found[rank] for rank in sorted(found)]
@@ -464,7 +603,10 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 0, output
     last = steps()
-    assert f"stopped after step {last}, which is saved; continue with the same command and train.resume=auto" in output
+    assert (
+        f"stopped after step {last}, which is saved; continue with the same command and "
+        "train.resume=auto" in output
+    )
     assert list(step_folders(folder / "checkpoints")) == [last]
     assert not (folder / "export").exists()
 
@@ -481,14 +623,18 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
         assert f"continuing after step {last}" in shown
         assert "warning: no step has moved for 2 s; held up by rank 1:" in shown
         assert "  rank 0 waits in " in shown
-        assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown, shown
+        assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown, (
+            shown
+        )
     finally:
         for process in ranks_of(file):
             os.kill(process, signal.SIGKILL)
         run.communicate(timeout=120)
 
 
-def test_the_watchdog_says_nothing_while_things_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_watchdog_says_nothing_while_things_move(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Watchdog(tmp_path / "beats", 0, 1, seconds=0.4) as watchdog:
         for number in range(8):
             watchdog.moved(f"step {number}")
@@ -505,7 +651,8 @@ def test_the_watchdog_says_nothing_while_things_move(tmp_path: Path, capsys: pyt
 def test_an_export_of_shards_is_the_engines_model(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's own export."""
+    """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's
+    own export."""
     monkeypatch.setattr("alphatoken.export.SHARD_BYTES", 50_000)
     configs = {}
     kinds: dict[str, dict[str, Any]] = {
@@ -518,7 +665,9 @@ def test_an_export_of_shards_is_the_engines_model(
         values = changed(run_values, valuation={"enabled": False}, **sections)
         train = {"max_steps": 1, "save_every": 1, "output_dir": str(tmp_path / name)}
         configs[name] = changed(values, train=train)
-        configs[f"{name}, continued"] = changed(configs[name], train={"max_steps": 3, "resume": "auto"})
+        configs[f"{name}, continued"] = changed(
+            configs[name], train={"max_steps": 3, "resume": "auto"}
+        )
         configs[f"{name}, continued"]["train"]["resume_allow"] = ["train.max_steps"]
     (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
     assert not any(messages.values()), messages
@@ -533,7 +682,8 @@ def test_an_export_of_shards_is_the_engines_model(
         tokenizer = AutoTokenizer.from_pretrained(target)
         ids = tokenizer("Hello there", return_tensors="pt").input_ids
         logits = [
-            AutoModelForCausalLM.from_pretrained(each, dtype="auto")(ids).logits for each in (target, run / "export")
+            AutoModelForCausalLM.from_pretrained(each, dtype="auto")(ids).logits
+            for each in (target, run / "export")
         ]
         assert torch.equal(*logits)
         card = (target / "README.md").read_text()
@@ -551,16 +701,22 @@ def test_an_export_of_shards_is_the_engines_model(
 
 
 @pytest.mark.slow
-def test_adapters_are_exported_as_such_or_merged(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_are_exported_as_such_or_merged(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
     import peft
 
     train = {"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")}
     optim = {"lr": 1e-2, "warmup_ratio": 0.0}
-    values = changed(run_values, model={"lora": {"r": 4}}, valuation={"enabled": False}, train=train, optim=optim)
+    values = changed(
+        run_values, model={"lora": {"r": 4}}, valuation={"enabled": False}, train=train, optim=optim
+    )
     run_ranks("run_trainers", 2, tmp_path / "ranks", configs={"": values})
     command = [sys.executable, "-m", "alphatoken", "export", str(tmp_path / "run")]
     for arguments in ([str(tmp_path / "adapters")], [str(tmp_path / "merged"), "--merge"]):
-        finished = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+        finished = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
         assert finished.returncode == 0, finished.stderr
         assert f"{arguments[0]}: " in finished.stdout
     base = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
@@ -571,7 +727,9 @@ def test_adapters_are_exported_as_such_or_merged(run_values: dict[str, Any], tmp
         for folder in (tmp_path / "run" / "export", tmp_path / "adapters")
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("Hello there", return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(
+        "Hello there", return_tensors="pt"
+    ).input_ids
     expected = engine(ids).logits
     assert not torch.allclose(expected, base(ids).logits, atol=1e-3)
     assert torch.equal(ours(ids).logits, expected)

@@ -1,4 +1,5 @@
-"""Whole runs: the recipe as a user starts it, equality with plain fine-tuning, resuming, and stopping in time."""
+"""Whole runs: the recipe as a user starts it, equality with plain fine-tuning, resuming, and
+stopping in time."""
 
 from __future__ import annotations
 
@@ -42,11 +43,15 @@ def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_recipe(file: Path, *overrides: str, recipe: str = "sft") -> subprocess.CompletedProcess[str]:
+def start_recipe(
+    file: Path, *overrides: str, recipe: str = "sft"
+) -> subprocess.CompletedProcess[str]:
     """What a user types: the local launcher, two CPU ranks."""
     command = ["launch/local.sh", f"recipes/{recipe}.py", "--config", str(file), *overrides]
     environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 @pytest.fixture
@@ -57,8 +62,12 @@ def config_file(run_values: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_recipe_trains_reports_and_exports(config_file: Path, run_values: dict[str, Any]) -> None:
-    finished = start_recipe(config_file, "logging.wandb=offline", "train.save_every=3", "train.max_steps=3")
+def test_the_recipe_trains_reports_and_exports(
+    config_file: Path, run_values: dict[str, Any]
+) -> None:
+    finished = start_recipe(
+        config_file, "logging.wandb=offline", "train.save_every=3", "train.max_steps=3"
+    )
     assert finished.returncode == 0, finished.stderr[-4000:]
     folder = Path(run_values["train"]["output_dir"])
 
@@ -90,10 +99,18 @@ def test_the_recipe_trains_reports_and_exports(config_file: Path, run_values: di
     start = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"])
     assert tokenizer.chat_template
     assert set(model.state_dict()) == set(start.state_dict())
-    moved = [(a - b).abs().max() for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    moved = [
+        (a - b).abs().max() for a, b in zip(model.parameters(), start.parameters(), strict=True)
+    ]
     assert 0 < max(moved) <= 2.1e-3, "AdamW steps at lr 0, 1e-3 and less"
 
-    for shown in ("step 3/3", "Fisher: ", "[+most valued fifth+]", "Run summary", str(folder / "export")):
+    for shown in (
+        "step 3/3",
+        "Fisher: ",
+        "[+most valued fifth+]",
+        "Run summary",
+        str(folder / "export"),
+    ):
         assert shown in finished.stdout
 
     again = start_recipe(config_file)
@@ -106,11 +123,16 @@ def test_the_recipe_trains_reports_and_exports(config_file: Path, run_values: di
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("valuation.layers=5", "error: valuation.layers=5, but the model has only 4 decoder layers"),
+        (
+            "valuation.layers=5",
+            "error: valuation.layers=5, but the model has only 4 decoder layers",
+        ),
         ("data.train=nowhere.jsonl", "error: data file nowhere.jsonl does not exist"),
     ],
 )
-def test_a_mistake_ends_the_run_with_a_message(config_file: Path, override: str, message: str) -> None:
+def test_a_mistake_ends_the_run_with_a_message(
+    config_file: Path, override: str, message: str
+) -> None:
     finished = start_recipe(config_file, override)
     assert finished.returncode != 0
     assert message in finished.stderr
@@ -118,7 +140,9 @@ def test_a_mistake_ends_the_run_with_a_message(config_file: Path, override: str,
 
 
 @pytest.mark.slow
-def test_keeping_everything_equals_a_plain_deepspeed_loop(run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_keeping_everything_equals_a_plain_deepspeed_loop(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
     variants = {
         "valuation off": changed(
             run_values,
@@ -126,11 +150,18 @@ def test_keeping_everything_equals_a_plain_deepspeed_loop(run_values: dict[str, 
             valuation={"enabled": False},
         ),
         "keep ratio 1": changed(
-            run_values, train={"max_steps": 5, "output_dir": str(tmp_path / "all")}, selection={"keep_ratio": 1.0}
+            run_values,
+            train={"max_steps": 5, "output_dir": str(tmp_path / "all")},
+            selection={"keep_ratio": 1.0},
         ),
     }
-    (plain, _) = run_ranks("plain_deepspeed_loop", 2, tmp_path / "plain", values=run_values, steps=5)
-    assert run_ranks("run_trainers", 2, tmp_path / "ours", configs=variants) == [dict.fromkeys(variants, "")] * 2
+    (plain, _) = run_ranks(
+        "plain_deepspeed_loop", 2, tmp_path / "plain", values=run_values, steps=5
+    )
+    assert (
+        run_ranks("run_trainers", 2, tmp_path / "ours", configs=variants)
+        == [dict.fromkeys(variants, "")] * 2
+    )
     for name, values in variants.items():
         folder = Path(values["train"]["output_dir"])
         ours = [step["loss_kept"] for step in metrics_of(folder)[1:]]
@@ -143,12 +174,19 @@ def test_keeping_everything_equals_a_plain_deepspeed_loop(run_values: dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
-def test_a_resumed_run_equals_an_uninterrupted_one(estimator: str, run_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    estimator: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
     def run(name: str, **train: Any) -> dict[str, Any]:
         # The running scales of `balance` are part of the state.
         values = changed(run_values, valuation={"balance": "std"}, optim={"warmup_ratio": 0.0})
         if estimator == "exact":
-            exact = {"estimator": "exact", "parameters": "all", "preconditioner": "adam", "window": 32}
+            exact = {
+                "estimator": "exact",
+                "parameters": "all",
+                "preconditioner": "adam",
+                "window": 32,
+            }
             values = changed(values, valuation=exact)
         return changed(values, train={"max_steps": 4, "output_dir": str(tmp_path / name), **train})
 
@@ -216,20 +254,33 @@ def test_a_non_finite_loss_stops_before_the_optimizer_step(
             data={part: str(file)},
             fisher={"prompts": run_values["data"]["eval"]},
             valuation={"validation_sequences": 7},
-            train={"global_batch_size": 30, "micro_batch_size": 1, "output_dir": str(tmp_path / part)},
+            train={
+                "global_batch_size": 30,
+                "micro_batch_size": 1,
+                "output_dir": str(tmp_path / part),
+            },
         )
     both = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
     for part in ("train", "validation"):
         for messages in both:
-            assert "step 1: a loss or signal is not finite; the optimizer step was not taken" in messages[part]
+            assert (
+                "step 1: a loss or signal is not finite; the optimizer step was not taken"
+                in messages[part]
+            )
             assert f"data.{part} {tmp_path}/{part}.jsonl:3" in messages[part]
         assert [step["step"] for step in metrics_of(tmp_path / part)] == [0]
-    assert "signals of 14 parts, the last in the forward pass: model.layers.3.mlp.down_proj" in both[0]["train"]
+    assert (
+        "signals of 14 parts, the last in the forward pass: model.layers.3.mlp.down_proj"
+        in both[0]["train"]
+    )
 
 
 @pytest.mark.slow
-def test_lora_trains_values_and_exports_adapters(run_values: dict[str, Any], tmp_path: Path) -> None:
-    """On 1 and 2 ranks, with and without activation checkpointing and a streamed tower: the same curves."""
+def test_lora_trains_values_and_exports_adapters(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """On 1 and 2 ranks, with and without activation checkpointing and a streamed tower: the same
+    curves."""
     lora = changed(
         run_values,
         model={"lora": {"r": 3, "alpha": 12}},
@@ -242,28 +293,60 @@ def test_lora_trains_values_and_exports_adapters(run_values: dict[str, Any], tmp
             "plain": {},
             "checkpointed": {"train": {"gradient_checkpointing": True}},
             "streamed": {"valuation": {"residency": "streamed"}},
-            "exact": {"valuation": {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}},
+            "exact": {
+                "valuation": {
+                    "estimator": "exact",
+                    "layers": "all",
+                    "parameters": "all",
+                    "window": 32,
+                }
+            },
         }
         return {
-            name: changed(changed(lora, **content), train={"output_dir": str(tmp_path / f"{name}-{ranks}")})
+            name: changed(
+                changed(lora, **content), train={"output_dir": str(tmp_path / f"{name}-{ranks}")}
+            )
             for name, content in sections.items()
         }
 
     for ranks in (1, 2):
         configs = variants(ranks)
-        (messages, *_) = run_ranks("run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
+        (messages, *_) = run_ranks(
+            "run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs
+        )
         assert messages == dict.fromkeys(configs, "")
     expected = metrics_of(tmp_path / "plain-1")
     assert expected[-1]["eval_loss"] < expected[0]["eval_loss"]
     assert expected[1]["composite_std"] > 0
-    for name in ("plain-2", *(f"{variant}-{ranks}" for variant in ("checkpointed", "streamed") for ranks in (1, 2))):
+    for name in (
+        "plain-2",
+        *(f"{variant}-{ranks}" for variant in ("checkpointed", "streamed") for ranks in (1, 2)),
+    ):
         for ours, theirs in zip(metrics_of(tmp_path / name), expected, strict=True):
-            for key in theirs.keys() & {"loss_kept", "eval_loss", "composite_std", "causal_target_std", "grad_norm"}:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), f"{name}, step {ours['step']}: {key}"
+            for key in theirs.keys() & {
+                "loss_kept",
+                "eval_loss",
+                "composite_std",
+                "causal_target_std",
+                "grad_norm",
+            }:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (
+                    f"{name}, step {ours['step']}: {key}"
+                )
 
-    for ours, theirs in zip(metrics_of(tmp_path / "exact-2"), metrics_of(tmp_path / "exact-1"), strict=True):
-        for key in theirs.keys() & {"loss_kept", "eval_loss", "composite_std", "direct_proxy_std", "grad_norm"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), f"exact, step {ours['step']}: {key}"
+    for ours, theirs in zip(
+        metrics_of(tmp_path / "exact-2"), metrics_of(tmp_path / "exact-1"), strict=True
+    ):
+        for key in theirs.keys() & {
+            "loss_kept",
+            "eval_loss",
+            "composite_std",
+            "direct_proxy_std",
+            "grad_norm",
+        }:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (
+                f"exact, step {ours['step']}: {key}"
+            )
 
     export = tmp_path / "checkpointed-2" / "export"
     assert (export / "adapter_config.json").exists()
@@ -280,7 +363,11 @@ def eval_loss(model: PreTrainedModel, values: dict[str, Any]) -> float:
     for ids, labels in tokenised(tokenizer, values["data"]["eval"]):
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")[labels[1:] != -100])
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")[
+                labels[1:] != -100
+            ]
+        )
     return float(torch.cat(losses).mean())
 
 
@@ -294,17 +381,32 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             policy: {"selection": {"policy": policy}, "valuation": off}
             for policy in ("random", "loss", "low_perplexity", "all")
         },
-        "random, whole step": {"selection": {"policy": "random", "scope": "global_batch"}, "valuation": off},
+        "random, whole step": {
+            "selection": {"policy": "random", "scope": "global_batch"},
+            "valuation": off,
+        },
         "loss, valued": {"selection": {"policy": "loss"}},
         "soft": {"selection": {"weights": "sigmoid", "keep_ratio": 1.0, "protect_eos": True}},
-        "soft, whole step": {"selection": {"weights": "sigmoid", "keep_ratio": 1.0, "scope": "global_batch"}},
+        "soft, whole step": {
+            "selection": {"weights": "sigmoid", "keep_ratio": 1.0, "scope": "global_batch"}
+        },
         "schedule": {
-            "selection": {"schedule": "linear", "keep_ratio_start": 1.0, "keep_ratio": 0.2, "schedule_steps": 2},
+            "selection": {
+                "schedule": "linear",
+                "keep_ratio_start": 1.0,
+                "keep_ratio": 0.2,
+                "schedule_steps": 2,
+            },
         },
         "balanced": {"valuation": {"balance": "std"}, "optim": {"warmup_ratio": 0.0}},
         "refreshed every 2nd step": {"valuation": {"refresh_every": 2}},
         "protected, packed": {
-            "selection": {"scope": "sequence", "protect_eos": True, "min_keep": 2, "keep_ratio": 0.1},
+            "selection": {
+                "scope": "sequence",
+                "protect_eos": True,
+                "min_keep": 2,
+                "keep_ratio": 0.1,
+            },
             "data": {"packing": True},
         },
     }
@@ -316,14 +418,24 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             )
             for name, content in sections.items()
         }
-        (messages, *_) = run_ranks("run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
+        (messages, *_) = run_ranks(
+            "run_trainers", ranks, tmp_path / f"ranks-{ranks}", configs=configs
+        )
         assert messages == dict.fromkeys(configs, "")
     shares = {}
     for name in sections:
         one, three = ([*metrics_of(tmp_path / f"{name}-{ranks}")] for ranks in (1, 3))
         for ours, theirs in zip(three, one, strict=True):
-            for key in theirs.keys() & {"loss_kept", "loss_response", "eval_loss", "grad_norm", "kept_tokens"}:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), f"{name}, step {ours['step']}: {key}"
+            for key in theirs.keys() & {
+                "loss_kept",
+                "loss_response",
+                "eval_loss",
+                "grad_norm",
+                "kept_tokens",
+            }:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (
+                    f"{name}, step {ours['step']}: {key}"
+                )
         shares[name] = [step["kept_tokens"] / step["response_tokens"] for step in one[1:]]
         first = one[1]
         difference = first["loss_kept"] - first["loss_response"]
@@ -340,7 +452,10 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
     ("sections", "message"),
     [
         ({"model": {"name_or_path": "no/such/model"}}, "model.name_or_path=no/such/model"),
-        ({"data": {"packing": True}, "model": {"name_or_path": "{recurrent}"}}, "data.packing=true is not possible"),
+        (
+            {"data": {"packing": True}, "model": {"name_or_path": "{recurrent}"}},
+            "data.packing=true is not possible",
+        ),
         ({"model": {"name_or_path": "{dropout}"}}, "config.json has attention_dropout=0.1"),
         ({"model": {"name_or_path": "{softcap}"}}, "sdpa is not possible with Gemma2ForCausalLM"),
         (
@@ -348,7 +463,13 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             "attn_implementation=flash_attention_2 needs model.dtype=bfloat16",
         ),
         (
-            {"deepspeed": {"config": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}}},
+            {
+                "deepspeed": {
+                    "config": {
+                        "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}
+                    }
+                }
+            },
             "offload_param.device=nvme is not possible with valuation",
         ),
         ({"model": {"name_or_path": "{unknown}"}}, "model class OPTForCausalLM has no entry"),
@@ -379,7 +500,9 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
                     content[key] = str(tmp_path / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("alphatoken.training.initialise_ranks", lambda: torch.device("cpu"))
-    monkeypatch.setattr("alphatoken.training.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "alphatoken.training.load_model", lambda *_: pytest.fail("the model was loaded")
+    )
     values = changed(run_values, **sections)
     with pytest.raises(UserError, match=message):
         Trainer(RunConfig.model_validate(values), SupervisedObjective())

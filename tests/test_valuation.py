@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.architectures import decoder_of
 from tests.oracle import Scored, Sequences, relative_error, token_values
-from tests.tiny import CASES, TinyCase, collate, pack, random_sequences, scored_linears, unpack, unpad
+from tests.tiny import (
+    CASES,
+    TinyCase,
+    collate,
+    pack,
+    random_sequences,
+    scored_linears,
+    unpack,
+    unpad,
+)
 
 LENGTHS = [(3, 9), (5, 4), (2, 14), (6, 1)]
 VALIDATION_LENGTHS = [(4, 6), (2, 11), (7, 3)]
@@ -34,7 +43,9 @@ def scored_set(case: TinyCase, model: PreTrainedModel, depth: int) -> Scored:
     )
 
 
-def stability(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def stability(
+    model: PreTrainedModel, names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A random Fisher and a reference a little away from the model."""
     generator = torch.Generator().manual_seed(7)
     fisher, reference = {}, {}
@@ -66,15 +77,24 @@ class Setting:
             reference=self.reference,
         )
 
-    def score(self, batch: dict[str, Tensor], validation: dict[str, Tensor], **config: object) -> TokenValues:
+    def score(
+        self, batch: dict[str, Tensor], validation: dict[str, Tensor], **config: object
+    ) -> TokenValues:
         settings = ValuationConfig.model_validate({"layers": 2, "window": self.window, **config})
         return score_tokens(
-            self.model, batch, validation, fisher=self.fisher, reference=self.reference, config=settings
+            self.model,
+            batch,
+            validation,
+            fisher=self.fisher,
+            reference=self.reference,
+            config=settings,
         )
 
     def check(self, values: dict[str, list[Tensor]], tolerance: float = 1e-4) -> None:
         for term in TERMS:
-            error = relative_error(torch.cat(values[term]), torch.cat([row[term] for row in self.expected]))
+            error = relative_error(
+                torch.cat(values[term]), torch.cat([row[term] for row in self.expected])
+            )
             assert error <= tolerance, f"{term} is off by {error:.1e}"
 
 
@@ -87,18 +107,28 @@ def test_every_architecture_matches_the_oracle(name: str) -> None:
         for contraction in ("ghost", "materialised"):
             for side in ("right", "left"):
                 values = setting.score(
-                    collate(setting.sequences, side), collate(setting.validation, side), contraction=contraction
+                    collate(setting.sequences, side),
+                    collate(setting.validation, side),
+                    contraction=contraction,
                 )
-                setting.check({term: unpad(getattr(values, term), setting.sequences, side) for term in TERMS})
+                setting.check(
+                    {term: unpad(getattr(values, term), setting.sequences, side) for term in TERMS}
+                )
             if case.packable:
-                values = setting.score(pack(setting.sequences, 2), pack(setting.validation, 1), contraction=contraction)
-                setting.check({term: unpack(getattr(values, term), setting.sequences, 2) for term in TERMS})
+                values = setting.score(
+                    pack(setting.sequences, 2), pack(setting.validation, 1), contraction=contraction
+                )
+                setting.check(
+                    {term: unpack(getattr(values, term), setting.sequences, 2) for term in TERMS}
+                )
 
 
 def with_adapters(case: TinyCase, model: PreTrainedModel, wrapped: bool) -> PreTrainedModel:
     """The model with random LoRA adapters on the scored linears of all layers."""
     targets = sorted({path.rsplit(".", 1)[-1] for path in case.linears})
-    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=case.transposed)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=case.transposed
+    )
     torch.manual_seed(1)
     adapted: PreTrainedModel
     if wrapped:
@@ -124,7 +154,9 @@ def adapter_set(case: TinyCase, model: PreTrainedModel, depth: int) -> Scored:
         if path.endswith(case.value):
             values[up] = case.value_rows
             through[down] = up
-    attention = {layer: f"{case.layer_prefix}.{layer}.{case.attention}" for layer in set(linears.values())}
+    attention = {
+        layer: f"{case.layer_prefix}.{layer}.{case.attention}" for layer in set(linears.values())
+    }
     return Scored(linears, values, attention, through)
 
 
@@ -137,13 +169,28 @@ def test_lora_scores_the_adapters(name: str, wrapped: bool) -> None:
     scored = adapter_set(case, base, depth=2)
     assert len(scored.linears) == 2 * 2 * len(case.linears)
     fisher, reference = stability(base, list(scored.linears))
-    sequences, validation = random_sequences(LENGTHS, seed=1), random_sequences(VALIDATION_LENGTHS, seed=2)
+    sequences, validation = (
+        random_sequences(LENGTHS, seed=1),
+        random_sequences(VALIDATION_LENGTHS, seed=2),
+    )
     expected = token_values(
-        base, sequences, validation, scored=scored, window=4, stability_weight=1.5, fisher=fisher, reference=reference
+        base,
+        sequences,
+        validation,
+        scored=scored,
+        window=4,
+        stability_weight=1.5,
+        fisher=fisher,
+        reference=reference,
     )
     config = ValuationConfig(layers=2, window=4)
     actual = score_tokens(
-        model, collate(sequences), collate(validation), fisher=fisher, reference=reference, config=config
+        model,
+        collate(sequences),
+        collate(validation),
+        fisher=fisher,
+        reference=reference,
+        config=config,
     )
     for term in TERMS:
         rows = torch.cat(unpad(getattr(actual, term), sequences))

@@ -34,7 +34,8 @@ MIXED_WINDOWS = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sl
 
 @dataclass(frozen=True)
 class TinyCase:
-    """How the oracle finds its way in one architecture; written apart from `alphatoken.architectures`."""
+    """How the oracle finds its way in one architecture; written apart from
+    `alphatoken.architectures`."""
 
     build: Callable[[], PreTrainedModel]
     layer_prefix: str = "model.layers"
@@ -71,15 +72,24 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
 def _gemma3_multimodal() -> PreTrainedModel:
     torch.manual_seed(0)
     text = {**SMALL, "head_dim": 8, **MIXED_WINDOWS}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
     return _randomised(transformers.Gemma3ForConditionalGeneration(config))
 
 
 # Head size 6: 4 query heads and 2 key/value heads give 24 + 12 + 12 rows.
 CASES: dict[str, TinyCase] = {
     "llama": TinyCase(_build("LlamaForCausalLM", "LlamaConfig")),
-    "llama_mha": TinyCase(_build("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=4, attention_bias=True)),
+    "llama_mha": TinyCase(
+        _build("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=4, attention_bias=True)
+    ),
     "mistral": TinyCase(_build("MistralForCausalLM", "MistralConfig", sliding_window=5)),
     "qwen2": TinyCase(_build("Qwen2ForCausalLM", "Qwen2Config")),
     "qwen3": TinyCase(_build("Qwen3ForCausalLM", "Qwen3Config", head_dim=8)),
@@ -96,7 +106,8 @@ CASES: dict[str, TinyCase] = {
         eager_only=True,
     ),
     "gemma3": TinyCase(
-        _build("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, **MIXED_WINDOWS), head_first=r"[qk]_norm$"
+        _build("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, **MIXED_WINDOWS),
+        head_first=r"[qk]_norm$",
     ),
     "gemma3_multimodal": TinyCase(
         _gemma3_multimodal, layer_prefix="model.language_model.layers", head_first=r"[qk]_norm$"
@@ -115,7 +126,12 @@ CASES: dict[str, TinyCase] = {
             layer_types=["full_attention", "linear_attention"] * 2,
         ),
         linears=(
-            *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            *(
+                "linear_attn.in_proj_qkv",
+                "linear_attn.in_proj_z",
+                "linear_attn.in_proj_b",
+                "linear_attn.in_proj_a",
+            ),
             *("linear_attn.out_proj", *ATTENTION, *GATED_MLP),
         ),
         packable=False,
@@ -130,7 +146,12 @@ CASES: dict[str, TinyCase] = {
         _build("GPTNeoXForCausalLM", "GPTNeoXConfig"),
         layer_prefix="gpt_neox.layers",
         attention="attention",
-        linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        linears=(
+            "attention.query_key_value",
+            "attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        ),
         value="attention.query_key_value",
         value_rows=tuple(row for row in range(72) if row % 18 >= 12),
     ),
@@ -143,7 +164,9 @@ CASES: dict[str, TinyCase] = {
         value_rows=tuple(range(48, 72)),
         transposed=True,
     ),
-    "mixtral": TinyCase(_build("MixtralForCausalLM", "MixtralConfig", num_local_experts=3), linears=ATTENTION),
+    "mixtral": TinyCase(
+        _build("MixtralForCausalLM", "MixtralConfig", num_local_experts=3), linears=ATTENTION
+    ),
     "qwen3_moe": TinyCase(
         _build(
             "Qwen3MoeForCausalLM",
@@ -163,7 +186,9 @@ def tiny_llama() -> PreTrainedModel:
     return CASES["llama"].build()
 
 
-def scored_linears(case: TinyCase, model: PreTrainedModel, depth: int, suffix: str = ".weight") -> dict[str, int]:
+def scored_linears(
+    case: TinyCase, model: PreTrainedModel, depth: int, suffix: str = ".weight"
+) -> dict[str, int]:
     """Full names of the linears of the last `depth` layers, and their layer."""
     layers = model.config.get_text_config().num_hidden_layers
     names = dict(model.named_parameters())
@@ -188,7 +213,8 @@ def random_sequences(lengths: Sequence[tuple[int, int]], seed: int) -> list[tupl
 
 
 def tokenised(tokenizer: Any, file: str) -> list[tuple[Tensor, Tensor]]:
-    """(ids, labels) of every row: what follows the generation prompt, up to and including the end of the turn."""
+    """(ids, labels) of every row: what follows the generation prompt, up to and including the end
+    of the turn."""
     rows = []
     for line in Path(file).read_text().splitlines():
         fields = json.loads(line)
@@ -203,7 +229,9 @@ def tokenised(tokenizer: Any, file: str) -> list[tuple[Tensor, Tensor]]:
     return rows
 
 
-def collate(sequences: Sequence[tuple[Tensor, Tensor]], side: str = "right", pad: int = 0) -> dict[str, Tensor]:
+def collate(
+    sequences: Sequence[tuple[Tensor, Tensor]], side: str = "right", pad: int = 0
+) -> dict[str, Tensor]:
     """One padded batch of `input_ids`, `attention_mask`, `labels`."""
     length = max(len(ids) for ids, _ in sequences)
     batch = {
@@ -219,7 +247,9 @@ def collate(sequences: Sequence[tuple[Tensor, Tensor]], side: str = "right", pad
     return batch
 
 
-def unpad(value_BT: Tensor, sequences: Sequence[tuple[Tensor, Tensor]], side: str = "right") -> list[Tensor]:
+def unpad(
+    value_BT: Tensor, sequences: Sequence[tuple[Tensor, Tensor]], side: str = "right"
+) -> list[Tensor]:
     """The rows of a (B, T) result, cut to their sequences."""
     length = value_BT.shape[1]
     return [
@@ -229,13 +259,19 @@ def unpad(value_BT: Tensor, sequences: Sequence[tuple[Tensor, Tensor]], side: st
 
 
 def pack(sequences: Sequence[tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
-    """The sequences laid into `rows` rows in turn, padded on the right; `document_ids` tell them apart."""
+    """The sequences laid into `rows` rows in turn, padded on the right; `document_ids` tell them
+    apart."""
     parts = [sequences[row::rows] for row in range(rows)]
-    joined = [(torch.cat([ids for ids, _ in part]), torch.cat([labels for _, labels in part])) for part in parts]
+    joined = [
+        (torch.cat([ids for ids, _ in part]), torch.cat([labels for _, labels in part]))
+        for part in parts
+    ]
     batch = collate(joined)
     batch["document_ids"] = torch.full_like(batch["input_ids"], -1)
     for row, part in enumerate(parts):
-        ids = torch.cat([torch.full((len(tokens),), number) for number, (tokens, _) in enumerate(part)])
+        ids = torch.cat(
+            [torch.full((len(tokens),), number) for number, (tokens, _) in enumerate(part)]
+        )
         batch["document_ids"][row, : len(ids)] = ids
     return batch
 

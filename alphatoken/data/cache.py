@@ -1,4 +1,5 @@
-"""Tokenised rows on disk: written once, memory-mapped by every rank and run that uses the same data and tokenizer."""
+"""Tokenised rows on disk: written once, memory-mapped by every rank and run that uses the same data
+and tokenizer."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ class TokenDataset:
         self._parts = [datasets.Dataset.from_file(str(file)).with_format("numpy") for file in files]
         self.reports = [_read_report(file) for file in files]
         self.sizes = [len(part) for part in self._parts]
-        self.lengths: np.ndarray[Any, Any] = np.concatenate([np.asarray(part["length"]) for part in self._parts])
+        self.lengths: np.ndarray[Any, Any] = np.concatenate(
+            [np.asarray(part["length"]) for part in self._parts]
+        )
         self._starts = np.cumsum([0, *self.sizes])
 
     @property
@@ -82,14 +85,18 @@ class TokenDataset:
     def described(self) -> list[dict[str, Any]]:
         """Path, number of rows and identity of each source."""
         named = zip(self.reports, self.identity, strict=True)
-        return [{"path": report.path, "rows": report.rows, "identity": identity} for report, identity in named]
+        return [
+            {"path": report.path, "rows": report.rows, "identity": identity}
+            for report, identity in named
+        ]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
     def identity(self) -> list[str]:
-        """A hash for each source of its content, how its rows were tokenised, and to which length."""
+        """A hash for each source of its content, how its rows were tokenised, and to which
+        length."""
         return [file.stem for file in self._files]
 
     def __getitem__(self, index: int) -> list[Document]:
@@ -109,16 +116,22 @@ class TokenDataset:
         """A 64-bit hash of every document's tokens, int64, and the row it belongs to."""
         digests = [pc.list_flatten(part.data.column("digests")) for part in self._parts]
         counts = [pc.list_value_length(part.data.column("digests")) for part in self._parts]
-        rows = np.repeat(np.arange(len(self)), np.concatenate([np.asarray(each) for each in counts]))
+        rows = np.repeat(
+            np.arange(len(self)), np.concatenate([np.asarray(each) for each in counts])
+        )
         return np.concatenate([np.asarray(each) for each in digests]), rows
 
     def asked(self) -> np.ndarray[Any, Any]:
         """A 64-bit hash of what precedes each answer of any row, int64."""
-        return np.concatenate([np.asarray(pc.list_flatten(part.data.column("asked"))) for part in self._parts])
+        return np.concatenate(
+            [np.asarray(pc.list_flatten(part.data.column("asked"))) for part in self._parts]
+        )
 
     def last_asked(self) -> np.ndarray[Any, Any]:
         """The same of what precedes the last answer of each row."""
-        return np.asarray([row[-1] for part in self._parts for row in part.data.column("asked").to_pylist()])
+        return np.asarray(
+            [row[-1] for part in self._parts for row in part.data.column("asked").to_pylist()]
+        )
 
     def _find(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -133,16 +146,24 @@ def tokenise(sources: Sequence[Source], encoder: RowEncoder, cache_dir: Path) ->
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
         lacking = next(source.path for source in sources if source.weight is None)
-        raise UserError(f"either all data sources of a mixture have a weight or none; {lacking} has none")
-    return TokenDataset(sources, [_tokenise_source(source, encoder, cache_dir.expanduser()) for source in sources])
+        raise UserError(
+            f"either all data sources of a mixture have a weight or none; {lacking} has none"
+        )
+    return TokenDataset(
+        sources, [_tokenise_source(source, encoder, cache_dir.expanduser()) for source in sources]
+    )
 
 
 def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Path:
     fingerprint, rows = open_source(source)
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, fingerprint, encoder.identity]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([FORMAT_VERSION, fingerprint, encoder.identity]).encode()
+    ).hexdigest()
     file = cache_dir / f"{key[:32]}.arrow"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # one writer per shared cache folder; the others find the file
+    with FileLock(
+        file.with_suffix(".lock")
+    ):  # one writer per shared cache folder; the others find the file
         if not file.exists():
             partial = file.with_suffix(".partial")
             report = _write(source, rows, encoder, partial)
@@ -150,7 +171,10 @@ def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Pa
             partial.replace(file)
     report = _read_report(file)
     if report.rows == 0:
-        reasons = ", ".join(f"{count} skipped: {reason}" for reason, count in report.skipped.items()) or "it is empty"
+        reasons = (
+            ", ".join(f"{count} skipped: {reason}" for reason, count in report.skipped.items())
+            or "it is empty"
+        )
         raise UserError(f"{source.path} has no usable row ({reasons})")
     return file
 
@@ -182,7 +206,9 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
                     "second": second,
                     "length": len(ids),
                     "number": row.number,
-                    "digests": [_digest(ids[:second]), _digest(ids[second:])] if second else [_digest(ids)],
+                    "digests": [_digest(ids[:second]), _digest(ids[second:])]
+                    if second
+                    else [_digest(ids)],
                     "asked": encoded.asked,
                 }
             )

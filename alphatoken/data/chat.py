@@ -1,7 +1,9 @@
-"""From a raw row to token ids and a response mask: true exactly on what the assistant says, its end of turn included.
+"""From a raw row to token ids and a response mask: true exactly on what the assistant says, its end
+of turn included.
 
-There are two ways to find the assistant's part of a chat template's text: the template's own `{% generation %}` marks,
-or, without them, what the template adds when an assistant message is appended to the conversation so far.
+There are two ways to find the assistant's part of a chat template's text: the template's own `{%
+generation %}` marks, or, without them, what the template adds when an assistant message is appended
+to the conversation so far.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Encoded:
     cut: tuple[str, ...] = ()
     """What was cut to the limit of length."""
     second: int = 0
-    """Where the second response of a pair begins, with its prompt: a document of its own; 0 where there is none."""
+    """Where the second response of a pair begins, with its prompt: a document of its own; 0 where
+    there is none."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,25 @@ class RowEncoder(Protocol):
 class Encoder:
     """Tokenises rows {"prompt", "response"} or {"messages"} for one tokenizer and length limit.
 
-    Raises UserError, naming the row, for a wrong schema, a template that cannot render the row, or a response mask that
-    is all ones or all zeros.
+    Raises UserError, naming the row, for a wrong schema, a template that cannot render the row, or
+    a response mask that is all ones or all zeros.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if not tokenizer.is_fast:
-            raise UserError(f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
+            raise UserError(
+                f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed"
+            )
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so the model could never learn to stop; set eos_token")
+            raise UserError(
+                "the tokenizer has no EOS token, so the model could never learn to stop; set "
+                "eos_token"
+            )
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        self._template: str | None = (
+            tokenizer.get_chat_template() if tokenizer.chat_template else None
+        )
 
     @property
     def identity(self) -> str:
@@ -92,11 +102,17 @@ class Encoder:
         ids, mask = ids[: self._max_length], mask[: self._max_length]
         if not any(mask[1:]):
             return Skipped("response cut away by truncation")
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+        answers = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and index > 0
+        ]
         asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
         return Encoded(ids, mask, asked, cut)
 
-    def encode_conversation(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+    def encode_conversation(
+        self, messages: Sequence[Message], where: str
+    ) -> tuple[list[int], list[bool]]:
         """All tokens of a conversation, and which of them the assistant says."""
         if self._template is None:
             ids, mask = self._encode_plain(messages, where)
@@ -107,7 +123,8 @@ class Encoder:
         if all(mask) or not any(mask):
             found = "every" if all(mask) else "no"
             raise UserError(
-                f"{where}: the response mask marks {found} token; the prompt and the response must both be there, and "
+                f"{where}: the response mask marks {found} token; the prompt and the response "
+                "must both be there, and "
                 "the chat template must tell them apart"
             )
         return ids, mask
@@ -115,20 +132,26 @@ class Encoder:
     def encode_answer(
         self, prompt: Sequence[Message], answer: Sequence[Message], where: str
     ) -> tuple[list[int], list[bool]]:
-        """The same of a prompt and what follows it, where only what the assistant says after the prompt counts."""
+        """The same of a prompt and what follows it, where only what the assistant says after the
+        prompt counts."""
         ids, mask = self.encode_conversation([*prompt, *answer], where)
         if any(message["role"] == "assistant" for message in prompt):
             text = self._render([*prompt, *answer], where, tokenize=False)
             before: str = self._render(prompt, where, tokenize=False)
             if not text.startswith(before):
                 raise UserError(
-                    f"{where}: the chat template renders the prompt differently once an answer follows, so the answer "
+                    f"{where}: the chat template renders the prompt differently once an answer "
+                    "follows, so the answer "
                     "cannot be told from what the assistant said before"
                 )
-            earlier = _common_length(self._tokenizer(before, add_special_tokens=False)["input_ids"], ids)
+            earlier = _common_length(
+                self._tokenizer(before, add_special_tokens=False)["input_ids"], ids
+            )
             mask[:earlier] = [False] * earlier
         if not any(mask):
-            raise UserError(f"{where}: no token of the response is its own; it is fused with the prompt")
+            raise UserError(
+                f"{where}: no token of the response is its own; it is fused with the prompt"
+            )
         return ids, mask
 
     def encode_prompt(self, messages: Sequence[Message], where: str) -> Encoded:
@@ -145,14 +168,20 @@ class Encoder:
             text: str = self._render(messages, where, tokenize=False, add_generation_prompt=True)
             return text
         if [message["role"] for message in messages] != ["user"]:
-            raise UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
+            raise UserError(
+                f"{where}: conversations need a chat template, and this tokenizer has none"
+            )
         prompt: str = messages[0]["content"]
         return prompt
 
-    def _encode_plain(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+    def _encode_plain(
+        self, messages: Sequence[Message], where: str
+    ) -> tuple[list[int], list[bool]]:
         """Without a template: prompt, response, EOS, with whatever the tokenizer puts in front."""
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
+            raise UserError(
+                f"{where}: conversations need a chat template, and this tokenizer has none"
+            )
         prompt, response = (message["content"] for message in messages)
         encoding = self._tokenizer(prompt + response, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
@@ -162,11 +191,17 @@ class Encoder:
             return ids, mask
         return [*ids, self._tokenizer.eos_token_id], [*mask, True]
 
-    def _encode_marked(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
-        encoding = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    def _encode_marked(
+        self, messages: Sequence[Message], where: str
+    ) -> tuple[list[int], list[bool]]:
+        encoding = self._render(
+            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
         return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
 
-    def _encode_by_difference(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
+    def _encode_by_difference(
+        self, messages: Sequence[Message], where: str
+    ) -> tuple[list[int], list[bool]]:
         text = self._render(messages, where, tokenize=False)
         spans = []
         for index, message in enumerate(messages):
@@ -176,8 +211,10 @@ class Encoder:
             after = self._render(messages[: index + 1], where, tokenize=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
-                    f"{where}: the chat template renders message {index + 1} differently once others follow, so "
-                    "the assistant's part cannot be told; add {% generation %} marks to the template"
+                    f"{where}: the chat template renders message {index + 1} differently once "
+                    "others follow, so "
+                    "the assistant's part cannot be told; add {% generation %} marks to the "
+                    "template"
                 )
             spans.append((len(before), len(after)))
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -193,7 +230,8 @@ class Encoder:
         return ids, mask
 
     def _turn_length(self, ids: list[int]) -> int:
-        """Tokens of a turn up to its end-of-turn token; the white space that templates put behind it is not spoken."""
+        """Tokens of a turn up to its end-of-turn token; the white space that templates put behind
+        it is not spoken."""
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         ends = [index for index, token in enumerate(ids) if token in special]
         if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :]).strip():
@@ -204,14 +242,17 @@ class Encoder:
         try:
             return self._tokenizer.apply_chat_template(list(messages), **options)
         except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
+            raise UserError(
+                f"{where}: the chat template refuses this conversation: {error}"
+            ) from None
 
 
 class PromptEncoder:
-    """Tokenises what a model is asked: the prompt of rows {"prompt", ...}, or {"messages"} without a final answer.
+    """Tokenises what a model is asked: the prompt of rows {"prompt", ...}, or {"messages"} without
+    a final answer.
 
-    No token is a response. Prompts longer than `max_tokens` are skipped: cut ones would lose the question or the
-    template's marks. Raises UserError, naming the row, for a wrong schema.
+    No token is a response. Prompts longer than `max_tokens` are skipped: cut ones would lose the
+    question or the template's marks. Raises UserError, naming the row, for a wrong schema.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -235,8 +276,12 @@ class PromptEncoder:
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next(
+        (index for index, (one, other) in pairs if one != other), min(len(first), len(second))
+    )
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
+    )

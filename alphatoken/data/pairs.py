@@ -1,4 +1,5 @@
-"""From a pair of answers to tokens: the prompt with the chosen one, then the prompt with the rejected one."""
+"""From a pair of answers to tokens: the prompt with the chosen one, then the prompt with the
+rejected one."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from alphatoken.data.rows import Message, as_pair, has_text
 class PairEncoder:
     """Tokenises rows {"prompt", "chosen", "rejected"}; both documents of a pair make up one row.
 
-    A longer prompt loses its beginning (but for a BOS token), a longer response its end. Pairs without a difference and
-    those with an empty part are skipped. Raises UserError, naming the row, for a wrong schema.
+    A longer prompt loses its beginning (but for a BOS token), a longer response its end. Pairs
+    without a difference and those with an empty part are skipped. Raises UserError, naming the row,
+    for a wrong schema.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int
+    ) -> None:
         self._encoder = Encoder(tokenizer, max_prompt_tokens + max_response_tokens)
         self._bos = tokenizer.bos_token_id
         self._max_prompt = max_prompt_tokens
@@ -38,7 +42,9 @@ class PairEncoder:
                 return Skipped(f"empty {name} response")
         if pair.chosen == pair.rejected:
             return Skipped("chosen and rejected are the same")
-        chosen, rejected = (self._document(pair.prompt, answer, where) for answer in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            self._document(pair.prompt, answer, where) for answer in (pair.chosen, pair.rejected)
+        )
         if chosen.input_ids == rejected.input_ids:
             return Skipped(f"chosen and rejected are the same within {self._max_response} tokens")
         return Encoded(
@@ -78,7 +84,8 @@ class PairEncoder:
 
 
 class ChosenEncoder:
-    """Tokenises held-out rows of a preference run: the chosen responses of pairs, or ordinary supervised rows."""
+    """Tokenises held-out rows of a preference run: the chosen responses of pairs, or ordinary
+    supervised rows."""
 
     def __init__(self, pairs: PairEncoder, examples: Encoder) -> None:
         self._pairs = pairs

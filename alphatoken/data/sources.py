@@ -1,4 +1,5 @@
-"""Rows of JSON Lines files, Parquet files and `datasets` names, each with the place it came from."""
+"""Rows of JSON Lines files, Parquet files and `datasets` names, each with the place it came
+from."""
 
 from __future__ import annotations
 
@@ -34,11 +35,16 @@ class Row:
 def location(source: Source, number: int) -> str:
     """`file:line`, or the row of a Parquet file or dataset."""
     path = _filled_in(source.path)
-    return f"{path}:{number}" if path.name.endswith((".jsonl", ".jsonl.gz")) else f"{path} row {number}"
+    return (
+        f"{path}:{number}"
+        if path.name.endswith((".jsonl", ".jsonl.gz"))
+        else f"{path} row {number}"
+    )
 
 
 def open_source(source: Source) -> tuple[str, Iterator[Row]]:
-    """A fingerprint of the source's content, and its rows. Raises UserError when it cannot be found or read."""
+    """A fingerprint of the source's content, and its rows. Raises UserError when it cannot be found
+    or read."""
     path = _filled_in(source.path)
     rows: Iterator[Row]
     if source.path.endswith(SUFFIXES):
@@ -53,7 +59,9 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     end = None if source.first is None else source.skip + source.first
     renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
     chosen = itertools.islice(rows, source.skip, end)
-    return f"{fingerprint}[{source.skip}:{end}]{renamed}", _renamed(source, chosen) if source.columns else chosen
+    return f"{fingerprint}[{source.skip}:{end}]{renamed}", _renamed(
+        source, chosen
+    ) if source.columns else chosen
 
 
 def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
@@ -61,11 +69,17 @@ def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
         missing = [name for name in source.columns.values() if name not in row.fields]
         if missing:
             raise UserError(
-                f"{location(source, row.number)}: no field {missing[0]!r}, which data columns={source.columns} name; "
+                f"{location(source, row.number)}: no field {missing[0]!r}, which data "
+                f"columns={source.columns} name; "
                 f"it has {', '.join(row.fields)}"
             )
-        others = {name: value for name, value in row.fields.items() if name not in source.columns.values()}
-        yield Row(row.number, {**others, **{ours: row.fields[theirs] for ours, theirs in source.columns.items()}})
+        others = {
+            name: value for name, value in row.fields.items() if name not in source.columns.values()
+        }
+        yield Row(
+            row.number,
+            {**others, **{ours: row.fields[theirs] for ours, theirs in source.columns.items()}},
+        )
 
 
 def _filled_in(path: str) -> Path:
@@ -88,14 +102,19 @@ def _json_rows(source: Source, file: Path) -> Iterator[Row]:
                 try:
                     fields = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{location(source, number)}: not valid JSON: {error}") from None
+                    raise UserError(
+                        f"{location(source, number)}: not valid JSON: {error}"
+                    ) from None
                 if not isinstance(fields, dict):
                     raise UserError(
-                        f"{location(source, number)}: each line must be a JSON object, not a {type(fields).__name__}"
+                        f"{location(source, number)}: each line must be a JSON object, not a "
+                        f"{type(fields).__name__}"
                     )
                 yield Row(number, fields)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{location(source, number + 1)}: cannot read the file further: {error}") from None
+        raise UserError(
+            f"{location(source, number + 1)}: cannot read the file further: {error}"
+        ) from None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -114,12 +133,15 @@ def _open_dataset(source: Source, path: Path) -> Any:
     import datasets
 
     try:
-        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        if path.is_dir() and (
+            (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+        ):
             saved = datasets.load_from_disk(str(path))
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(str(path), source.subset, split=source.split)
     except Exception as error:
         raise UserError(
-            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a dataset that `datasets` "
+            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a "
+            "dataset that `datasets` "
             f"can load with split={source.split!r}, subset={source.subset!r}: {error}"
         ) from None

@@ -20,19 +20,25 @@ from alphatoken.errors import UserError
 
 @dataclass(frozen=True)
 class Splits:
-    """`validation` steers the values, `eval` is what is reported; neither shares a row with another part."""
+    """`validation` steers the values, `eval` is what is reported; neither shares a row with another
+    part."""
 
     train: TokenDataset
     validation: TokenDataset | None
     eval: TokenDataset | None
 
     def named(self) -> dict[str, TokenDataset]:
-        parts = {"data.train": self.train, "data.validation": self.validation, "data.eval": self.eval}
+        parts = {
+            "data.train": self.train,
+            "data.validation": self.validation,
+            "data.eval": self.eval,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
-    """Reads and tokenises all parts. Raises UserError for bad rows, too few of them, or a row in two parts."""
+    """Reads and tokenises all parts. Raises UserError for bad rows, too few of them, or a row in
+    two parts."""
     splits = read_splits(config, tokenizer)
     check_sizes(splits, config)
     shared = next(shared_rows(splits.named()), None)
@@ -64,12 +70,15 @@ def check_sizes(splits: Splits, config: RunConfig) -> None:
         )
     if validation is not None and len(validation) < config.valuation.validation_sequences:
         raise UserError(
-            f"data.validation has {len(validation)} usable rows, fewer than valuation.validation_sequences="
+            f"data.validation has {len(validation)} usable rows, fewer than "
+            "valuation.validation_sequences="
             f"{config.valuation.validation_sequences}; lower the latter or add rows"
         )
 
 
-def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, RowEncoder]:
+def _encoders(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RowEncoder, RowEncoder]:
     """For the rows that are trained on and evaluated, and for held-out examples."""
     examples = Encoder(tokenizer, config.data.max_length)
     if not isinstance(config, PreferenceRunConfig):
@@ -81,7 +90,8 @@ def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Ro
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the Fisher is estimated on: `rows` of a dataset, as many as were asked for if there are."""
+    """What the Fisher is estimated on: `rows` of a dataset, as many as were asked for if there
+    are."""
 
     dataset: TokenDataset
     rows: Indices
@@ -90,11 +100,17 @@ class Prompts:
 
     def __str__(self) -> str:
         left_out = f" ({self.trained_on} left out: trained on)" if self.trained_on else ""
-        return f"{len(self.rows)} prompts of {', '.join(report.path for report in self.dataset.reports)}{left_out}"
+        return (
+            f"{len(self.rows)} prompts of "
+            f"{', '.join(report.path for report in self.dataset.reports)}{left_out}"
+        )
 
 
-def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TokenDataset) -> Prompts:
-    """Prompts alone where completions are sampled, else prompts with responses, in an order that depends on the seed.
+def load_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TokenDataset
+) -> Prompts:
+    """Prompts alone where completions are sampled, else prompts with responses, in an order that
+    depends on the seed.
 
     Raises UserError for bad rows, or when all prompts are trained on.
     """
@@ -111,7 +127,8 @@ def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: T
     rows = distinct[~trained_on[distinct]][: config.fisher.num_prompts]
     if len(rows) == 0:
         raise UserError(
-            f"the Fisher needs prompts that are not trained on, but data.train has all those of {sources[0].path}; "
+            "the Fisher needs prompts that are not trained on, but data.train has all those of "
+            f"{sources[0].path}; "
             "set fisher.prompts to other rows"
         )
     return Prompts(dataset, rows, int(trained_on.sum()))
@@ -127,7 +144,10 @@ class SharedRow:
     other_place: str
 
     def __str__(self) -> str:
-        return f"{self.other} must be held out, but {self.other_place} is also in {self.part}: {self.place}"
+        return (
+            f"{self.other} must be held out, but {self.other_place} is also in {self.part}: "
+            f"{self.place}"
+        )
 
 
 def shared_rows(parts: dict[str, TokenDataset]) -> Iterator[SharedRow]:
@@ -140,6 +160,8 @@ def shared_rows(parts: dict[str, TokenDataset]) -> Iterator[SharedRow]:
             row = int(other_rows[found])
             twin = int(rows[order[np.searchsorted(digests, other_digests[found], sorter=order)]])
             pairs = itertools.product(part[twin], other[row])
-            if row not in seen and any(np.array_equal(ids, other_ids) for (ids, _), (other_ids, _) in pairs):
+            if row not in seen and any(
+                np.array_equal(ids, other_ids) for (ids, _), (other_ids, _) in pairs
+            ):
                 seen.add(row)
                 yield SharedRow(name, part.location(twin), other_name, other.location(row))

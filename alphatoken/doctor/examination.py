@@ -1,4 +1,5 @@
-"""The order of checks. Every rank goes through all of them and communicates alike, whatever fails on any."""
+"""The order of checks. Every rank goes through all of them and communicates alike, whatever fails
+on any."""
 
 from __future__ import annotations
 
@@ -29,13 +30,17 @@ T = TypeVar("T")
 
 
 def examine(file: Path, overrides: Sequence[str], as_json: bool, patience: float) -> int:
-    """Looks at everything and reports on rank 0; the exit status, 1 where a check failed. For every rank.
+    """Looks at everything and reports on rank 0; the exit status, 1 where a check failed. For every
+    rank.
 
-    `patience`: seconds in which the ranks have to find each other. Where they do not, the process ends here.
+    `patience`: seconds in which the ranks have to find each other. Where they do not, the process
+    ends here.
     """
     output = Output(as_json, is_first=os.environ.get("RANK", "0") == "0")
     accelerator, devices = visible_devices()
-    arrival = Arrival(ranks.this_node(), int(os.environ.get("LOCAL_RANK") or 0), accelerator, devices)
+    arrival = Arrival(
+        ranks.this_node(), int(os.environ.get("LOCAL_RANK") or 0), accelerator, devices
+    )
     meeting = meet(arrival, os.environ, patience)
     if meeting.failure is not None:
         if meeting.store is None:  # rank 0 does not know of it, or is this one
@@ -47,15 +52,19 @@ def examine(file: Path, overrides: Sequence[str], as_json: bool, patience: float
     examination.join_ranks(2 * patience)
     examination.run()
     output.report(examination.findings, examination.nodes)
-    # A launcher stops every rank as soon as one ends with another status than 0: rank 0 speaks first.
+    # A launcher stops every rank as soon as one ends with another status than 0: rank 0 speaks
+    # first.
     collectives.barrier()
     return int(any(finding.outcome == "failed" for finding in examination.findings))
 
 
 class Examination:
-    """Collects findings. Their number and outcomes are the same on every rank; the texts are rank 0's to tell."""
+    """Collects findings. Their number and outcomes are the same on every rank; the texts are rank
+    0's to tell."""
 
-    def __init__(self, file: Path, overrides: Sequence[str], arrival: Arrival, output: Output) -> None:
+    def __init__(
+        self, file: Path, overrides: Sequence[str], arrival: Arrival, output: Output
+    ) -> None:
         self.findings: list[Finding] = []
         self.nodes = [arrival.node]
         self._file, self._overrides = file, overrides
@@ -64,15 +73,19 @@ class Examination:
         self._device = torch.device("cpu")
 
     def join_ranks(self, patience: float) -> None:
-        """Forms the process group and measures it. The process ends here where that fails or takes too long."""
+        """Forms the process group and measures it. The process ends here where that fails or takes
+        too long."""
         moment = "forming the process group"
 
         def give_up(reason: str) -> None:
             fix = (
-                "do the nodes reach each other on every port? (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the network)"
+                "do the nodes reach each other on every port? (GLOO_SOCKET_IFNAME, "
+                "NCCL_SOCKET_IFNAME name the network)"
             )
             node = self._arrival.node
-            finding = Finding("process group", "failed", f"{node}: {moment}: {reason}", fix, (node,))
+            finding = Finding(
+                "process group", "failed", f"{node}: {moment}: {reason}", fix, (node,)
+            )
             self._output.complain(finding)
             self._output.report([finding], self.nodes)
             if not self._output.is_first:
@@ -89,12 +102,19 @@ class Examination:
                 give_up(str(error).splitlines()[0])
         found = "a single rank"
         if len(self.nodes) > 1:
-            met = f"{plural(len(self.nodes), 'rank')} on {plural(len(set(self.nodes)), 'node')} met at"
+            met = (
+                f"{plural(len(self.nodes), 'rank')} on {plural(len(set(self.nodes)), 'node')} "
+                "met at"
+            )
             found = f"{met} {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        self.findings += [Finding("rendezvous", "ok", found), ranks.judge_all_reduce(measured, self.nodes)]
+        self.findings += [
+            Finding("rendezvous", "ok", found),
+            ranks.judge_all_reduce(measured, self.nodes),
+        ]
 
     def run(self) -> None:
-        """All checks that need a process group, those of the configuration only where every rank has read it."""
+        """All checks that need a process group, those of the configuration only where every rank
+        has read it."""
         config = self._compare_ranks()
         if config is None:
             self._skip("a configuration", "all others")
@@ -102,9 +122,15 @@ class Examination:
         dtype = config.model.dtype
         judge = partial(ranks.judge_dtype, dtype)
         self._compare("dtype", lambda: ranks.check_dtype(dtype, self._device), judge)
-        self._compare("model files", lambda: ranks.model_listing(config.model.name_or_path), ranks.compare_model_files)
+        self._compare(
+            "model files",
+            lambda: ranks.model_listing(config.model.name_or_path),
+            ranks.compare_model_files,
+        )
         self._everywhere("batches", lambda: refusals.batches(config, len(self.nodes)))
-        shapes = self._everywhere("model", lambda: refusals.model(config), partial(refusals.about_model, config))
+        shapes = self._everywhere(
+            "model", lambda: refusals.model(config), partial(refusals.about_model, config)
+        )
         if shapes is None:
             self._skip("a model", "model settings")
         else:
@@ -112,7 +138,9 @@ class Examination:
         self._everywhere("fisher", lambda: refusals.stability(config))
         self._on_first_rank("run folder", lambda: refusals.run_folder(config, len(self.nodes)))
         self._check_folders(config)
-        tokenizer = self._everywhere("tokenizer", lambda: refusals.tokenizer(config), refusals.about_tokenizer)
+        tokenizer = self._everywhere(
+            "tokenizer", lambda: refusals.tokenizer(config), refusals.about_tokenizer
+        )
         if tokenizer is None:
             self._skip("a tokenizer", "reference", "response mask", "data")
         else:
@@ -126,11 +154,15 @@ class Examination:
         self._on_first_rank("overlap", lambda: rows.check_overlap(splits))
         self._everywhere("prompts", lambda: refusals.prompts(config, tokenizer, splits))
         self._on_first_rank("lengths", lambda: rows.describe_lengths(splits.train, config))
-        self._on_first_rank("end of turn", lambda: rows.check_endings(splits.train, tokenizer, config))
+        self._on_first_rank(
+            "end of turn", lambda: rows.check_endings(splits.train, tokenizer, config)
+        )
         if shapes is None:
             self._skip("a model", "disk space")
         else:
-            self._on_first_rank("disk space", lambda: storage.check_space(config, shapes, len(splits.train)))
+            self._on_first_rank(
+                "disk space", lambda: storage.check_space(config, shapes, len(splits.train))
+            )
 
     def _compare_ranks(self) -> RunConfig | None:
         """Compares what ranks are made of; the configuration, where all have read one."""
@@ -153,11 +185,24 @@ class Examination:
 
     def _check_folders(self, config: RunConfig) -> None:
         mark = f"alphatoken-doctor-{collectives.gather_objects(uuid4().hex[:8])[0]}"
-        runs, cache = config.train.output_dir.absolute().parent, config.data.cache_dir.expanduser().absolute()
-        # Tokenised rows may be made on every node; losses of a reference are computed once, by all ranks together.
-        cached = config.needs_reference and config.reference.mode == "cached" and config.reference.cache is None
-        for check, folder, shared in (("output folder", runs, True), ("cache folder", cache, cached)):
-            self.findings.append(storage.check_shared_folder(check, folder, self.nodes, mark, shared))
+        runs, cache = (
+            config.train.output_dir.absolute().parent,
+            config.data.cache_dir.expanduser().absolute(),
+        )
+        # Tokenised rows may be made on every node; losses of a reference are computed once, by
+        # all ranks together.
+        cached = (
+            config.needs_reference
+            and config.reference.mode == "cached"
+            and config.reference.cache is None
+        )
+        for check, folder, shared in (
+            ("output folder", runs, True),
+            ("cache folder", cache, cached),
+        ):
+            self.findings.append(
+                storage.check_shared_folder(check, folder, self.nodes, mark, shared)
+            )
 
     def _read_data(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits | None:
         """All parts, where every rank has read the same."""
@@ -166,19 +211,28 @@ class Examination:
             self.findings.append(verdict("data", read, self.nodes, ""))
             return None
         identities = {name: part.identity for name, part in read.own.named().items()}
-        reports = [f"{name}: {source}" for name, part in read.own.named().items() for source in part.reports]
+        reports = [
+            f"{name}: {source}"
+            for name, part in read.own.named().items()
+            for source in part.reports
+        ]
         finding = ranks.compare_data(collectives.gather_objects(identities), self.nodes, reports)
         self.findings.append(finding)
         return read.own if finding.outcome == "ok" else None
 
-    def _everywhere(self, check: str, work: Callable[[], T], tell: Callable[[T], str] = str) -> T | None:
-        """Work that has to succeed on every rank; its result there, None on all ranks where it fails on any."""
+    def _everywhere(
+        self, check: str, work: Callable[[], T], tell: Callable[[T], str] = str
+    ) -> T | None:
+        """Work that has to succeed on every rank; its result there, None on all ranks where it
+        fails on any."""
         seen = on_every_rank(lambda: (result := work(), tell(result)))
         found = "" if seen.own is None else seen.own[1]
         self.findings.append(verdict(check, seen, self.nodes, found))
         return seen.own[0] if seen.own is not None and seen.everywhere else None
 
-    def _compare(self, check: str, work: Callable[[], T], judge: Callable[[list[T], Sequence[str]], Finding]) -> None:
+    def _compare(
+        self, check: str, work: Callable[[], T], judge: Callable[[list[T], Sequence[str]], Finding]
+    ) -> None:
         """The judgement on what work gives on all ranks."""
         seen = on_every_rank(work)
         if seen.everywhere and seen.own is not None:

@@ -45,7 +45,8 @@ class Seen(Generic[T]):
 
 
 def on_every_rank(work: Callable[[], T]) -> Seen[T]:
-    """Runs `work` on each rank and gathers what went wrong, whatever it was; nothing is raised on any rank.
+    """Runs `work` on each rank and gathers what went wrong, whatever it was; nothing is raised on
+    any rank.
 
     `work` must not communicate: a rank whose work fails would leave the others waiting.
     """
@@ -55,13 +56,18 @@ def on_every_rank(work: Callable[[], T]) -> Seen[T]:
         own = work()
     except UserError as error:
         failure = str(error)
-    except Exception as error:  # a check that breaks is reported like one that fails, and the next one runs
+    except (
+        Exception
+    ) as error:  # a check that breaks is reported like one that fails, and the next one runs
         failure = f"{type(error).__name__}: {error}"
     return Seen(own, tuple(collectives.gather_objects(failure)))
 
 
-def verdict(check: str, seen: Seen[Any], nodes: Sequence[str], found: str, fix: str = "") -> Finding:
-    """`found` where every rank succeeded; else each failure with the ranks that had it. `nodes`: by rank."""
+def verdict(
+    check: str, seen: Seen[Any], nodes: Sequence[str], found: str, fix: str = ""
+) -> Finding:
+    """`found` where every rank succeeded; else each failure with the ranks that had it. `nodes`: by
+    rank."""
     if seen.everywhere:
         return Finding(check, "ok", found)
     ranks_of: dict[str, list[int]] = {}
@@ -71,8 +77,11 @@ def verdict(check: str, seen: Seen[Any], nodes: Sequence[str], found: str, fix: 
     return disagreement(check, ranks_of, nodes, fix)
 
 
-def disagreement(check: str, ranks_of: dict[str, list[int]], nodes: Sequence[str], fix: str) -> Finding:
-    """A failure with every message and the ranks that it is about; those of all ranks go without a name."""
+def disagreement(
+    check: str, ranks_of: dict[str, list[int]], nodes: Sequence[str], fix: str
+) -> Finding:
+    """A failure with every message and the ranks that it is about; those of all ranks go without a
+    name."""
     parts = [
         message if len(ranks) == len(nodes) else f"{named(ranks, nodes)}: {message}"
         for message, ranks in ranks_of.items()
@@ -86,7 +95,10 @@ def named(ranks: Sequence[int], nodes: Sequence[str]) -> str:
     by_node: dict[str, list[int]] = {}
     for rank in ranks:
         by_node.setdefault(nodes[rank], []).append(rank)
-    return ", ".join(f"{node} (rank{'s' if len(own) > 1 else ''} {_listed(own)})" for node, own in by_node.items())
+    return ", ".join(
+        f"{node} (rank{'s' if len(own) > 1 else ''} {_listed(own)})"
+        for node, own in by_node.items()
+    )
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -1,8 +1,9 @@
-"""Whether what is trained is what the assistant says: an account of each token of a conversation, made without the code
-that makes the response mask.
+"""Whether what is trained is what the assistant says: an account of each token of a conversation,
+made without the code that makes the response mask.
 
-The template is rendered once more with every message replaced by a mark. What stands between the marks is the
-template's own text, and tells where each message lies in a real conversation, whatever it says.
+The template is rendered once more with every message replaced by a mark. What stands between the
+marks is the template's own text, and tells where each message lies in a real conversation, whatever
+it says.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LOOKED_AT = 32  # rows of the data
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages, and from which on the assistant's are trained: those of a pair's prompt are not."""
+    """A row's messages, and from which on the assistant's are trained: those of a pair's prompt are
+    not."""
 
     messages: tuple[Message, ...]
     answered_from: int
@@ -48,8 +50,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Account:
-    """What the mask of a conversation does wrong, by (whose text, text), and the whole text with [[ ]] around what is
-    trained."""
+    """What the mask of a conversation does wrong, by (whose text, text), and the whole text with [[
+    ]] around what is trained."""
 
     foreign: tuple[tuple[str, str], ...]
     """Trained, although it is somebody else's or the template's own."""
@@ -65,10 +67,13 @@ class Account:
 
 
 def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conversation]:
-    """Of the first usable rows of every training source, both answers of a pair. Raises UserError for bad rows."""
+    """Of the first usable rows of every training source, both answers of a pair. Raises UserError
+    for bad rows."""
     share = max(1, limit // len(config.data.train))
     pairs = isinstance(config, PreferenceRunConfig)
-    of_sources = (itertools.islice(_conversations(source, pairs), share) for source in config.data.train)
+    of_sources = (
+        itertools.islice(_conversations(source, pairs), share) for source in config.data.train
+    )
     return list(itertools.chain.from_iterable(of_sources))
 
 
@@ -87,10 +92,11 @@ def _conversations(source: Source, pairs: bool) -> Iterator[Conversation]:
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
-    """The longest part of PROBE that can be encoded: all, without the system message, or one question and answer.
+    """The longest part of PROBE that can be encoded: all, without the system message, or one
+    question and answer.
 
-    Some templates take no system message; some cannot tell earlier answers apart, which rows of one answer do not need.
-    Raises UserError where not even those can be encoded.
+    Some templates take no system message; some cannot tell earlier answers apart, which rows of one
+    answer do not need. Raises UserError where not even those can be encoded.
     """
     for messages in (PROBE, PROBE[1:], PROBE[1:3]):
         conversation = Conversation(messages, 0, "the probe")
@@ -103,8 +109,11 @@ def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
     raise refused
 
 
-def account(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation) -> Account | None:
-    """Of the mask that `encoder` gives a conversation. None where messages cannot be found in the template's text.
+def account(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
+) -> Account | None:
+    """Of the mask that `encoder` gives a conversation. None where messages cannot be found in the
+    template's text.
 
     Raises UserError where the conversation cannot be encoded.
     """
@@ -114,9 +123,13 @@ def account(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: 
     else:
         ids, mask = encoder.encode_conversation(messages, conversation.where)
     text = _text(tokenizer, messages)
-    encoding = tokenizer(text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True)
+    encoding = tokenizer(
+        text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True
+    )
     offsets = list(encoding["offset_mapping"])
-    offsets += [(len(text), len(text))] * (len(ids) - len(offsets))  # the EOS that a row without template gets
+    offsets += [(len(text), len(text))] * (
+        len(ids) - len(offsets)
+    )  # the EOS that a row without template gets
     spans = _spans(tokenizer, messages, text)
     if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
         return None
@@ -126,16 +139,27 @@ def account(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: 
     for place, (trained, owner) in enumerate(zip(mask, owners, strict=True)):
         if trained and owner is not None and not conversation.is_trained(owner):
             foreign.append((place, messages[owner]["role"] if owner >= first else "prompt"))
-        elif trained and owner is None and place not in allowed and tokenizer.decode([ids[place]]).strip():
+        elif (
+            trained
+            and owner is None
+            and place not in allowed
+            and tokenizer.decode([ids[place]]).strip()
+        ):
             foreign.append((place, "template"))
         elif not trained and owner is not None and conversation.is_trained(owner):
-            # A first token that the tokenizer has fused with what precedes it is not the answer's own.
+            # A first token that the tokenizer has fused with what precedes it is not the
+            # answer's own.
             lacking += [(place, "assistant")] * (offsets[place][0] >= spans[owner][0])
-    return Account(_runs(tokenizer, ids, foreign), _runs(tokenizer, ids, lacking), _marked(tokenizer, ids, mask))
+    return Account(
+        _runs(tokenizer, ids, foreign),
+        _runs(tokenizer, ids, lacking),
+        _marked(tokenizer, ids, mask),
+    )
 
 
 def judge_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
-    """`judge_masks` for a run's own rows; on the probe alone where they cannot be read, which is another check's."""
+    """`judge_masks` for a run's own rows; on the probe alone where they cannot be read, which is
+    another check's."""
     try:
         conversations = real_conversations(config)
     except UserError:
@@ -143,8 +167,11 @@ def judge_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
     return judge_masks(tokenizer, Encoder(tokenizer, config.data.max_length), conversations)
 
 
-def judge_masks(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversations: Sequence[Conversation]) -> Finding:
-    """That the mask covers the assistant's turns and nothing else, in a probe and in rows of the data; shows one row.
+def judge_masks(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversations: Sequence[Conversation]
+) -> Finding:
+    """That the mask covers the assistant's turns and nothing else, in a probe and in rows of the
+    data; shows one row.
 
     Raises UserError for a template that not even the probe can be encoded with.
     """
@@ -167,15 +194,25 @@ def judge_masks(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversati
         row, shown = known[1]
         details = (f"What is trained of {row.where}, in [[ ]]:", *clipped(shown.shown).splitlines())
     if complaints:
-        text = "; ".join(f"{what}: {texts[0]}" + _and_more(texts) for what, texts in complaints.items())
-        fix = "put {% generation %} around what the assistant says in the chat template, or take it off the rest"
+        text = "; ".join(
+            f"{what}: {texts[0]}" + _and_more(texts) for what, texts in complaints.items()
+        )
+        fix = (
+            "put {% generation %} around what the assistant says in the chat template, or take "
+            "it off the rest"
+        )
         return Finding("response mask", "failed", text, fix, details=details)
     unknown = 1 + len(conversations) - len(known)
     if unknown:
-        text = f"{unknown} of a probe and {rows} cannot be checked: the template rewrites what they say"
+        text = (
+            f"{unknown} of a probe and {rows} cannot be checked: the template rewrites what they "
+            "say"
+        )
         return Finding("response mask", "warning", text, "look at the row below", details=details)
     turns = len(tried.messages)
-    text = f"trains what the assistant says and nothing else, in a probe of {turns} turns and {rows}"
+    text = (
+        f"trains what the assistant says and nothing else, in a probe of {turns} turns and {rows}"
+    )
     return Finding("response mask", "ok", text, details=details)
 
 
@@ -196,16 +233,24 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> st
     return text
 
 
-def _spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
-    """Where each message's content lies in `text`. None where the template does more than to put text around it."""
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+) -> list[tuple[int, int]] | None:
+    """Where each message's content lies in `text`. None where the template does more than to put
+    text around it."""
     marks = [f"zqj{index}vxk" for index in range(len(messages))]
-    marked = _text(tokenizer, [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+    marked = _text(
+        tokenizer,
+        [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
+    )
     frame = re.split("|".join(marks), marked)
     if len(frame) != len(messages) + 1:
         return None
     for trim in (str, str.strip, str.lstrip, str.rstrip):
         contents = [trim(message["content"]) for message in messages]
-        if text == frame[0] + "".join(content + piece for content, piece in zip(contents, frame[1:], strict=True)):
+        if text == frame[0] + "".join(
+            content + piece for content, piece in zip(contents, frame[1:], strict=True)
+        ):
             break
     else:
         return None
@@ -218,7 +263,8 @@ def _spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text
 
 
 def _owner(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int | None:
-    """The message that a token belongs to, by most of its characters; None: the template's own text."""
+    """The message that a token belongs to, by most of its characters; None: the template's own
+    text."""
     shares = [min(offset[1], end) - max(offset[0], start) for start, end in spans]
     most = max(range(len(spans)), key=lambda index: shares[index])
     return most if shares[most] > 0 else None
@@ -233,16 +279,25 @@ def _template_text_of_answers(
     offsets: Sequence[tuple[int, int]],
     spans: Sequence[tuple[int, int]],
 ) -> set[int]:
-    """Places of what the template says for the assistant: behind what asks for an answer, and up to the end of turn."""
+    """Places of what the template says for the assistant: behind what asks for an answer, and up to
+    the end of turn."""
     marks = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     allowed = set[int]()
     for index in range(len(spans)):
         if not conversation.is_trained(index):
             continue
         start, end = spans[index]
-        asked = encoder.prompt_text(conversation.messages[:index], conversation.where) if index else None
+        asked = (
+            encoder.prompt_text(conversation.messages[:index], conversation.where)
+            if index
+            else None
+        )
         if asked is not None and text.startswith(asked):
-            allowed |= {place for place, (left, right) in enumerate(offsets) if len(asked) <= left < right <= start}
+            allowed |= {
+                place
+                for place, (left, right) in enumerate(offsets)
+                if len(asked) <= left < right <= start
+            }
         limit = spans[index + 1][0] if index + 1 < len(spans) else len(text) + 1
         for place, (left, _) in enumerate(offsets):
             if end <= left < limit:
@@ -257,7 +312,9 @@ def _runs(
 ) -> tuple[tuple[str, str], ...]:
     """Neighbouring places of one owner as text."""
     runs = []
-    for (_, whose), group in itertools.groupby(enumerate(places), key=lambda each: (each[1][0] - each[0], each[1][1])):
+    for (_, whose), group in itertools.groupby(
+        enumerate(places), key=lambda each: (each[1][0] - each[0], each[1][1])
+    ):
         runs.append((whose, tokenizer.decode([ids[place] for _, (place, _) in group])))
     return tuple(runs)
 

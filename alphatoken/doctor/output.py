@@ -1,4 +1,5 @@
-"""What a user sees of an examination: a table and what belongs to it, or one JSON document. Rank 0 reports."""
+"""What a user sees of an examination: a table and what belongs to it, or one JSON document. Rank 0
+reports."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ TRAINED = r"(?s)\[\[.*?\]\]"
 
 
 class Output:
-    """Where the report goes. As JSON it is all that reaches the standard output: whatever else would be written there,
-    by any library, goes to the standard error from now on.
+    """Where the report goes. As JSON it is all that reaches the standard output: whatever else
+    would be written there, by any library, goes to the standard error from now on.
     """
 
     def __init__(self, as_json: bool, is_first: bool) -> None:
@@ -50,7 +51,8 @@ class Output:
             print(f"error: {finding.found}", file=sys.stderr, flush=True)
 
     def end(self, status: int) -> Never:
-        """Ends the process at once: threads of torch may still wait for a store, and would keep or abort it."""
+        """Ends the process at once: threads of torch may still wait for a store, and would keep or
+        abort it."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -67,7 +69,8 @@ def as_document(findings: Sequence[Finding], nodes: Sequence[str]) -> dict[str, 
 
 
 def show(findings: Sequence[Finding], nodes: Sequence[str], console: Console) -> None:
-    """Details, then the table, one row a check, then the last line: what matters most is what a terminal shows last."""
+    """Details, then the table, one row a check, then the last line: what matters most is what a
+    terminal shows last."""
     for finding in findings:
         if finding.details:
             title, *lines = finding.details
@@ -95,6 +98,8 @@ def summary(findings: Sequence[Finding], nodes: Sequence[str]) -> str:
     warnings = sum(finding.outcome == "warning" for finding in findings)
     everywhere = sorted(set(nodes))
     concerned = sorted({node for finding in failed for node in finding.nodes or everywhere})
-    count = f"{plural(len(failed), 'problem')} on {', '.join(concerned)}" if failed else "no problems"
+    count = (
+        f"{plural(len(failed), 'problem')} on {', '.join(concerned)}" if failed else "no problems"
+    )
     about = f"{plural(len(nodes), 'rank')} on {', '.join(everywhere)}"
     return f"{count}, {plural(warnings, 'warning')} ({about})"

@@ -1,4 +1,5 @@
-"""Whether all ranks are alike: versions, code, configuration, model files, accelerators; and how fast they talk."""
+"""Whether all ranks are alike: versions, code, configuration, model files, accelerators; and how
+fast they talk."""
 
 from __future__ import annotations
 
@@ -60,19 +61,25 @@ def facts(arrival: Arrival, memory: int, config: Mapping[str, Any]) -> Facts:
 
 def installed_versions() -> dict[str, str | None]:
     """Of Python and of everything our installed metadata requires; None for what is missing."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), PACKAGE: alphatoken.__version__}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        PACKAGE: alphatoken.__version__,
+    }
     return versions | {name: _version(name) for name in requirements() if name != "python"}
 
 
 def requirements() -> dict[str, SpecifierSet]:
-    """The ranges of versions in our installed metadata, extras left out; empty where we are not installed."""
+    """The ranges of versions in our installed metadata, extras left out; empty where we are not
+    installed."""
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return {}
     wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     ranges = {
-        each.name: each.specifier for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})
+        each.name: each.specifier
+        for each in wanted
+        if each.marker is None or each.marker.evaluate({"extra": ""})
     }
     return {"python": SpecifierSet(metadata["Requires-Python"] or ""), **ranges}
 
@@ -80,7 +87,9 @@ def requirements() -> dict[str, SpecifierSet]:
 def code_hashes() -> dict[str, str]:
     """SHA-256 of each file of this package."""
     folder = Path(alphatoken.__file__).parent
-    return {str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*.py"))}
+    return {
+        str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*.py"))
+    }
 
 
 def compare_versions(ranks: Sequence[Facts], wanted: Mapping[str, SpecifierSet]) -> Finding:
@@ -97,18 +106,25 @@ def compare_versions(ranks: Sequence[Facts], wanted: Mapping[str, SpecifierSet])
             elif not allowed.contains(version, prereleases=True):
                 problems.setdefault(f"{name} {version} is outside {allowed}", []).append(rank)
     if problems:
-        return disagreement("versions", problems, nodes, "install the same environment on every node")
+        return disagreement(
+            "versions", problems, nodes, "install the same environment on every node"
+        )
     listed = ", ".join(f"{name} {ranks[0].versions.get(name)}" for name in COMPARED)
     if not wanted:
         return Finding(
-            "versions", "warning", f"{listed}; {PACKAGE} is not installed, so ranges are unknown", "pip install ."
+            "versions",
+            "warning",
+            f"{listed}; {PACKAGE} is not installed, so ranges are unknown",
+            "pip install .",
         )
     return Finding("versions", "ok", f"{listed}; within the ranges that {PACKAGE} requires")
 
 
 def compare_code(ranks: Sequence[Facts]) -> Finding:
     """The same files of this package on every rank."""
-    return _compare_parts("code", "file", [facts.code for facts in ranks], ranks, "update the copies that differ")
+    return _compare_parts(
+        "code", "file", [facts.code for facts in ranks], ranks, "update the copies that differ"
+    )
 
 
 def compare_configs(ranks: Sequence[Facts]) -> Finding:
@@ -121,29 +137,41 @@ def compare_model_files(listings: Sequence[Mapping[str, Any]], nodes: Sequence[s
     """The same model folder for every rank."""
     problems = _differences(listings, "")
     if problems:
-        return disagreement("model files", problems, nodes, "copy the same model folder to every node")
+        return disagreement(
+            "model files", problems, nodes, "copy the same model folder to every node"
+        )
     total = sum(each for each in listings[0].values() if isinstance(each, int))
     if not listings[0]:
-        return Finding("model files", "ok", "no folder but a hub name, read from each node's own cache")
+        return Finding(
+            "model files", "ok", "no folder but a hub name, read from each node's own cache"
+        )
     return Finding(
         "model files",
         "ok",
-        f"{plural(len(listings[0]), 'file')} readable and alike on every rank, {size(total)} of weights",
+        (
+            f"{plural(len(listings[0]), 'file')} readable and alike on every rank, {size(total)} "
+            "of weights"
+        ),
     )
 
 
-def compare_data(identities: Sequence[Mapping[str, Any]], nodes: Sequence[str], reports: Sequence[str]) -> Finding:
+def compare_data(
+    identities: Sequence[Mapping[str, Any]], nodes: Sequence[str], reports: Sequence[str]
+) -> Finding:
     """The same rows for every rank, tokenised alike."""
     different: dict[str, list[int]] = {}
     for rank, keys, _ in _unusual(identities):
-        different.setdefault(f"{', '.join(keys)}: other rows, or tokenised otherwise, than elsewhere", []).append(rank)
+        different.setdefault(
+            f"{', '.join(keys)}: other rows, or tokenised otherwise, than elsewhere", []
+        ).append(rank)
     if different:
         return disagreement("data", different, nodes, "copy the same files to every node")
     return Finding("data", "ok", "\n".join(reports))
 
 
 def model_listing(name_or_path: str) -> dict[str, Any]:
-    """Sizes of a model folder's weights and hashes of its small files; raises OSError for what cannot be read."""
+    """Sizes of a model folder's weights and hashes of its small files; raises OSError for what
+    cannot be read."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return {}
@@ -165,7 +193,9 @@ def compare_accelerators(ranks: Sequence[Facts]) -> Finding:
     problems: dict[str, list[int]] = {}
     _compare("accelerator", [facts.accelerator for facts in ranks], problems)
     if problems:
-        return disagreement("accelerator", problems, nodes, "use the same kind of machine for every rank")
+        return disagreement(
+            "accelerator", problems, nodes, "use the same kind of machine for every rank"
+        )
     if first.accelerator == "cpu":
         found = f"CPU, {size(first.memory)} of memory a node, {_ranks_per_node(counts)}"
         return Finding("accelerator", "ok", found)
@@ -193,9 +223,11 @@ def compare_accelerators(ranks: Sequence[Facts]) -> Finding:
 
 
 def check_dtype(dtype: str, device: torch.device) -> float:
-    """Multiplies two matrices in a run's dtype; returns how many times longer it takes than in float32.
+    """Multiplies two matrices in a run's dtype; returns how many times longer it takes than in
+    float32.
 
-    Raises ArithmeticError where the product is wrong, and whatever torch does where there is no such product.
+    Raises ArithmeticError where the product is wrong, and whatever torch does where there is no
+    such product.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator).to(device) for _ in range(2))
@@ -219,9 +251,14 @@ def judge_dtype(dtype: str, slower: Sequence[float], nodes: Sequence[str]) -> Fi
     worst = max(slower)
     if worst > 4:
         ranks = [rank for rank, each in enumerate(slower) if each > 4]
-        found = f"{named(ranks, nodes)}: products in {dtype} work, but take {worst:.0f} times as long as in float32"
+        found = (
+            f"{named(ranks, nodes)}: products in {dtype} work, but take {worst:.0f} times as "
+            "long as in float32"
+        )
         concerned = tuple(sorted({nodes[rank] for rank in ranks}))
-        return Finding("dtype", "warning", found, "set model.dtype=float32 on such machines", concerned)
+        return Finding(
+            "dtype", "warning", found, "set model.dtype=float32 on such machines", concerned
+        )
     return Finding("dtype", "ok", f"products of matrices in {dtype} are right")
 
 
@@ -229,7 +266,8 @@ ROUNDS = 5
 
 
 def measure_all_reduce(device: torch.device) -> tuple[int, float, float]:
-    """Bytes of an all-reduce of ones, the seconds it takes (the mean of some after one to warm up) and the sum it gave.
+    """Bytes of an all-reduce of ones, the seconds it takes (the mean of some after one to warm up)
+    and the sum it gave.
 
     Every rank must call it.
     """
@@ -252,20 +290,30 @@ def judge_all_reduce(measured: Sequence[tuple[int, float, float]], nodes: Sequen
         if total != ranks:
             wrong.setdefault(f"ones of {ranks} ranks add up to {total:g}", []).append(rank)
     if wrong:
-        return disagreement("all-reduce", wrong, nodes, "the network or its library returns wrong sums; do not train")
+        return disagreement(
+            "all-reduce",
+            wrong,
+            nodes,
+            "the network or its library returns wrong sums; do not train",
+        )
     if ranks == 1:
         return Finding("all-reduce", "ok", "a single rank has nobody to talk to")
     moved, seconds = measured[0][0], max(each for _, each, _ in measured)
     # What a ring sends over each link; comparable between numbers of ranks.
     rate = 2 * (ranks - 1) / ranks * moved / seconds
-    found = f"{size(moved)} in {1000 * seconds:.3g} ms, mean of {ROUNDS}: bus bandwidth {size(rate)}/s"
+    found = (
+        f"{size(moved)} in {1000 * seconds:.3g} ms, mean of {ROUNDS}: bus bandwidth {size(rate)}/s"
+    )
     return Finding("all-reduce", "ok", found)
 
 
 def _ranks_per_node(counts: Counter[str]) -> str:
     each = set(counts.values())
     if len(each) == 1:
-        return f"{plural(each.pop(), 'rank')} on {'each of ' if len(counts) > 1 else ''}{plural(len(counts), 'node')}"
+        return (
+            f"{plural(each.pop(), 'rank')} on "
+            f"{'each of ' if len(counts) > 1 else ''}{plural(len(counts), 'node')}"
+        )
     return ", ".join(f"{plural(count, 'rank')} on {node}" for node, count in counts.items())
 
 
@@ -285,16 +333,20 @@ def _compare_parts(
     if problems:
         return disagreement(check, problems, nodes, fix)
     same = "" if len(ranks) == 1 else ", the same on all ranks"
-    return Finding(check, "ok", f"{plural(len(parts[0]), unit)}, hash {fingerprint(parts[0])[:12]}{same}")
+    return Finding(
+        check, "ok", f"{plural(len(parts[0]), unit)}, hash {fingerprint(parts[0])[:12]}{same}"
+    )
 
 
 def _differences(parts: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, list[int]]:
-    """A message for each kind of difference from what most ranks have, and the ranks that have it."""
+    """A message for each kind of difference from what most ranks have, and the ranks that have
+    it."""
     problems: dict[str, list[int]] = {}
     for rank, keys, usual in _unusual(parts):
         here = parts[rank]
         texts = [
-            f"{prefix}{key} is {_short(here.get(key))}, elsewhere {_short(usual.get(key))}" for key in keys[:SHOWN]
+            f"{prefix}{key} is {_short(here.get(key))}, elsewhere {_short(usual.get(key))}"
+            for key in keys[:SHOWN]
         ]
         if len(keys) > SHOWN:
             texts.append(f"and {len(keys) - SHOWN} more")
@@ -309,7 +361,9 @@ def _unusual(
     hashes = [fingerprint(part) for part in parts]
     usual = parts[hashes.index(Counter(hashes).most_common(1)[0][0])]
     for rank, part in enumerate(parts):
-        keys = [key for key in sorted(usual.keys() | part.keys()) if part.get(key) != usual.get(key)]
+        keys = [
+            key for key in sorted(usual.keys() | part.keys()) if part.get(key) != usual.get(key)
+        ]
         if keys:
             yield rank, keys, usual
 

@@ -1,5 +1,5 @@
-"""What a run would refuse before its first step, one by one; each raises UserError as the run would, or tells what it
-found."""
+"""What a run would refuse before its first step, one by one; each raises UserError as the run
+would, or tells what it found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from alphatoken.config import RunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import Splits, check_sizes, load_prompts
 from alphatoken.doctor.findings import Finding
-from alphatoken.engine import check_before_loading, deepspeed_config, load_tokenizer, model_without_weights
+from alphatoken.engine import (
+    check_before_loading,
+    deepspeed_config,
+    load_tokenizer,
+    model_without_weights,
+)
 from alphatoken.estimation import check_files
 from alphatoken.reference import check_reference
 from alphatoken.wording import plural
@@ -24,7 +29,10 @@ def batches(config: RunConfig, ranks: int) -> str:
     values: dict[str, Any] = deepspeed_config(config, ranks)
     train, passes = config.train, values["gradient_accumulation_steps"]
     stage = values.get("zero_optimization", {}).get("stage", 0)
-    dealt = f"{train.global_batch_size} rows a step = {plural(ranks, 'rank')} x {plural(passes, 'pass')}"
+    dealt = (
+        f"{train.global_batch_size} rows a step = {plural(ranks, 'rank')} x "
+        f"{plural(passes, 'pass')}"
+    )
     return f"{dealt} x {train.micro_batch_size}; ZeRO stage {stage}"
 
 
@@ -38,8 +46,14 @@ def model(config: RunConfig) -> PreTrainedModel:
 def model_settings(config: RunConfig) -> str:
     """What its configuration and a run's settings say to each other."""
     check_before_loading(config)
-    valued = f"the last {config.valuation.layers} layers" if config.valuation.layers != "all" else "all layers"
-    scoring = f"{config.valuation.estimator} on {valued}" if config.valuation.enabled else "no valuation"
+    valued = (
+        f"the last {config.valuation.layers} layers"
+        if config.valuation.layers != "all"
+        else "all layers"
+    )
+    scoring = (
+        f"{config.valuation.estimator} on {valued}" if config.valuation.enabled else "no valuation"
+    )
     return f"{config.model.attn_implementation} attention, {scoring}"
 
 
@@ -58,7 +72,11 @@ def tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def about_tokenizer(loaded: PreTrainedTokenizerBase) -> str:
-    template = "a chat template" if loaded.chat_template else "no chat template: rows are prompt, response, EOS"
+    template = (
+        "a chat template"
+        if loaded.chat_template
+        else "no chat template: rows are prompt, response, EOS"
+    )
     tokens = f"EOS {loaded.eos_token}, padding {loaded.pad_token}"
     return f"{type(loaded).__name__} with {len(loaded):,} tokens, {tokens}, {template}"
 

@@ -1,8 +1,10 @@
-"""Before there is a process group: whether all ranks find each other, told in words and within a limit of time.
+"""Before there is a process group: whether all ranks find each other, told in words and within a
+limit of time.
 
-Rank 0 hosts a store on the port where `init_distributed` will host its own, so that a taken port shows here (the two
-share one server, as torch lets them within a process). Under torchrun the agent hosts it, and every rank is a client.
-Ranks announce themselves in it; rank 0 answers all of them whether to go on.
+Rank 0 hosts a store on the port where `init_distributed` will host its own, so that a taken port
+shows here (the two share one server, as torch lets them within a process). Under torchrun the agent
+hosts it, and every rank is a client. Ranks announce themselves in it; rank 0 answers all of them
+whether to go on.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Meeting:
-    """How it went: a failure, or none, and the store, which has to be kept until the process group is formed."""
+    """How it went: a failure, or none, and the store, which has to be kept until the process group
+    is formed."""
 
     failure: Finding | None
     store: Store | None
 
     def dismiss(self, is_host: bool, patience: float) -> None:
-        """Lets the other ranks end once rank 0 has reported; called by all ranks after a failure."""
+        """Lets the other ranks end once rank 0 has reported; called by all ranks after a
+        failure."""
         if self.store is not None:
             with suppress(DistError):
                 if is_host:
@@ -56,16 +60,21 @@ class Meeting:
 
 
 def meet(arrival: Arrival, environment: Mapping[str, str], patience: float) -> Meeting:
-    """Waits at most about `patience` seconds for the other ranks (a rank that is told nothing twice as long).
+    """Waits at most about `patience` seconds for the other ranks (a rank that is told nothing twice
+    as long).
 
-    Without a launcher (no RANK) there is nobody to wait for. Nothing is raised: what is wrong becomes the failure.
+    Without a launcher (no RANK) there is nobody to wait for. Nothing is raised: what is wrong
+    becomes the failure.
     """
     if "RANK" not in environment:
         return Meeting(None, None)
     missing = [name for name in WANTED if not environment.get(name)]
     if missing:
         found = f"RANK is set, but {', '.join(missing)} not"
-        return Meeting(_failure(arrival.node, found, "set what the launcher left out, or start without RANK"), None)
+        return Meeting(
+            _failure(arrival.node, found, "set what the launcher left out, or start without RANK"),
+            None,
+        )
     rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -73,7 +82,9 @@ def meet(arrival: Arrival, environment: Mapping[str, str], patience: float) -> M
         if rank == 0 and not by_agent:
             store = _host_store(host, port, ranks, patience)
         else:
-            store = _join_store(host, port, ranks, patience, "the launcher's agent" if by_agent else "rank 0")
+            store = _join_store(
+                host, port, ranks, patience, "the launcher's agent" if by_agent else "rank 0"
+            )
     except UserError as error:
         fix = "choose another port (--master_port, MASTER_PORT), or end what holds it"
         return Meeting(_failure(arrival.node, str(error), fix), None)
@@ -109,12 +120,17 @@ def _host_store(host: str, port: int, ranks: int, patience: float) -> Store:
         return _store(host, port, ranks, patience, is_master=True)
     except DistError as error:
         if "EADDRINUSE" in str(error):
-            raise UserError(f"port {port} is taken by another process, so rank 0 cannot listen on it") from None
-        raise UserError(f"rank 0 cannot listen at MASTER_ADDR={host}, port {port}: {_first_line(error)}") from None
+            raise UserError(
+                f"port {port} is taken by another process, so rank 0 cannot listen on it"
+            ) from None
+        raise UserError(
+            f"rank 0 cannot listen at MASTER_ADDR={host}, port {port}: {_first_line(error)}"
+        ) from None
 
 
 def _join_store(host: str, port: int, ranks: int, patience: float, hosted_by: str) -> Store:
-    """Tries plain connections first: torch's own attempts fill the screen with traces of its insides."""
+    """Tries plain connections first: torch's own attempts fill the screen with traces of its
+    insides."""
     until = time.monotonic() + patience
     while True:
         try:
@@ -122,9 +138,12 @@ def _join_store(host: str, port: int, ranks: int, patience: float, hosted_by: st
             break
         except OSError as error:
             if time.monotonic() > until:
-                raise UserError(f"{hosted_by} does not answer at {host}:{port} for {patience:g} s: {error}") from None
+                raise UserError(
+                    f"{hosted_by} does not answer at {host}:{port} for {patience:g} s: {error}"
+                ) from None
             time.sleep(0.2)
-    # What accepts connections but is no store keeps torch waiting without limit, hence the thread.
+    # What accepts connections but is no store keeps torch waiting without limit, hence the
+    # thread.
     joined: list[Store] = []
 
     def join() -> None:
@@ -135,13 +154,17 @@ def _join_store(host: str, port: int, ranks: int, patience: float, hosted_by: st
     thread.start()
     thread.join(max(5.0, until - time.monotonic()))
     if not joined:
-        raise UserError(f"what listens at {host}:{port} is not {hosted_by} of a run: the port is taken")
+        raise UserError(
+            f"what listens at {host}:{port} is not {hosted_by} of a run: the port is taken"
+        )
     return joined[0]
 
 
 def _store(host: str, port: int, ranks: int, patience: float, is_master: bool) -> Store:
     limit = timedelta(seconds=patience)
-    return TCPStore(host, port, ranks, is_master, limit, wait_for_workers=False, multi_tenant=is_master)
+    return TCPStore(
+        host, port, ranks, is_master, limit, wait_for_workers=False, multi_tenant=is_master
+    )
 
 
 def _roll_call(store: Store, ranks: int, own_node: str, patience: float) -> Finding | None:
@@ -153,7 +176,10 @@ def _roll_call(store: Store, ranks: int, own_node: str, patience: float) -> Find
         time.sleep(0.05 if waiting else 0)
     if waiting:
         missing = ", ".join(map(str, sorted(waiting)))
-        found = f"{plural(len(waiting), 'rank')} of {ranks} did not come within {patience:g} s: {missing}"
+        found = (
+            f"{plural(len(waiting), 'rank')} of {ranks} did not come within {patience:g} s: "
+            f"{missing}"
+        )
         fix = "look at the output of their nodes; do they reach MASTER_ADDR and MASTER_PORT?"
         return _failure(own_node, found, fix)
     arrivals = [Arrival(**json.loads(store.get(f"{PREFIX}/{rank}"))) for rank in range(ranks)]
@@ -166,9 +192,14 @@ def _roll_call(store: Store, ranks: int, own_node: str, patience: float) -> Find
     if not lost:
         return None
     first = arrivals[lost[0]]
-    found = f"{named(lost, nodes)}: LOCAL_RANK={first.local_rank}, but {plural(first.devices, 'device')} visible"
+    found = (
+        f"{named(lost, nodes)}: LOCAL_RANK={first.local_rank}, but "
+        f"{plural(first.devices, 'device')} visible"
+    )
     fix = "start as many ranks per node as it has devices, and let every rank see all of them"
-    return Finding("accelerator", "failed", found, fix, tuple(sorted({nodes[rank] for rank in lost})))
+    return Finding(
+        "accelerator", "failed", found, fix, tuple(sorted({nodes[rank] for rank in lost}))
+    )
 
 
 def _failure(node: str, found: str, fix: str) -> Finding:

@@ -1,4 +1,5 @@
-"""What the tokenised rows are like: whether turns end with a label, how long they are, and whether parts overlap."""
+"""What the tokenised rows are like: whether turns end with a label, how long they are, and whether
+parts overlap."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ NOTABLE = 0.05  # share of rows that are cut or skipped
 
 @dataclass(frozen=True)
 class Response:
-    """One turn of the assistant in a collated document: tokens [start, end) of it, by the mask of the dataset."""
+    """One turn of the assistant in a collated document: tokens [start, end) of it, by the mask of
+    the dataset."""
 
     ids: list[int]
     labels: list[int]
@@ -37,11 +39,14 @@ class Response:
     is_cut: bool
 
 
-def check_endings(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
-    """That each response in collated micro-batches ends with a labelled token at which generation stops.
+def check_endings(
+    dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> Finding:
+    """That each response in collated micro-batches ends with a labelled token at which generation
+    stops.
 
-    Rows are collated as for training, and once more with each stop token as the padding. Responses that are cut at a
-    limit of length have no end and are counted apart.
+    Rows are collated as for training, and once more with each stop token as the padding. Responses
+    that are cut at a limit of length have no end and are counted apart.
     """
     stops = stop_tokens(config.model, tokenizer)
     by_length = np.argsort(dataset.lengths, kind="stable")
@@ -58,15 +63,26 @@ def check_endings(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, con
                 cut += response.is_cut
                 if problem is not None:
                     complaints[problem] += 1
-            complaints["padding has labels"] += bool((batch["labels"] != IGNORE_INDEX)[batch["document_ids"] < 0].any())
+            complaints["padding has labels"] += bool(
+                (batch["labels"] != IGNORE_INDEX)[batch["document_ids"] < 0].any()
+            )
         complaints += Counter()  # drops zeros
         if complaints:
-            found = "; ".join(f"{plural(count, 'response')} of {total}: {what}" for what, count in complaints.items())
+            found = "; ".join(
+                f"{plural(count, 'response')} of {total}: {what}"
+                for what, count in complaints.items()
+            )
             where = f"collated with {tokenizer.convert_ids_to_tokens(pad)} as padding"
-            fix = "without it the model never learns to stop: correct the chat template, or eos_token_id of the model"
+            fix = (
+                "without it the model never learns to stop: correct the chat template, or "
+                "eos_token_id of the model"
+            )
             return Finding("end of turn", "failed", f"{found} ({where})", fix)
     tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(stops)))
-    found = f"{total - cut} of {plural(total, 'response')} end with a label on a token that stops ({tokens}), "
+    found = (
+        f"{total - cut} of {plural(total, 'response')} end with a label on a token that stops "
+        f"({tokens}), "
+    )
     found += "also where that is the padding" + (f"; {cut} cut, without an end" if cut else "")
     return Finding("end of turn", "ok", found)
 
@@ -82,14 +98,33 @@ def describe_lengths(dataset: TokenDataset, config: RunConfig) -> Finding:
         reasons.update(report.skipped)
     lengths = dataset.lengths
     notes = [f"{count / rows:.1%} {what}" for what, count in cut.items()]
-    notes += [f"{count / (rows + skipped):.1%} skipped: {reason}" for reason, count in reasons.items()]
-    found = f"{plural(rows, 'row')} of {lengths.min()} to {lengths.max()} tokens, median {np.median(lengths):.0f}; "
+    notes += [
+        f"{count / (rows + skipped):.1%} skipped: {reason}" for reason, count in reasons.items()
+    ]
+    found = (
+        f"{plural(rows, 'row')} of {lengths.min()} to {lengths.max()} tokens, median "
+        f"{np.median(lengths):.0f}; "
+    )
     found += "; ".join(notes) or "none cut, none skipped"
-    what = "pairs (chosen and rejected together)" if isinstance(config, PreferenceRunConfig) else "rows"
+    what = (
+        "pairs (chosen and rejected together)"
+        if isinstance(config, PreferenceRunConfig)
+        else "rows"
+    )
     details = (f"Tokens of data.train's {what}:", *_bars(lengths))
     if max([*cut.values(), 0]) > NOTABLE * rows or skipped > NOTABLE * (rows + skipped):
-        limit = "preference.max_*_tokens" if isinstance(config, PreferenceRunConfig) else "data.max_length"
-        return Finding("lengths", "warning", found, f"raise {limit}, or look at what is left out", details=details)
+        limit = (
+            "preference.max_*_tokens"
+            if isinstance(config, PreferenceRunConfig)
+            else "data.max_length"
+        )
+        return Finding(
+            "lengths",
+            "warning",
+            found,
+            f"raise {limit}, or look at what is left out",
+            details=details,
+        )
     return Finding("lengths", "ok", found, details=details)
 
 
@@ -98,14 +133,21 @@ def check_overlap(splits: Splits) -> Finding:
     shared = list(shared_rows(splits.named()))
     if shared:
         counts = Counter((row.part, row.other) for row in shared)
-        how_many = ", ".join(f"{plural(count, 'row')} of {other} in {part}" for (part, other), count in counts.items())
+        how_many = ", ".join(
+            f"{plural(count, 'row')} of {other} in {part}"
+            for (part, other), count in counts.items()
+        )
         firsts = {(row.part, row.other): row for row in reversed(shared)}
         places = "; ".join(f"{row.other_place} is {row.place}" for row in reversed(firsts.values()))
-        return Finding("overlap", "failed", f"{how_many}; {places}", "take them out of one of the two")
+        return Finding(
+            "overlap", "failed", f"{how_many}; {places}", "take them out of one of the two"
+        )
     return Finding("overlap", "ok", f"no row is in two of {', '.join(splits.named())}")
 
 
-def _responses(batch: Mapping[str, Tensor], dataset: TokenDataset, config: RunConfig) -> Iterator[Response]:
+def _responses(
+    batch: Mapping[str, Tensor], dataset: TokenDataset, config: RunConfig
+) -> Iterator[Response]:
     """Every response of a micro-batch."""
     rows = batch["rows"].tolist()
     for number, row in enumerate(rows):
@@ -121,16 +163,25 @@ def _responses(batch: Mapping[str, Tensor], dataset: TokenDataset, config: RunCo
             yield Response(ids, labels, start, end, at_limit and end == len(ids))
 
 
-def _problem(response: Response, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str | None:
+def _problem(
+    response: Response, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> str | None:
     """What is wrong with the end of a response, or None."""
     ids = response.ids
     last = response.end - 1
-    while last > response.start and ids[last] not in stops and not tokenizer.decode([ids[last]]).strip():
+    while (
+        last > response.start
+        and ids[last] not in stops
+        and not tokenizer.decode([ids[last]]).strip()
+    ):
         last -= 1  # a line break that a template puts behind the end of a turn
     if ids[last] in stops:
         lost = response.labels[last] != ids[last]
         return (
-            f"the label of the end-of-turn token {_quoted(tokenizer, ids[last])} is lost in collation" if lost else None
+            f"the label of the end-of-turn token {_quoted(tokenizer, ids[last])} is lost in "
+            "collation"
+            if lost
+            else None
         )
     if response.is_cut:
         return None

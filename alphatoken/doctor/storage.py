@@ -1,4 +1,5 @@
-"""Whether every rank can write where a run writes, sees what the others write there, and whether there is room."""
+"""Whether every rank can write where a run writes, sees what the others write there, and whether
+there is room."""
 
 from __future__ import annotations
 
@@ -17,15 +18,19 @@ from alphatoken.doctor.findings import Finding, Seen, named, on_every_rank, verd
 from alphatoken.errors import UserError
 from alphatoken.wording import plural, size
 
-# How long a file may take to appear on another node: network file systems look into a folder again after seconds.
+# How long a file may take to appear on another node: network file systems look into a folder
+# again after seconds.
 APPEARS_WITHIN = 10.0
 
 
-def check_shared_folder(check: str, folder: Path, nodes: Sequence[str], mark: str, must_be_shared: bool) -> Finding:
-    """Has every rank write a file into `folder` and rank 0's be looked for by all. Every rank must call it.
+def check_shared_folder(
+    check: str, folder: Path, nodes: Sequence[str], mark: str, must_be_shared: bool
+) -> Finding:
+    """Has every rank write a file into `folder` and rank 0's be looked for by all. Every rank must
+    call it.
 
-    `mark` is part of the files' names, the same on all ranks and of no other run. What it has written, folders
-    included, is removed again.
+    `mark` is part of the files' names, the same on all ranks and of no other run. What it has
+    written, folders included, is removed again.
     """
     rank, leads = collectives.rank(), nodes.index(nodes[collectives.rank()]) == collectives.rank()
     name = f".{mark}-rank-"
@@ -60,28 +65,46 @@ def check_shared_folder(check: str, folder: Path, nodes: Sequence[str], mark: st
         return verdict(check, writing, nodes, "", fix)
     blind = [each for each, found_it in enumerate(seen) if not found_it]
     if blind:
-        found = f"{named(blind, nodes)}: {folder} is writable, but the file that rank 0 ({nodes[0]}) wrote is not there"
+        found = (
+            f"{named(blind, nodes)}: {folder} is writable, but the file that rank 0 ({nodes[0]}) "
+            "wrote is not there"
+        )
         concerned = tuple(sorted({nodes[each] for each in blind}))
         if must_be_shared:
-            return Finding(check, "failed", found, "choose a folder on a file system that all nodes share", concerned)
+            return Finding(
+                check,
+                "failed",
+                found,
+                "choose a folder on a file system that all nodes share",
+                concerned,
+            )
         return Finding(
-            check, "warning", found, "each node will tokenise the data for itself; share it to do that once", concerned
+            check,
+            "warning",
+            found,
+            "each node will tokenise the data for itself; share it to do that once",
+            concerned,
         )
     shared = "" if len(nodes) == 1 else ", and seen by all ranks"
     return Finding(check, "ok", f"{folder} is writable{shared}")
 
 
 def check_space(config: RunConfig, model: nn.Module, train_rows: int) -> Finding:
-    """Free space against what the checkpoints and the export of a run take together at worst; for rank 0.
+    """Free space against what the checkpoints and the export of a run take together at worst; for
+    rank 0.
 
     `model` may be on the meta device.
     """
     train, folder = config.train, RunFolder(config.train.output_dir)
     in_16_bit = config.model.dtype == "bfloat16"
     one = checkpoint_bytes(model, in_16_bit)
-    exported = [each for each in model.parameters() if each.requires_grad or config.model.lora is None]
+    exported = [
+        each for each in model.parameters() if each.requires_grad or config.model.lora is None
+    ]
     export = sum(each.numel() for each in exported) * (2 if in_16_bit else 4)
-    most = most_at_once(train.total_steps(train_rows), train.save_every, train.keep_last, train.keep_every)
+    most = most_at_once(
+        train.total_steps(train_rows), train.save_every, train.keep_last, train.keep_every
+    )
     to_come = max(most - len(step_folders(folder.checkpoints)), min(most, 1))
     needed, free = to_come * one + export, free_bytes(folder.path)
     what = f"the export ({size(export)})"

@@ -1,4 +1,5 @@
-"""What is planned: a configuration, its model as shapes, how it is divided, and what a step has to work on."""
+"""What is planned: a configuration, its model as shapes, how it is divided, and what a step has to
+work on."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ class Blueprint:
     @property
     def has_drift(self) -> bool:
         valuation = self.config.valuation
-        return valuation.enabled and (valuation.fisher is not None or valuation.stability_weight > 0)
+        return valuation.enabled and (
+            valuation.fisher is not None or valuation.stability_weight > 0
+        )
 
     @property
     def directions(self) -> int:
@@ -80,12 +83,15 @@ class Blueprint:
             rows, columns = self.decoder.model.get_parameter(linear.name).shape
             out_features, in_features = (columns, rows) if linear.transposed else (rows, columns)
             contraction = self._contraction(out_features, in_features)
-            found.append(ScoredShape(linear.layer, out_features, in_features, linear.is_value, contraction))
+            found.append(
+                ScoredShape(linear.layer, out_features, in_features, linear.is_value, contraction)
+            )
         return found
 
     @cached_property
     def scored_numels(self) -> dict[str, list[int]]:
-        """Elements of each scored parameter by stage: layers by their number, norm, head and embeddings."""
+        """Elements of each scored parameter by stage: layers by their number, norm, head and
+        embeddings."""
         stages: dict[str, list[int]] = {}
         if self.depth:
             chosen = self.config.valuation.parameters
@@ -120,8 +126,8 @@ class Blueprint:
 
 
 def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
-    """The blueprint of a run on so many ranks. Raises UserError for what the run would refuse before loading a model,
-    and where the model cannot be planned.
+    """The blueprint of a run on so many ranks. Raises UserError for what the run would refuse
+    before loading a model, and where the model cannot be planned.
     """
     values = deepspeed_config(config, ranks)
     check_before_loading(config, here=False)

@@ -1,4 +1,5 @@
-"""Floating-point operations of one optimizer step on one rank, by phase; matrix products only, 2 per multiply-add."""
+"""Floating-point operations of one optimizer step on one rank, by phase; matrix products only, 2
+per multiply-add."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from alphatoken.planner.blueprint import Blueprint
 
 @dataclass(frozen=True)
 class Compute:
-    """FLOPs by phase. `plain` is the same step trained on every response token, without valuation."""
+    """FLOPs by phase. `plain` is the same step trained on every response token, without
+    valuation."""
 
     refresh: float
     """Averaged over steps, where held-out signals are not refreshed in each."""
@@ -34,14 +36,17 @@ def compute_of(blueprint: Blueprint) -> Compute:
     passes = work.micro_batches
     ahead = config.selection.scope == "global_batch"
     valued = config.valuation.enabled
-    # Without a scorer, and without choosing ahead, the training graph itself needs the losses of all response tokens.
+    # Without a scorer, and without choosing ahead, the training graph itself needs the losses
+    # of all response tokens.
     trained = work.kept if valued or ahead else work.responses
     forward, backward = _training(blueprint, trained)
     plain = sum(_training(blueprint, work.responses))
     score = refresh = 0
     if valued:
         score = _exact_score(blueprint) if blueprint.exact else _ghost_score(blueprint)
-        refresh = work.held_out_batches * (_exact_refresh if blueprint.exact else _ghost_refresh)(blueprint)
+        refresh = work.held_out_batches * (_exact_refresh if blueprint.exact else _ghost_refresh)(
+            blueprint
+        )
     assessed = blueprint.body.forward + (0 if valued else work.responses * _head(blueprint))
     return Compute(
         refresh=refresh / config.valuation.refresh_every,
@@ -63,7 +68,9 @@ def _training(blueprint: Blueprint, tokens: int) -> tuple[int, int]:
     """Forward and backward of one micro-batch with a loss on so many tokens."""
     head = blueprint.decoder.head
     forward = blueprint.body.forward + tokens * _head(blueprint)
-    products = 1 + head.weight.requires_grad + (tokens > block_rows(head.weight.shape[0]))  # logits are made again
+    products = (
+        1 + head.weight.requires_grad + (tokens > block_rows(head.weight.shape[0]))
+    )  # logits are made again
     again = blueprint.body.forward if blueprint.config.train.gradient_checkpointing else 0
     return forward, blueprint.body.backward + again + products * tokens * _head(blueprint)
 
@@ -71,7 +78,9 @@ def _training(blueprint: Blueprint, tokens: int) -> tuple[int, int]:
 def _ghost_score(blueprint: Blueprint) -> int:
     work, valuation = blueprint.workload, blueprint.config.valuation
     layers = [blueprint.body.layers[index] for index in blueprint.scored_layers]
-    tower = sum(each.scoring_forward + each.band + each.scoring_backward + each.mixing for each in layers)
+    tower = sum(
+        each.scoring_forward + each.band + each.scoring_backward + each.mixing for each in layers
+    )
     products = 0
     for linear in blueprint.scored:
         paths = 2 if linear.is_value and valuation.window and valuation.split_terms else 1
@@ -88,7 +97,9 @@ def _ghost_refresh(blueprint: Blueprint) -> int:
     """One held-out micro-batch."""
     layers = [blueprint.held_out.layers[index] for index in blueprint.scored_layers]
     tower = sum(each.scoring_forward + each.scoring_backward for each in layers)
-    formed = sum(linear.numel for linear in blueprint.scored if linear.contraction == "materialised")
+    formed = sum(
+        linear.numel for linear in blueprint.scored if linear.contraction == "materialised"
+    )
     tokens = blueprint.workload.held_out_responses
     return blueprint.held_out.forward + tower + 2 * tokens * (formed + _head(blueprint))
 

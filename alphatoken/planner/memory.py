@@ -1,4 +1,5 @@
-"""Bytes on one rank: what stays for the whole run, and what the busiest moments of a step add to it."""
+"""Bytes on one rank: what stays for the whole run, and what the busiest moments of a step add to
+it."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from alphatoken.checkpoint import checkpoint_bytes
 from alphatoken.losses import block_rows
 from alphatoken.planner.blueprint import Blueprint
 
-# What a process takes on a CPU besides its imports and tensors, measured with a model of 0.2 million parameters
-# (benchmarks/plan_accuracy.py): threads, sockets, files that were read, and libraries that are loaded when first used.
+# What a process takes on a CPU besides its imports and tensors, measured with a model of 0.2
+# million parameters (benchmarks/plan_accuracy.py): threads, sockets, files that were read, and
+# libraries that are loaded when first used.
 CPU_PROCESS_BYTES = 80 * 2**20
 CPU_LOADED_LATER = {"valuation": 12 * 2**20, "exact": 24 * 2**20, "reference": 24 * 2**20}
 
@@ -18,7 +20,8 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory. `where` is device, host (of one rank) or disk (of the whole run)."""
+    """Something that takes memory. `where` is device, host (of one rank) or disk (of the whole
+    run)."""
 
     name: str
     bytes: int
@@ -54,7 +57,8 @@ def _total(parts: tuple[Part, ...]) -> int:
 
 
 def memory_of(blueprint: Blueprint, *, on_cpu: bool) -> Memory:
-    """Where a bucket is larger than what it will hold, a CPU takes only what is written to, a GPU all of it."""
+    """Where a bucket is larger than what it will hold, a CPU takes only what is written to, a GPU
+    all of it."""
     steady, host = _states(blueprint, on_cpu)
     if blueprint.depth:
         steady += _valuation(blueprint)
@@ -84,7 +88,10 @@ def _states(blueprint: Blueprint, on_cpu: bool) -> tuple[list[Part], list[Part]]
 
     # ZeRO-3 in float32 updates the shards themselves; so does stage 0.
     masters = 0 if weight == FLOAT32 and sharding.stage in (0, 3) else divided(trained, 1) * FLOAT32
-    optimizer = [Part("fp32 master weights", masters), Part("Adam's moments", 2 * divided(trained, 1) * FLOAT32)]
+    optimizer = [
+        Part("fp32 master weights", masters),
+        Part("Adam's moments", 2 * divided(trained, 1) * FLOAT32),
+    ]
     weights = Part("weights", divided(every, 3) * weight)
     gradients = Part("gradients", divided(trained, 2) * weight)
     device: list[Part] = []
@@ -95,7 +102,9 @@ def _states(blueprint: Blueprint, on_cpu: bool) -> tuple[list[Part], list[Part]]
         device.append(Part("second copy of the weights, divided within a node", copy))
     reference = blueprint.config.reference
     if blueprint.config.needs_reference and reference.mode == "online":
-        (host if reference.offload else device).append(Part("weights of the reference", divided(every, 3) * weight))
+        (host if reference.offload else device).append(
+            Part("weights of the reference", divided(every, 3) * weight)
+        )
     if sharding.optimizer_on_host:
         host += [*optimizer, gradients, Part("fp32 gradients", divided(trained, 1) * FLOAT32)]
     else:
@@ -123,7 +132,9 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
         parts.append(Part("Fisher and reference", sliced(scored) * (FLOAT32 + weight)))
     if blueprint.exact:
         parts.append(Part("slices of G", sliced(scored) * FLOAT32))
-        parts.append(Part("slices of the directions", sliced(scored) * weight * blueprint.directions))
+        parts.append(
+            Part("slices of the directions", sliced(scored) * weight * blueprint.directions)
+        )
         if blueprint.resident:
             parts.append(Part("directions, whole", sum(scored) * weight * blueprint.directions))
         return parts
@@ -133,14 +144,21 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
     parts.append(Part("held-out signals", _signals(blueprint)))
     if blueprint.resident:
         parts.append(
-            Part("G and V, whole", _matrices(blueprint, sum(formed), sum(each.numel for each in blueprint.scored)))
+            Part(
+                "G and V, whole",
+                _matrices(blueprint, sum(formed), sum(each.numel for each in blueprint.scored)),
+            )
         )
     return parts
 
 
 def _signals(blueprint: Blueprint) -> int:
     """Held-out signals of this rank, and where they stay of all ranks."""
-    features = sum(each.out_features + each.in_features for each in blueprint.scored if each.contraction == "ghost")
+    features = sum(
+        each.out_features + each.in_features
+        for each in blueprint.scored
+        if each.contraction == "ghost"
+    )
     work = blueprint.workload
     own = work.held_out_batches * work.held_out_responses
     everywhere = blueprint.held_out_count if blueprint.resident else 0
@@ -148,7 +166,8 @@ def _signals(blueprint: Blueprint) -> int:
 
 
 def _matrices(blueprint: Blueprint, formed: int, scored: int) -> int:
-    """Whole matrices that signals are contracted with: G where it is formed, and V; or their sum."""
+    """Whole matrices that signals are contracted with: G where it is formed, and V; or their
+    sum."""
     fused = not blueprint.config.valuation.split_terms
     drift = (scored - formed if fused else scored) if blueprint.has_drift else 0
     return (formed + drift) * blueprint.sharding.weight_bytes
@@ -221,9 +240,16 @@ def _scoring(blueprint: Blueprint) -> tuple[Part, ...]:
     share = _chunk_share(blueprint, work.rows)
     if blueprint.exact:
         states = (1 + 2 * blueprint.directions) * body.state_bytes
-        return (Part("states and derivatives", states), *_stage(blueprint, int(6 * share * body.largest_bytes)))
+        return (
+            Part("states and derivatives", states),
+            *_stage(blueprint, int(6 * share * body.largest_bytes)),
+        )
     layers = [body.layers[index].scoring_bytes for index in blueprint.scored_layers]
-    kept = sum(layers) if blueprint.resident else max(layers) + (2 * blueprint.depth + 1) * body.state_bytes
+    kept = (
+        sum(layers)
+        if blueprint.resident
+        else max(layers) + (2 * blueprint.depth + 1) * body.state_bytes
+    )
     tokens = int(share * work.responses)
     parts = (Part("activations of scoring", int(share * kept)), _logits(blueprint, tokens))
     return parts if blueprint.resident else (*parts, *_stage(blueprint, 0))
@@ -237,7 +263,9 @@ def _stage(blueprint: Blueprint, working: int) -> tuple[Part, ...]:
     if not blueprint.resident:
         scored = max(sum(numels) for numels in blueprint.scored_numels.values())
         matrices = blueprint.directions if blueprint.exact else 1 + blueprint.has_drift
-        held = max(layers) * weight + 2 * scored * matrices * weight  # arriving in messages of the same size
+        held = (
+            max(layers) * weight + 2 * scored * matrices * weight
+        )  # arriving in messages of the same size
     return (Part("one scored layer", held), Part("working memory of one layer", working))
 
 
@@ -254,7 +282,11 @@ def _refresh(blueprint: Blueprint) -> tuple[Part, ...]:
         return (Part("states", states), Part("activations of one layer", kept), formed, logits)
     held = [layer.scoring_bytes for layer in layers]
     formed_by_layer = [
-        sum(each.numel for each in blueprint.scored if each.layer == layer and each.contraction == "materialised")
+        sum(
+            each.numel
+            for each in blueprint.scored
+            if each.layer == layer and each.contraction == "materialised"
+        )
         for layer in blueprint.scored_layers
     ]
     pending = sum(formed_by_layer) if blueprint.resident else max(formed_by_layer)
@@ -267,11 +299,15 @@ def _refresh(blueprint: Blueprint) -> tuple[Part, ...]:
 
 
 def _step_gradients(blueprint: Blueprint) -> Part:
-    """float32 gradients of the sub-group that is being updated, where they are not float32 already."""
+    """float32 gradients of the sub-group that is being updated, where they are not float32
+    already."""
     sharding = blueprint.sharding
     trained = [numel for numel, trains in blueprint.numels if trains]
     own = sum(map(sharding.slice_of, trained)) if sharding.stage else sum(trained)
-    return Part("fp32 gradients", 0 if sharding.optimizer_on_host else min(own, sharding.sub_group) * FLOAT32)
+    return Part(
+        "fp32 gradients",
+        0 if sharding.optimizer_on_host else min(own, sharding.sub_group) * FLOAT32,
+    )
 
 
 def _disk(blueprint: Blueprint) -> list[Part]:

@@ -1,4 +1,5 @@
-"""The plan of a run: memory, messages and work of one rank, whether it fits, and what to change where it does not."""
+"""The plan of a run: memory, messages and work of one rank, whether it fits, and what to change
+where it does not."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ GPUS = {
     "rtx4090-24g": 24.0,
 }
 
-# Assumed, not measured: the driver's context and the buffers of communication, and what the allocator cannot use.
+# Assumed, not measured: the driver's context and the buffers of communication, and what the
+# allocator cannot use.
 GPU_CONTEXT_BYTES = int(1.5 * GIB)
 GPU_FRAGMENTATION = 0.05
 
@@ -90,8 +92,12 @@ def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = No
         estimators: tuple[Literal["ghost", "exact"], ...] = ("ghost", "exact")
         for name in estimators:
             configured = name == config.valuation.estimator
-            compute[name] = own if configured else compute_of(draw(_estimating(config, name), rows, ranks))
-    return Plan(blueprint, memory, tuple(traffic_of(blueprint)), compute, own, device, needed, advice)
+            compute[name] = (
+                own if configured else compute_of(draw(_estimating(config, name), rows, ranks))
+            )
+    return Plan(
+        blueprint, memory, tuple(traffic_of(blueprint)), compute, own, device, needed, advice
+    )
 
 
 def _with_overhead(memory: Memory, device: str | None) -> int:
@@ -109,8 +115,11 @@ def _estimating(config: RunConfig, estimator: Literal["ghost", "exact"]) -> RunC
     return config.model_copy(update={"valuation": valuation})
 
 
-def _advise(config: RunConfig, rows: Rows, ranks: int, device: str | None, capacity: float) -> Iterator[Advice]:
-    """Changes that lower the peak, each on top of the others, until it fits; what does not lower it is left out."""
+def _advise(
+    config: RunConfig, rows: Rows, ranks: int, device: str | None, capacity: float
+) -> Iterator[Advice]:
+    """Changes that lower the peak, each on top of the others, until it fits; what does not lower it
+    is left out."""
     lowest = None
     for change, changed, more in _changes(config, ranks):
         try:
@@ -127,13 +136,16 @@ def _advise(config: RunConfig, rows: Rows, ranks: int, device: str | None, capac
 
 
 def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, int]]:
-    """What to write, what it does to the configuration, and by how much it multiplies the ranks; cheapest first."""
+    """What to write, what it does to the configuration, and by how much it multiplies the ranks;
+    cheapest first."""
 
     def train(**values: Any) -> Any:
         return lambda each: each.model_copy(update={"train": each.train.model_copy(update=values)})
 
     def valuation(**values: Any) -> Any:
-        return lambda each: each.model_copy(update={"valuation": each.valuation.model_copy(update=values)})
+        return lambda each: each.model_copy(
+            update={"valuation": each.valuation.model_copy(update=values)}
+        )
 
     yield "train.gradient_checkpointing=true", train(gradient_checkpointing=True), 1
     if config.valuation.enabled:
@@ -147,7 +159,10 @@ def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, int]]:
     values = read_deepspeed_config(config.deepspeed.config)
     small = {"reduce_bucket_size": 50_000_000}
     offloaded = {**small, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    for about, extra in (("reduce_bucket_size: 5e7", small), ("offload_optimizer: {device: cpu}", offloaded)):
+    for about, extra in (
+        ("reduce_bucket_size: 5e7", small),
+        ("offload_optimizer: {device: cpu}", offloaded),
+    ):
         zero = {**values.get("zero_optimization", DEFAULT_DEEPSPEED["zero_optimization"]), **extra}
         written = DeepSpeedConfig(config={**values, "zero_optimization": zero})
         yield (

@@ -14,7 +14,8 @@ from alphatoken.architectures import Decoder
 
 @dataclass(frozen=True)
 class Sharding:
-    """What matters of a DeepSpeed configuration here. Sizes are in elements, as DeepSpeed has them."""
+    """What matters of a DeepSpeed configuration here. Sizes are in elements, as DeepSpeed has
+    them."""
 
     stage: int
     ranks: int
@@ -38,7 +39,8 @@ class Sharding:
 
 
 def sharding_of(deepspeed_values: dict[str, Any], ranks: int, weight_bytes: int) -> Sharding:
-    """Reads a complete DeepSpeed configuration, with DeepSpeed's own defaults for what it leaves out."""
+    """Reads a complete DeepSpeed configuration, with DeepSpeed's own defaults for what it leaves
+    out."""
     zero = zero3.zero_settings(deepspeed_values)
 
     communicated = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
@@ -50,7 +52,9 @@ def sharding_of(deepspeed_values: dict[str, Any], ranks: int, weight_bytes: int)
         stage=int(zero.stage),
         ranks=ranks,
         weight_bytes=weight_bytes,
-        gradient_bytes=communicated.get(deepspeed_values.get("communication_data_type", ""), weight_bytes),
+        gradient_bytes=communicated.get(
+            deepspeed_values.get("communication_data_type", ""), weight_bytes
+        ),
         optimizer_on_host=offloads(zero.offload_optimizer),
         parameters_on_host=offloads(zero.offload_param),
         reduce_bucket=int(zero.reduce_bucket_size),
@@ -68,25 +72,33 @@ Use = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Gathers:
-    """What ZeRO-3 gathers in one optimizer step: elements of each parameter, each time. And the most held at a time."""
+    """What ZeRO-3 gathers in one optimizer step: elements of each parameter, each time. And the
+    most held at a time."""
 
     held_out: tuple[int, ...]
     """For the forward passes of held-out rows."""
     training: tuple[int, ...]
     """For the micro-batches."""
     persistent: tuple[int, ...]
-    """After the optimizer's step: small parameters, which stay until something else than a micro-batch runs."""
+    """After the optimizer's step: small parameters, which stay until something else than a
+    micro-batch runs."""
     most_held: int
 
 
 def gathers_of(
-    decoder: Decoder, sharding: Sharding, *, held_out_batches: int, micro_batches: int, checkpointing: bool
+    decoder: Decoder,
+    sharding: Sharding,
+    *,
+    held_out_batches: int,
+    micro_batches: int,
+    checkpointing: bool,
 ) -> Gathers:
     """Replays a step of ZeRO-3's coordinator.
 
-    DeepSpeed learns the order of modules from the first micro-batch after something else has run the model, and until
-    it knows that order it releases every module after its use, small parameters too. Then it prefetches, and keeps
-    what comes again within `max_reuse_distance` elements.
+    DeepSpeed learns the order of modules from the first micro-batch after something else has run
+    the model, and until it knows that order it releases every module after its use, small
+    parameters too. Then it prefetches, and keeps what comes again within `max_reuse_distance`
+    elements.
     """
     names = {id(parameter): name for name, parameter in decoder.model.named_parameters()}
 
@@ -95,7 +107,10 @@ def gathers_of(
         return [tuple((names[id(each)], each.numel()) for each in own) for own in owned if own]
 
     layers = [uses(layer) for layer in decoder.layers]
-    embeddings = [((names[id(each)], each.numel()),) for each in decoder.stage_parameters("embeddings").values()]
+    embeddings = [
+        ((names[id(each)], each.numel()),)
+        for each in decoder.stage_parameters("embeddings").values()
+    ]
     norm, head = uses(decoder.norm), uses(decoder.head)
     forward = [*embeddings, *(use for layer in layers for use in layer), *norm]
     backward = [*head, *norm]
@@ -103,7 +118,12 @@ def gathers_of(
         backward += [*(layer if checkpointing else []), *reversed(layer)]
     order = [*forward, *head, *backward, *reversed(embeddings)]
 
-    persistent = {name: numel for use in order for name, numel in use if numel <= sharding.persistence_threshold}
+    persistent = {
+        name: numel
+        for use in order
+        for name, numel in use
+        if numel <= sharding.persistence_threshold
+    }
     held = dict(persistent)
     held_out = [each for _ in range(held_out_batches) for each in _unknown(forward, held)]
     training: list[int] = []
@@ -111,7 +131,8 @@ def gathers_of(
     for number in range(micro_batches):
         if number == 0 and held_out_batches:
             training += _unknown(order, held)
-            # Nothing flows back through what comes first, so it ends like a known pass: small parameters stay.
+            # Nothing flows back through what comes first, so it ends like a known pass: small
+            # parameters stay.
             held |= {name: numel for use in embeddings for name, numel in use if name in persistent}
         else:
             gathered, most = _known(order, held, persistent, sharding.max_reuse_distance)
@@ -130,8 +151,11 @@ def _unknown(order: Sequence[Use], held: dict[str, int]) -> list[int]:
     return gathered
 
 
-def _known(order: Sequence[Use], held: dict[str, int], persistent: Container[str], reach: int) -> tuple[list[int], int]:
-    """Gathers of a known order, and the most elements held. `held` is what is there before, and after."""
+def _known(
+    order: Sequence[Use], held: dict[str, int], persistent: Container[str], reach: int
+) -> tuple[list[int], int]:
+    """Gathers of a known order, and the most elements held. `held` is what is there before, and
+    after."""
     gathered, most = [], 0
     for place, use in enumerate(order):
         gathered += [numel for name, numel in use if name not in held]

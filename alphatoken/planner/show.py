@@ -15,7 +15,8 @@ from alphatoken.wording import plural, size
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
-    """Everything of a plan, for JSON. Bytes and FLOPs are of one rank; messages and FLOPs of one optimizer step."""
+    """Everything of a plan, for JSON. Bytes and FLOPs are of one rank; messages and FLOPs of one
+    optimizer step."""
     ranks = plan.blueprint.sharding.ranks
     memory = plan.memory
     return {
@@ -26,17 +27,25 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "workload": asdict(plan.blueprint.workload),
         "memory": {
             "steady": {part.name: part.bytes for part in memory.steady},
-            "moments": {name: {part.name: part.bytes for part in parts} for name, parts in memory.moments.items()},
+            "moments": {
+                name: {part.name: part.bytes for part in parts}
+                for name, parts in memory.moments.items()
+            },
             "peak_moment": memory.peak_moment,
             "peak": memory.peak,
             "needed": plan.needed,
             "capacity": plan.capacity,
             "fits": plan.fits,
             "activations": plan.activations,
-            "elsewhere": {part.name: {"bytes": part.bytes, "where": part.where} for part in memory.elsewhere},
+            "elsewhere": {
+                part.name: {"bytes": part.bytes, "where": part.where} for part in memory.elsewhere
+            },
         },
         "messages": [{**asdict(each), "received": each.received(ranks)} for each in plan.traffic],
-        "flops": {name: {**asdict(each), "over_plain": each.over_plain} for name, each in plan.compute.items()}
+        "flops": {
+            name: {**asdict(each), "over_plain": each.over_plain}
+            for name, each in plan.compute.items()
+        }
         or {"without valuation": asdict(plan.own)},
         "advice": [asdict(each) for each in plan.advice],
     }
@@ -45,9 +54,11 @@ def as_values(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     counts, work = _parameters(plan), plan.blueprint.workload
     console.print(
-        f"{plan.blueprint.config.model.name_or_path}: {counts['all'] / 1e6:,.1f} million parameters, "
+        f"{plan.blueprint.config.model.name_or_path}: {counts['all'] / 1e6:,.1f} million "
+        "parameters, "
         f"{counts['trained'] / 1e6:,.1f} trained, {counts['scored'] / 1e6:,.1f} scored. "
-        f"{plan.blueprint.sharding.ranks} ranks, ZeRO stage {plan.blueprint.sharding.stage}; a rank's step has "
+        f"{plan.blueprint.sharding.ranks} ranks, ZeRO stage {plan.blueprint.sharding.stage}; a "
+        "rank's step has "
         f"{plural(work.micro_batches, 'micro-batch')} of {work.rows} x {work.row_tokens} tokens, "
         f"{work.responses} of them responses.",
         highlight=False,
@@ -70,7 +81,9 @@ def _parameters(plan: Plan) -> dict[str, int]:
 
 def _memory_table(plan: Plan) -> Table:
     memory = plan.memory
-    table = Table(title=f"Memory of one rank, at its peak: {memory.peak_moment}", title_justify="left")
+    table = Table(
+        title=f"Memory of one rank, at its peak: {memory.peak_moment}", title_justify="left"
+    )
     table.add_column("")
     table.add_column("", justify="right")
 
@@ -85,7 +98,9 @@ def _memory_table(plan: Plan) -> Table:
     table.add_section()
     table.add_row("peak", size(memory.peak))
     if plan.device != "cpu":
-        table.add_row("with context, buffers of communication and fragmentation (assumed)", size(plan.needed))
+        table.add_row(
+            "with context, buffers of communication and fragmentation (assumed)", size(plan.needed)
+        )
     table.add_section()
     for how, count in plan.activations.items():
         table.add_row(f"activations of a micro-batch {how}", size(count))
@@ -103,9 +118,14 @@ def _traffic_table(plan: Plan) -> Table:
     for name in ("messages", "handed in", "received"):
         table.add_column(name, justify="right")
     for each in plan.traffic:
-        table.add_row(each.about, each.op, f"{each.count:,.0f}", size(each.bytes), size(each.received(ranks)))
+        table.add_row(
+            each.about, each.op, f"{each.count:,.0f}", size(each.bytes), size(each.received(ranks))
+        )
     table.add_section()
-    totals = sum(each.bytes for each in plan.traffic), sum(each.received(ranks) for each in plan.traffic)
+    totals = (
+        sum(each.bytes for each in plan.traffic),
+        sum(each.received(ranks) for each in plan.traffic),
+    )
     table.add_row("all", "", f"{sum(each.count for each in plan.traffic):,.0f}", *map(size, totals))
     return table
 

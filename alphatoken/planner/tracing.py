@@ -1,7 +1,9 @@
-"""What one layer computes and keeps, found by running it on the meta device, where tensors have shapes but no storage.
+"""What one layer computes and keeps, found by running it on the meta device, where tensors have
+shapes but no storage.
 
-Every architecture is thereby counted as it is written. Attention is counted as plain matrix products over the whole
-row, causal or not, as torch's FLOP counter counts the math kernel, and keeps what fused kernels keep.
+Every architecture is thereby counted as it is written. Attention is counted as plain matrix
+products over the whole row, causal or not, as torch's FLOP counter counts the math kernel, and
+keeps what fused kernels keep.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ META = torch.device("meta")
 
 
 class FlopCounter(TorchDispatchMode):
-    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear `autograd.grad`."""
+    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear
+    `autograd.grad`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,16 +48,25 @@ class FlopCounter(TorchDispatchMode):
 
 
 class _CountedAttention(torch.autograd.Function):
-    """The matrix products of attention and of its backward pass; keeps q, k, v, the output and one number per query."""
+    """The matrix products of attention and of its backward pass; keeps q, k, v, the output and one
+    number per query."""
 
     @staticmethod
-    def forward(ctx: Any, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, whole: bool) -> Tensor:
+    def forward(
+        ctx: Any, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, whole: bool
+    ) -> Tensor:
         groups = query_BHTD.shape[1] // key_BGTD.shape[1]
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key_BGTD, value_BGTD))
         products_BHTT = query_BHTD @ key.mT
         products_BHTT.to(value.dtype) @ value  # counted as it is dispatched
-        out_BHTD = torch.empty_like(query_BHTD, dtype=value.dtype)  # laid out like the query, as fused kernels do
-        kept = products_BHTT.float() if whole else query_BHTD.new_empty(query_BHTD.shape[:3], dtype=torch.float32)
+        out_BHTD = torch.empty_like(
+            query_BHTD, dtype=value.dtype
+        )  # laid out like the query, as fused kernels do
+        kept = (
+            products_BHTT.float()
+            if whole
+            else query_BHTD.new_empty(query_BHTD.shape[:3], dtype=torch.float32)
+        )
         ctx.save_for_backward(query_BHTD, key_BGTD, value_BGTD, out_BHTD, kept)
         return out_BHTD
 
@@ -64,15 +76,31 @@ class _CountedAttention(torch.autograd.Function):
         groups = query_BHTD.shape[1] // key_BGTD.shape[1]
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key_BGTD, value_BGTD))
         outgrad_BHTT = outgrad_BHTD.to(value.dtype) @ value.mT
-        for left, right in ((outgrad_BHTT.mT, outgrad_BHTD), (outgrad_BHTT, key), (outgrad_BHTT.mT, query_BHTD)):
+        for left, right in (
+            (outgrad_BHTT.mT, outgrad_BHTD),
+            (outgrad_BHTT, key),
+            (outgrad_BHTT.mT, query_BHTD),
+        ):
             left @ right.to(left.dtype)
-        return torch.empty_like(query_BHTD), torch.empty_like(key_BGTD), torch.empty_like(value_BGTD), None
+        return (
+            torch.empty_like(query_BHTD),
+            torch.empty_like(key_BGTD),
+            torch.empty_like(value_BGTD),
+            None,
+        )
 
 
 def _counted_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    whole = bool(getattr(module.config, "attn_logit_softcapping", None))  # these run eagerly, and keep T x T numbers
+    whole = bool(
+        getattr(module.config, "attn_logit_softcapping", None)
+    )  # these run eagerly, and keep T x T numbers
     out: Tensor = _CountedAttention.apply(query, key, value, whole)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
@@ -85,7 +113,8 @@ AttentionInterface.register(COUNTED_ATTENTION, _counted_attention)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer on one micro-batch: floating-point operations, and bytes that are kept until its backward pass."""
+    """One layer on one micro-batch: floating-point operations, and bytes that are kept until its
+    backward pass."""
 
     forward: int
     backward: int
@@ -123,7 +152,8 @@ class BodyCost:
 
 
 class Tracer:
-    """Runs the layers of a decoder that lives on the meta device. Layers that look alike are run once."""
+    """Runs the layers of a decoder that lives on the meta device. Layers that look alike are run
+    once."""
 
     def __init__(self, decoder: Decoder, valuation: ValuationConfig, depth: int) -> None:
         self._decoder = decoder
@@ -134,14 +164,23 @@ class Tracer:
         self._streamer.refresh()
 
     def run(self, rows: int, row_tokens: int) -> BodyCost:
-        """The costs on a micro-batch of (rows, row_tokens). Raises UserError where layers cannot run without values."""
+        """The costs on a micro-batch of (rows, row_tokens). Raises UserError where layers cannot
+        run without values."""
         # Embeddings rather than tokens, as some models look for padding among these.
         head = self._decoder.head.weight
-        batch = {"inputs_embeds": torch.empty(rows, row_tokens, head.shape[1], dtype=head.dtype, device=META)}
+        batch = {
+            "inputs_embeds": torch.empty(
+                rows, row_tokens, head.shape[1], dtype=head.dtype, device=META
+            )
+        }
         layers = list(self._decoder.layers)
         known: dict[Any, tuple[LayerCost, int]] = {}
         try:
-            with torch.no_grad(), self._one_of_each_kind(), EntryCapture(layers, self._decoder.norm) as capture:
+            with (
+                torch.no_grad(),
+                self._one_of_each_kind(),
+                EntryCapture(layers, self._decoder.norm) as capture,
+            ):
                 self._decoder.hidden_states(batch)
             costs = []
             for index in range(len(layers)):
@@ -152,7 +191,8 @@ class Tracer:
                 costs.append(known[kind][0])
         except RuntimeError as error:
             raise UserError(
-                f"{type(self._decoder.model).__name__} cannot be planned: its layers look at values, and a plan has "
+                f"{type(self._decoder.model).__name__} cannot be planned: its layers look at "
+                "values, and a plan has "
                 f"shapes only ({str(error).splitlines()[0]})"
             ) from None
         largest = max(largest for _, largest in known.values())
@@ -161,7 +201,10 @@ class Tracer:
     def _kind(self, index: int) -> Any:
         """What makes two layers compute the same."""
         types = getattr(self._decoder.config, "layer_types", None)
-        shapes = [(path, tuple(each.shape)) for path, each in self._decoder.stage_parameters(index).items()]
+        shapes = [
+            (path, tuple(each.shape))
+            for path, each in self._decoder.stage_parameters(index).items()
+        ]
         return types and types[index], tuple(shapes)
 
     @contextmanager
@@ -182,21 +225,37 @@ class Tracer:
 
     def _cost(self, index: int, entry: Entry) -> tuple[LayerCost, int]:
         """Of one layer; and the bytes of the largest activation it keeps."""
-        layer, state, inputs = self._decoder.layers[index], entry.states[index], entry.layer_inputs[index]
+        layer, state, inputs = (
+            self._decoder.layers[index],
+            entry.states[index],
+            entry.layer_inputs[index],
+        )
         weights = self._decoder.stage_parameters(index).values()
         with _Pass([*weights, *tree_leaves((inputs.args, inputs.kwargs))]) as run:
             output = layer(state.detach().requires_grad_(), *inputs.args, **inputs.kwargs)
             output = output[0] if isinstance(output, tuple) else output
             forward = run.flops
             output.backward(torch.empty_like(output))
-        cost = {"forward": forward, "backward": run.flops - forward, "training_bytes": run.kept_bytes}
+        cost = {
+            "forward": forward,
+            "backward": run.flops - forward,
+            "training_bytes": run.kept_bytes,
+        }
         if self._valuation.enabled and index >= self._first:
-            cost |= self._exact_cost(index, entry, forward) if self._exact else self._ghost_cost(index, entry)
+            cost |= (
+                self._exact_cost(index, entry, forward)
+                if self._exact
+                else self._ghost_cost(index, entry)
+            )
         return LayerCost(**cost), run.largest_bytes
 
     def _ghost_cost(self, index: int, entry: Entry) -> dict[str, int]:
         module, inputs = self._streamer.module(index), entry.layer_inputs[index]
-        scored = [each for each in self._decoder.scored_linears(len(entry.layer_inputs)) if each.layer == index]
+        scored = [
+            each
+            for each in self._decoder.scored_linears(len(entry.layer_inputs))
+            if each.layer == index
+        ]
         linears = {each.path: module.get_submodule(each.path) for each in scored}
         calls: list[AttentionCall] = []
         outgrads: dict[str, Tensor] = {}
@@ -207,7 +266,9 @@ class Tracer:
         hidden_BTH = entry.states[index].detach().requires_grad_(index > self._first)
         shared = [*module.parameters(), *tree_leaves((inputs.args, inputs.kwargs))]
         with _Pass(shared, linears.values()) as tower, SignalCapture(linears, consume):
-            output_BTH = self._streamer.forward(module, hidden_BTH, inputs, lambda _, call: calls.append(call))
+            output_BTH = self._streamer.forward(
+                module, hidden_BTH, inputs, lambda _, call: calls.append(call)
+            )
             forward = tower.flops
             output_BTH.backward(torch.empty_like(output_BTH))
         cost = {
@@ -221,7 +282,9 @@ class Tracer:
                 cost["band"] = counter.total
                 for each in scored:
                     if each.is_value and each.feeds is None:
-                        rows = slice(None) if each.value_rows is None else slice(len(each.value_rows))
+                        rows = (
+                            slice(None) if each.value_rows is None else slice(len(each.value_rows))
+                        )
                         mix_band(band_BTW, outgrads[each.path][..., rows])
             cost["mixing"] = counter.total - cost["band"]
         return cost
@@ -230,16 +293,25 @@ class Tracer:
         module, state_BTH = self._streamer.module(index), entry.states[index]
         paths = [
             each.path
-            for each in self._decoder.scored_parameters(len(entry.layer_inputs), self._valuation.parameters)
+            for each in self._decoder.scored_parameters(
+                len(entry.layer_inputs), self._valuation.parameters
+            )
             if each.stage == index
         ]
         direction = {path: torch.empty_like(module.get_parameter(path)) for path in paths}
         inputs = entry.layer_inputs[index]
         try:
             with FlopCounter() as counter:
-                self._streamer.jvp(module, state_BTH, torch.empty_like(state_BTH), inputs, direction)
-        except (RuntimeError, UserError):  # experts and layer norms, in forward mode and without values
-            return {"scoring_forward": 3 * forward}  # every product, and its derivative by either factor
+                self._streamer.jvp(
+                    module, state_BTH, torch.empty_like(state_BTH), inputs, direction
+                )
+        except (
+            RuntimeError,
+            UserError,
+        ):  # experts and layer norms, in forward mode and without values
+            return {
+                "scoring_forward": 3 * forward
+            }  # every product, and its derivative by either factor
         return {"scoring_forward": counter.total}
 
 
@@ -248,13 +320,18 @@ def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 class _Pass(ExitStack):
-    """Counts FLOPs inside, what autograd keeps, and the inputs of `held` modules; `shared` tensors are not counted."""
+    """Counts FLOPs inside, what autograd keeps, and the inputs of `held` modules; `shared` tensors
+    are not counted."""
 
     def __init__(self, shared: Iterable[Any], held: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self._shared = {each.untyped_storage()._cdata for each in shared if isinstance(each, Tensor)}
+        self._shared = {
+            each.untyped_storage()._cdata for each in shared if isinstance(each, Tensor)
+        }
         self._held = list(held)
-        self._kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, or their addresses would be reused
+        self._kept: dict[
+            int, torch.UntypedStorage
+        ] = {}  # the storages themselves, or their addresses would be reused
         self._counter = FlopCounter()
 
     def __enter__(self) -> _Pass:

@@ -1,6 +1,8 @@
-"""What one rank says to the others in one optimizer step: the messages of DeepSpeed and of valuation.
+"""What one rank says to the others in one optimizer step: the messages of DeepSpeed and of
+valuation.
 
-Only ZeRO-3 gathers weights while it runs. Messages of a few numbers (counts, norms, means) are left out.
+Only ZeRO-3 gathers weights while it runs. Messages of a few numbers (counts, norms, means) are left
+out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ Op = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 @dataclass(frozen=True)
 class Message:
-    """Messages of one kind. `bytes` is what a rank hands in, as DeepSpeed's communications log counts them."""
+    """Messages of one kind. `bytes` is what a rank hands in, as DeepSpeed's communications log
+    counts them."""
 
     about: str
     op: Op
@@ -25,12 +28,17 @@ class Message:
 
     def received(self, ranks: int) -> float:
         """Bytes that reach a rank in a ring."""
-        factor = {"all_gather": ranks - 1, "reduce_scatter": (ranks - 1) / ranks, "all_reduce": 2 * (ranks - 1) / ranks}
+        factor = {
+            "all_gather": ranks - 1,
+            "reduce_scatter": (ranks - 1) / ranks,
+            "all_reduce": 2 * (ranks - 1) / ranks,
+        }
         return self.bytes * factor[self.op]
 
 
 def traffic_of(blueprint: Blueprint) -> list[Message]:
-    """All messages of a step that is like most others; averaged where held-out signals are not refreshed in each."""
+    """All messages of a step that is like most others; averaged where held-out signals are not
+    refreshed in each."""
     if blueprint.sharding.ranks == 1:
         return []
     messages = _engine(blueprint)
@@ -52,12 +60,23 @@ def _engine(blueprint: Blueprint) -> list[Message]:
         if sharding.stage < 2:  # summed once, when the accumulation window is over
             summed = [Message("gradients", "all_reduce", 1, gradients)]
         else:
-            summed = [Message("gradients", "all_reduce", work.micro_batches, work.micro_batches * gradients)]
-        updated = [Message("updated weights", "all_gather", 1, slices * weight)] if sharding.stage else []
+            summed = [
+                Message(
+                    "gradients", "all_reduce", work.micro_batches, work.micro_batches * gradients
+                )
+            ]
+        updated = (
+            [Message("updated weights", "all_gather", 1, slices * weight)] if sharding.stage else []
+        )
         return [*summed, *updated]
 
     def gathered(about: str, numels: tuple[int, ...], share: float = 1.0) -> Message:
-        return Message(about, "all_gather", share * len(numels), share * sum(map(sharding.slice_of, numels)) * weight)
+        return Message(
+            about,
+            "all_gather",
+            share * len(numels),
+            share * sum(map(sharding.slice_of, numels)) * weight,
+        )
 
     gathers = blueprint.gathers
     refreshes = 1 / blueprint.config.valuation.refresh_every
@@ -74,7 +93,9 @@ def _engine(blueprint: Blueprint) -> list[Message]:
     ]
 
 
-def _gather(blueprint: Blueprint, about: str, numels: list[int], width: int, times: float) -> Message:
+def _gather(
+    blueprint: Blueprint, about: str, numels: list[int], width: int, times: float
+) -> Message:
     """Slices of tensors with so many elements, of `width` bytes each, in one message."""
     own = sum(map(blueprint.sharding.slice_of, numels)) if blueprint.sharding.stage == 3 else 0
     return Message(about, "all_gather", times, times * own * width)
@@ -85,7 +106,12 @@ def _reduce(blueprint: Blueprint, about: str, numels: list[int], times: float) -
     sharding = blueprint.sharding
     if sharding.stage < 3:
         return Message(about, "all_reduce", times * len(numels), times * sum(numels) * 4)
-    return Message(about, "reduce_scatter", times, times * sum(map(sharding.slice_of, numels)) * sharding.ranks * 4)
+    return Message(
+        about,
+        "reduce_scatter",
+        times,
+        times * sum(map(sharding.slice_of, numels)) * sharding.ranks * 4,
+    )
 
 
 def _ghost(blueprint: Blueprint) -> list[Message]:
@@ -100,20 +126,26 @@ def _ghost(blueprint: Blueprint) -> list[Message]:
         linears = [linear for linear in blueprint.scored if linear.layer == layer]
         formed = [linear.numel for linear in linears if linear.contraction == "materialised"]
         rows = [linear for linear in linears if linear.contraction == "ghost"]
-        messages.append(_gather(blueprint, "scored weights", blueprint.stage_numels(layer), weight, fills))
+        messages.append(
+            _gather(blueprint, "scored weights", blueprint.stage_numels(layer), weight, fills)
+        )
         if formed:
             # Gathered from slices at every stage; below 3 they were cut all the same.
             own = sum(map(sharding.slice_of, formed))
             sums = refreshes * (1 if blueprint.resident else work.held_out_batches)
             messages += [
-                Message("held-out gradient G", "reduce_scatter", sums, sums * own * sharding.ranks * 4),
+                Message(
+                    "held-out gradient G", "reduce_scatter", sums, sums * own * sharding.ranks * 4
+                ),
                 Message("held-out gradient G", "all_gather", uses, uses * own * weight),
             ]
         features = sum(linear.out_features + linear.in_features for linear in rows)
         signals = uses * work.held_out_batches * work.held_out_responses * features * weight
         messages.append(Message("held-out signals", "all_gather", uses * 2 * len(rows), signals))
         if blueprint.has_drift:
-            messages.append(_gather(blueprint, "drift V", [linear.numel for linear in linears], 4, uses))
+            messages.append(
+                _gather(blueprint, "drift V", [linear.numel for linear in linears], 4, uses)
+            )
     return _merged(messages)
 
 
@@ -125,7 +157,9 @@ def _exact(blueprint: Blueprint) -> list[Message]:
     uses = 1.0 if blueprint.resident else passes
     messages = []
     for stage in [*blueprint.scored_layers, "norm", "head"]:
-        messages.append(_gather(blueprint, "scored weights", blueprint.stage_numels(stage), weight, fills))
+        messages.append(
+            _gather(blueprint, "scored weights", blueprint.stage_numels(stage), weight, fills)
+        )
     for numels in blueprint.scored_numels.values():
         messages.append(_reduce(blueprint, "held-out gradient G", numels, refreshes))
         directions = numels * blueprint.directions
@@ -134,13 +168,18 @@ def _exact(blueprint: Blueprint) -> list[Message]:
 
 
 def _masters(blueprint: Blueprint) -> list[Message]:
-    """At stages 1 and 2 drift reads fp32 masters from the ranks that hold their parts: for V, and for its size."""
+    """At stages 1 and 2 drift reads fp32 masters from the ranks that hold their parts: for V, and
+    for its size."""
     if blueprint.sharding.stage not in (1, 2) or not blueprint.has_drift:
         return []
     numels = [numel for stage in blueprint.scored_numels.values() for numel in stage]
     often = blueprint.exact or blueprint.resident
     times = 1 + (1 if often else blueprint.workload.micro_batches)
-    return [Message("fp32 masters, for drift", "all_reduce", times * len(numels), times * sum(numels) * 4)]
+    return [
+        Message(
+            "fp32 masters, for drift", "all_reduce", times * len(numels), times * sum(numels) * 4
+        )
+    ]
 
 
 def _statistics(blueprint: Blueprint) -> list[Message]:
@@ -158,7 +197,11 @@ def _online_reference(blueprint: Blueprint) -> list[Message]:
     numels = [numel for numel, _ in blueprint.numels]
     return [
         _gather(
-            blueprint, "reference weights", numels, blueprint.sharding.weight_bytes, blueprint.workload.micro_batches
+            blueprint,
+            "reference weights",
+            numels,
+            blueprint.sharding.weight_bytes,
+            blueprint.workload.micro_batches,
         )
     ]
 

@@ -14,7 +14,8 @@ from alphatoken.step_selection import selections_at
 
 @dataclass(frozen=True)
 class Rows:
-    """The lengths that a plan assumes: every row as long as this, with this share of response tokens.
+    """The lengths that a plan assumes: every row as long as this, with this share of response
+    tokens.
 
     Of a preference pair a row is one of its two documents.
     """
@@ -24,9 +25,13 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
-            raise UserError(f"--row-tokens {self.tokens}: a row has a prompt and a response, at least 2 tokens")
+            raise UserError(
+                f"--row-tokens {self.tokens}: a row has a prompt and a response, at least 2 tokens"
+            )
         if not 0 < self.response_share <= 1:
-            raise UserError(f"--response-share {self.response_share} is a share: above 0, at most 1")
+            raise UserError(
+                f"--response-share {self.response_share} is a share: above 0, at most 1"
+            )
 
     @property
     def responses(self) -> int:
@@ -37,13 +42,17 @@ class Rows:
 def longest_rows(config: RunConfig, response_share: float = 1.0) -> Rows:
     """Rows as long as the configuration allows."""
     if isinstance(config, PreferenceRunConfig):
-        return Rows(config.preference.max_prompt_tokens + config.preference.max_response_tokens, response_share)
+        return Rows(
+            config.preference.max_prompt_tokens + config.preference.max_response_tokens,
+            response_share,
+        )
     return Rows(config.data.max_length, response_share)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One rank's part of an optimizer step. A micro-batch is (rows, row_tokens), all of them alike."""
+    """One rank's part of an optimizer step. A micro-batch is (rows, row_tokens), all of them
+    alike."""
 
     row_tokens: int
     rows: int
@@ -72,7 +81,9 @@ def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
     """The step that `config` describes, on one of so many ranks, which must divide it."""
     selections = selections_at(config, 1, 1)  # where a schedule ends
     micro_rows = config.train.micro_batch_size
-    size = min(config.train.micro_batch_size, math.ceil(config.valuation.validation_sequences / ranks))
+    size = min(
+        config.train.micro_batch_size, math.ceil(config.valuation.validation_sequences / ranks)
+    )
     batches = math.ceil(math.ceil(config.valuation.validation_sequences / size) / ranks)
     valued = config.valuation.enabled
     return Workload(
@@ -88,7 +99,8 @@ def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
 
 
 def rows_of(dataset: TokenDataset, documents: int) -> Rows:
-    """Rows as long as the longest of a dataset, with its share of response tokens; `documents` of each row count."""
+    """Rows as long as the longest of a dataset, with its share of response tokens; `documents` of
+    each row count."""
     tokens = sum(report.tokens for report in dataset.reports)
     responses = sum(report.response_tokens for report in dataset.reports)
     return Rows(math.ceil(int(dataset.lengths.max()) / documents), responses / tokens)

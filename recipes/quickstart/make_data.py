@@ -1,4 +1,5 @@
-"""Writes a small instruction set of worked arithmetic word problems: train, validation and eval, from a seed.
+"""Writes a small instruction set of worked arithmetic word problems: train, validation and eval,
+from a seed.
 
 python -m recipes.quickstart.make_data OUT_FOLDER
 """
@@ -12,8 +13,33 @@ from typing import Annotated
 import typer
 
 SIZES = {"train": 320, "validation": 48, "eval": 48}
-NAMES = ("Ada", "Ben", "Carla", "Deniz", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Liam", "Mona")
-GOODS = ("notebook", "candle", "mug", "lamp", "poster", "ribbon", "puzzle", "kite", "ladder", "basket")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Carla",
+    "Deniz",
+    "Emma",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Liam",
+    "Mona",
+)
+GOODS = (
+    "notebook",
+    "candle",
+    "mug",
+    "lamp",
+    "poster",
+    "ribbon",
+    "puzzle",
+    "kite",
+    "ladder",
+    "basket",
+)
 
 Problem = tuple[str, str]
 
@@ -24,7 +50,8 @@ def shopping(rng: random.Random) -> Problem:
     cost = count * price
     paid = (cost // 50 + 1) * 50
     return (
-        f"{name} buys {count} {item}s at {price} dollars each and pays with {paid} dollars. How much change is left?",
+        f"{name} buys {count} {item}s at {price} dollars each and pays with {paid} dollars. "
+        "How much change is left?",
         f"The {item}s cost {count} * {price} = {cost} dollars. "
         f"The change is {paid} - {cost} = {paid - cost} dollars. The answer is {paid - cost}.",
     )
@@ -35,7 +62,8 @@ def sharing(rng: random.Random) -> Problem:
     friends, each, kept = rng.randint(3, 9), rng.randint(2, 12), rng.randint(1, 9)
     total = friends * each + kept
     return (
-        f"{name} has {total} {item}s, keeps {kept} and shares the rest equally among {friends} friends. "
+        f"{name} has {total} {item}s, keeps {kept} and shares the rest equally among {friends} "
+        "friends. "
         f"How many does each friend get?",
         f"After keeping {kept}, {total} - {kept} = {total - kept} {item}s are left. "
         f"Each friend gets {total - kept} / {friends} = {each}. The answer is {each}.",
@@ -44,12 +72,20 @@ def sharing(rng: random.Random) -> Problem:
 
 def journey(rng: random.Random) -> Problem:
     name = rng.choice(NAMES)
-    speed, hours, slow, more = rng.randint(6, 20) * 5, rng.randint(1, 5), rng.randint(2, 5) * 5, rng.randint(1, 4)
+    speed, hours, slow, more = (
+        rng.randint(6, 20) * 5,
+        rng.randint(1, 5),
+        rng.randint(2, 5) * 5,
+        rng.randint(1, 4),
+    )
     first, second = speed * hours, slow * more
     return (
-        f"{name} drives {hours} hours at {speed} km/h and then {more} hours at {slow} km/h. How far is that in total?",
-        f"The first part is {speed} * {hours} = {first} km. The second part is {slow} * {more} = {second} km. "
-        f"Together that is {first} + {second} = {first + second} km. The answer is {first + second}.",
+        f"{name} drives {hours} hours at {speed} km/h and then {more} hours at {slow} km/h. "
+        "How far is that in total?",
+        f"The first part is {speed} * {hours} = {first} km. The second part is {slow} * {more} = "
+        f"{second} km. "
+        f"Together that is {first} + {second} = {first + second} km. The answer is "
+        f"{first + second}.",
     )
 
 
@@ -58,7 +94,8 @@ def saving(rng: random.Random) -> Problem:
     weekly, weeks, start = rng.randint(3, 20), rng.randint(3, 12), rng.randint(5, 60)
     saved = weekly * weeks
     return (
-        f"{name} has {start} dollars and saves {weekly} dollars a week. How much is there after {weeks} weeks to buy "
+        f"{name} has {start} dollars and saves {weekly} dollars a week. How much is there after "
+        f"{weeks} weeks to buy "
         f"a {item}?",
         f"In {weeks} weeks {name} saves {weekly} * {weeks} = {saved} dollars. "
         f"With the first {start} dollars that makes {start} + {saved} = {start + saved}. "
@@ -68,18 +105,31 @@ def saving(rng: random.Random) -> Problem:
 
 def harvest(rng: random.Random) -> Problem:
     name = rng.choice(NAMES)
-    rows, trees, fruit, spoiled = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 12), rng.randint(1, 10)
+    rows, trees, fruit, spoiled = (
+        rng.randint(2, 9),
+        rng.randint(2, 9),
+        rng.randint(3, 12),
+        rng.randint(1, 10),
+    )
     plants = rows * trees
     total = plants * fruit
     return (
-        f"{name} picks {fruit} pears from each tree of an orchard with {rows} rows of {trees} trees; {spoiled} pears "
+        f"{name} picks {fruit} pears from each tree of an orchard with {rows} rows of {trees} "
+        f"trees; {spoiled} pears "
         f"are spoiled. How many good pears are there?",
         f"There are {rows} * {trees} = {plants} trees with {plants} * {fruit} = {total} pears. "
-        f"Without the spoiled ones {total} - {spoiled} = {total - spoiled} are good. The answer is {total - spoiled}.",
+        f"Without the spoiled ones {total} - {spoiled} = {total - spoiled} are good. The answer "
+        f"is {total - spoiled}.",
     )
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (shopping, sharing, journey, saving, harvest)
+KINDS: tuple[Callable[[random.Random], Problem], ...] = (
+    shopping,
+    sharing,
+    journey,
+    saving,
+    harvest,
+)
 
 
 def problems(seed: int) -> dict[str, list[Problem]]:
@@ -92,11 +142,15 @@ def problems(seed: int) -> dict[str, list[Problem]]:
     return {part: [next(rows) for _ in range(size)] for part, size in SIZES.items()}
 
 
-def main(folder: Path, seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0) -> None:
+def main(
+    folder: Path, seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0
+) -> None:
     """Writes train.jsonl, validation.jsonl and eval.jsonl into FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, rows in problems(seed).items():
-        lines = (json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows)
+        lines = (
+            json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows
+        )
         (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

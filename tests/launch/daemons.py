@@ -13,7 +13,9 @@ from tests.launch.machines import NAMES, Machine, wait_until
 def start_sshd(machines: tuple[Machine, Machine], folder: Path) -> None:
     """On both machines `ssh node1` and `ssh node2` work without a password, only inside them."""
     for name in ("host_key", "user_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True
+        )
     server = f"""
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/user_key.pub
@@ -35,14 +37,17 @@ Host {" ".join(NAMES)}
     for machine in machines:
         machine.run(["mkdir", "/run/sshd"])
         machine.run(["mount", "--bind", str(folder / "ssh_config"), "/etc/ssh/ssh_config"])
-        machine.popen(["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")], folder / "sshd.log")
+        machine.popen(
+            ["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")], folder / "sshd.log"
+        )
     for name in NAMES:
         greeting = ["ssh", "-o", "ConnectionAttempts=20", name, "hostname"]
         assert machines[0].run(greeting).strip() == name, (folder / "sshd.log").read_text()
 
 
 class Slurm:
-    """A controller on node1 and a daemon per node. Jobs of partition `urgent` preempt those of `idle`.
+    """A controller on node1 and a daemon per node. Jobs of partition `urgent` preempt those of
+    `idle`.
 
     The partition `other` has a node of its own, node3, whose daemon is on the second machine.
     """
@@ -81,7 +86,11 @@ PartitionName=other Nodes=node3
 """,
             encoding="utf-8",
         )
-        files = {"socket": socket, "pid-file": folder / "munge.pid", "seed-file": folder / "munge.seed"}
+        files = {
+            "socket": socket,
+            "pid-file": folder / "munge.pid",
+            "seed-file": folder / "munge.seed",
+        }
         options = [f"--{name}={file}" for name, file in files.items()]
         # --force: its files are in a folder that others may read.
         munged = ["munged", "--foreground", "--force", f"--key-file={key}", *options]
@@ -90,7 +99,9 @@ PartitionName=other Nodes=node3
         self._first.popen(["slurmctld", "-D", "-f", str(self._conf)], folder / "slurmctld.log")
         nodes = {NAMES[0]: machines[0], NAMES[1]: machines[1], "node3": machines[1]}
         for name, machine in nodes.items():
-            machine.popen(["slurmd", "-D", "-f", str(self._conf), "-N", name], folder / f"{name}.log")
+            machine.popen(
+                ["slurmd", "-D", "-f", str(self._conf), "-N", name], folder / f"{name}.log"
+            )
         logs = [folder / f"{name}.log" for name in ("slurmctld", *nodes)]
         wait_until(self._is_ready, 30, lambda: "\n".join(log.read_text()[-2000:] for log in logs))
 
@@ -102,8 +113,12 @@ PartitionName=other Nodes=node3
         return self._first.run(command, SLURM_CONF=str(self._conf))
 
     def state(self, job: str) -> str:
-        return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+        return self.call(
+            "squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"
+        ).strip()
 
     def _is_ready(self) -> bool:
-        asked = self._first.popen(["sinfo", "--noheader", "--Node", "--format=%T"], SLURM_CONF=str(self._conf))
+        asked = self._first.popen(
+            ["sinfo", "--noheader", "--Node", "--format=%T"], SLURM_CONF=str(self._conf)
+        )
         return asked.communicate()[0].split() == ["idle"] * 5  # two nodes are in two partitions

@@ -1,7 +1,9 @@
-"""Two machines on one: each with its own network, processes, host name, /run and /etc/hosts, and the same files.
+"""Two machines on one: each with its own network, processes, host name, /run and /etc/hosts, and
+the same files.
 
-They are namespaces of a shell that lives as long as a pipe from the test is open. When the test ends, in whatever way,
-the kernel ends everything that runs in them, and nothing of them is left: they have no names outside.
+They are namespaces of a shell that lives as long as a pipe from the test is open. When the test
+ends, in whatever way, the kernel ends everything that runs in them, and nothing of them is left:
+they have no names outside.
 """
 
 from __future__ import annotations
@@ -44,7 +46,18 @@ def lacking(*commands: str) -> str | None:
         if shutil.which(name, path=ENVIRONMENT["PATH"]) is None:
             return f"{name} is not installed (tests/launch/packages.sh)"
     probe = "ip link add name a type veth peer name b && mount -t tmpfs tmpfs /run && hostname a"
-    command = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", probe]
+    command = [
+        "unshare",
+        "--net",
+        "--mount",
+        "--uts",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "sh",
+        "-c",
+        probe,
+    ]
     tried = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -52,7 +65,15 @@ def lacking(*commands: str) -> str | None:
 class Machine:
     def __init__(self, name: str, hosts: Path) -> None:
         self.name = name
-        namespaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        namespaces = [
+            "--net",
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         self._shell = subprocess.Popen(
             ["unshare", *namespaces, "sh", "-c", BOOT, "sh", str(hosts), name],
             stdin=subprocess.PIPE,
@@ -63,10 +84,17 @@ class Machine:
         assert self._shell.stdout.readline() == b"up\n", f"{name} did not start"
         self.pid = self._shell.pid
 
-    def popen(self, command: Sequence[str], log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    def popen(
+        self, command: Sequence[str], log: Path | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
         """Starts a command; its output goes to `log`, or can be read."""
         of = f"/proc/{self.pid}/ns"
-        inside = [f"--net={of}/net", f"--mount={of}/mnt", f"--uts={of}/uts", f"--pid={of}/pid_for_children"]
+        inside = [
+            f"--net={of}/net",
+            f"--mount={of}/mnt",
+            f"--uts={of}/uts",
+            f"--pid={of}/pid_for_children",
+        ]
         with (log or Path(os.devnull)).open("a") as file:
             return subprocess.Popen(
                 ["nsenter", *inside, f"--wdns={ROOT}", *command],
@@ -78,7 +106,8 @@ class Machine:
             )
 
     def run(self, command: Sequence[str], **environment: str) -> str:
-        """Runs a command to its end and returns its output. Raises AssertionError with it if the command fails."""
+        """Runs a command to its end and returns its output. Raises AssertionError with it if the
+        command fails."""
         process = self.popen(command, None, **environment)
         output, _ = process.communicate()
         assert process.returncode == 0, f"{' '.join(command)} on {self.name}:\n{output}"
@@ -101,7 +130,11 @@ def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
         machines.extend(Machine(name, hosts) for name in NAMES)
         first, second = machines
         ends = [["name", "eth0", "netns", str(machine.pid)] for machine in machines]
-        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]], env=ENVIRONMENT, check=True)
+        subprocess.run(
+            ["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]],
+            env=ENVIRONMENT,
+            check=True,
+        )
         for machine, address in zip(machines, ADDRESSES, strict=True):
             machine.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             machine.run(["ip", "link", "set", "eth0", "up"])

@@ -1,4 +1,5 @@
-"""Every launcher starts the same tiny run on two ranks, on one machine or on two, and its metrics are the same.
+"""Every launcher starts the same tiny run on two ranks, on one machine or on two, and its metrics
+are the same.
 
 The two machines are namespaces of this one, with real sshd, Slurm daemons and torchrun in them.
 """
@@ -44,7 +45,7 @@ while not asked and "train.resume=auto" not in sys.argv:
     time.sleep(0.05)
 if asked and rank["RANK"] == "0":
     print("stopped after step 2, which is saved", flush=True)
-"""
+"""  # noqa: E501
 
 
 def needs(*commands: str) -> pytest.MarkDecorator:
@@ -68,11 +69,15 @@ def runs() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def expected(runs: dict[str, list[dict[str, Any]]], config_file: Path, tmp_path: Path) -> list[dict[str, Any]]:
+def expected(
+    runs: dict[str, list[dict[str, Any]]], config_file: Path, tmp_path: Path
+) -> list[dict[str, Any]]:
     """The metrics of the run by `local.sh`, which is made when the first test asks for it."""
     if not runs:
         folder = tmp_path / "local"
-        launch("launch/local.sh", RECIPE, "--config", str(config_file), f"train.output_dir={folder}")
+        launch(
+            "launch/local.sh", RECIPE, "--config", str(config_file), f"train.output_dir={folder}"
+        )
         runs["local"] = comparable(folder)
     return runs["local"]
 
@@ -121,14 +126,20 @@ def test_console_script() -> None:
 
 @needs("sshd", "ssh-keygen", "pdsh")
 def test_hostfile(
-    expected: list[dict[str, Any]], config_file: Path, tmp_path: Path, machines: tuple[Machine, Machine]
+    expected: list[dict[str, Any]],
+    config_file: Path,
+    tmp_path: Path,
+    machines: tuple[Machine, Machine],
 ) -> None:
     """Also arguments that a shell or pdsh would take for something else arrive."""
     start_sshd(machines, tmp_path)
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n", encoding="utf-8")
     (tmp_path / "variables").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n", encoding="utf-8")
     folder, allowed = tmp_path / "a 'run' of $HOME, 100%n", ["optim.*", "$HOME;%h"]
-    arguments = [f"train.output_dir={folder}", f"train.resume_allow={json.dumps(allowed, separators=(',', ':'))}"]
+    arguments = [
+        f"train.output_dir={folder}",
+        f"train.resume_allow={json.dumps(allowed, separators=(',', ':'))}",
+    ]
     machines[0].run(
         ["launch/hostfile.sh", RECIPE, "--config", str(config_file), *arguments],
         HOSTFILE=str(tmp_path / "hostfile"),
@@ -140,12 +151,24 @@ def test_hostfile(
 
 @needs()
 def test_torchrun(
-    expected: list[dict[str, Any]], config_file: Path, tmp_path: Path, machines: tuple[Machine, Machine]
+    expected: list[dict[str, Any]],
+    config_file: Path,
+    tmp_path: Path,
+    machines: tuple[Machine, Machine],
 ) -> None:
-    command = ["launch/torchrun.sh", RECIPE, "--config", str(config_file), f"train.output_dir={tmp_path / 'run'}"]
+    command = [
+        "launch/torchrun.sh",
+        RECIPE,
+        "--config",
+        str(config_file),
+        f"train.output_dir={tmp_path / 'run'}",
+    ]
     environment = {"NODES": "2", "RANKS": "1", "RENDEZVOUS": "node1:29400"}
     logs = [tmp_path / f"{machine.name}-torchrun.log" for machine in machines]
-    agents = [machine.popen(command, log, **environment) for machine, log in zip(machines, logs, strict=True)]
+    agents = [
+        machine.popen(command, log, **environment)
+        for machine, log in zip(machines, logs, strict=True)
+    ]
     assert [agent.wait() for agent in agents] == [0, 0], "\n".join(log.read_text() for log in logs)
     assert comparable(tmp_path / "run") == expected
 
@@ -158,7 +181,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def stand_in(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, Path]]:
+def stand_in(
+    slurm: Slurm, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[str, Path]]:
     """Submits a job of two ranks that wait to be asked to stop; returns its number and log."""
     folder = tmp_path_factory.mktemp("stand-in")
     script = folder / "stand_in.py"
@@ -173,21 +198,30 @@ def stand_in(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.fixture(scope="module")
 def limited(stand_in: Callable[..., tuple[str, Path]]) -> tuple[str, Path]:
-    """A job that Slurm warns before its time limit, which it looks at every half minute: other tests come before."""
+    """A job that Slurm warns before its time limit, which it looks at every half minute: other
+    tests come before."""
     return stand_in("limited", "--time=2", "--signal=B:USR1@100")
 
 
 @needs("slurmctld", "slurmd", "munged")
 @pytest.mark.usefixtures("limited")
-def test_preempted_in_slurm(expected: list[dict[str, Any]], config_file: Path, tmp_path: Path, slurm: Slurm) -> None:
-    """An element of an array is preempted by another job, requeues itself, and comes to the same end."""
+def test_preempted_in_slurm(
+    expected: list[dict[str, Any]], config_file: Path, tmp_path: Path, slurm: Slurm
+) -> None:
+    """An element of an array is preempted by another job, requeues itself, and comes to the same
+    end."""
     folder, log = tmp_path / "run-3", tmp_path / "job-3.log"
     arguments = [RECIPE, "--config", str(config_file), f"train.output_dir={tmp_path / 'run-%a'}"]
     options = ["--partition=idle", "--nodes=2", "--array=3", f"--output={tmp_path / 'job-%a.log'}"]
     job = slurm.submit(*options, "launch/slurm.sbatch", *arguments)
-    wait_until((folder / "metrics.jsonl").exists, 120, lambda: log.read_text() if log.exists() else "no log")
+    wait_until(
+        (folder / "metrics.jsonl").exists,
+        120,
+        lambda: log.read_text() if log.exists() else "no log",
+    )
     wait_until(lambda: len(metrics_of(folder)) > 1, 60, log.read_text)
-    # Four tiny steps are over before Slurm decides anything: they wait for its SIGCONT and SIGTERM.
+    # Four tiny steps are over before Slurm decides anything: they wait for its SIGCONT and
+    # SIGTERM.
     for rank in ranks_of(folder):
         os.kill(rank, signal.SIGSTOP)
     assert len(metrics_of(folder)) < 5
@@ -205,9 +239,13 @@ def test_preempted_in_slurm(expected: list[dict[str, Any]], config_file: Path, t
 
 @needs("slurmctld", "slurmd", "munged")
 def test_ends_of_slurm_jobs(
-    slurm: Slurm, stand_in: Callable[..., tuple[str, Path]], limited: tuple[str, Path], tmp_path: Path
+    slurm: Slurm,
+    stand_in: Callable[..., tuple[str, Path]],
+    limited: tuple[str, Path],
+    tmp_path: Path,
 ) -> None:
-    """A job that reaches its time limit goes on, an element of an array alone; not one that is cancelled or fails."""
+    """A job that reaches its time limit goes on, an element of an array alone; not one that is
+    cancelled or fails."""
     job, log = limited
     wait_until(lambda: slurm.state(job) == "COMPLETED", 120, log.read_text)
     said, port = log.read_text(), 10000 + int(job)
@@ -216,10 +254,15 @@ def test_ends_of_slurm_jobs(
         assert f"rank {rank} {rank} 2 2 {port} %a $x train.resume=auto\n" in said, said
     assert said.count("requeueing job") == 1
 
-    # The last element of an array has the array's number, by which Slurm would requeue all of them.
+    # The last element of an array has the array's number, by which Slurm would requeue all of
+    # them.
     array, log = stand_in("element-%a", "--array=0-1", "--ntasks=1")
     cancelled, warned = (log.with_name(f"element-{element}") for element in (0, 1))
-    wait_until(lambda: all(each.exists() and each.read_text() for each in (cancelled, warned)), 30, lambda: "no ranks")
+    wait_until(
+        lambda: all(each.exists() and each.read_text() for each in (cancelled, warned)),
+        30,
+        lambda: "no ranks",
+    )
     slurm.call("scancel", "--batch", "--signal=USR1", f"{array}_1")
     wait_until(lambda: slurm.state(f"{array}_1") == "COMPLETED", 60, warned.read_text)
     assert f"requeueing job {array}_1" in warned.read_text()
@@ -241,9 +284,17 @@ def test_usage(launcher: str) -> None:
 @pytest.mark.parametrize(
     ("command", "environment", "message"),
     [
-        ("hostfile.sh", {"HOSTFILE": "no/hostfile"}, "error: no hostfile no/hostfile (HOSTFILE names it)"),
+        (
+            "hostfile.sh",
+            {"HOSTFILE": "no/hostfile"},
+            "error: no hostfile no/hostfile (HOSTFILE names it)",
+        ),
         ("torchrun.sh", {"NODES": "2"}, "error: NODES=2 needs RENDEZVOUS=HOST:PORT"),
-        ("slurm.sbatch", {}, "error: this is a Slurm job; submit it: sbatch launch/slurm.sbatch recipes/sft.py"),
+        (
+            "slurm.sbatch",
+            {},
+            "error: this is a Slurm job; submit it: sbatch launch/slurm.sbatch recipes/sft.py",
+        ),
     ],
 )
 def test_refused(command: str, environment: dict[str, str], message: str) -> None:
@@ -252,7 +303,8 @@ def test_refused(command: str, environment: dict[str, str], message: str) -> Non
 
 @pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
 def test_kubernetes(version: str) -> None:
-    """Both objects fit the schemas, unknown fields refused, and the container's command is one of ours."""
+    """Both objects fit the schemas, unknown fields refused, and the container's command is one of
+    ours."""
     service, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
     for described in (service, job):
         kubernetes_validate.validate(described, version, strict=True)
@@ -265,15 +317,20 @@ def test_kubernetes(version: str) -> None:
 
 
 def test_ranks_of_a_pod(tmp_path: Path) -> None:
-    """The pod's command ends well with the run, with 75 where the run was stopped, and with a rank that fails."""
+    """The pod's command ends well with the run, with 75 where the run was stopped, and with a rank
+    that fails."""
     _, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
-    script = job["spec"]["template"]["spec"]["containers"][0]["args"][0].replace("/runs/example", str(tmp_path))
+    script = job["spec"]["template"]["spec"]["containers"][0]["args"][0].replace(
+        "/runs/example", str(tmp_path)
+    )
     (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
     environment = {"PODS": "2", "RANKS": "2", "JOB_COMPLETION_INDEX": "1", "MASTER_PORT": "29500"}
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         command = ["bash", "-c", script, "ranks", *arguments]
-        return subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, text=True
+        )
 
     pod = start(str(tmp_path / "stand_in.py"), "a b")
     assert pod.stdout is not None
@@ -281,11 +338,20 @@ def test_ranks_of_a_pod(tmp_path: Path) -> None:
     assert told == ["rank 2 0 4 2 29500 a b\n", "rank 3 1 4 2 29500 a b\n"]
     pod.terminate()
     assert pod.wait() == 75
-    assert start("-c", "import os, time; time.sleep(60) if os.environ['RANK'] == '2' else exit(3)").wait() == 3
+    assert (
+        start(
+            "-c", "import os, time; time.sleep(60) if os.environ['RANK'] == '2' else exit(3)"
+        ).wait()
+        == 3
+    )
     (tmp_path / "export").mkdir()
     assert start(str(tmp_path / "stand_in.py"), "train.resume=auto").wait() == 0
 
 
 def test_shellcheck() -> None:
-    scripts = [*(ROOT / "launch").glob("*.s*"), *(ROOT / "tests" / "launch").glob("*.sh"), ROOT / ".ci" / "run"]
+    scripts = [
+        *(ROOT / "launch").glob("*.s*"),
+        *(ROOT / "tests" / "launch").glob("*.sh"),
+        ROOT / ".ci" / "run",
+    ]
     launch("shellcheck", *map(str, scripts))
