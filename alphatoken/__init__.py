@@ -2,11 +2,11 @@
 
 from importlib.metadata import version
 
-from alphatoken.api import score_tokens
-from alphatoken.config import ValuationConfig
+from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed.shard_files import load_fisher
 from alphatoken.errors import UserError
-from alphatoken.slices import load_fisher
-from alphatoken.valuation import TokenValues
+from alphatoken.values.algebra import TokenValues
+from alphatoken.values.api import score_tokens
 
 __all__ = ["TokenValues", "UserError", "ValuationConfig", "load_fisher", "score_tokens"]
 __version__ = version("alphatoken")

@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from alphatoken import __version__, collectives
-from alphatoken.collectives import RemoteError
+from alphatoken import __version__
+from alphatoken.distributed import collectives
+from alphatoken.distributed.collectives import RemoteError
 from alphatoken.errors import UserError
 
 app = typer.Typer(
@@ -77,7 +78,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
-    from alphatoken.export import export_checkpoint
+    from alphatoken.checkpoints.export import export_checkpoint
 
     done = export_checkpoint(run, target, step, merge)
     typer.echo(
@@ -91,8 +92,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint for any number of ranks; resuming on another number does it by
     itself."""
-    from alphatoken.checkpoint import universal_checkpoint
-    from alphatoken.checkpoint_files import damage
+    from alphatoken.checkpoints.files import damage
+    from alphatoken.checkpoints.universal import universal_checkpoint
 
     problem = damage(checkpoint)
     if problem is not None:
@@ -134,11 +135,11 @@ def plan(
 
     from rich.console import Console
 
-    from alphatoken.config import RunConfig
-    from alphatoken.config_file import load_config
-    from alphatoken.config_preference import PreferenceRunConfig
+    from alphatoken.config.file import load_config
+    from alphatoken.config.preference import PreferenceRunConfig
+    from alphatoken.config.run import RunConfig
     from alphatoken.data.splits import load_splits
-    from alphatoken.engine import load_tokenizer
+    from alphatoken.models.loading import load_tokenizer
     from alphatoken.planner.plan import make_plan
     from alphatoken.planner.show import as_values, print_plan
     from alphatoken.planner.workload import Rows, longest_rows, rows_of

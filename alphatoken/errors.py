@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 
 class UserError(ValueError):
     """Bad input. The message names the file, line or key, the value found, and what to do about
@@ -14,12 +11,3 @@ class UserError(ValueError):
 class NonFiniteError(UserError):
     """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and
     linears."""
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """A line for each key with another value: what was found there, and what is wanted here."""
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]

@@ -26,11 +26,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from alphatoken.architectures import decoder_of, scored_depth
-from alphatoken.config import ValuationConfig
-from alphatoken.drift import Drift
-from alphatoken.estimators import build_scorer
-from alphatoken.scorer import Scorer
+from alphatoken.config.sections import ValuationConfig
+from alphatoken.models.decoder import decoder_of
+from alphatoken.models.scored import scored_depth
+from alphatoken.stability.drift import Drift
+from alphatoken.values.estimator import Scorer
+from alphatoken.values.registry import build_scorer
 from benchmarks.measuring import (
     PAPER_MICRO_BATCHES,
     Peak,

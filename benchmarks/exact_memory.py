@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from alphatoken import collectives
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.engine import initialise_ranks
-from alphatoken.losses import SupervisedObjective
-from alphatoken.training import Trainer
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives
+from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import Peak
 from recipes.quickstart.get_model import save_tiny
 

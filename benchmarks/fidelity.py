@@ -40,15 +40,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from alphatoken.architectures import Decoder, decoder_of
-from alphatoken.config import Source, ValuationConfig
+from alphatoken.batch import loss_positions
+from alphatoken.config.sections import Source, ValuationConfig
 from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder
-from alphatoken.estimators import build_scorer
-from alphatoken.losses import head_nll, loss_positions
-from alphatoken.statistics import rank_correlation
-from alphatoken.valuation import adam_scale
+from alphatoken.distributed.adam_scale import adam_scale
+from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.models.head import head_nll
+from alphatoken.training.moments import rank_correlation
+from alphatoken.values.registry import build_scorer
 from benchmarks.measuring import circumstances, write_result
 
 Batch = dict[str, Tensor]

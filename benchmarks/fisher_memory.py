@@ -15,13 +15,14 @@ import sys
 
 from transformers import PretrainedConfig
 
-from alphatoken import collectives, zero3
-from alphatoken.architectures import Decoder, scored_depth
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_file import parse_arguments
-from alphatoken.estimation import estimate_fisher, prepare_estimate
-from alphatoken.losses import LOGIT_BLOCK_ELEMENTS
+from alphatoken.config.help import parse_arguments
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives, zero3
+from alphatoken.models.decoder import Decoder
+from alphatoken.models.head import LOGIT_BLOCK_ELEMENTS
+from alphatoken.models.scored import scored_depth
+from alphatoken.stability.estimate import estimate_fisher, prepare_estimate
 from benchmarks.measuring import Peak
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from alphatoken.config import RunConfig
-from alphatoken.losses import SupervisedObjective
+from alphatoken.config.run import RunConfig
+from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.tracing import FlopCounter
-from alphatoken.training import Trainer
+from alphatoken.training.trainer import Trainer
 
 PAPER_MICRO_BATCHES = 16
 

@@ -27,19 +27,20 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alphatoken import collectives
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_preference import PreferenceRunConfig
-from alphatoken.engine import initialise_ranks
-from alphatoken.losses import Objective, SupervisedObjective
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives
+from alphatoken.distributed.accounting import communicated_bytes
+from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.objectives.base import Objective
+from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.tracing import FlopCounter
 from alphatoken.planner.workload import rows_of
-from alphatoken.preference import PreferenceObjective
-from alphatoken.report import Report
-from alphatoken.training import Trainer
-from alphatoken.zero3 import communicated_bytes
+from alphatoken.training.report import Report
+from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import circumstances, status, write_result
 from benchmarks.preference_memory import run_values, save_data
 

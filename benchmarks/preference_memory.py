@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
-from alphatoken import collectives
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_preference import PreferenceRunConfig
-from alphatoken.engine import initialise_ranks
-from alphatoken.losses import Objective, SupervisedObjective
-from alphatoken.preference import PreferenceObjective
-from alphatoken.report import Report
-from alphatoken.training import Trainer
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives
+from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.objectives.base import Objective
+from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.report import Report
+from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import circumstances, reset_high_water, status, write_result
 
 MODES = ("sft", "cached", "online")

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alphatoken.losses import loss_positions
+from alphatoken.batch import loss_positions
 from benchmarks.measuring import (
     PAPER_MICRO_BATCHES,
     Peak,

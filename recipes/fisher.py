@@ -8,10 +8,10 @@ key.
 """
 
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_file import parse_arguments
-from alphatoken.config_preference import PreferenceRunConfig
-from alphatoken.estimation import run_fisher
+from alphatoken.config.help import parse_arguments
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.stability.estimate import run_fisher
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ DeepSpeed.
 """
 
 from alphatoken.cli import readable_errors
-from alphatoken.config_file import parse_arguments
-from alphatoken.config_preference import PreferenceRunConfig
-from alphatoken.preference import PreferenceObjective
-from alphatoken.training import Trainer
+from alphatoken.config.help import parse_arguments
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.training.trainer import Trainer
 
 
 def main() -> None:

@@ -6,10 +6,10 @@
 """
 
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_file import parse_arguments
-from alphatoken.losses import SupervisedObjective
-from alphatoken.training import Trainer
+from alphatoken.config.help import parse_arguments
+from alphatoken.config.run import RunConfig
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.trainer import Trainer
 
 
 def main() -> None:

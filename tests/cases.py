@@ -22,33 +22,35 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken import checkpoint, collectives, losses
-from alphatoken.architectures import Decoder, decoder_of
-from alphatoken.capture import EntryCapture
-from alphatoken.collectives import RemoteError
-from alphatoken.config import RunConfig
-from alphatoken.config_file import validate
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.checkpoints import saving
+from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
+from alphatoken.distributed import collectives
+from alphatoken.distributed.collectives import RemoteError
+from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.doctor import storage
 from alphatoken.doctor.examination import Examination
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival
-from alphatoken.engine import initialise_ranks
 from alphatoken.errors import UserError
-from alphatoken.estimation import run_fisher
-from alphatoken.fisher import FisherSum
-from alphatoken.ghost import GhostScorer
-from alphatoken.losses import SupervisedObjective
-from alphatoken.preference import PreferenceObjective
-from alphatoken.reference import CacheFolder
-from alphatoken.report import Report
-from alphatoken.statistics import StepStatistics
-from alphatoken.step_selection import count_tokens
-from alphatoken.streamer import LayerStreamer
-from alphatoken.training import Trainer
+from alphatoken.models import head
+from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.passes.capture import EntryCapture
+from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.reference.cache import CacheFolder
+from alphatoken.selection.step import count_tokens
+from alphatoken.stability.estimate import run_fisher
+from alphatoken.stability.fisher_sum import FisherSum
+from alphatoken.training.report import Report
+from alphatoken.training.statistics import StepStatistics
+from alphatoken.training.trainer import Trainer
+from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
 
 
@@ -306,12 +308,12 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "forward": (Decoder, "hidden_states"),
     "scoring": (GhostScorer, "score"),
     "refresh": (GhostScorer, "refresh"),
-    "backward": (losses._BlockedNLL, "backward"),
+    "backward": (head._BlockedNLL, "backward"),
     "step": (torch.optim.AdamW, "step"),
     "report": (Report, "step"),
     "saving shards": (TorchCheckpointEngine, "save"),
-    "hashing shards": (checkpoint, "described_files"),
-    "publishing": (checkpoint, "publish_text"),
+    "hashing shards": (saving, "described_files"),
+    "publishing": (saving, "publish_text"),
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken.attention import (
+from alphatoken.passes.attention import (
     AttentionCall,
     Visibility,
     attention_band,
@@ -16,7 +16,7 @@ from alphatoken.attention import (
     log_sum_exp,
     mix_band,
 )
-from alphatoken.capture import AttentionCapture
+from alphatoken.passes.attention_capture import AttentionCapture
 from tests.oracle import relative_error
 
 

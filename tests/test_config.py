@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from alphatoken.cli import readable_errors
-from alphatoken.config import RunConfig
-from alphatoken.config_file import load_config, parse_arguments, save_config
-from alphatoken.config_preference import PreferenceRunConfig
-from alphatoken.engine import deepspeed_config
+from alphatoken.config.file import load_config, save_config
+from alphatoken.config.help import parse_arguments
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

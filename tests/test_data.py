@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.config import ModelConfig, RunConfig, Source
-from alphatoken.config_file import validate
+from alphatoken.config.file import validate
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import ModelConfig, Source
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, Skipped
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
-from alphatoken.engine import load_tokenizer
 from alphatoken.errors import UserError
+from alphatoken.models.loading import load_tokenizer
 
 TEMPLATES = Path(__file__).parent.parent / "configs" / "chat_templates"
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.checkpoint_files import most_at_once
-from alphatoken.config import RunConfig
-from alphatoken.config_file import validate
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.checkpoints.files import most_at_once
+from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.data import batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import Encoder

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
-from alphatoken.valuation import adam_scale
+from alphatoken.distributed.adam_scale import adam_scale
 from tests.exact_oracle import exact_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from alphatoken import losses
-from alphatoken import squares as square_rules
-from alphatoken.architectures import ParameterSet, decoder_of
-from alphatoken.fisher import FisherSum
-from alphatoken.losses import draw_tokens, head_samples
-from alphatoken.sampling import rollouts, teacher_forced
+from alphatoken.models import head as head_module
+from alphatoken.models.decoder import decoder_of
+from alphatoken.models.head import draw_tokens, head_samples
+from alphatoken.models.scored import ParameterSet
+from alphatoken.stability import squares as square_rules
+from alphatoken.stability.fisher_sum import FisherSum
+from alphatoken.stability.sampling import rollouts, teacher_forced
 from tests.fisher_oracle import (
     ExactFisher,
     Squares,
@@ -426,7 +427,7 @@ def test_samples_in_blocks_are_the_same(
     expected = draw_tokens(
         logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap), uniform_R
     )
-    monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", 2 * rows_per_block * 13)
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", 2 * rows_per_block * 13)
     assert head_samples(hidden_RH, head, uniform_R, softcap).equal(expected)
     assert head_samples(hidden_RH[:0], head, uniform_R[:0], softcap).shape == (0,)
 

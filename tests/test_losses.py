@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphatoken import losses
-from alphatoken.losses import (
-    HeadLoss,
-    SupervisedObjective,
-    head_jvp,
-    head_loss,
-    head_outgrads,
-    loss_positions,
-)
+from alphatoken.batch import loss_positions
+from alphatoken.models import head as head_module
+from alphatoken.models.head import HeadLoss, head_jvp, head_loss, head_outgrads
+from alphatoken.objectives.supervised import SupervisedObjective
 from tests.oracle import relative_error
 
 
@@ -37,7 +32,7 @@ def test_blocked_head_equals_cross_entropy(
     softcap: float | None,
 ) -> None:
     vocabulary = 13
-    monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
     torch.manual_seed(0)
     head = nn.Linear(6, vocabulary, bias=bias)
     hidden = torch.randn(rows, 6, requires_grad=True)
@@ -94,7 +89,7 @@ def test_the_heads_derivatives_equal_autograds(
     softcap: float | None,
 ) -> None:
     vocabulary = 13
-    monkeypatch.setattr(losses, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
     head = nn.Linear(6, vocabulary).requires_grad_(False)
     hidden, targets = torch.randn(rows, 6), torch.randint(0, vocabulary, (rows,))
     tangent, directions = (

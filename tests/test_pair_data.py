@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.config import Source
-from alphatoken.config_file import validate
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.sections import Source
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoded, Encoder, Skipped

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from alphatoken import UserError, ValuationConfig, score_tokens
-from alphatoken.config_file import validate
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
-from alphatoken.reference import CachedLosses, CacheFolder, _longest_chain, check_reference
+from alphatoken.reference.cache import CachedLosses, CacheFolder, longest_chain
+from alphatoken.reference.losses import check_reference
 from tests.ranks import run_ranks
 from tests.test_distributed import (
     SCORED_BY,
@@ -353,7 +354,7 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
     assert {name: (cache / "train" / name).stat().st_mtime_ns for name in files} == kept, (
         "what was there is used"
     )
-    one, other = (CachedLosses(_longest_chain(folder / "train", 30)) for folder in (cache, whole))
+    one, other = (CachedLosses(longest_chain(folder / "train", 30)) for folder in (cache, whole))
     for row in range(30):
         assert np.allclose(one[row], other[row], rtol=1e-5, atol=1e-6)
     assert metrics_of(configs["resumed"])[-1]["loss"] == pytest.approx(

@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from alphatoken.cli import app
-from alphatoken.config import RunConfig
-from alphatoken.config_file import load_config
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.file import load_config
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.planner.plan import GIB, Plan, make_plan
 from alphatoken.planner.workload import Rows, longest_rows

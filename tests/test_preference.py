@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken.config_preference import PreferenceConfig
-from alphatoken.preference import (
+from alphatoken.config.preference import PreferenceConfig
+from alphatoken.objectives.pair_losses import (
     Branch,
     Pairs,
-    PreferenceObjective,
     alpha_dpo,
     cpo,
     dpo,
@@ -26,6 +25,7 @@ from alphatoken.preference import (
     orpo,
     simpo,
 )
+from alphatoken.objectives.preference import PreferenceObjective
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "alpha_dpo": {},

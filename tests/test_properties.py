@@ -12,16 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken import TokenValues, ValuationConfig, passes, score_tokens
-from alphatoken.architectures import decoder_of
-from alphatoken.attention import AttentionCall
-from alphatoken.capture import EntryCapture
-from alphatoken.drift import Drift
-from alphatoken.ghost import GhostScorer
-from alphatoken.held_out import HeldOutSignals
-from alphatoken.losses import head_loss
-from alphatoken.tower import Tower
-from alphatoken.valuation import bilinear_product, cheaper_contraction, ghost_product, target_matrix
+from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.models.decoder import decoder_of
+from alphatoken.models.head import head_loss
+from alphatoken.passes import chunks
+from alphatoken.passes.attention import AttentionCall
+from alphatoken.passes.capture import EntryCapture
+from alphatoken.stability.drift import Drift
+from alphatoken.values.algebra import (
+    bilinear_product,
+    cheaper_contraction,
+    ghost_product,
+    target_matrix,
+)
+from alphatoken.values.ghost.held_out import HeldOutSignals
+from alphatoken.values.ghost.scorer import GhostScorer
+from alphatoken.values.ghost.tower import Tower
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
 from tests.tiny import CASES, collate, random_sequences, tiny_llama, unpad
@@ -225,7 +231,7 @@ def loss_scaled_by(factor: float) -> Iterator[None]:
         return nll_R, factor * outgrad_RH
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "head_loss", scaled)
+        patch.setattr(chunks, "head_loss", scaled)
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
-from alphatoken.statistics import rank_correlation
+from alphatoken.training.moments import rank_correlation
 from recipes.quickstart import get_model, make_data
 from tests.ranks import ROOT
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken.selection import Selection, ranking, scheduled_ratio, uniform_noise
+from alphatoken.data.noise import uniform_noise
+from alphatoken.selection.policy import ranking
+from alphatoken.selection.select import Selection, scheduled_ratio
 
 counts_of_rows = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 selections = st.builds(

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken import UserError, ValuationConfig, load_fisher, score_tokens
 from alphatoken.data.batches import Order
-from alphatoken.selection import uniform_noise
-from alphatoken.slices import TensorFile
-from alphatoken.statistics import rank_correlation
-from alphatoken.valuation import RunningScales
+from alphatoken.data.noise import uniform_noise
+from alphatoken.distributed.shard_files import TensorFile
+from alphatoken.training.moments import rank_correlation
+from alphatoken.values.balance import RunningScales
 from tests.fisher_oracle import position_gradients, squares
 from tests.oracle import oracle_copy, relative_error
 from tests.ranks import run_ranks

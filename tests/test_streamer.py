@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alphatoken.architectures import Decoder, decoder_of
-from alphatoken.capture import Entry, EntryCapture
-from alphatoken.streamer import LayerStreamer
+from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.passes.capture import Entry, EntryCapture
+from alphatoken.passes.streamer import LayerStreamer
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_valuation import LENGTHS

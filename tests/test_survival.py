@@ -21,15 +21,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-from alphatoken import checkpoint_files, collectives, zero3
-from alphatoken.checkpoint import open_run_folder
-from alphatoken.checkpoint_files import obsolete, step_folders
-from alphatoken.config import RunConfig
-from alphatoken.config_file import validate
+from alphatoken.checkpoints import files as checkpoint_files
+from alphatoken.checkpoints.export import export_checkpoint
+from alphatoken.checkpoints.files import obsolete, step_folders
+from alphatoken.checkpoints.resuming import open_run_folder
+from alphatoken.config.file import validate
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
-from alphatoken.export import export_checkpoint
-from alphatoken.preemption import StopRequest, WindowDroppedError
-from alphatoken.watchdog import Watchdog
+from alphatoken.training.stopping import StopRequest, WindowDroppedError
+from alphatoken.training.watchdog import Watchdog
 from tests.cases import MOMENTS
 from tests.ranks import ROOT, run_ranks
 from tests.test_training import changed, metrics_of
@@ -653,7 +654,7 @@ def test_an_export_of_shards_is_the_engines_model(
 ) -> None:
     """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's
     own export."""
-    monkeypatch.setattr("alphatoken.export.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("alphatoken.checkpoints.export.SHARD_BYTES", 50_000)
     configs = {}
     kinds: dict[str, dict[str, Any]] = {
         "zero-3": {},

@@ -17,9 +17,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken import UserError
-from alphatoken.config import RunConfig
-from alphatoken.losses import SupervisedObjective
-from alphatoken.training import Trainer
+from alphatoken.config.run import RunConfig
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.trainer import Trainer
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import tokenised
 
@@ -499,9 +499,9 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
                 if value == f"{{{name}}}":
                     content[key] = str(tmp_path / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("alphatoken.training.initialise_ranks", lambda: torch.device("cpu"))
+    monkeypatch.setattr("alphatoken.training.trainer.initialise_ranks", lambda: torch.device("cpu"))
     monkeypatch.setattr(
-        "alphatoken.training.load_model", lambda *_: pytest.fail("the model was loaded")
+        "alphatoken.training.trainer.load_model", lambda *_: pytest.fail("the model was loaded")
     )
     values = changed(run_values, **sections)
     with pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
-from alphatoken.architectures import decoder_of
+from alphatoken.models.decoder import decoder_of
 from tests.oracle import Scored, Sequences, relative_error, token_values
 from tests.tiny import (
     CASES,

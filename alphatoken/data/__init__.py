@@ -1,2 +1,4 @@
-"""From files and hub names to micro-batches: `sources` reads rows, `chat` tokenises them, `cache`
-keeps the result, `splits` checks the parts against each other, `batches` orders and collates."""
+"""From files and hub names to micro-batches.
+
+A new row format goes into `rows`, a new order or layout into `batches`.
+"""

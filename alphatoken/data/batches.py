@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphatoken.config import RunConfig
+from alphatoken.batch import IGNORE_INDEX, loss_positions
+from alphatoken.config.run import RunConfig
 from alphatoken.data.cache import TokenDataset
-from alphatoken.losses import IGNORE_INDEX, loss_positions
-from alphatoken.selection import uniform_noise
+from alphatoken.data.noise import uniform_noise
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from alphatoken.config import Source
+from alphatoken.config.sections import Source
 from alphatoken.data.chat import RowEncoder, Skipped
 from alphatoken.data.sources import location, open_source
 from alphatoken.errors import UserError

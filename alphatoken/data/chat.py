@@ -285,3 +285,8 @@ def _digest(text: str) -> int:
     return int.from_bytes(
         hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
     )
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer and its chat template."""
+    return hashlib.sha256(PromptEncoder(tokenizer, 0).identity.encode()).hexdigest()

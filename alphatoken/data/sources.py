@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alphatoken.config import Source
+from alphatoken.config.sections import Source
 from alphatoken.errors import UserError
-from alphatoken.files import file_sha256
+from alphatoken.util.files import file_sha256
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.config import RunConfig, Source
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import Source
 from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder

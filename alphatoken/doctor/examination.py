@@ -14,17 +14,17 @@ from uuid import uuid4
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken import collectives
-from alphatoken.config import RunConfig
-from alphatoken.config_file import flat, load_config
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.file import flat, load_config
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.data.splits import Splits, read_splits
+from alphatoken.distributed import collectives
+from alphatoken.distributed.ranks import device_memory, initialise_ranks, visible_devices
 from alphatoken.doctor import masks, ranks, refusals, rows, storage
 from alphatoken.doctor.findings import Finding, on_every_rank, skipped, verdict
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival, deadline, meet
-from alphatoken.engine import device_memory, initialise_ranks, visible_devices
-from alphatoken.wording import plural
+from alphatoken.util.wording import plural
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from alphatoken import collectives
+from alphatoken.distributed import collectives
 from alphatoken.errors import UserError
 
 T = TypeVar("T")

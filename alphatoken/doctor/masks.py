@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.config import RunConfig, Source
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import Source
 from alphatoken.data.chat import Encoder
 from alphatoken.data.rows import Message, as_messages, as_pair, has_text
 from alphatoken.data.sources import location, open_source
 from alphatoken.doctor.findings import Finding
 from alphatoken.errors import UserError
-from alphatoken.wording import plural
+from alphatoken.util.wording import plural
 
 # Words that occur in no template, each in one turn only.
 PROBE: tuple[Message, ...] = (

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alphatoken.doctor.findings import Finding
-from alphatoken.wording import plural
+from alphatoken.util.wording import plural
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 TRAINED = r"(?s)\[\[.*?\]\]"

@@ -18,11 +18,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import alphatoken
-from alphatoken import collectives
+from alphatoken.distributed import collectives
 from alphatoken.doctor.findings import Finding, disagreement, named
 from alphatoken.doctor.rendezvous import Arrival
-from alphatoken.files import file_sha256, fingerprint
-from alphatoken.wording import plural, size
+from alphatoken.util.files import file_sha256, fingerprint
+from alphatoken.util.wording import plural, size
 
 PACKAGE = "alphatoken"
 SHOWN = 5  # differences that are listed

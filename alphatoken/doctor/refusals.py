@@ -7,21 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alphatoken.architectures import decoder_of
-from alphatoken.checkpoint import find_checkpoint
-from alphatoken.config import RunConfig
+from alphatoken.checkpoints.resuming import find_checkpoint
+from alphatoken.config.run import RunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import Splits, check_sizes, load_prompts
+from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.doctor.findings import Finding
-from alphatoken.engine import (
-    check_before_loading,
-    deepspeed_config,
-    load_tokenizer,
-    model_without_weights,
-)
-from alphatoken.estimation import check_files
-from alphatoken.reference import check_reference
-from alphatoken.wording import plural
+from alphatoken.models.decoder import decoder_of
+from alphatoken.models.loading import check_before_loading, load_tokenizer, model_without_weights
+from alphatoken.reference.losses import check_reference
+from alphatoken.stability.of_run import check_files
+from alphatoken.util.wording import plural
 
 
 def batches(config: RunConfig, ranks: int) -> str:

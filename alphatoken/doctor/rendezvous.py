@@ -22,7 +22,7 @@ from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-de
 
 from alphatoken.doctor.findings import Finding, named
 from alphatoken.errors import UserError
-from alphatoken.wording import plural
+from alphatoken.util.wording import plural
 
 CHECK = "rendezvous"
 WANTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

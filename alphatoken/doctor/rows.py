@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.config import RunConfig
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.batch import IGNORE_INDEX
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Splits, shared_rows
 from alphatoken.doctor.findings import Finding
-from alphatoken.engine import stop_tokens
-from alphatoken.losses import IGNORE_INDEX
-from alphatoken.wording import plural
+from alphatoken.models.loading import stop_tokens
+from alphatoken.util.wording import plural
 
 LOOKED_AT = 64  # rows that are collated
 BARS = 8

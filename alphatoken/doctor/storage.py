@@ -10,13 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from alphatoken import collectives
-from alphatoken.checkpoint import RunFolder, checkpoint_bytes
-from alphatoken.checkpoint_files import free_bytes, most_at_once, step_folders
-from alphatoken.config import RunConfig
+from alphatoken.checkpoints.files import free_bytes, most_at_once, step_folders
+from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.saving import checkpoint_bytes
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives
 from alphatoken.doctor.findings import Finding, Seen, named, on_every_rank, verdict
 from alphatoken.errors import UserError
-from alphatoken.wording import plural, size
+from alphatoken.util.wording import plural, size
 
 # How long a file may take to appear on another node: network file systems look into a folder
 # again after seconds.

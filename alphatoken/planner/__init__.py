@@ -1,2 +1,4 @@
-"""What a run will need, from its configuration and the model's `config.json`: memory, messages,
-floating-point work."""
+"""What a run will need before it starts: memory, messages and FLOPs.
+
+A new estimator brings its costs along; see docs/extending.md.
+"""

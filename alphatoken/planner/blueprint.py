@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from alphatoken.architectures import Decoder, decoder_of, scored_depth
-from alphatoken.config import RunConfig
-from alphatoken.engine import check_before_loading, deepspeed_config, model_without_weights
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed.settings import deepspeed_config
+from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.models.loading import check_before_loading, model_without_weights
+from alphatoken.models.scored import scored_depth
 from alphatoken.planner.sharding import Gathers, Sharding, gathers_of, sharding_of
 from alphatoken.planner.tracing import COUNTED_ATTENTION, BodyCost, Tracer
 from alphatoken.planner.workload import Rows, Workload, workload_of
-from alphatoken.valuation import ContractionName, cheaper_contraction
+from alphatoken.values.algebra import ContractionName, cheaper_contraction
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alphatoken.losses import block_rows
+from alphatoken.models.head import block_rows
 from alphatoken.planner.blueprint import Blueprint
 
 

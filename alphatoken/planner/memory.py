@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alphatoken.checkpoint import checkpoint_bytes
-from alphatoken.losses import block_rows
+from alphatoken.checkpoints.saving import checkpoint_bytes
+from alphatoken.models.head import block_rows
 from alphatoken.planner.blueprint import Blueprint
 
 # What a process takes on a CPU besides its imports and tensors, measured with a model of 0.2

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alphatoken.config import DeepSpeedConfig, RunConfig, ValuationConfig
-from alphatoken.engine import DEFAULT_DEEPSPEED, read_deepspeed_config
+from alphatoken.config.run import DeepSpeedConfig, RunConfig
+from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed.settings import DEFAULT_DEEPSPEED, read_deepspeed_config
 from alphatoken.errors import UserError
 from alphatoken.planner.blueprint import Blueprint, draw
 from alphatoken.planner.compute import Compute, compute_of

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from alphatoken import zero3
-from alphatoken.architectures import Decoder
+from alphatoken.distributed import zero3
+from alphatoken.models.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from alphatoken.planner.compute import Compute
 from alphatoken.planner.memory import Part
 from alphatoken.planner.plan import Plan
-from alphatoken.wording import plural, size
+from alphatoken.util.wording import plural, size
 
 
 def as_values(plan: Plan) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
-from alphatoken.architectures import Decoder
-from alphatoken.attention import AttentionCall, attention_band, mix_band
-from alphatoken.capture import Entry, EntryCapture, SignalCapture
-from alphatoken.config import ValuationConfig
+from alphatoken.config.sections import ValuationConfig
 from alphatoken.errors import UserError
-from alphatoken.streamer import LayerStreamer
+from alphatoken.models.decoder import Decoder
+from alphatoken.passes.attention import AttentionCall, attention_band, mix_band
+from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
+from alphatoken.passes.streamer import LayerStreamer
 
 META = torch.device("meta")
 

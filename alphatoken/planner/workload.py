@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from alphatoken.config import RunConfig
-from alphatoken.config_preference import PreferenceRunConfig
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.data.cache import TokenDataset
 from alphatoken.errors import UserError
-from alphatoken.step_selection import selections_at
+from alphatoken.selection.step import selections_at
 
 
 @dataclass(frozen=True)

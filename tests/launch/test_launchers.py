@@ -21,8 +21,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from alphatoken.config import RunConfig
-from alphatoken.config_file import load_config
+from alphatoken.config.file import load_config
+from alphatoken.config.run import RunConfig
 from tests.launch.daemons import Slurm, start_sshd
 from tests.launch.machines import ENVIRONMENT, Machine, lacking, two_machines, wait_until
 from tests.ranks import ROOT
@@ -39,13 +39,14 @@ import os, signal, sys, time
 asked = []
 signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-rank = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
-os.write(1, (" ".join(["rank", *rank.values(), *sys.argv[1:]]) + "\\n").encode())  # at once: ranks share the pipe
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+line = " ".join(["rank", *(os.environ[name] for name in names), *sys.argv[1:]]) + "\\n"
+os.write(1, line.encode())  # at once: ranks share the pipe
 while not asked and "train.resume=auto" not in sys.argv:
     time.sleep(0.05)
-if asked and rank["RANK"] == "0":
+if asked and os.environ["RANK"] == "0":
     print("stopped after step 2, which is saved", flush=True)
-"""  # noqa: E501
+"""
 
 
 def needs(*commands: str) -> pytest.MarkDecorator:

@@ -1,0 +1,162 @@
+"""What makes a checkpoint valid, on disk: its description, its files' hashes, which one is newest,
+which may go.
+
+A checkpoint is written into `step-N.partial`, described in `complete.json` (format version, step,
+ranks, configuration, and the size and SHA-256 of every file), and only then renamed; `latest` names
+the newest. A folder without a valid description does not exist for us.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alphatoken.errors import UserError
+from alphatoken.util.files import PARTIAL, file_sha256, fingerprint, flush, publish_text
+
+FORMAT_VERSION = 3
+DESCRIPTION = "complete.json"
+LATEST = "latest"
+SHARDS = "*optim_states.pt"  # what DeepSpeed calls them; at stage 0 there are none
+ABOUT = "about.json"  # in the run's model folder
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, newest first, valid or not."""
+    if not checkpoints.is_dir():
+        return {}
+    found = {
+        int(match[1]): path
+        for path in checkpoints.iterdir()
+        if (match := STEP_FOLDER.fullmatch(path.name))
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Removes what saves that were killed have left."""
+    for leftover in checkpoints.glob(f"step-*{PARTIAL}"):
+        if STEP_FOLDER.fullmatch(leftover.name.removesuffix(PARTIAL)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
+    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old
+    converted ones.
+
+    A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed,
+    so that it is never taken for newer.
+    """
+    folders = step_folders(checkpoints)
+    for step in [step for step in folders if step > saved]:
+        aside = checkpoints / f"{folders.pop(step).name}.abandoned"
+        shutil.rmtree(aside, ignore_errors=True)
+        (checkpoints / f"step-{step}").rename(aside)
+    for step in obsolete(
+        [step for step, path in folders.items() if (path / DESCRIPTION).exists()],
+        keep_last,
+        keep_every,
+    ):
+        shutil.rmtree(folders[step], ignore_errors=True)
+    for converted in checkpoints.glob("step-*-universal"):
+        if converted.name != f"step-{saved}-universal":
+            shutil.rmtree(converted, ignore_errors=True)
+
+
+def obsolete(steps: Iterable[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints may go: neither among the last `keep_last` nor a multiple of
+    `keep_every`."""
+    if keep_last is None:
+        return []
+    older = sorted(steps, reverse=True)[keep_last:]
+    return [step for step in older if keep_every is None or step % keep_every]
+
+
+def most_at_once(
+    total_steps: int, save_every: int | None, keep_last: int | None, keep_every: int | None
+) -> int:
+    """How many checkpoints of a run lie on the disk together at worst: while one is written, none
+    is removed."""
+    if save_every is None:
+        return 0
+    most, kept = 0, set[int]()
+    for step in sorted({*range(save_every, total_steps + 1, save_every), total_steps}):
+        kept.add(step)
+        most = max(most, len(kept))
+        kept -= set(obsolete(kept, keep_last, keep_every))
+    return most
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """Raises UserError where it is missing, damaged, or of another version of this project."""
+    file = checkpoint / DESCRIPTION
+    try:
+        text = file.read_text(encoding="utf-8")
+        description: dict[str, Any] = json.loads(text)
+        sealed = description.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if description.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {description.get('format_version')}, not {FORMAT_VERSION}"
+        )
+    if text != _sealed(description):
+        raise UserError(
+            f"{file} does not have the content that was saved (its hash {sealed[:12]} does "
+            "not match)"
+        )
+    return description
+
+
+def source_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint and its universal form have in common."""
+    description = read_description(checkpoint)
+    return {key: value for key, value in description.items() if key != "files"}
+
+
+def write_description(checkpoint: Path, description: dict[str, Any]) -> None:
+    """Makes a checkpoint valid."""
+    publish_text(checkpoint / DESCRIPTION, _sealed(description))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, naming the first wrong one, or None."""
+    try:
+        description = read_description(checkpoint)
+    except UserError as error:
+        return str(error)
+    for name, expected in description["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if file_sha256(file) != expected["sha256"]:
+            return f"{file} does not have the content that was saved"
+    return None
+
+
+def described_files(folder: Path, names: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and hash of files in `folder`, which are on the disk afterwards; by relative name."""
+    return {str(file.relative_to(folder)): _flush_and_digest(file) for file in names}
+
+
+def free_bytes(folder: Path) -> int:
+    """Space left on the disk that holds `folder` or the nearest folder above it that exists."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _sealed(description: dict[str, Any]) -> str:
+    """The description as text, its own hash included."""
+    return json.dumps({**description, "sha256": fingerprint(description)}, indent=1)
+
+
+def _flush_and_digest(file: Path) -> dict[str, Any]:
+    flush(file)
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}

@@ -1,0 +1,76 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alphatoken.checkpoints.files import (
+    ABOUT,
+)
+from alphatoken.config.file import save_config
+from alphatoken.config.run import RunConfig
+from alphatoken.distributed import collectives
+from alphatoken.util.files import publish_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeats"
+
+
+def start_run_folder(
+    folder: RunFolder,
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+) -> None:
+    """Creates the folder and writes what is known before the first step, on rank 0: the resolved
+    configuration, and what an export needs besides weights (the model's configuration and
+    tokenizer, and `about`: the data).
+    """
+
+    def write() -> None:
+        folder.model.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder.config)
+        model.config.save_pretrained(folder.model)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder.model)
+        tokenizer.save_pretrained(folder.model)
+        for adapters in getattr(model, "peft_config", {}).values():
+            adapters.base_model_name_or_path = config.model.name_or_path
+            adapters.save_pretrained(folder.model)
+        publish_text(folder.model / ABOUT, json.dumps(about, indent=1))
+
+    collectives.on_rank_0(write)

@@ -1,0 +1,50 @@
+"""Checkpoints for another number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+from alphatoken.checkpoints.files import (
+    damage,
+    described_files,
+    source_of,
+    write_description,
+)
+from alphatoken.errors import UserError
+from alphatoken.util.files import PARTIAL, flush
+
+UNIVERSAL = "-universal"
+
+
+def universal_checkpoint(checkpoint: Path) -> Path:
+    """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once,
+    beside it.
+
+    Raises UserError with DeepSpeed's last words where it cannot be made.
+    """
+    target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
+    if target.exists() and damage(target) is None and source_of(target) == source_of(checkpoint):
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"DeepSpeed cannot convert {checkpoint} for another number of "
+            f"ranks:\n{finished.stderr.strip()[-1000:]}"
+        )
+    names = sorted(path for path in partial.rglob("*") if path.is_file())
+    write_description(partial, {**source_of(checkpoint), "files": described_files(partial, names)})
+    partial.rename(target)
+    # DeepSpeed's converter notes the new tag beside the checkpoints.
+    (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
+    flush(checkpoint.parent)
+    return target

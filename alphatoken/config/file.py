@@ -1,0 +1,173 @@
+"""Configuration from a YAML file and `section.key=value` overrides, and back; errors name the key
+and its nearest."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from alphatoken.config.sections import Section
+from alphatoken.errors import UserError
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two of its traps removed: `2e-5` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(
+    config_class: type[ConfigT],
+    file: Path,
+    overrides: Sequence[str] = (),
+    with_section: Mapping[str, type[ConfigT]] | None = None,
+) -> ConfigT:
+    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises
+    UserError.
+
+    Values with a section named in `with_section` are of the class given there.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file} must hold sections like 'model:' and 'data:', but holds "
+            f"{type(values).__name__}"
+        )
+    for override in overrides:
+        _apply_override(values, override)
+    for section, other_class in (with_section or {}).items():
+        if section in values:
+            config_class = other_class
+    return validate(config_class, values, str(file))
+
+
+def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
+    """Validates plain values; `origin` is named in the error. Raises UserError listing every
+    mistake."""
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(config_class, values, error))
+        raise UserError(f"the configuration {origin} has mistakes:\n{lines}") from None
+
+
+def save_config(config: Section, file: Path) -> None:
+    """Writes the resolved configuration: every key, defaults included."""
+    file.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested sections by their dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    target: Any = values
+    for depth, section in enumerate(sections):
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(
+                f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section "
+                "in the file"
+            )
+    try:
+        target[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _explain(
+    config_class: type[Section], values: dict[str, Any], error: ValidationError
+) -> list[str]:
+    """One line per wrong key."""
+    complaints: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        location = list(_real_location(item["loc"], values))
+        key = ".".join(map(str, location))
+        if item["type"] == "extra_forbidden":
+            complaint = "unknown key" + _nearest(config_class, [str(part) for part in location])
+        elif item["type"] == "missing":
+            complaint = "required, but not given"
+        elif item["type"] == "value_error":
+            key, complaint = "", str(item["ctx"]["error"])
+        else:
+            complaint = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+        complaints.setdefault(key, []).append(complaint)
+    return [
+        f"{key}: {'; or '.join(lines)}" if key else "; ".join(lines)
+        for key, lines in complaints.items()
+    ]
+
+
+def _real_location(location: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
+    """A pydantic error location without the names of union branches, which are no keys of the
+    user's."""
+    for part in location:
+        if isinstance(values, dict):
+            yield part
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            yield part
+            values = values[part]
+
+
+def _nearest(config_class: type[Section], location: list[str]) -> str:
+    *_, wrong = location
+    known = list(_keys(config_class))
+    siblings = [key for key in known if key.split(".")[:-1] == location[:-1]]
+    for candidates in (siblings, known):
+        by_name = {key.split(".")[-1]: key for key in reversed(candidates)}
+        matches = difflib.get_close_matches(wrong, by_name, n=1)
+        if matches:
+            return f"; did you mean {by_name[matches[0]]}?"
+    return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
+
+
+def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in config_class.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

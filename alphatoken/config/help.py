@@ -1,0 +1,99 @@
+"""Command-line arguments of the recipes and the table of keys that `--help` prints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from alphatoken.config.file import ConfigT, load_config
+from alphatoken.config.sections import Section
+from alphatoken.errors import UserError
+
+
+def parse_arguments(
+    config_class: type[ConfigT],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    with_section: Mapping[str, type[ConfigT]] | None = None,
+) -> ConfigT:
+    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains
+    every field.
+
+    `with_section` as in `load_config`.
+    """
+    parser = argparse.ArgumentParser(description=description, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="set by the launcher; LOCAL_RANK is what counts",
+    )
+    parser.add_argument("overrides", nargs="*")
+    parsed = parser.parse_args(arguments)
+    if parsed.help:
+        print_fields(config_class, description)
+        raise SystemExit(0)
+    if parsed.config is None:
+        raise UserError(
+            "give the configuration: --config FILE [section.key=value ...] (--help lists every key)"
+        )
+    return load_config(config_class, parsed.config, parsed.overrides, with_section)
+
+
+def print_fields(config_class: type[Section], description: str) -> None:
+    """Every key with its default and its one-line why."""
+    console = Console()
+    usage = "Usage: --config FILE [section.key=value ...]   (values are YAML)"
+    console.print(f"{description}\n\n{usage}\n", highlight=False, markup=False)
+    for section, info in config_class.model_fields.items():
+        section_class = info.annotation
+        assert isinstance(section_class, type)
+        assert issubclass(section_class, BaseModel)
+        table = Table(
+            "key", "default", "why", title=f"[bold]{section}", title_justify="left", expand=True
+        )
+        _add_rows(table, section, section_class)
+        console.print(table)
+
+
+def _add_rows(table: Table, prefix: str, section_class: type[BaseModel]) -> None:
+    """A row for each key, those of sections inside the section included."""
+    for name, field in section_class.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _add_rows(table, f"{prefix}.{name}", field.annotation)
+            continue
+        default = "(required)"
+        if not field.is_required():
+            default = yaml.safe_dump(_plain(field), default_flow_style=True).split("\n")[0]
+        table.add_row(f"{prefix}.{name}", default, (field.description or "") + _choices(field))
+
+
+def _plain(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, tuple):
+        return list(default)
+    return str(default) if isinstance(default, Path) else default
+
+
+def _choices(field: FieldInfo) -> str:
+    """The allowed words of a Literal field, for the help text."""
+    words = [word for word in _literals(field.annotation) if isinstance(word, str)]
+    return f" One of: {', '.join(words)}." if len(words) > 1 else ""
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        if isinstance(argument, (str, int)):
+            yield argument
+        else:
+            yield from _literals(argument)

@@ -1,0 +1,164 @@
+"""Configuration of preference runs: what `config.RunConfig` has, and the objective on pairs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import Section, SelectionConfig
+
+PreferenceObjectiveName = Literal["alpha_dpo", "dpo", "ipo", "hinge", "simpo", "orpo", "cpo"]
+BRANCHES: tuple[Literal["chosen"], Literal["rejected"]] = ("chosen", "rejected")
+REFERENCE_FREE = ("simpo", "orpo", "cpo")
+
+# Keys that only some objectives read.
+READ_BY: dict[str, tuple[PreferenceObjectiveName, ...]] = {
+    "label_smoothing": ("dpo",),
+    "margin": ("simpo",),
+    "normalisation": ("alpha_dpo",),
+}
+
+
+class PreferenceConfig(Section):
+    objective: PreferenceObjectiveName = Field(
+        "alpha_dpo",
+        description="What is minimised over pairs: the paper's masked DPO; or DPO, IPO, "
+        "hinge (SLiC), SimPO, "
+        "ORPO or "
+        "CPO on the sums over kept tokens. The last three need no reference.",
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Scale of the log-ratios (IPO: inverse gap; ORPO: weight of the odds "
+        "ratio); default: "
+        "0.1, and 2.0 "
+        "for simpo.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of pairs whose labels are swapped (conservative DPO).",
+    )
+    margin: float = Field(
+        0.5, ge=0, description="By how much SimPO wants the chosen reward to be higher (gamma)."
+    )
+    nll_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the mean loss of the chosen response's kept tokens, added to "
+        "the objective; "
+        "default: 1 "
+        "for orpo and cpo, else 0.",
+    )
+    normalisation: Literal["sum", "mean_kept"] = Field(
+        "sum",
+        description="alpha_dpo: sum the kept tokens' losses of a branch (the published "
+        "equation, and DPO's "
+        "gradient "
+        "when all are kept) or take their mean (the published code).",
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Longest prompt of a pair; longer ones lose their start."
+    )
+    max_response_tokens: int = Field(
+        1024, ge=1, description="Longest response; longer ones are cut on the right."
+    )
+
+    @model_validator(mode="after")
+    def _objective_reads_its_keys(self) -> PreferenceConfig:
+        for key, readers in READ_BY.items():
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and self.objective not in readers:
+                raise ValueError(
+                    f"preference.{key}={value}: only preference.objective={' or '.join(readers)} "
+                    "reads this, not "
+                    f"{self.objective}"
+                )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """`beta`, or its default."""
+        return self.beta if self.beta is not None else 2.0 if self.objective == "simpo" else 0.1
+
+    @property
+    def chosen_nll_weight(self) -> float:
+        """`nll_weight`, or its default."""
+        return (
+            self.nll_weight
+            if self.nll_weight is not None
+            else float(self.objective in ("orpo", "cpo"))
+        )
+
+
+class BranchSelectionConfig(Section):
+    policy: (
+        Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"] | None
+    ) = Field(None, description="As selection.policy, for this branch.")
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="As selection.keep_ratio, for this branch."
+    )
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        None, description="As selection.schedule, for this branch."
+    )
+    keep_ratio_start: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="As selection.keep_ratio_start, for this branch."
+    )
+    schedule_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="As selection.schedule_steps, for this branch."
+    )
+    weights: Literal["hard", "sigmoid"] | None = Field(
+        None, description="As selection.weights, for this branch."
+    )
+    protect_eos: bool | None = Field(None, description="As selection.protect_eos, for this branch.")
+    min_keep: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="As selection.min_keep, for this branch."
+    )
+
+
+class PairSelectionConfig(SelectionConfig):
+    chosen: BranchSelectionConfig = Field(
+        default_factory=BranchSelectionConfig,
+        description="What differs for chosen responses, key by key.",
+    )
+    rejected: BranchSelectionConfig = Field(
+        default_factory=BranchSelectionConfig,
+        description="What differs for rejected responses, key by key.",
+    )
+
+    @model_validator(mode="after")
+    def _overrides_go_with_the_rest(self) -> PairSelectionConfig:
+        for name in BRANCHES:
+            try:
+                self.branch(name)
+            except ValidationError as error:
+                reason = error.errors(include_url=False)[0]
+                raise ValueError(
+                    f"selection.{name}: {reason.get('ctx', {}).get('error', reason['msg'])}"
+                ) from None
+        return self
+
+    def branch(self, name: Literal["chosen", "rejected"]) -> SelectionConfig:
+        """The complete settings of one branch."""
+        shared = self.model_dump(exclude={"chosen", "rejected"})
+        overrides = getattr(self, name).model_dump(exclude_none=True)
+        if overrides.get("schedule") == "constant":
+            shared |= {"keep_ratio_start": None, "schedule_steps": None}
+        return SelectionConfig.model_validate({**shared, **overrides})
+
+
+class PreferenceRunConfig(RunConfig):
+    """What `recipes/preference.py` needs."""
+
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    selection: PairSelectionConfig = Field(default_factory=PairSelectionConfig)
+
+    @property
+    def selections(self) -> tuple[SelectionConfig, ...]:
+        return tuple(self.selection.branch(name) for name in BRANCHES)
+
+    @property
+    def needs_reference(self) -> bool:
+        return super().needs_reference or self.preference.objective not in REFERENCE_FREE

@@ -1,0 +1,217 @@
+"""The configuration of a training run: its sections, and the checks that need more than one of
+them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from alphatoken.config.sections import (
+    DataConfig,
+    FilePath,
+    FisherConfig,
+    ModelConfig,
+    Pair,
+    ReferenceConfig,
+    Section,
+    SelectionConfig,
+    ValuationConfig,
+    as_reference,
+)
+
+
+class OptimConfig(Section):
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled weight decay; norms and biases are exempt."
+    )
+    betas: Pair = Field((0.9, 0.999), description="Adam's decay rates.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="Share of all steps in which the rate rises linearly."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning rate after the warmup."
+    )
+    clip: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 turns clipping off.")
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(
+        64, ge=1, description="Rows per optimizer step, over all ranks and micro-batches."
+    )
+    micro_batch_size: int = Field(4, ge=1, description="Rows per forward pass on one rank.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
+    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
+    seed: int = Field(
+        0, ge=0, description="Seed of data order, validation draws and the random policy."
+    )
+    output_dir: FilePath = Field(
+        description="Run folder: config.yaml, metrics.jsonl, checkpoints/, export/."
+    )
+    resume: str = Field(
+        "never",
+        description="never, auto (newest complete checkpoint of output_dir, if any) or a "
+        "checkpoint's "
+        "path.",
+    )
+    resume_allow: list[str] = Field(
+        default_factory=list,
+        description="Keys (* stands for any part) whose values may differ from the "
+        "resumed checkpoint's.",
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints; default: no checkpoints."
+    )
+    keep_last: int | None = Field(
+        None, ge=1, description="Keep only so many newest checkpoints; default: all."
+    )
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="With keep_last: keep the checkpoints of every so many steps as well.",
+    )
+    grace_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Time between SIGTERM or SIGUSR1 and the end by force. Where it is too "
+        "short for the "
+        "current step, "
+        "the step is dropped and done again on resuming; default: the step is always finished.",
+    )
+    watchdog_seconds: float | None = Field(
+        300.0,
+        gt=0,
+        description="Name the rank that holds up the others when nothing moves for so "
+        "long; null: never.",
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations, besides first and last."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run on so many training rows."""
+        return self.max_steps or math.ceil(self.epochs * rows / self.global_batch_size)
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError(
+                f"train.keep_every={self.keep_every} needs train.keep_last: without it all are kept"
+            )
+        return self
+
+
+class DeepSpeedConfig(Section):
+    config: FilePath | dict[str, Any] | None = Field(
+        None,
+        description="DeepSpeed JSON (file or mapping), passed through; default: plain "
+        "ZeRO stage 3.",
+    )
+
+
+class LoggingConfig(Section):
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="Weights & Biases logging."
+    )
+    project: str = Field("alphatoken", description="Weights & Biases project.")
+    name: str | None = Field(
+        None, description="Weights & Biases run name; default: the output folder's name."
+    )
+    every: int = Field(
+        1, ge=1, description="Optimizer steps between console lines; metrics.jsonl has every step."
+    )
+
+
+class RunConfig(Section):
+    """What every training recipe needs."""
+
+    model: ModelConfig
+    data: DataConfig
+    valuation: ValuationConfig = Field(default_factory=ValuationConfig)
+    fisher: FisherConfig = Field(default_factory=FisherConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    # `reference: online` is short for `reference: {mode: online}`.
+    reference: Annotated[ReferenceConfig, BeforeValidator(as_reference)] = Field(
+        default_factory=ReferenceConfig
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @property
+    def estimates_fisher(self) -> bool:
+        """Whether a training run has to estimate the Fisher by itself."""
+        return (
+            self.valuation.enabled
+            and self.valuation.fisher is None
+            and self.valuation.stability_weight > 0
+        )
+
+    @property
+    def selections(self) -> tuple[SelectionConfig, ...]:
+        """The selection of each response of a row: its only one here, the chosen and the rejected
+        one of pairs."""
+        return (self.selection,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the token losses of a reference model are needed."""
+        return any(selection.policy == "excess_loss" for selection in self.selections)
+
+    @model_validator(mode="after")
+    def _valuation_has_data(self) -> RunConfig:
+        if self.valuation.enabled and self.data.validation is None:
+            raise ValueError(
+                "valuation.enabled=true needs data.validation: held-out rows of the target task "
+                "(or set valuation.enabled=false to fine-tune without token values)"
+            )
+        if (
+            self.train.save_every is not None
+            and self.train.save_every % self.valuation.refresh_every
+        ):
+            raise ValueError(
+                f"train.save_every={self.train.save_every} is not a multiple of "
+                "valuation.refresh_every="
+                f"{self.valuation.refresh_every}: a resumed run could not rebuild the validation "
+                "signals"
+            )
+        if self.valuation.balance == "std" and not self.valuation.split_terms:
+            raise ValueError(
+                "valuation.balance=std needs adaptation and stability apart: "
+                "valuation.split_terms=true"
+            )
+        if self.valuation.reference is not None and self.valuation.fisher is None:
+            raise ValueError(
+                "valuation.reference is given without valuation.fisher; stability needs the "
+                "Fisher file"
+            )
+        if self.model.lora is not None and self.valuation.parameters == "norms":
+            raise ValueError(
+                "valuation.parameters=norms, but model.lora trains no norms: use linears or all"
+            )
+        for selection in self.selections:
+            if not self.valuation.enabled and selection.policy == "top_value":
+                raise ValueError("selection.policy=top_value needs valuation.enabled=true")
+            policy = selection.policy or ("top_value" if self.valuation.enabled else "all")
+            if selection.weights == "sigmoid" and policy in ("all", "random"):
+                raise ValueError(
+                    f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}"
+                )
+            if policy == "excess_loss" and self.reference.model is None:
+                raise ValueError(
+                    "selection.policy=excess_loss needs reference.model, trained on data "
+                    "that is wanted"
+                )
+        return self

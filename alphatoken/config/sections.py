@@ -1,0 +1,378 @@
+"""Run configuration: one frozen pydantic model per YAML section. Unknown keys are errors; every
+field says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+# Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read
+# from text and lists.
+FilePath = Annotated[Path, Strict(False)]
+Pair = Annotated[tuple[float, float], Strict(False)]
+
+
+class Section(BaseModel):
+    """A frozen section; `read_config` turns its validation errors into messages that name the
+    nearest key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraConfig(Section):
+    r: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(
+        16.0, gt=0, description="Scale of the adapters: they are multiplied by alpha / r."
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the linears that get an adapter."
+    )
+
+
+class ModelConfig(Section):
+    name_or_path: str = Field(
+        description="Folder or hub name of the Hugging Face model to fine-tune."
+    )
+    chat_template: FilePath | None = Field(
+        None,
+        description="Jinja file to use as the tokenizer's chat template; for base models, "
+        "which have "
+        "none.",
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa",
+        description="Attention kernel of the training forward pass; values are the same with each.",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train LoRA adapters {r, alpha, target_modules} instead of all weights; "
+        "they are "
+        "then scored.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="Dtype of weights and activations; the optimizer keeps float32 "
+        "masters either way.",
+    )
+
+
+class Source(Section):
+    path: str = Field(
+        description="File (.jsonl, .jsonl.gz, .parquet), saved dataset or `datasets` name; "
+        "${VARIABLES} "
+        "are filled in."
+    )
+    skip: int = Field(0, ge=0, description="Rows to leave out at the start.")
+    first: int | None = Field(
+        None, ge=1, description="Rows to use after those skipped; default: all."
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Relative share of an epoch's rows; leave unset on all sources to "
+        "use every row once.",
+    )
+    split: str = Field("train", description="Split of a `datasets` name.")
+    subset: str | None = Field(None, description="Configuration of a `datasets` name.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our field to the source's, as in {prompt: problem, response: solution}.",
+    )
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+# One path, one {path, weight, ...} mapping, or a list of either.
+Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
+
+
+class DataConfig(Section):
+    train: Sources = Field(
+        description="Rows to train on: a path, or a list of {path, weight} for a mixture."
+    )
+    validation: Sources | None = Field(
+        None,
+        description="Held-out rows of the target task that steer the token values; never "
+        "trained on.",
+    )
+    eval: Sources | None = Field(
+        None,
+        description="Rows for eval_loss, disjoint from train and validation, so that the report is "
+        "honest.",
+    )
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Longest supervised row in tokens; longer ones are cut on the right "
+        "and counted.",
+    )
+    packing: bool = Field(
+        False,
+        description="Lay the documents of a micro-batch into as few rows as fit max_length, "
+        "instead of "
+        "padding.",
+    )
+    cache_dir: FilePath = Field(
+        Path("~/.cache/alphatoken"),
+        description="Where tokenised data is kept, shared by runs and ranks.",
+    )
+
+
+class ValuationConfig(Section):
+    enabled: bool = Field(
+        True, description="Value tokens and train on the valuable ones; false is plain fine-tuning."
+    )
+    estimator: Literal["ghost", "exact"] = Field(
+        "ghost",
+        description="How values are estimated: the paper's contractions, or the true "
+        "first-order effect of "
+        "each token "
+        "by forward-mode differentiation.",
+    )
+    layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        3, description="Number of last decoder layers that are scored (K), or all."
+    )
+    parameters: Literal["linears", "norms", "all"] = Field(
+        "linears",
+        description="Which weights of those layers are scored; norms and all (with the final "
+        "norm and the "
+        "head, and "
+        "with all layers the embeddings) need estimator exact.",
+    )
+    preconditioner: Literal["none", "adam"] = Field(
+        "none",
+        description="adam scales directions like the optimizer scales gradients, by the "
+        "inverse root of its "
+        "second "
+        "moment; needs estimator exact.",
+    )
+    window: int = Field(
+        32,
+        ge=0,
+        description="How many later positions the causal path looks at (w); 0 turns it off.",
+    )
+    stability_weight: float = Field(
+        1.5, ge=0, description="Weight of stability against adaptation (lambda)."
+    )
+    validation_sequences: int = Field(
+        32, ge=1, description="Held-out sequences per refresh, over all ranks together."
+    )
+    refresh_every: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps between refreshes of the held-out signals; with 1 they "
+        "are never "
+        "out of date.",
+    )
+    contraction: Literal["auto", "ghost", "materialised"] = Field(
+        "auto",
+        description="How target terms are contracted; auto takes the cheaper per linear. The "
+        "values are "
+        "the same.",
+    )
+    split_terms: bool = Field(
+        True,
+        description="Report the terms separately (exact has two, direct ones); false computes the "
+        "composite only.",
+    )
+    chunk_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Tokens per scoring pass (whole sequences, at least one): bounds "
+        "scoring's memory.",
+    )
+    residency: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="Keep the scored layers' weights and directions on every rank, or gather "
+        "one layer at a "
+        "time: "
+        "slower, small; auto keeps them for ghost and streams them for exact.",
+    )
+    balance: Literal["none", "std"] = Field(
+        "none",
+        description="std divides adaptation and stability by their running standard "
+        "deviations before they "
+        "are added; "
+        "none adds them as published, whatever their scales.",
+    )
+    fisher: FilePath | None = Field(
+        None,
+        description="Diagonal Fisher of the reference model (recipes/fisher.py makes such a "
+        "folder; or "
+        "safetensors by "
+        "parameter name); default: estimated before training as section `fisher` says, unless "
+        "stability_weight is 0.",
+    )
+    reference: FilePath | None = Field(
+        None, description="Folder of the stability reference model; default: the starting weights."
+    )
+
+    @property
+    def is_resident(self) -> bool:
+        return self.residency == "resident" or (
+            self.residency == "auto" and self.estimator == "ghost"
+        )
+
+    @model_validator(mode="after")
+    def _estimator_reads_its_keys(self) -> ValuationConfig:
+        foreign = (
+            ("parameters", "preconditioner")
+            if self.estimator == "ghost"
+            else ("window", "contraction")
+        )
+        other = "exact" if self.estimator == "ghost" else "ghost"
+        defaults = {key: type(self).model_fields[key].default for key in foreign}
+        wrong = [key for key in foreign if getattr(self, key) != defaults[key]]
+        if wrong:
+            settings = " and ".join(f"{key}={getattr(self, key)}" for key in wrong)
+            raise ValueError(
+                f"{settings}: only valuation.estimator={other} reads this; with {self.estimator} "
+                "leave it out (or at "
+                f"{', '.join(f'{key}={defaults[key]}' for key in wrong)})"
+            )
+        return self
+
+
+class FisherConfig(Section):
+    prompts: Sources | None = Field(
+        None,
+        description="Rows whose prompts the reference model answers, never trained on; default: "
+        "data.validation.",
+    )
+    num_prompts: int = Field(1000, ge=1, description="Use at most so many of them (N).")
+    sampling: Literal["rollout", "teacher_forced", "empirical"] = Field(
+        "rollout",
+        description="Whose tokens the gradients are of: completions sampled from the model, "
+        "tokens it "
+        "predicts along "
+        "given responses (no generation), or the given responses themselves.",
+    )
+    square: Literal["token", "sequence"] = Field(
+        "token",
+        description="Square each position's gradient (published), or each sequence's: "
+        "the true diagonal.",
+    )
+    max_prompt_tokens: int = Field(
+        256, ge=1, description="Longest prompt of a rollout; longer ones are left out."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Longest sampled completion of a rollout.")
+    batch_size: int = Field(8, ge=1, description="Prompts per pass on one rank.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the choice of prompts and of the sampled tokens."
+    )
+    save_every: int = Field(
+        32, ge=1, description="Passes after which an unfinished estimate is saved."
+    )
+    output: FilePath | None = Field(
+        None, description="Folder the estimate is written to; default: train.output_dir/fisher."
+    )
+
+
+class SelectionConfig(Section):
+    policy: (
+        Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"] | None
+    ) = Field(
+        None,
+        description="What is kept: highest value, a random choice, highest or lowest loss, "
+        "highest loss "
+        "above that of "
+        "reference.model (Rho-1), or everything; default: top_value, or all where valuation is "
+        "off.",
+    )
+    keep_ratio: float = Field(
+        0.5, gt=0, le=1, description="Share of response tokens to train on (rho)."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the ratio moves from keep_ratio_start to keep_ratio."
+    )
+    keep_ratio_start: float | None = Field(
+        None, gt=0, le=1, description="First ratio of a linear or cosine schedule."
+    )
+    schedule_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps of the schedule; default: the whole run."
+    )
+    scope: Literal["sequence", "micro_batch", "global_batch"] = Field(
+        "micro_batch",
+        description="Among which tokens the best are chosen. micro_batch is the published choice; "
+        "global_batch scores "
+        "the whole optimizer step first, at the price of another forward pass.",
+    )
+    weights: Literal["hard", "sigmoid"] = Field(
+        "hard",
+        description="Keep or drop tokens, or weigh all of them by the sigmoid of their "
+        "standardised "
+        "value.",
+    )
+    protect_eos: bool = Field(
+        False, description="Keep end-of-turn tokens first, so that the model still learns to stop."
+    )
+    min_keep: int = Field(0, ge=0, description="Keep at least this many tokens of every response.")
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> SelectionConfig:
+        if (self.schedule == "constant") != (self.keep_ratio_start is None):
+            raise ValueError(
+                f"selection.schedule={self.schedule} and "
+                f"selection.keep_ratio_start={self.keep_ratio_start} do not go "
+                "together: a linear or cosine schedule needs a start, a constant one has none"
+            )
+        if self.schedule == "constant" and self.schedule_steps is not None:
+            raise ValueError(
+                "selection.schedule_steps is given, but selection.schedule is constant"
+            )
+        if self.weights == "sigmoid" and (
+            self.keep_ratio != 1 or self.schedule != "constant" or self.min_keep
+        ):
+            raise ValueError(
+                "selection.weights=sigmoid weighs every response token: set "
+                "selection.keep_ratio=1.0, no schedule and "
+                "no min_keep"
+            )
+        return self
+
+
+class ReferenceConfig(Section):
+    model: str | None = Field(
+        None,
+        description="Folder or hub name of the model whose token losses are compared; "
+        "default: the start.",
+    )
+    mode: Literal["cached", "online"] = Field(
+        "cached",
+        description="Compute its losses of all rows once, before training, or keep it loaded "
+        "(sharded like "
+        "the model) "
+        "and run it on every micro-batch.",
+    )
+    offload: bool = Field(
+        False, description="online: keep its shards in host memory while it does not run."
+    )
+    cache: FilePath | None = Field(
+        None,
+        description="Folder of the cached losses, refused if it is of other data, lengths, "
+        "tokenizer or "
+        "model; "
+        "default: one under data.cache_dir for each combination of these.",
+    )
+    save_every: int = Field(
+        1024, ge=1, description="Rows after which unfinished cached losses are saved."
+    )
+
+    @model_validator(mode="after")
+    def _mode_reads_its_keys(self) -> ReferenceConfig:
+        if self.offload and self.mode == "cached":
+            raise ValueError(
+                "reference.offload=true: only reference.mode=online keeps a reference to offload"
+            )
+        if self.cache is not None and self.mode == "online":
+            raise ValueError(f"reference.cache={self.cache}: reference.mode=online caches nothing")
+        return self
+
+
+def as_reference(value: Any) -> Any:
+    return {"mode": value} if isinstance(value, str) else value

@@ -1,0 +1,172 @@
+"""DeepSpeed's configuration, from the run's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alphatoken.config.run import RunConfig
+from alphatoken.errors import UserError
+
+# What a DeepSpeed configuration may not say, because one of our fields does.
+OUR_FIELDS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "steps_per_print": "logging.every",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.wandb",
+    "csv_monitor": "logging.wandb",
+}
+
+# What divides a model otherwise than by ZeRO. All ranks are data-parallel here: gradients,
+# values and counts are summed over them all, and a rank's tower sees whole sequences and whole
+# layers (docs/launching.md says what is missing).
+PARALLELISMS = {
+    "sequence_parallel_size": "sequence",
+    "tensor_parallel": "tensor",
+    "pipeline": "pipeline",
+    "expert_parallel": "expert",
+}
+
+DEFAULT_DEEPSPEED = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,  # DeepSpeed issues 5545 and 5347 report races with it
+        "contiguous_gradients": True,
+    }
+}
+
+
+def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any]:
+    """The user's DeepSpeed configuration, or plain ZeRO-3. Raises UserError for keys that are ours,
+    and for "auto"."""
+    if config is None:
+        return DEFAULT_DEEPSPEED
+    if isinstance(config, dict):
+        values, origin = config, "deepspeed.config"
+    else:
+        origin = str(config)
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read deepspeed.config {origin}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"deepspeed.config {origin} is not valid JSON: {error}") from None
+    for key, field in OUR_FIELDS.items():
+        if key in values:
+            raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
+    for key, name in PARALLELISMS.items():
+        if key in values:
+            raise UserError(
+                f"{origin} sets {key!r}, but {name} parallelism is not supported: every rank "
+                "trains on whole sequences "
+                "with all layers. Remove it; zero_optimization and train.gradient_checkpointing "
+                "make room instead"
+            )
+    if "writer" in values.get("checkpoint", {}):
+        raise UserError(
+            f"{origin} sets checkpoint.writer; remove it: a checkpoint's files are hashed when "
+            "they are whole, which "
+            "writing in the background does not tell"
+        )
+    for key in _auto_keys(values):
+        raise UserError(
+            f'{origin}: {key} is "auto"; write the value, or leave the key out for '
+            "DeepSpeed's default"
+        )
+    return values
+
+
+def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if value == "auto":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _auto_keys(value, f"{prefix}{key}.")
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run. Raises UserError when batches cannot be dealt
+    to the ranks."""
+    train = config.train
+    per_pass = train.micro_batch_size * world_size
+    if train.global_batch_size % per_pass:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            "train.micro_batch_size="
+            f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
+        )
+    shared = _shared_config(config)
+    adam = config.valuation.enabled and config.valuation.preconditioner == "adam"
+    if adam and not shared.get("zero_optimization", {}).get("stage", 0):
+        raise UserError(
+            "valuation.preconditioner=adam reads the optimizer's moments from ZeRO's shards: set "
+            "zero_optimization.stage to 1, 2 or 3 in deepspeed.config"
+        )
+    return {
+        **shared,
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // per_pass,
+        "gradient_clipping": config.optim.clip,
+    }
+
+
+def without_ranks(deepspeed_values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's DeepSpeed configuration that does not depend on the number of ranks."""
+    return {
+        key: each
+        for key, each in deepspeed_values.items()
+        if key not in ("gradient_accumulation_steps", "checkpoint")
+    }
+
+
+# Weights are gathered for the module that runs, and released after it; by default DeepSpeed
+# keeps up to 1e9 elements.
+FRUGAL = {
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def inference_config(config: RunConfig, offload: bool = False) -> dict[str, Any]:
+    """The same for running a model forward only, on any number of ranks, with few weights held
+    unless told.
+
+    `offload` keeps its shards in host memory. Raises UserError where there are no shards.
+    """
+    values = {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
+    zero = values.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        zero = {**FRUGAL, **zero, **({"offload_param": {"device": "cpu"}} if offload else {})}
+    elif offload:
+        raise UserError(
+            "reference.offload=true needs zero_optimization.stage=3 in deepspeed.config"
+        )
+    return {**values, "zero_optimization": zero}
+
+
+def _shared_config(config: RunConfig) -> dict[str, Any]:
+    values = read_deepspeed_config(config.deepspeed.config)
+    offload = values.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+    if offload == "nvme" and (config.valuation.enabled or config.needs_reference):
+        raise UserError(
+            "zero_optimization.offload_param.device=nvme is not possible with valuation or a "
+            "reference, which read the "
+            "weight shards: use cpu"
+        )
+    return {
+        **values,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "steps_per_print": 2**31,  # our own report speaks instead
+    }

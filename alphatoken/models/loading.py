@@ -1,0 +1,172 @@
+"""Model and tokenizer loading, and what is refused before weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import LoraConfig, ModelConfig
+from alphatoken.distributed import zero3
+from alphatoken.errors import UserError
+from alphatoken.models.compatibility import architecture_of_config, check_attention, check_valuation
+from alphatoken.models.decoder import Decoder, decoder_of
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and the configured chat template. Raises
+    UserError without one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}"
+        ) from None
+    if config.chat_template is not None:
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot read model.chat_template={config.chat_template}: {error.strerror}"
+            ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
+    return tokenizer
+
+
+def check_before_loading(config: RunConfig, here: bool = True) -> None:
+    """What the model's `config.json` can tell before any weight is read. Raises UserError.
+
+    `here`: whether this machine is to run it.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(config.model.name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}"
+        ) from None
+    architecture = architecture_of_config(model_config)
+    check_attention(model_config, config.model.attn_implementation, config.model.dtype, here)
+    if config.data.packing and architecture.recurrent:
+        raise UserError(
+            f"data.packing=true is not possible with {model_config.model_type}: its "
+            "linear-attention layers carry a "
+            "state from one document into the next"
+        )
+    if config.valuation.enabled:
+        check_valuation(model_config, config.valuation.layers)
+
+
+def eos_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
+) -> list[int]:
+    """Every token that ends a turn: the tokenizer's and those that stop generation."""
+    stops: Any = generation.eos_token_id if generation is not None else None
+    return sorted(
+        {
+            tokenizer.eos_token_id,
+            *(stops if isinstance(stops, list) else [stops] if stops is not None else []),
+        }
+    )
+
+
+def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`eos_token_ids` of a model that is not loaded."""
+    try:
+        generation = GenerationConfig.from_pretrained(config.name_or_path)
+    except OSError:  # as loading does where there is no such file
+        generation = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(config.name_or_path)
+        )
+    return eos_token_ids(tokenizer, generation)
+
+
+def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The pretrained model, with fresh adapters if LoRA is configured (`seed` makes them alike on
+    every rank).
+
+    Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    stage = deepspeed_values.get("zero_optimization", {}).get("stage", 0)
+    # transformers shards at load for as long as this object lives.
+    sharding = HfDeepSpeedConfig(deepspeed_values) if stage == 3 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.name_or_path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    del sharding
+    assert isinstance(model, PreTrainedModel)
+    if config.lora is not None:
+        _add_adapters(model, config.lora, seed)
+    if stage == 3:
+        _register_external_weights(decoder_of(model))
+    return model
+
+
+def model_without_weights(config: ModelConfig, attention: str) -> PreTrainedModel:
+    """The same model on the meta device, from its `config.json` alone, with the named attention
+    implementation."""
+    model_config = AutoConfig.from_pretrained(config.name_or_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=getattr(torch, config.dtype), attn_implementation=attention
+        )
+    assert isinstance(model, PreTrainedModel)
+    if config.lora is not None:
+        _add_adapters(model, config.lora, seed=0)
+    return model
+
+
+def _register_external_weights(decoder: Decoder) -> None:
+    """DeepSpeed finds these by itself only inside the engine's own forward pass, not when we score
+    or evaluate."""
+    for layer in decoder.layers:
+        parts = dict(layer.named_modules())
+        for part, weight in decoder.architecture.external_weights:
+            if part in parts:
+                zero3.register_external(parts[part], weight)
+
+
+def _add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            "model.lora needs the peft package: pip install 'alphatoken[lora]'"
+        ) from None
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=_adapter_targets(model, config),
+        task_type="CAUSAL_LM",
+    )
+    # Adapters in the weights' own dtype: the engine keeps float32 masters of them.
+    dtype = model.dtype
+    try:
+        model.add_adapter(settings)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={config.target_modules}: {error}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """peft's own "all-linear" does not know `transformers` models with adapters built in."""
+    if config.target_modules != "all-linear":
+        return config.target_modules
+    architecture = decoder_of(model).architecture
+    return sorted({path.rsplit(".", 1)[-1] for path in architecture.linears})

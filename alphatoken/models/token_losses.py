@@ -1,0 +1,36 @@
+"""Token losses of a causal LM without training it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from alphatoken.batch import Batch, loss_positions
+from alphatoken.models.decoder import Decoder
+from alphatoken.models.head import HeadLoss
+
+WEIGHTS = "lm."  # how the names of the model's weights begin in `ValuedModel`
+
+
+class TokenLosses(nn.Module):
+    """A causal LM whose forward pass returns the loss of each response token, as `token_losses`: a
+    reference model."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.lm = decoder.model
+        self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
+        self._decoder = decoder
+
+    def forward(self, batch: Batch) -> Tensor:
+        return token_losses(self._decoder, self.head_loss, batch)
+
+
+@torch.no_grad()
+def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
+    """Losses of a batch's response tokens, (B, T) float32, zero off the response."""
+    response_BT, targets_BT = loss_positions(batch["labels"])
+    hidden_BTH = decoder.hidden_states(batch)
+    nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
+    nll_BT[response_BT] = head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
+    return nll_BT

@@ -1,0 +1,121 @@
+"""Preference losses as pure functions of sums over the two responses of a pair.
+
+Shape legend: P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One response of every pair, as sums over its tokens, each weighed by the mask; (P,) each."""
+
+    nll_P: Tensor
+    reference_P: Tensor
+    """The same of the reference's losses; zero for objectives without one."""
+    tokens_P: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log of model over reference probability: sum of m (r - l)."""
+        return self.reference_P - self.nll_P
+
+    @property
+    def mean_nll(self) -> Tensor:
+        """Loss per token; 0 where there is none."""
+        return self.nll_P / torch.where(self.tokens_P > 0, self.tokens_P, 1.0)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Both branches."""
+
+    chosen: Branch
+    rejected: Branch
+
+    @property
+    def comparable(self) -> Tensor:
+        """Whether both have a token: only then is there a mean to compare."""
+        return (self.chosen.tokens_P > 0) & (self.rejected.tokens_P > 0)
+
+
+def dpo_margin(pairs: Pairs, beta: float) -> Tensor:
+    """s = beta (log-ratio of chosen - log-ratio of rejected)."""
+    return beta * (pairs.chosen.log_ratio - pairs.rejected.log_ratio)
+
+
+def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(s) - e log sigmoid(-s): Rafailov et al., arXiv 2305.18290, Eq. 7;
+    conservative if e > 0."""
+    s_P = dpo_margin(pairs, beta)
+    return (1 - label_smoothing) * F.softplus(-s_P) + label_smoothing * F.softplus(s_P)
+
+
+def alpha_dpo_weight(every: Pairs, beta: float) -> Tensor:
+    """omega = beta sigmoid(-s) with s over all response tokens, detached: minus d dpo / d log-ratio
+    of chosen."""
+    return (beta * torch.sigmoid(-dpo_margin(every, beta))).detach()
+
+
+def alpha_dpo(
+    kept: Pairs, omega_P: Tensor, normalisation: Literal["sum", "mean_kept"] = "sum"
+) -> Tensor:
+    """omega (sum_t m+_t l+_t - sum_t m-_t l-_t), or of means over kept tokens: AlphaToken, arXiv
+    2606.01635, Eq. 14."""
+    if normalisation == "sum":
+        return omega_P * (kept.chosen.nll_P - kept.rejected.nll_P)
+    return omega_P * (kept.chosen.mean_nll - kept.rejected.mean_nll)
+
+
+def ipo(pairs: Pairs, beta: float) -> Tensor:
+    """(log-ratio of chosen - log-ratio of rejected - 1 / (2 beta))^2: Azar et al., arXiv
+    2310.12036, Eq. 17."""
+    return (dpo_margin(pairs, 1.0) - 0.5 / beta).square()
+
+
+def hinge(pairs: Pairs, beta: float) -> Tensor:
+    """max(0, 1 - s): SLiC-HF's loss (Zhao et al., arXiv 2305.10425) on log-ratios, as in Liu et
+    al., 2309.06657."""
+    return F.relu(1 - dpo_margin(pairs, beta))
+
+
+def simpo(pairs: Pairs, beta: float, margin: float) -> Tensor:
+    """-log sigmoid(beta (mean l- - mean l+) - gamma): Meng et al., arXiv 2405.14734, Eq. 6; means
+    over kept tokens.
+
+    0 where a branch has no token.
+    """
+    reward_P = beta * (pairs.rejected.mean_nll - pairs.chosen.mean_nll) - margin
+    return torch.where(pairs.comparable, F.softplus(-reward_P), 0.0)
+
+
+def orpo(pairs: Pairs, beta: float) -> Tensor:
+    """-lambda log sigmoid(log of the odds ratio): Hong et al., arXiv 2403.07691, Eq. 7, with lambda
+    = `beta`.
+
+    odds = p / (1 - p) with p = exp(-mean loss of kept tokens). 0 where a branch has no token.
+    """
+    difference_P = _log_odds(pairs.chosen) - _log_odds(pairs.rejected)
+    return torch.where(pairs.comparable, beta * F.softplus(-difference_P), 0.0)
+
+
+def _log_odds(branch: Branch) -> Tensor:
+    # A certain response has infinite odds; and the gradient of where() must be finite on the
+    # side not taken, too.
+    nll_P = torch.where(branch.tokens_P > 0, branch.mean_nll, 1.0).clamp_min(
+        torch.finfo(torch.float32).eps
+    )
+    return -nll_P - torch.log(-torch.expm1(-nll_P))
+
+
+def cpo(pairs: Pairs, beta: float) -> Tensor:
+    """-log sigmoid(beta (sum l- - sum l+)): Xu et al., arXiv 2401.08417, Eq. 4, the part of it on
+    both branches."""
+    return F.softplus(beta * (pairs.chosen.nll_P - pairs.rejected.nll_P))

@@ -1,0 +1,223 @@
+"""Plain copies of a decoder's layers, final norm, head and embeddings, filled with weights while
+they are needed.
+
+They live outside the engine: no ZeRO hooks, no gradients on weights. With one stage at a time in
+memory they run the decoder forward, backward (vector-Jacobian) and in forward mode
+(Jacobian-vector), under any ZeRO stage. Every rank must ask for the same stages in the same order,
+whatever it then does with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+
+from alphatoken.distributed import zero3
+from alphatoken.errors import UserError
+from alphatoken.models.decoder import Decoder, body_inputs, decoder_of
+from alphatoken.models.scored import Stage
+from alphatoken.passes.attention_capture import (
+    CAPTURING_ATTENTION,
+    AttentionCapture,
+    AttentionConsumer,
+)
+from alphatoken.passes.capture import LayerInput
+
+NO_INPUT = LayerInput((), {})
+
+
+class LayerStreamer:
+    """Layers `first` to the last, the norm, the head and the embeddings of a decoder.
+
+    resident: keep all but the embeddings, filled at every `refresh` (sharded weights are gathered,
+    others shared with the model); otherwise each is filled when it is entered and emptied when it
+    is left. forward_mode: experts run one after the other, as their grouped kernel has no forward
+    derivative.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        first: int,
+        device: torch.device,
+        *,
+        resident: bool,
+        forward_mode: bool = False,
+    ) -> None:
+        self.indices = range(first, len(decoder.layers))
+        self._decoder = decoder
+        self._device = device
+        self._resident = resident
+        self._attention: str = decoder.config._attn_implementation
+        skeleton = _skeleton(decoder)
+        if forward_mode:
+            skeleton.model.set_experts_implementation("eager")
+        self._modules: dict[Stage, nn.Module] = {
+            index: skeleton.layers[index] for index in self.indices
+        }
+        self._modules |= {"norm": skeleton.norm, "head": skeleton.head}
+        # Without layers and norm, the body computes what enters the first layer.
+        skeleton.body.set_submodule(decoder.architecture.layers, nn.ModuleList())
+        skeleton.body.set_submodule(decoder.architecture.norm, nn.Identity())
+        self._modules["embeddings"] = skeleton.body
+
+    def module(self, stage: Stage) -> nn.Module:
+        """The plain copy of a stage, filled or not."""
+        return self._modules[stage]
+
+    def refresh(self) -> None:
+        """Takes over the model's current weights, where they are kept. One all-gather per layer,
+        norm and head."""
+        if self._resident:
+            for stage in self._modules:
+                if stage != "embeddings":
+                    self._fill(stage)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[nn.Module]:
+        """One stage, filled. Communicates one all-gather unless it is resident."""
+        module = self._modules[stage]
+        if self._resident and stage != "embeddings":
+            yield module
+            return
+        self._fill(stage)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    @contextmanager
+    def top(self) -> Iterator[tuple[nn.Module, nn.Linear]]:
+        """Final norm and head, filled."""
+        with self.stage("norm") as norm, self.stage("head") as head:
+            assert isinstance(head, nn.Linear)
+            yield norm, head
+
+    def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by
+        path); linear in them.
+
+        Their tangents in place of the weights therefore give the derivative, and gradients depend
+        on no weight.
+        """
+        self._take_buffers("embeddings")
+        hidden: Tensor = functional_call(
+            self._modules["embeddings"], dict(weights), (), body_inputs(batch)
+        )[0]
+        return hidden
+
+    def forward(
+        self,
+        module: nn.Module,
+        hidden_BTH: Tensor,
+        inputs: LayerInput,
+        on_attention: AttentionConsumer | None = None,
+    ) -> Tensor:
+        """The output of a filled layer, (B, T, H); a graph is built where gradients are enabled and
+        needed."""
+        with AttentionCapture(self._attention, on_attention), zero3.plain_linears():
+            return _output_of(module(hidden_BTH, *inputs.args, **inputs.kwargs))
+
+    def vjp(
+        self,
+        module: nn.Module,
+        hidden_BTH: Tensor,
+        inputs: LayerInput,
+        outgrad_BTH: Tensor,
+        paths: Collection[str],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Vector-Jacobian product of a filled layer or norm: gradients of <outgrad, output>.
+
+        Returns the gradient at the input (B, T, H), and those of the parameters named by `paths`.
+        """
+        with torch.enable_grad():
+            entry = hidden_BTH.detach().requires_grad_()
+            weights = {path: module.get_parameter(path).detach().requires_grad_() for path in paths}
+            with AttentionCapture(self._attention), zero3.plain_linears():
+                output = _output_of(
+                    functional_call(module, weights, (entry, *inputs.args), dict(inputs.kwargs))
+                )
+            gradients = torch.autograd.grad(
+                output, [entry, *weights.values()], outgrad_BTH, allow_unused=True
+            )
+        return gradients[0], {
+            path: torch.zeros_like(weights[path]) if gradient is None else gradient
+            for path, gradient in zip(weights, gradients[1:], strict=True)
+        }
+
+    def jvp(
+        self,
+        module: nn.Module,
+        hidden_BTH: Tensor,
+        tangent_BTH: Tensor,
+        inputs: LayerInput,
+        weight_tangents: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Jacobian-vector product of a filled layer or norm: output and its derivative, of the
+        input's shape each.
+
+        `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module,
+        whole weights) those of weights; absent ones do not move. Attention runs in query blocks,
+        the only kernel with a forward derivative. Raises UserError where a layer has an operation
+        without one.
+        """
+        attention = AttentionCapture(self._attention, blocked=True)
+        with torch.no_grad(), forward_ad.dual_level(), attention, zero3.plain_linears():
+            hidden = forward_ad.make_dual(hidden_BTH, tangent_BTH)
+            weights = {
+                path: forward_ad.make_dual(module.get_parameter(path).detach(), tangent)
+                for path, tangent in weight_tangents.items()
+            }
+            try:
+                result = functional_call(
+                    module, weights, (hidden, *inputs.args), dict(inputs.kwargs)
+                )
+            except RuntimeError as error:
+                if not re.search("forward AD|forward-mode|jvp", str(error)):
+                    raise
+                lacking = str(error).partition(" that does not")[0]
+                raise UserError(
+                    "valuation.estimator=exact is not possible with "
+                    f"{type(self._decoder.model).__name__} here: a "
+                    f"{type(module).__name__} has no forward derivative ({lacking}); use "
+                    "valuation.estimator=ghost"
+                ) from None
+            primal, tangent = forward_ad.unpack_dual(_output_of(result))
+            return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+    def _fill(self, stage: Stage) -> None:
+        module = self._modules[stage]
+        paths, parameters = zip(*self._decoder.stage_parameters(stage).items(), strict=True)
+        state = dict(zip(paths, zero3.full_weights(parameters, self._device), strict=True))
+        module.load_state_dict(state, strict=False, assign=True)
+        self._take_buffers(stage)
+
+    def _take_buffers(self, stage: Stage) -> None:
+        source = self._decoder.stage(stage)
+        for path, part in self._modules[stage].named_modules():
+            part._buffers.update(source.get_submodule(path)._buffers)
+
+
+def _skeleton(decoder: Decoder) -> Decoder:
+    """The same model without storage, its attention routed through `AttentionCapture`."""
+    config = copy.deepcopy(decoder.model.config)
+    config.get_text_config()._attn_implementation = CAPTURING_ATTENTION
+    with torch.device("meta"):
+        model = type(decoder.model)(config)
+        if decoder.has_adapters:
+            from peft import inject_adapter_in_model
+
+            for adapter, settings in decoder.model.peft_config.items():
+                inject_adapter_in_model(settings, model, adapter)
+    return decoder_of(model.requires_grad_(False).eval())
+
+
+def _output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,258 @@
+"""The diagonal Fisher of the reference model, E over prompts x and completions y of squared
+gradients (Eq. 5), sharded.
+
+The gradients are those of each completion's summed loss, at the scored parameters. The decoder runs
+forward under DeepSpeed's hooks and the scored layers, from the last, one at a time through the
+streamer; each rank brings sequences of its own and keeps its slices of the sums. What has been
+summed is saved now and then, so an interrupted estimate goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alphatoken.batch import loss_positions
+from alphatoken.distributed import zero3
+from alphatoken.models.decoder import Decoder
+from alphatoken.models.head import head_outgrads
+from alphatoken.models.scored import ParameterSet, Stage
+from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
+from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
+from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.stability import squares
+from alphatoken.stability.squares import Square
+
+Signals = defaultdict[str, list[tuple[Tensor, Tensor]]]
+"""Inputs and output gradients of the modules of a stage, by path, a pair per chunk."""
+
+
+class FisherSum:
+    """Sums of squared gradients over sequences, of the chosen parameters of the last `depth`
+    layers.
+
+    Parameters without a gradient by position (`kind` other: experts, convolutions) have none.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        depth: int,
+        square: Square,
+        device: torch.device,
+        *,
+        parameters: ParameterSet = "linears",
+        chunk_tokens: int = 16384,
+    ) -> None:
+        self._decoder = decoder
+        self._square: Square = square
+        self._device = device
+        self._chunk_tokens = chunk_tokens
+        self._streamer = LayerStreamer(decoder, len(decoder.layers) - depth, device, resident=False)
+        self._owners: dict[Stage, dict[str, dict[str, str]]] = {}
+        """By stage and path of a module, the full names of its own parameters."""
+        for scored in decoder.scored_parameters(depth, parameters):
+            if scored.kind != "other":
+                owner, _, own = scored.path.rpartition(".")
+                self._owners.setdefault(scored.stage, {}).setdefault(owner, {})[own] = scored.name
+        self.parameters = decoder.stable_parameters(depth, parameters)
+        self.slices = {
+            name: zero3.padded(torch.zeros(end - start, device=device), parameter)
+            for name, parameter in self.parameters.items()
+            for start, end in [zero3.slice_range(parameter)]
+        }
+
+    @torch.no_grad()
+    def forward(self, ids_BT: Tensor) -> tuple[Entry, Tensor]:
+        """Runs the model's body on sequences padded on the right: what `add` wants, and the states
+        after the norm.
+
+        Embeddings of tokens alone are gathered here, in small messages, rather than by DeepSpeed's
+        hooks.
+        """
+        inputs = {"input_ids": ids_BT}
+        paths = self._decoder.stage_parameters("embeddings").keys()
+        if len(paths) == 1:
+            with self._streamer.stage("embeddings") as module:
+                weights = {path: module.get_parameter(path) for path in paths}
+                inputs = {"inputs_embeds": self._streamer.embed(weights, inputs)}
+        layers = [self._decoder.layers[index] for index in self._streamer.indices]
+        with EntryCapture(layers, self._decoder.norm) as capture:
+            hidden_BTH = self._decoder.hidden_states(inputs)
+        return capture.entry, hidden_BTH
+
+    @contextmanager
+    def head(self) -> Iterator[nn.Linear]:
+        """The model's head, gathered. Every rank must enter it."""
+        with self._streamer.stage("head") as head:
+            assert isinstance(head, nn.Linear)
+            yield head
+
+    @torch.no_grad()
+    def add(self, entry: Entry, batch: Mapping[str, Tensor]) -> None:
+        """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must
+        call it.
+
+        `batch` has `input_ids` and `labels`, padded on the right. Memory: the states between the
+        layers, one layer with the signals of its modules, one block of logits (all those of one
+        sequence where the head is scored), and one parameter's matrix in float32, which is reduced
+        before the next is formed.
+        """
+        chunks = chunks_of(entry, batch["labels"], self._chunk_tokens)
+        outgrads = self._top(chunks)
+        for place, index in reversed(list(enumerate(self._streamer.indices))):
+            signals: Signals = defaultdict(list)
+            with self._streamer.stage(index) as module:
+                for number, chunk in enumerate(chunks):
+                    if chunk.has_response:
+                        outgrads[number] = self._back(
+                            module, place, chunk, outgrads[number], signals
+                        )
+                self._take(index, module, signals)
+        self._embeddings(chunks, outgrads, batch["input_ids"])
+        self._head(chunks, outgrads, batch["input_ids"])
+
+    def _top(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Gradients at the last layer's output, (B, T, H); takes the final norm's on the way."""
+        signals: Signals = defaultdict(list)
+        outgrads = []
+        with self._streamer.top() as (norm, head):
+            for chunk in chunks:
+                response_BT, _ = loss_positions(chunk.labels_BT)
+
+                def remember(
+                    path: str, act_RH: Tensor, outgrad_RH: Tensor, response_BT: Tensor = response_BT
+                ) -> None:
+                    signals[path].append(
+                        (_spread(act_RH, response_BT), _spread(outgrad_RH, response_BT))
+                    )
+
+                with SignalCapture({"": norm}, remember):
+                    states_BTH = chunk.entry.states[-1]
+                    _, outgrad_BTH = top_backward(
+                        norm, head, states_BTH, chunk, self._decoder.logit_softcap
+                    )
+                outgrads.append(outgrad_BTH)
+            self._take("norm", norm, signals)
+        return outgrads
+
+    def _back(
+        self, module: nn.Module, place: int, chunk: Chunk, outgrad_BTH: Tensor, signals: Signals
+    ) -> Tensor:
+        """One layer's backward pass; the gradient at its input, where something below wants it."""
+
+        def remember(path: str, act: Tensor, outgrad: Tensor) -> None:
+            if path in self._decoder.architecture.head_first_norms:
+                act, outgrad = act.transpose(1, 2), outgrad.transpose(1, 2)
+            signals[path].append((act, outgrad))
+
+        watched = {
+            path: module.get_submodule(path)
+            for path in self._owners.get(self._streamer.indices[place], {})
+        }
+        hidden_BTH = chunk.entry.states[place].detach()
+        with torch.enable_grad(), SignalCapture(watched, remember):
+            hidden_BTH.requires_grad_(place > 0 or "embeddings" in self._owners)
+            self._streamer.forward(module, hidden_BTH, chunk.entry.layer_inputs[place]).backward(
+                outgrad_BTH
+            )
+        return outgrad_BTH if hidden_BTH.grad is None else hidden_BTH.grad
+
+    def _take(self, stage: Stage, module: nn.Module, signals: Signals) -> None:
+        """Squares what a stage's modules saw, one parameter after the other, and adds it to the
+        slices."""
+        for path, parameters in self._owners.get(stage, {}).items():
+            owner, pairs = module.get_submodule(path), signals.pop(path, [])
+            for own, name in parameters.items():
+                total = torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
+                for act, outgrad in pairs:
+                    self._square_into(total, owner, own, act, outgrad)
+                self._reduce(name, total)
+
+    def _square_into(
+        self, total: Tensor, owner: nn.Module, own: str, act: Tensor, outgrad: Tensor
+    ) -> None:
+        if not isinstance(owner, nn.Linear | Conv1D):
+            total += squares.vector_square(
+                squares.norm_gradients(owner, act, outgrad)[own], self._square
+            )
+        elif own == "bias":
+            total += squares.vector_square(outgrad, self._square)
+        else:
+            rows, columns = (act, outgrad) if isinstance(owner, Conv1D) else (outgrad, act)
+            squares.add_linear_square(total, rows, columns, self._square)
+
+    def _embeddings(
+        self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor
+    ) -> None:
+        """Takes those that are not the head as well."""
+        for path, parameters in self._owners.get("embeddings", {}).items():
+            name = parameters["weight"]
+            if name == self._owners["head"][""]["weight"]:
+                continue
+            total_VH = torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
+            for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True):
+                index_BT, entered_BTH = self._entered(path, ids_BT[chunk.rows], outgrad_BTH)
+                squares.add_embedding_square(total_VH, index_BT, entered_BTH, self._square)
+            self._reduce(name, total_VH)
+
+    def _entered(self, path: str, ids_BT: Tensor, outgrad_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of an embedding the tokens take, and the gradients of those, from that at the
+        first layer."""
+        embedding = self._decoder.stage("embeddings").get_submodule(path)
+        assert isinstance(embedding, nn.Embedding)
+        if embedding is not self._decoder.model.get_input_embeddings():  # it is of positions
+            ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        entered_BTH = outgrad_BTH * getattr(embedding, "embed_scale", 1.0)
+        if embedding.padding_idx is not None:  # a row that never gets a gradient
+            entered_BTH = entered_BTH.masked_fill((ids_BT == embedding.padding_idx)[..., None], 0.0)
+        return ids_BT, entered_BTH
+
+    def _head(self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor) -> None:
+        """Takes the head's parameters, one sequence after the other, and the embeddings' where they
+        are the same."""
+        names = self._owners.get("head", {}).get("", {})
+        if not names:
+            return
+        paths = {own["weight"]: path for path, own in self._owners.get("embeddings", {}).items()}
+        tied_path = paths.get(names["weight"])
+        totals = {
+            own: torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
+            for own, name in names.items()
+        }
+        with self._streamer.top() as (norm, head):
+            for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True):
+                response_BT, targets_BT = loss_positions(chunk.labels_BT)
+                for row, response_T in enumerate(response_BT):
+                    act_RH = norm(chunk.entry.states[-1][row, response_T])
+                    targets_R = targets_BT[row, response_T]
+                    outgrad_RV = head_outgrads(act_RH, head, targets_R, self._decoder.logit_softcap)
+                    tied = None
+                    if tied_path is not None:
+                        ids_1T = ids_BT[chunk.rows][row : row + 1]
+                        index_1T, entered_1TH = self._entered(
+                            tied_path, ids_1T, outgrad_BTH[row : row + 1]
+                        )
+                        tied = response_T.nonzero()[:, 0], index_1T[0], entered_1TH[0]
+                    squares.add_head_square(
+                        totals["weight"], outgrad_RV, act_RH, tied, self._square
+                    )
+                    if "bias" in totals:
+                        totals["bias"] += squares.vector_square(outgrad_RV[None], self._square)
+        for own, total in totals.items():
+            self._reduce(names[own], total)
+
+    def _reduce(self, name: str, total: Tensor) -> None:
+        self.slices[name] += zero3.sum_to_slices([total], [self.parameters[name]])[0]
+
+
+def _spread(values_RH: Tensor, response_BT: Tensor) -> Tensor:
+    """Response positions back in their places, (B, T, H); zero elsewhere."""
+    spread_BTH = values_RH.new_zeros(*response_BT.shape, values_RH.shape[1])
+    spread_BTH[response_BT] = values_RH
+    return spread_BTH

@@ -1,0 +1,229 @@
+"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, and token values in
+colour. Rank 0 only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from alphatoken.config.run import RunConfig
+from alphatoken.training.valued_text import ValuedText
+from alphatoken.util.files import publish_text
+
+Metrics = dict[str, float | int]
+
+
+class Report:
+    """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and
+    write nothing."""
+
+    def __init__(
+        self, config: RunConfig, metrics_file: Path, first_step: int, total_steps: int, active: bool
+    ) -> None:
+        self._config = config
+        self._file = metrics_file
+        self._active = active
+        self._console = Console(quiet=not active, highlight=False)
+        self._first_step, self._total_steps = first_step, total_steps
+        self._started = time.monotonic()
+        self._evaluations: list[Metrics] = []
+        self._last: Metrics = {}
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not active:
+            return
+        for metrics in _cut_metrics(metrics_file, first_step):
+            self._remember(metrics)
+        if config.logging.wandb != "disabled":
+            self._wandb = _start_wandb(config, metrics_file.parent, first_step > 0)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}  ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "starting", total=total_steps, completed=first_step
+            )
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    def step(self, metrics: Metrics) -> None:
+        """Records the metrics of one optimizer step (from 1; 0 is the evaluation before
+        training)."""
+        if not self._active:
+            return
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=metrics["step"])
+        self._remember(metrics)
+        step = int(metrics["step"])
+        due = step % self._config.logging.every == 0
+        if self._progress is not None:
+            self._progress.update(self._task, description=_in_short(metrics), completed=step)
+            due = due and self._config.logging.every > 1  # the bar shows every step already
+        if due or "eval_loss" in metrics:
+            rate = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+            left = (
+                ""
+                if step == 0
+                else f"  ETA {timedelta(seconds=round(rate * (self._total_steps - step)))}"
+            )
+            self.say(f"step {step}/{self._total_steps}  {_in_full(metrics)}{left}")
+
+    def _remember(self, metrics: Metrics) -> None:
+        """For the summary at the end."""
+        if "eval_loss" in metrics:
+            self._evaluations.append(
+                {key: value for key, value in metrics.items() if key.startswith("eval_")}
+            )
+        self._last = metrics
+
+    def finish(self, folder: Path, sample: ValuedText | None) -> None:
+        """Ends the run: one valued response, a summary, and where everything lies."""
+        self.close()
+        if not self._active:
+            return
+        if self._wandb is not None:
+            self._wandb.finish()
+        if sample is not None:
+            self._show_values(sample)
+        table = Table(title="Run summary", title_justify="left", show_header=False)
+        table.add_row("optimizer steps", str(self._last["step"]))
+        if len(self._evaluations) > 1:
+            first, *_, last = self._evaluations
+            for key, value in first.items():
+                changed = "" if value == last[key] else f" -> {last[key]:.4f}"
+                table.add_row(key, f"{value:.4f}{changed}")
+        for key, name in (
+            ("loss_kept", "loss of kept tokens"),
+            ("rewards_margin", "reward margin"),
+        ):
+            if key in self._last:
+                table.add_row(f"{name}, last step", f"{self._last[key]:.4f}")
+        table.add_row(
+            "kept tokens, last step",
+            f"{self._last['kept_tokens']} of {self._last['response_tokens']}",
+        )
+        table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
+        table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
+        for name in ("metrics.jsonl", "config.yaml", "export"):
+            table.add_row(name, str(folder / name))
+        self._console.print(table)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _show_values(self, sample: ValuedText) -> None:
+        ranked = sorted(sample.values)
+        fifth = max(1, len(ranked) // 5)
+        coloured = self._console.is_terminal
+        marks = {"most": ("", "black on green"), "least": ("", "white on red"), "": ("", "")}
+        if not coloured:  # a log file has no colours
+            marks = {"most": ("+", ""), "least": ("-", ""), "": ("", "")}
+        text = Text()
+        classes = [
+            "most" if value >= ranked[-fifth] else "least" if value <= ranked[fifth - 1] else ""
+            for value in sample.values
+        ]
+        for kind, run in itertools.groupby(
+            zip(classes, sample.tokens, strict=True), key=lambda pair: pair[0]
+        ):
+            mark, style = marks[kind]
+            piece = "".join(token for _, token in run)
+            text.append(f"[{mark}{piece}{mark}]" if mark else piece, style=style)
+        legend = (
+            "green: most valued fifth, red: least"
+            if coloured
+            else "[+most valued fifth+] [-least valued fifth-]"
+        )
+        self._console.print(f"\nOne response of the last step ({legend}):", markup=False)
+        self._console.print(text, soft_wrap=True)
+
+
+def _start_wandb(config: RunConfig, folder: Path, resumed: bool) -> Any:
+    import wandb
+
+    known = folder / "wandb-id"
+    if not (resumed and known.exists()):
+        known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return wandb.init(
+        id=known.read_text(encoding="utf-8"),
+        resume="allow",
+        project=config.logging.project,
+        name=config.logging.name or folder.name,
+        mode=config.logging.wandb,
+        dir=folder,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def _in_short(metrics: Metrics) -> str:
+    if "loss_kept" not in metrics:
+        return _evaluated(metrics)
+    kept = 100 * metrics["kept_tokens"] / max(metrics["response_tokens"], 1)
+    objective = f"loss {metrics['loss_kept']:.4f}"
+    if "rewards_margin" in metrics:
+        objective = (
+            f"margin {metrics['rewards_margin']:.4f}  accuracy {metrics['rewards_accuracy']:.3f}"
+        )
+    return f"{objective}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
+
+
+def _in_full(metrics: Metrics) -> str:
+    parts = [_in_short(metrics)]
+    if "loss_kept" in metrics:
+        if "rewards_margin" not in metrics:
+            parts.append(f"loss of all {metrics['loss_response']:.4f}")
+        parts.append(f"lr {metrics['lr']:.2e}")
+        if "eval_loss" in metrics:
+            parts.append(_evaluated(metrics))
+    return "  ".join(parts)
+
+
+def _evaluated(metrics: Metrics) -> str:
+    text = f"eval_loss {metrics['eval_loss']:.4f}"
+    if "eval_rewards_accuracy" in metrics:
+        text += (
+            f"  eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer "
+            f"{metrics['eval_length_accuracy']:.3f})"
+        )
+    return text
+
+
+def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
+    """Drops the lines of steps that will be done again, so that a resumed run continues its file;
+    returns the rest."""
+    if not file.exists():
+        return []
+    if first_step == 0:  # the evaluation before training is done again, too
+        file.unlink()
+        return []
+    kept: list[Metrics] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics: Metrics = json.loads(line)
+        except ValueError:  # the run was killed while it wrote its last line
+            break
+        if metrics["step"] <= first_step:
+            kept.append(metrics)
+    publish_text(file, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+    return kept

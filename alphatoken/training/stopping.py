@@ -1,0 +1,84 @@
+"""Asked to stop by SIGTERM or SIGUSR1: all ranks agree when, and whether there is time for the step
+they are in."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from alphatoken.distributed import collectives
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class WindowDroppedError(Exception):
+    """The optimizer step under way is given up; weights and optimizer are as after the step
+    before."""
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Inside, SIGTERM and SIGUSR1 do not end the process but are remembered. Signals to one rank
+    count for all.
+
+    grace: seconds from the signal to the end by force; None if a step always has time to finish.
+    """
+
+    def __init__(self, device: torch.device, grace: float | None) -> None:
+        self._device = device
+        self._grace = grace
+        self._asked_at: float | None = None
+        self._known: dict[str, float] = {}
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def is_agreed(self) -> bool:
+        """Whether any rank was asked. Every rank must call it, between steps: an all-reduce of one
+        number."""
+        return self._any(self._asked_at is not None)
+
+    def took(self, what: str, seconds: float) -> None:
+        """Learns how long a `micro-batch`, an `evaluation` or a `save` takes."""
+        self._known[what] = seconds
+
+    def drop_if_short(self, micro_batches: int, evaluates: bool) -> None:
+        """Raises WindowDroppedError on every rank if some rank has too little time for what is left
+        of the step.
+
+        That is so many micro-batches, an evaluation if `evaluates`, and a save, as long as they
+        took the last time; a save that was not seen yet counts half of the grace period. Every rank
+        must call it, between micro-batches; without a grace period it does nothing.
+        """
+        if self._grace is None:
+            return
+        evaluation = self._known.get("evaluation", 0.0) if evaluates else 0.0
+        left = micro_batches * self._known.get("micro-batch", 0.0) + evaluation
+        left += self._known.get("save", 0.5 * self._grace)
+        if self._any(
+            self._asked_at is not None and time.monotonic() + left > self._asked_at + self._grace
+        ):
+            raise WindowDroppedError
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+
+    def _any(self, own: bool) -> bool:
+        return bool(collectives.sum_over_ranks(torch.tensor(int(own), device=self._device)) > 0)

@@ -1,0 +1,69 @@
+"""What every estimator of token values offers: `refresh` takes in held-out rows and drift, `score`
+values a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alphatoken.batch import Batch
+from alphatoken.config.sections import ValuationConfig
+from alphatoken.models.decoder import Decoder
+from alphatoken.passes.capture import Entry, EntryCapture
+from alphatoken.values.algebra import TokenValues
+from alphatoken.values.balance import RunningScales
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one scoring pass found out."""
+
+    values: TokenValues
+    nll_BT: Tensor
+    """Token losses, (B, T) float32, zero off the response."""
+
+
+class Scorer(ABC):
+    """Values response tokens of batches. Every rank must call `refresh` together, and `score`
+    unless it is resident."""
+
+    def __init__(self, decoder: Decoder, config: ValuationConfig) -> None:
+        self.decoder = decoder
+        self.config = config
+        self.scales = RunningScales()
+
+    @property
+    def part_weights(self) -> tuple[float, float]:
+        """What adaptation and stability are multiplied by before they are added."""
+        if self.config.balance == "std":
+            return self.scales.part_weights(self.config.stability_weight)
+        return 1.0, self.config.stability_weight
+
+    @abstractmethod
+    def capture(self) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `score`."""
+
+    @abstractmethod
+    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+        """Takes over the current weights and drift and, from `batches`, new held-out signals (None
+        keeps the old ones).
+
+        `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels`
+        and, unless all padding is on the right, `attention_mask`), equally many on every rank; one
+        without response positions is a placeholder. `scored_tokens`, about as many as this rank
+        will score with them, helps to choose contractions. Returns the batches' token losses, (B,
+        T) float32 each.
+        """
+
+    @abstractmethod
+    def score(self, entry: Entry, batch: Batch) -> Scores:
+        """Values of every response position of a batch whose forward pass was captured as `entry`;
+        of summed losses."""
+
+    @abstractmethod
+    def nonfinite_parts(self) -> list[str]:
+        """Parts of the model whose signals were not finite since the last call, in order of the
+        forward pass."""

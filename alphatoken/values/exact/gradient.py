@@ -1,0 +1,175 @@
+"""The full gradient of the validation loss, G = grad(sum of response losses) / N_val, computed
+outside of the engine.
+
+The model runs forward under whatever hooks it has; then one stage after the other, from the last,
+is filled, run again and differentiated, its weight gradients summed over the ranks and cut into
+slices. Prompt positions count too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from alphatoken.batch import Batch, loss_positions
+from alphatoken.distributed import collectives, zero3
+from alphatoken.models.decoder import Decoder
+from alphatoken.models.head import head_nll
+from alphatoken.models.scored import ScoredParameter, Stage
+from alphatoken.passes.capture import Entry, EntryCapture
+from alphatoken.passes.streamer import LayerStreamer
+
+
+class ValidationGradient:
+    """Keeps this rank's slices of G, float32, by parameter name. Every rank must call `refresh` and
+    `own` alike."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        scored: Sequence[ScoredParameter],
+        streamer: LayerStreamer,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._scored = scored
+        self._streamer = streamer
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._count = 1
+
+    def own(self, name: str) -> Tensor:
+        """This rank's slice of the named parameter's G, flat and padded like
+        `zero3.master_slice`."""
+        return self._sums[name] / self._count
+
+    @torch.no_grad()
+    def refresh(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Takes in this rank's share of the validation sequences, as `Scorer.refresh` wants it;
+        returns token losses.
+
+        Memory besides the weights of one stage: the state between any two scored layers for all
+        sequences, and one stage's gradients in float32. Communication per stage: one all-gather,
+        one reduce-scatter.
+        """
+        count = torch.tensor(
+            sum(int(loss_positions(batch["labels"])[0].sum()) for batch in batches)
+        )
+        self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
+        self._sums = {}
+        layers, entries = self._streamer.indices, []
+        for batch in batches:
+            with EntryCapture(
+                [self._decoder.layers[index] for index in layers], self._decoder.norm
+            ) as capture:
+                self._decoder.hidden_states(batch)
+            entries.append(capture.entry)
+
+        losses, outgrads = self._top(batches, entries)
+        for place, index in reversed(list(enumerate(layers))):
+            outgrads = self._layer(index, place, entries, outgrads)
+        if self._paths("embeddings"):
+            self._embeddings(batches, outgrads)
+        return losses
+
+    def _layer(
+        self, index: int, place: int, entries: Sequence[Entry], outgrads: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Takes in a layer's gradients; returns those at its input, (B, T, H) per batch."""
+        paths, gradients, below = self._paths(index), self._zeros(index), []
+        with self._streamer.stage(index) as module:
+            for entry, outgrad_BTH in zip(entries, outgrads, strict=True):
+                inputs = entry.layer_inputs[place]
+                ingrad_BTH, found = self._streamer.vjp(
+                    module, entry.states[place], inputs, outgrad_BTH, paths
+                )
+                below.append(ingrad_BTH)
+                for path, gradient in found.items():
+                    gradients[path] += gradient
+        self._reduce(index, gradients)
+        return below
+
+    def _top(
+        self, batches: Sequence[Batch], entries: Sequence[Entry]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Token losses of each batch, and the gradient at the last layer's output, (B, T, H)."""
+        losses, outgrads = [], []
+        norm_gradients, head_gradients = self._zeros("norm"), self._zeros("head")
+        with self._streamer.top() as (norm, head), torch.enable_grad():
+            for batch, entry in zip(batches, entries, strict=True):
+                response_BT, targets_BT = loss_positions(batch["labels"])
+                hidden_RH = entry.states[-1][response_BT].requires_grad_()
+                norm_weights = {
+                    path: norm.get_parameter(path).detach().requires_grad_()
+                    for path in norm_gradients
+                }
+                head_weights = {
+                    path: head.get_parameter(path).detach().requires_grad_()
+                    for path in head_gradients
+                }
+                normed_RH = functional_call(norm, norm_weights, (hidden_RH,))
+                weight_VH, bias_V = (
+                    head_weights.get("weight", head.weight),
+                    head_weights.get("bias", head.bias),
+                )
+                targets_R = targets_BT[response_BT]
+                nll_R = head_nll(
+                    normed_RH, weight_VH, bias_V, targets_R, self._decoder.logit_softcap
+                )
+                leaves = [hidden_RH, *norm_weights.values(), *head_weights.values()]
+                outgrad_RH, *found = torch.autograd.grad(nll_R.sum(), leaves)
+                for total, gradient in zip(
+                    [*norm_gradients.values(), *head_gradients.values()], found, strict=True
+                ):
+                    total += gradient
+                losses.append(torch.zeros(response_BT.shape, device=nll_R.device))
+                losses[-1][response_BT] = nll_R.detach()
+                outgrads.append(torch.zeros_like(entry.states[-1]))
+                outgrads[-1][response_BT] = outgrad_RH
+        self._reduce("norm", norm_gradients)
+        self._reduce("head", head_gradients)
+        return losses, outgrads
+
+    def _embeddings(self, batches: Sequence[Batch], outgrads: Sequence[Tensor]) -> None:
+        gradients = self._zeros("embeddings")
+        # What is linear in its weights has the same gradient whatever they are, so they need
+        # not be gathered.
+        weights = {
+            path: torch.zeros_like(each).requires_grad_() for path, each in gradients.items()
+        }
+        for batch, outgrad_BTH in zip(batches, outgrads, strict=True):
+            with torch.enable_grad():
+                hidden_BTH = self._streamer.embed(weights, batch)
+            # In float32, also of a bf16 model: some tokens come many times, and their gradients
+            # are added one by one.
+            found = torch.autograd.grad(
+                hidden_BTH, list(weights.values()), outgrad_BTH.to(hidden_BTH.dtype)
+            )
+            for path, gradient in zip(weights, found, strict=True):
+                gradients[path] += gradient
+        self._reduce("embeddings", gradients)
+
+    def _paths(self, stage: Stage) -> dict[str, str]:
+        """Names of a stage's scored parameters by path."""
+        return {scored.path: scored.name for scored in self._scored if scored.stage == stage}
+
+    def _zeros(self, stage: Stage) -> dict[str, Tensor]:
+        shapes = {
+            path: zero3.full_shape(self._decoder.stage_parameters(stage)[path])
+            for path in self._paths(stage)
+        }
+        return {path: torch.zeros(shape, device=self._device) for path, shape in shapes.items()}
+
+    def _reduce(self, stage: Stage, gradients: Mapping[str, Tensor]) -> None:
+        """Adds a stage's gradients, of all ranks, to the slices; tied weights get theirs from two
+        stages."""
+        parameters = [self._decoder.stage_parameters(stage)[path] for path in gradients]
+        names = self._paths(stage)
+        for path, own in zip(
+            gradients, zero3.sum_to_slices(list(gradients.values()), parameters), strict=True
+        ):
+            name = names[path]
+            self._sums[name] = self._sums[name] + own if name in self._sums else own

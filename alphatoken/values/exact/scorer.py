@@ -1,0 +1,251 @@
+"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda
+V, in forward mode.
+
+All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass
+through the scored layers in dual numbers, one layer at a time, without a backward pass, and with
+attention in query blocks. Every path counts.
+
+Shape legend: B sequences, T positions, R response positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from alphatoken.batch import Batch, loss_positions
+from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed import zero3
+from alphatoken.errors import UserError
+from alphatoken.models.decoder import Decoder
+from alphatoken.models.head import head_jvp
+from alphatoken.models.scored import Stage, scored_depth
+from alphatoken.passes.capture import Entry, EntryCapture
+from alphatoken.passes.chunks import Chunk, chunks_of
+from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
+from alphatoken.stability.drift import Drift
+from alphatoken.values.algebra import TERMS, TokenValues
+from alphatoken.values.estimator import Scorer, Scores
+from alphatoken.values.exact.gradient import ValidationGradient
+
+SliceScale = Callable[[nn.Parameter], Tensor | float]
+"""What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
+
+Direction = dict[str, Tensor]
+"""How the weights of a stage move: whole tensors by path inside it; absent ones do not move."""
+
+
+@dataclass(frozen=True)
+class _Dual:
+    """A chunk on its way up: the hidden state (B, T, H), and its derivative in each direction."""
+
+    chunk: Chunk
+    hidden_BTH: Tensor
+    tangents: tuple[Tensor, ...]
+
+
+class ExactScorer(Scorer):
+    """Values response tokens on the chosen parameters of the last K layers.
+
+    With `split_terms` and drift there are two directions, G and V, and a layer runs once for each;
+    otherwise one, the weighted sum. `balance` and `stability_weight` then work as in `ghost`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ValuationConfig,
+        device: torch.device,
+        drift: Drift | None,
+        adam_scale: SliceScale | None,
+    ) -> None:
+        super().__init__(decoder, config)
+        if config.preconditioner == "adam" and adam_scale is None:
+            raise UserError(
+                "valuation.preconditioner=adam needs the optimizer of a training run; here "
+                "it must be none"
+            )
+        self._scale = adam_scale if config.preconditioner == "adam" else None
+        self._drift = drift
+        depth = scored_depth(config.layers, len(decoder.layers))
+        scored = decoder.scored_parameters(depth, config.parameters)
+        first = len(decoder.layers) - depth
+        self._streamer = LayerStreamer(
+            decoder, first, device, resident=config.is_resident, forward_mode=True
+        )
+        self._gradient = ValidationGradient(decoder, scored, self._streamer, device)
+        self._device = device
+        self._dtype = next(decoder.model.parameters()).dtype
+        self._embeds = any(each.stage == "embeddings" for each in scored)
+        self._stages: list[Stage] = [*self._streamer.indices, "norm", "head"]
+        if self._embeds:
+            self._stages.insert(0, "embeddings")
+        self._scored: dict[Stage, dict[str, tuple[str, nn.Parameter]]] = {
+            stage: {} for stage in self._stages
+        }
+        for each in scored:
+            parameter = decoder.stage_parameters(each.stage)[each.path]
+            self._scored[each.stage][each.path] = each.name, parameter
+        self._slices: dict[Stage, list[list[Tensor]]] = {}
+        self._kept: dict[Stage, list[Direction]] = {}
+        self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
+
+    @property
+    def _splits(self) -> bool:
+        return self.config.split_terms and self._drift is not None
+
+    def capture(self) -> EntryCapture:
+        return EntryCapture([self.decoder.layers[index] for index in self._streamer.indices])
+
+    def nonfinite_parts(self) -> list[str]:
+        flags = self._nonfinite.tolist()
+        self._nonfinite.zero_()
+        names = [
+            f"layer {stage}" if isinstance(stage, int) else str(stage) for stage in self._stages
+        ]
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
+
+    @torch.no_grad()
+    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+        self._slices, self._kept = {}, {}  # the old ones go before the new are formed
+        self._streamer.refresh()
+        losses = [] if batches is None else self._gradient.refresh(batches)
+        self._slices = {stage: self._form(stage) for stage in self._stages}
+        if self.config.is_resident:
+            self._kept = {stage: self._gather(stage) for stage in self._stages}
+        return losses
+
+    @torch.no_grad()
+    def score(self, entry: Entry, batch: Batch) -> Scores:
+        response_BT, _ = loss_positions(batch["labels"])
+        duals = self._enter(entry, batch)
+        for place, index in enumerate(self._streamer.indices):
+            duals = self._through(duals, place, index)
+        nll_BT, effects = self._top(duals, batch["labels"])
+        return Scores(self._values(effects, response_BT), nll_BT)
+
+    def _enter(self, entry: Entry, batch: Batch) -> list[_Dual]:
+        """What enters the first scored layer: with embeddings among the scored it moves, else it
+        stands still."""
+        chunks = chunks_of(entry, batch["labels"], self.config.chunk_tokens)
+        count = 2 if self._splits else 1
+        if not self._embeds:
+            still = [torch.zeros_like(chunk.entry.states[0]) for chunk in chunks]
+            pairs = zip(chunks, still, strict=True)
+            return [
+                _Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count)
+                for chunk, zero_BTH in pairs
+            ]
+        directions = self._directions("embeddings")
+        duals = []
+        for chunk in chunks:
+            inputs = {
+                key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch
+            }
+            tangents = (self._streamer.embed(direction, inputs) for direction in directions)
+            duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
+        return duals
+
+    def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
+        """All chunks at the output of one layer. Weights and directions are dropped before the next
+        are gathered."""
+        directions = self._directions(index)
+        with self._streamer.stage(index) as module:
+            return [
+                self._layer(module, dual, place, directions) if dual.chunk.has_response else dual
+                for dual in duals
+            ]
+
+    def _layer(
+        self, module: nn.Module, dual: _Dual, place: int, directions: Sequence[Direction]
+    ) -> _Dual:
+        """One chunk at the output of one layer."""
+        inputs = dual.chunk.entry.layer_inputs[place]
+        results = [
+            self._streamer.jvp(module, dual.hidden_BTH, tangent_BTH, inputs, direction)
+            for tangent_BTH, direction in zip(dual.tangents, directions, strict=True)
+        ]
+        tangents = tuple(tangent_BTH for _, tangent_BTH in results)
+        for tangent_BTH in tangents:
+            self._watch(self._streamer.indices[place], tangent_BTH)
+        return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
+
+    def _top(self, duals: Sequence[_Dual], labels_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
+        response."""
+        response_BT, targets_BT = loss_positions(labels_BT)
+        nll_BT = torch.zeros(response_BT.shape, device=self._device)
+        effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
+        norms, heads = self._directions("norm"), self._directions("head")
+        with self._streamer.top() as (norm, head):
+            for dual, number in product(duals, range(len(effects))):
+                rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
+                hidden_RH, tangent_RH = self._streamer.jvp(
+                    norm,
+                    dual.hidden_BTH[response],
+                    dual.tangents[number][response],
+                    NO_INPUT,
+                    norms[number],
+                )
+                targets_R, softcap = targets_BT[rows][response], self.decoder.logit_softcap
+                nll_R, effect_R = head_jvp(
+                    hidden_RH, tangent_RH, head, heads[number], targets_R, softcap
+                )
+                nll_BT[rows][response] = nll_R
+                effects[number][rows][response] = effect_R
+                self._watch("head", effect_R)
+        return nll_BT, effects
+
+    def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
+        if self.config.split_terms:
+            nothing_BT = torch.zeros_like(effects[0])
+            target_BT, proxy_BT = effects if self._splits else (effects[0], nothing_BT)
+            return TokenValues.from_terms(
+                [target_BT, nothing_BT, proxy_BT, nothing_BT], self.part_weights
+            )
+        unknown_BT = torch.zeros_like(effects[0]).masked_fill(response_BT, torch.nan)
+        return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
+
+    def _directions(self, stage: Stage) -> list[Direction]:
+        return self._kept[stage] if self.config.is_resident else self._gather(stage)
+
+    def _gather(self, stage: Stage) -> list[Direction]:
+        """A stage's directions, whole, from all ranks' slices: one all-gather."""
+        parameters = [parameter for _, parameter in self._scored[stage].values()]
+        directions = self._slices[stage]
+        slices = [own for direction in directions for own in direction]
+        wholes = iter(zero3.whole_tensors(slices, parameters * len(directions)))
+        return [{path: next(wholes) for path in self._scored[stage]} for _ in directions]
+
+    def _form(self, stage: Stage) -> list[list[Tensor]]:
+        """This rank's slices of a stage's directions, in the model's dtype, for all that is scored
+        until the next step.
+
+        No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks
+        that hold them.
+        """
+        targets, drifts = [], []
+        for name, parameter in self._scored[stage].values():
+            scale = 1.0 if self._scale is None else self._scale(parameter)
+            targets.append(scale * self._gradient.own(name))
+            if self._drift is not None:
+                own = (
+                    self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
+                )
+                drifts.append(scale * own)
+        directions = [targets]
+        if self._splits:
+            directions = [targets, drifts]
+        elif self._drift is not None:
+            weight = self.config.stability_weight
+            directions = [
+                [target + weight * drift for target, drift in zip(targets, drifts, strict=True)]
+            ]
+        return [[own.to(self._dtype) for own in direction] for direction in directions]
+
+    def _watch(self, stage: Stage, derivative: Tensor) -> None:
+        self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()
