@@ -33,7 +33,6 @@ from alphatoken.stability.drift import Drift
 from alphatoken.values.estimator import Scorer
 from alphatoken.values.registry import build_scorer
 from benchmarks.measuring import (
-    PAPER_MICRO_BATCHES,
     Peak,
     build_trainer,
     circumstances,
@@ -65,18 +64,14 @@ class Cases:
 
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
         trainer = build_trainer(arguments, folder)
-        self.device = trainer._device
-        self._engine, self._model = trainer._engine, trainer._model
+        self.device = trainer.run.device
+        self._engine, self._model = trainer.run.engine, trainer.run.model
         (self._valued,) = self._model.selections
         self._all = replace(self._valued, policy="all")
-        rows = trainer._train_order.step(0, PAPER_MICRO_BATCHES * arguments.micro_batch)
-        self._batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
+        self._batches = trainer.feed.training(0).batches
         # They come sorted by length: spread the rounds over all lengths.
         self._picked = np.linspace(0, len(self._batches) - 1, arguments.rounds + 1).astype(int)
-        assert trainer._splits.validation is not None
-        self._held_out = trainer._micro_batches(
-            trainer._splits.validation, np.arange(arguments.validation_sequences), step=0
-        )
+        self._held_out = trainer.feed.first_held_out(arguments.validation_sequences)
         decoder = decoder_of(self._model.lm)
         scorers: dict[str, Scorer] = {}
         for name, values in settings(len(decoder.layers)).items():

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +23,9 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
 from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.models.decoder import decoder_of
 from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import Peak
 from recipes.quickstart.get_model import save_tiny
@@ -92,25 +93,23 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
             "output_dir": str(folder / f"run-{depth}"),
         },
     }
-    trainer = Trainer(RunConfig.model_validate(values), SupervisedObjective())
-    scorer, validation = trainer._model.scorer, trainer._splits.validation
+    trainer = Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective()))
+    scorer = trainer.run.model.scorer
     assert scorer is not None
-    assert validation is not None
-    rows = np.arange(per_rank * collectives.world_size())
-    held_out = trainer._micro_batches(validation, rows, step=0)
-    (batch,) = trainer._micro_batches(trainer._splits.train, rows, step=0)
+    held_out = trainer.feed.held_out(0)
+    (batch,) = trainer.feed.training(0).batches
     scorer.refresh(held_out)
     with torch.no_grad(), scorer.capture() as capture:
-        trainer._model._decoder.hidden_states(batch)
+        decoder_of(trainer.run.model.lm).hidden_states(batch)
     entry = capture.entry
     scorer.score(entry, batch)  # warm-up
-    peak = Peak(trainer._device)
+    peak = Peak(trainer.run.device)
     peaks = {
         "refresh": peak.of(lambda: scorer.refresh(held_out)),
         "score": peak.of(lambda: scorer.score(entry, batch)),
     }
     state = batch["input_ids"].numel() * WIDTH * 4
-    trainer._engine.destroy()
+    trainer.run.engine.destroy()
     return {**peaks, "states between the layers (in refresh)": (depth + 1) * state}
 
 

@@ -20,6 +20,7 @@ import torch
 from alphatoken.config.run import RunConfig
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.tracing import FlopCounter
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 
 PAPER_MICRO_BATCHES = 16
@@ -96,7 +97,7 @@ def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
             "output_dir": f"{folder}/run",
         },
     }
-    return Trainer(RunConfig.model_validate(values), SupervisedObjective())
+    return Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective()))
 
 
 def device_name(device: torch.device) -> str:

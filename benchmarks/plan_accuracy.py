@@ -39,7 +39,7 @@ from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.tracing import FlopCounter
 from alphatoken.planner.workload import rows_of
-from alphatoken.training.report import Report
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import circumstances, status, write_result
 from benchmarks.preference_memory import run_values, save_data
@@ -74,20 +74,17 @@ def measure(config: RunConfig) -> dict[str, Any]:
     objective: Objective = SupervisedObjective()
     if isinstance(config, PreferenceRunConfig):
         objective = PreferenceObjective(config.preference)
-    trainer = Trainer(config, objective)
-    report = Report(
-        config, Path(config.train.output_dir).with_suffix(".jsonl"), 0, STEPS, active=False
-    )
+    trainer = Trainer(build_run(config, objective))
     for step in range(STEPS - 1):
-        trainer._optimizer_step(step, report)
+        trainer.step.take(step, evaluates=False)
     with communicated_bytes() as communicated:
-        trainer._optimizer_step(STEPS - 1, report)
+        trainer.step.take(STEPS - 1, evaluates=False)
     peak = (
         torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM") - at_start
     )
     with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
-        trainer._optimizer_step(STEPS, report)
-    rows = rows_of(trainer._splits.train, len(config.selections))
+        trainer.step.take(STEPS, evaluates=False)
+    rows = rows_of(trainer.run.splits.train, len(config.selections))
     plan = make_plan(
         config, rows, collectives.world_size(), "cpu" if device.type == "cpu" else None
     )

@@ -30,7 +30,7 @@ from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.objectives.base import Objective
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
-from alphatoken.training.report import Report
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from benchmarks.measuring import circumstances, reset_high_water, status, write_result
 
@@ -96,9 +96,9 @@ def build(mode: str, folder: Path, model: Path, micro_batch: int) -> Trainer:
     )
     if mode == "sft":
         objective: Objective = SupervisedObjective()
-        return Trainer(RunConfig.model_validate(values), objective)
+        return Trainer(build_run(RunConfig.model_validate(values), objective))
     config = PreferenceRunConfig.model_validate({**values, "preference": {}, "reference": mode})
-    return Trainer(config, PreferenceObjective(config.preference))
+    return Trainer(build_run(config, PreferenceObjective(config.preference)))
 
 
 def measure(mode: str, folder: Path, model: Path, micro_batch: int) -> dict[str, Any]:
@@ -106,14 +106,13 @@ def measure(mode: str, folder: Path, model: Path, micro_batch: int) -> dict[str,
     device = initialise_ranks()
     at_start = status("VmRSS")
     trainer = build(mode, folder, model, micro_batch)
-    report = Report(trainer._config, folder / "metrics.jsonl", 0, STEPS, active=False)
     reset_high_water(device.type == "cuda")
     for step in range(STEPS):
-        trainer._optimizer_step(step, report)
+        trainer.step.take(step, evaluates=False)
     peak = (
         torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM") - at_start
     )
-    train = trainer._splits.train
+    train = trainer.run.splits.train
     documents = sum(len(train[row]) for row in range(len(train)))
     return {"peak_bytes": peak, "documents": documents, "tokens": int(train.lengths.sum())}
 

@@ -24,7 +24,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -125,18 +124,15 @@ class Cases:
 
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
         trainer = build_trainer(arguments, folder)
-        self.device = trainer._device
-        self._engine, self._model = trainer._engine, trainer._model
+        self.device = trainer.run.device
+        self._engine, self._model = trainer.run.engine, trainer.run.model
         self._scorer = self._model.scorer
         (self._valued,) = self._model.selections
         self._all = replace(self._valued, policy="all")
-        assert trainer._splits.validation is not None
-        rows = trainer._train_order.step(0, PAPER_MICRO_BATCHES * arguments.micro_batch)
-        self._batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
+        self._batches = trainer.feed.training(0).batches
         random.Random(0).shuffle(self._batches)  # they come sorted by length
         self._validation = {
-            size: trainer._micro_batches(trainer._splits.validation, np.arange(size), step=0)
-            for size in arguments.validation_sequences
+            size: trainer.feed.first_held_out(size) for size in arguments.validation_sequences
         }
         self._own_tokens = sum(
             int(loss_positions(batch["labels"])[0].sum()) for batch in self._batches
@@ -189,7 +185,7 @@ class Cases:
         self._engine.set_gradient_accumulation_boundary(False)
 
 
-def _rows(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _rows(batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     documents = batch["document_ids"]
     return [
         (ids[inside >= 0], labels[inside >= 0])

@@ -11,6 +11,7 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 
 
@@ -20,7 +21,7 @@ def main() -> None:
             "Preference optimization on the valuable tokens of pairs of responses, under DeepSpeed."
         )
         config = parse_arguments(PreferenceRunConfig, description)
-        Trainer(config, PreferenceObjective(config.preference)).run()
+        Trainer(build_run(config, PreferenceObjective(config.preference))).train()
 
 
 if __name__ == "__main__":

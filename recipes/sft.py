@@ -9,6 +9,7 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.run import RunConfig
 from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 
 
@@ -17,7 +18,7 @@ def main() -> None:
         config = parse_arguments(
             RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed."
         )
-        Trainer(config, SupervisedObjective()).run()
+        Trainer(build_run(config, SupervisedObjective())).train()
 
 
 if __name__ == "__main__":

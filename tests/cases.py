@@ -48,18 +48,18 @@ from alphatoken.selection.step import count_tokens
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.training.report import Report
-from alphatoken.training.statistics import StepStatistics
+from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:
-    """Of a preference run where the values have that section."""
+    """Builds a run of these values: on pairs where they have a section `preference`."""
     if "preference" in values:
         config = validate(PreferenceRunConfig, values, "of the test")
-        return Trainer(config, PreferenceObjective(config.preference))
-    return Trainer(validate(RunConfig, values, "of the test"), SupervisedObjective())
+        return Trainer(build_run(config, PreferenceObjective(config.preference)))
+    return Trainer(build_run(validate(RunConfig, values, "of the test"), SupervisedObjective()))
 
 
 def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
     return {
         name.removeprefix("lm."): safe_get_full_grad(parameter).clone()
-        for name, parameter in trainer._model.named_parameters()
+        for name, parameter in trainer.run.model.named_parameters()
         if name.startswith("lm.")
     }
 
@@ -83,7 +83,7 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
     for name, values in configs.items():
         trainer = trainer_of(values)
         rows: dict[int, dict[str, Tensor]] = {}
-        branches = len(trainer._model.selections)
+        branches = len(trainer.run.model.selections)
         gradients: dict[str, Tensor] = {}
 
         def remember(
@@ -102,20 +102,20 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
                     **{term: value[inside] for term, value in assessment["values"].items()},
                 }
 
-        trainer._model.register_forward_hook(remember)
-        step = trainer._engine.step
+        trainer.run.model.register_forward_hook(remember)
+        step = trainer.run.engine.step
 
         def record_then_step(
             trainer: Trainer = trainer, gradients: dict[str, Tensor] = gradients, step: Any = step
         ) -> None:
-            if trainer._engine.is_gradient_accumulation_boundary():
+            if trainer.run.engine.is_gradient_accumulation_boundary():
                 gradients.update(full_gradients(trainer))
             step()
 
-        trainer._engine.step = record_then_step
-        trainer.run()
+        trainer.run.engine.step = record_then_step
+        trainer.train()
         results[name] = {"rows": rows, "gradients": gradients}
-        trainer._engine.destroy()
+        trainer.run.engine.destroy()
     return results
 
 
@@ -131,24 +131,25 @@ def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
 def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """One accumulation window in which rank 1 has no response token in its second micro-batch."""
     trainer = trainer_of(values)
-    rows = trainer._train_order.step(0, values["train"]["global_batch_size"])
-    batches = trainer._micro_batches(trainer._splits.train, rows, step=0)
+    rows = trainer.feed.training(0)
+    batches = rows.batches
     if collectives.rank() == 1:
         batches[1]["labels"].fill_(-100)
-    own, _, kept_tokens = count_tokens(trainer._model.selections, batches)
-    trainer._refresh(0, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own)
+    own, _, kept_tokens = count_tokens(trainer.run.model.selections, batches)
+    assert trainer.refresh is not None
+    trainer.refresh.before(0, own)
     result: dict[str, Any] = {"kept": [], "tokens": []}
     for number, batch in enumerate(batches):
-        output = trainer._engine(batch)
-        denominator = trainer._objective.denominator(kept_tokens, len(rows))
-        trainer._engine.backward(
+        output = trainer.run.engine(batch)
+        denominator = trainer.run.objective.denominator(kept_tokens, rows.rows)
+        trainer.run.engine.backward(
             output["total"] * collectives.world_size() / denominator, scale_wrt_gas=False
         )
         result["kept"].append(int((output["weight_BT"] > 0).sum()))
         result["tokens"].append({"ids": batch["input_ids"], "weight": output["weight_BT"]})
         if number == len(batches) - 1:
             result["gradients"] = full_gradients(trainer)
-        trainer._engine.step()
+        trainer.run.engine.step()
     return result
 
 
@@ -171,26 +172,19 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
     results = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
-        report = Report(trainer._config, folder / "metrics.jsonl", 0, steps, active=False)
+        assert trainer.refresh is not None
         for step in range(steps):
-            trainer._optimizer_step(step, report)
-        trainer._steps_taken = steps
-        batches = trainer._micro_batches(
-            trainer._splits.train,
-            trainer._train_order.step(steps, values["train"]["global_batch_size"]),
-            steps,
-        )
-        trainer._refresh(
-            steps, StepStatistics(trainer._device, (1.0, 1.5), has_drift=False), own_tokens=1
-        )
+            trainer.step.take(step, evaluates=False)
+        batches = trainer.feed.training(steps).batches
+        trainer.refresh.before(steps, own_tokens=1)
         rows = {}
         for batch in batches:
-            value_BT = trainer._model.assess(batch)["values"]["direct_target"]
+            value_BT = trainer.run.model.assess(batch)["values"]["direct_target"]
             for number, row in enumerate(batch["rows"].tolist()):
                 rows[row] = value_BT[batch["document_ids"] == number]
         parameters = {
             key.removeprefix("lm."): each
-            for key, each in trainer._model.named_parameters()
+            for key, each in trainer.run.model.named_parameters()
             if "lm." in key
         }
         results[name] = {
@@ -203,7 +197,7 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
                 for key, each in parameters.items()
             },
         }
-        trainer._engine.destroy()
+        trainer.run.engine.destroy()
     return results
 
 
@@ -213,12 +207,11 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
     results = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
-        decoder = decoder_of(trainer._model.lm)
-        rows = trainer._train_order.step(0, values["train"]["global_batch_size"])
-        batch = trainer._micro_batches(trainer._splits.train, rows, step=0)[0]
+        decoder = decoder_of(trainer.run.model.lm)
+        batch = trainer.feed.training(0).batches[0]
         with torch.no_grad(), EntryCapture(list(decoder.layers)[1:]) as capture:
             decoder.hidden_states(batch)
-        streamer = LayerStreamer(decoder, 1, trainer._device, resident=False, forward_mode=True)
+        streamer = LayerStreamer(decoder, 1, trainer.run.device, resident=False, forward_mode=True)
         streamer.refresh()
         generator = torch.Generator().manual_seed(collectives.rank())
         hidden = capture.entry.states[0]
@@ -246,7 +239,7 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
             }
             hidden = output
         results[name] = products
-        trainer._engine.destroy()
+        trainer.run.engine.destroy()
     return results
 
 
@@ -263,7 +256,7 @@ def run_trainers(
     it is full from the second checkpoint on.
     """
     if killed_in_save is not None:
-        die_in_call(Trainer, "_save", killed_in_save, f"killed in save {killed_in_save}")
+        die_in_call(Trainer, "save", killed_in_save, f"killed in save {killed_in_save}")
     if disk is not None:
         fill_disk(disk)
     if killed_in_block is not None:
@@ -271,8 +264,8 @@ def run_trainers(
 
     def run(values: dict[str, Any]) -> None:
         trainer = trainer_of(values)
-        trainer.run()
-        trainer._engine.destroy()
+        trainer.train()
+        trainer.run.engine.destroy()
 
     return messages_of(configs, run)
 
@@ -286,7 +279,7 @@ def live_tensor_bytes(folder: Path, values: dict[str, Any]) -> int:
         if isinstance(each, torch.Tensor):
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    assert trainer._reference is not None
+    assert trainer.run.reference is not None
     return sum(storages.values())
 
 
@@ -308,7 +301,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "forward": (Decoder, "hidden_states"),
     "scoring": (GhostScorer, "score"),
     "refresh": (GhostScorer, "refresh"),
-    "backward": (head._BlockedNLL, "backward"),
+    "backward": (head.BlockedNLL, "backward"),
     "step": (torch.optim.AdamW, "step"),
     "report": (Report, "step"),
     "saving shards": (TorchCheckpointEngine, "save"),
@@ -339,17 +332,17 @@ def recorded_run(
         before_call(owner, name, partial(count, moment))
     trainer = trainer_of(values)
     kept: dict[tuple[int, int], Tensor] = {}
-    branches = len(trainer._model.selections)
+    branches = len(trainer.run.model.selections)
 
     def remember(_module: Any, args: tuple[Any, ...], output: Any) -> None:
         for number, row in enumerate(args[0]["rows"].tolist()):
             inside = args[0]["document_ids"] == number
-            kept[trainer._steps_taken, branches * row + number % branches] = output["weight_BT"][
+            kept[trainer.step.under_way, branches * row + number % branches] = output["weight_BT"][
                 inside
             ]
 
-    trainer._model.register_forward_hook(remember)
-    trainer.run()
+    trainer.run.model.register_forward_hook(remember)
+    trainer.train()
     return {"kept": kept, "calls": calls}
 
 
@@ -388,7 +381,7 @@ def fill_disk(way: str) -> None:
 
     if way == "small disk":
         free_space(2**40)  # it looks as if there were room
-    before_call(Trainer, "_save", later)
+    before_call(Trainer, "save", later)
 
 
 def die_in_call(owner: type, method: str, number: int, message: str) -> None:
@@ -428,28 +421,25 @@ def drifts(
     results = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
-        drift = trainer._drift
+        drift = trainer.run.drift
         assert drift is not None
-        names = list(drift._parameters)
+        names = list(drift.parameters)
         if universal is not None:
-            trainer._engine.load_checkpoint(str(universal.parent), tag=universal.name)
-        first = [safe_get_full_fp32_param(drift._parameters[each]).clone() for each in names]
-        report = Report(
-            trainer._config, folder / "metrics.jsonl", trainer._first_step, steps, active=False
-        )
-        for step in range(trainer._first_step, trainer._first_step + steps):
-            trainer._optimizer_step(step, report)
+            trainer.run.engine.load_checkpoint(str(universal.parent), tag=universal.name)
+        first = [safe_get_full_fp32_param(drift.parameters[each]).clone() for each in names]
+        for step in range(trainer.first_step, trainer.first_step + steps):
+            trainer.step.take(step, evaluates=False)
         if values["train"].get("save_every"):
-            trainer._save(trainer._first_step + steps)
-        masters = [safe_get_full_fp32_param(drift._parameters[each]).clone() for each in names]
+            trainer.save(trainer.first_step + steps)
+        masters = [safe_get_full_fp32_param(drift.parameters[each]).clone() for each in names]
         results[name] = {
             "first": dict(zip(names, first, strict=True)),
             "masters": dict(zip(names, masters, strict=True)),
             "drift": dict(zip(names, drift.matrices(names), strict=True)),
             "magnitudes": drift.magnitudes(),
-            "reference_bytes": sum(tensor.nbytes for tensor in drift._reference.values()),
+            "reference_bytes": drift.reference_bytes,
         }
-        trainer._engine.destroy()
+        trainer.run.engine.destroy()
     return results
 
 

@@ -169,6 +169,10 @@ def test_private_names_stay_in_their_module(file: Path) -> None:
 
 FOREIGN = {
     "_attn_implementation",  # transformers: the attention a configuration was loaded with
+    "_cdata",  # torch: whether two tensors share a storage
+    "_forward_pre_hooks",  # torch
+    "_model_mapping",  # transformers: the class that a configuration is loaded with
+    "_zero3_consolidated_16bit_state_dict",  # DeepSpeed: whole weights on rank 0
     "_buffers",  # torch: a module's buffers, replaced in place
     "_commit_hash",  # transformers: the commit that a hub name stood for
     "_current_frames",  # sys: where every thread is

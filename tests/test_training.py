@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from alphatoken import UserError
 from alphatoken.config.run import RunConfig
 from alphatoken.objectives.supervised import SupervisedObjective
-from alphatoken.training.trainer import Trainer
+from alphatoken.training.setup import build_run
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import tokenised
 
@@ -499,10 +499,10 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
                 if value == f"{{{name}}}":
                     content[key] = str(tmp_path / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("alphatoken.training.trainer.initialise_ranks", lambda: torch.device("cpu"))
+    monkeypatch.setattr("alphatoken.training.setup.initialise_ranks", lambda: torch.device("cpu"))
     monkeypatch.setattr(
-        "alphatoken.training.trainer.load_model", lambda *_: pytest.fail("the model was loaded")
+        "alphatoken.training.setup.load_model", lambda *_: pytest.fail("the model was loaded")
     )
     values = changed(run_values, **sections)
     with pytest.raises(UserError, match=message):
-        Trainer(RunConfig.model_validate(values), SupervisedObjective())
+        build_run(RunConfig.model_validate(values), SupervisedObjective())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,66 +27,114 @@ from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush, publish_text
 
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
+PACKAGES = ("alphatoken", "torch", "deepspeed", "transformers")
 
 
-def checkpoint_bytes(module: nn.Module, trains_in_16_bit: bool) -> int:
-    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights
-    themselves.
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds besides the engine's own state; the same on every rank."""
 
-    `module` may be on the meta device.
+    scales: list[list[float]] | None
+    """Running scales of adaptation and stability; None without a scorer."""
+    inputs: dict[str, str | None]
+    """Hashes of what the run was made from, by name."""
+    random: list[list[torch.Tensor]]
+    """Per rank, the states of its random number generators."""
+
+
+class Checkpoints:
+    """Saves the checkpoints of one run, knows the newest, and loads one.
+
+    `needed`: bytes that a checkpoint takes on disk. Every rank must make the same calls, between
+    steps.
     """
-    sizes = [(zero3.full_shape(each).numel(), each.requires_grad) for each in module.parameters()]
-    weight = 2 if trains_in_16_bit else 4
-    return sum(count * (weight + (12 if trained else 0)) for count, trained in sizes)
 
+    def __init__(self, *, folder: RunFolder, engine: Any, config: RunConfig, needed: int) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._config = config
+        self._needed = needed
+        self.newest = 0
+        """Optimizer steps of the newest checkpoint that this run saved or continued; 0 is none."""
 
-def check_space(folder: RunFolder, needed: int) -> None:
-    """Removes what killed saves have left. Raises UserError on every rank if a checkpoint of so
-    many bytes does not fit beside the others.
-    """
+    def check_space(self) -> None:
+        """Removes what killed saves have left. Raises UserError on every rank if a checkpoint does
+        not fit beside the others."""
+        collectives.on_rank_0(self._check_space)
 
-    def check() -> None:
-        remove_leftovers(folder.checkpoints)
-        free = free_bytes(folder.checkpoints)
-        if free < needed:
+    def save(self, done: int, state: TrainingState) -> Path:
+        """Saves the engine's complete state and `state` after `done` optimizer steps.
+
+        All ranks write their shards, then each hashes and flushes its share of the files, and
+        rank 0 makes the checkpoint valid and removes those that `train.keep_last` does not keep.
+        Raises UserError when the disk refuses; older checkpoints stay as they are.
+        """
+        final = self._folder.checkpoints / f"step-{done}"
+        partial = final.with_name(final.name + PARTIAL)
+        self.check_space()
+        try:
+            collectives.on_rank_0(lambda: partial.mkdir(parents=True))
+            self._write_shards(partial, state)
+            files = _hash_together(partial)
+            collectives.on_rank_0(lambda: self._publish(partial, final, files))
+        except (OSError, RuntimeError) as error:
+            collectives.barrier()
+            collectives.on_rank_0(lambda: remove_leftovers(self._folder.checkpoints))
             raise UserError(
-                f"{folder.checkpoints} has {free / 2**30:.2f} GiB free, but a checkpoint takes "
-                f"{needed / 2**30:.2f} GiB; make room, or keep fewer with train.keep_last"
+                f"cannot write checkpoint {final}: {error}; older checkpoints are untouched"
+            ) from None
+        self.newest = done
+        return final
+
+    def load(self, checkpoint: Path, step: int) -> TrainingState:
+        """Loads the engine's complete state after `step` optimizer steps.
+
+        Learning rate, decay, betas and epsilon stay those the engine was built with.
+        """
+        options = zero3.optimizer_options(self._engine)
+        loaded, client_state = self._engine.load_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name
+        )
+        if loaded is None:
+            raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
+        zero3.separate_step_counts(self._engine)
+        zero3.set_optimizer_options(self._engine, options)
+        self.newest = step
+        return TrainingState(**client_state[STATE])
+
+    def _check_space(self) -> None:
+        folder = self._folder.checkpoints
+        remove_leftovers(folder)
+        free = free_bytes(folder)
+        if free < self._needed:
+            raise UserError(
+                f"{folder} has {free / 2**30:.2f} GiB free, but a checkpoint takes "
+                f"{self._needed / 2**30:.2f} GiB; make room, or keep fewer with train.keep_last"
             )
 
-    collectives.on_rank_0(check)
+    def _write_shards(self, partial: Path, state: TrainingState) -> None:
+        """Raises on every rank what any rank's disk refused."""
+        values = {"scales": state.scales, "inputs": state.inputs, "random": state.random}
+        refused = zero3.save_shards(
+            self._engine, self._folder.checkpoints, partial.name, {STATE: values}
+        )
 
+        def check() -> None:
+            if refused is not None:
+                raise refused
 
-def save_checkpoint(
-    engine: Any, folder: RunFolder, config: RunConfig, step: int, state: dict[str, Any], needed: int
-) -> Path:
-    """Saves the engine's complete state, and `state` (the same on every rank), after `step`
-    optimizer steps.
+        collectives.agree(check)
 
-    Every rank must call it, between steps. All ranks write their shards, then each hashes and
-    flushes its share of the files, and rank 0 makes the checkpoint valid and removes those that
-    `train.keep_last` does not keep. `needed`: bytes that must be free. Raises UserError when the
-    disk refuses; older checkpoints stay as they are.
-    """
-    final = folder.checkpoints / f"step-{step}"
-    partial = final.with_name(final.name + PARTIAL)
-    check_space(folder, needed)
-
-    def check_writing() -> None:
-        if refused is not None:
-            raise refused
-
-    def publish() -> None:
+    def _publish(self, partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
+        """Makes a written checkpoint the valid one of its step, and the latest."""
+        step = int(final.name.removeprefix("step-"))
         description = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": collectives.world_size(),
-            "versions": {
-                package: version(package)
-                for package in ("alphatoken", "torch", "deepspeed", "transformers")
-            },
-            "config": config.model_dump(mode="json"),
-            "files": every,
+            "versions": {package: version(package) for package in PACKAGES},
+            "config": self._config.model_dump(mode="json"),
+            "files": files,
         }
         write_description(partial, description)
         flush(partial)
@@ -94,48 +143,21 @@ def save_checkpoint(
         if final.exists():
             final.rename(aside)
         partial.rename(final)
-        publish_text(folder.checkpoints / LATEST, final.name)
+        publish_text(final.parent / LATEST, final.name)
         shutil.rmtree(aside, ignore_errors=True)
-        tidy(folder.checkpoints, step, config.train.keep_last, config.train.keep_every)
-
-    try:
-        collectives.on_rank_0(lambda: partial.mkdir(parents=True))
-        refused = zero3.save_shards(engine, folder.checkpoints, partial.name, {STATE: state})
-        collectives.agree(check_writing)
-        # Rank 0 lists the files: what another rank does not see of them is an error, not a file
-        # without a hash.
-        files = collectives.on_rank_0(
-            lambda: sorted(path for path in partial.rglob("*") if path.is_file())
-        )
-        own = files[collectives.rank() :: collectives.world_size()]
-        digests = collectives.gather_objects(
-            collectives.agree(lambda: described_files(partial, own))
-        )
-        every = {name: digest for part in digests for name, digest in part.items()}
-        collectives.on_rank_0(publish)
-    except (OSError, RuntimeError) as error:
-        collectives.barrier()
-        collectives.on_rank_0(lambda: remove_leftovers(folder.checkpoints))
-        raise UserError(
-            f"cannot write checkpoint {final}: {error}; older checkpoints are untouched"
-        ) from None
-    return final
+        train = self._config.train
+        tidy(final.parent, step, train.keep_last, train.keep_every)
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Loads the engine's complete state; returns what was saved as `state`. Every rank must call
-    it.
+def checkpoint_bytes(module: nn.Module, *, trains_in_16_bit: bool) -> int:
+    """Size of a checkpoint: fp32 masters and Adam's two moments of what is trained, and the weights
+    themselves.
 
-    Learning rate, decay, betas and epsilon stay those the engine was built with.
+    `module` may be on the meta device.
     """
-    options = zero3.optimizer_options(engine)
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
-    zero3.separate_step_counts(engine)
-    zero3.set_optimizer_options(engine, options)
-    state: dict[str, Any] = client_state[STATE]
-    return state
+    sizes = [(zero3.full_shape(each).numel(), each.requires_grad) for each in module.parameters()]
+    weight = 2 if trains_in_16_bit else 4
+    return sum(count * (weight + (12 if trained else 0)) for count, trained in sizes)
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
@@ -151,3 +173,17 @@ def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
+
+
+def _hash_together(partial: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes of all files below a folder by name, each rank hashing its share.
+
+    Rank 0 lists the files: what another rank does not see of them is an error, not a file without
+    a hash.
+    """
+    files = collectives.on_rank_0(
+        lambda: sorted(path for path in partial.rglob("*") if path.is_file())
+    )
+    own = files[collectives.rank() :: collectives.world_size()]
+    digests = collectives.gather_objects(collectives.agree(lambda: described_files(partial, own)))
+    return {name: digest for part in digests for name, digest in part.items()}

@@ -98,7 +98,7 @@ def check_space(config: RunConfig, model: nn.Module, train_rows: int) -> Finding
     """
     train, folder = config.train, RunFolder(config.train.output_dir)
     in_16_bit = config.model.dtype == "bfloat16"
-    one = checkpoint_bytes(model, in_16_bit)
+    one = checkpoint_bytes(model, trains_in_16_bit=in_16_bit)
     exported = [
         each for each in model.parameters() if each.requires_grad or config.model.lora is None
     ]

@@ -137,7 +137,7 @@ def head_samples(
     return token_R
 
 
-class _BlockedNLL(torch.autograd.Function):
+class BlockedNLL(torch.autograd.Function):
     """Head and cross-entropy whose backward recomputes the logits block by block, unless one block
     is all there is."""
 
@@ -200,7 +200,7 @@ def head_nll(
 ) -> Tensor:
     """Negative log likelihood of each row, (R,) float32, differentiable; memory is bounded by one
     block of logits."""
-    nll_R: Tensor = _BlockedNLL.apply(hidden_RH, weight_VH, bias_V, targets_R, softcap)  # type: ignore[no-untyped-call]
+    nll_R: Tensor = BlockedNLL.apply(hidden_RH, weight_VH, bias_V, targets_R, softcap)  # type: ignore[no-untyped-call]
     return nll_R
 
 

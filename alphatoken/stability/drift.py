@@ -36,7 +36,7 @@ class Drift:
         reference: Mapping[str, Tensor] | None,
         device: torch.device,
     ) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._device = device
         self._fisher: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
@@ -59,19 +59,24 @@ class Drift:
                 self._reference[name] = _compact(zero3.master_slice(parameter, device))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parameters
+        return name in self.parameters
+
+    @property
+    def reference_bytes(self) -> int:
+        """Memory that this rank's slices of the reference take."""
+        return sum(slice_.nbytes for slice_ in self._reference.values())
 
     @torch.no_grad()
     def own(self, name: str) -> Tensor:
         """This rank's slice of the named weight's V, float32, flat and padded."""
-        master = zero3.master_slice(self._parameters[name], self._device)
+        master = zero3.master_slice(self.parameters[name], self._device)
         return weighted_drift(self._fisher[name], master, self._reference[name])
 
     def matrices(self, names: Sequence[str]) -> list[Tensor]:
         """The whole V of the named weights, float32: one all-gather of this rank's slices. Every
         rank must call it."""
         return zero3.whole_tensors(
-            [self.own(name) for name in names], [self._parameters[name] for name in names]
+            [self.own(name) for name in names], [self.parameters[name] for name in names]
         )
 
     @torch.no_grad()
@@ -81,7 +86,7 @@ class Drift:
         call it.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             start, end = zero3.slice_range(parameter)
             own = slice(0, end - start)  # what lies behind is padding, of any content
             moved = (
@@ -90,7 +95,7 @@ class Drift:
             )
             squares = moved.double().square_()
             sums += torch.stack([squares.sum(), 0.5 * (self._fisher[name][own] * squares).sum()])
-        if any(map(zero3.is_sharded, self._parameters.values())):
+        if any(map(zero3.is_sharded, self.parameters.values())):
             collectives.sum_over_ranks(sums)
         squared_norm, weighted = sums.tolist()
         return squared_norm**0.5, weighted
@@ -104,11 +109,11 @@ class Drift:
             def read(name: str, start: int, end: int, slices: dict[str, Tensor] = slices) -> Tensor:
                 return slices[name][: end - start]
 
-            both.append(zero3.checksums(self._parameters, self._device, read))
+            both.append(zero3.checksums(self.parameters, self._device, read))
         return fingerprint(both)
 
     def _own_slice(self, tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         shape, (start, end) = zero3.full_shape(parameter), zero3.slice_range(parameter)
         where = f"{what} {tensors}" if isinstance(tensors, TensorFile) else what
         if name not in tensors:

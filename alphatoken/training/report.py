@@ -19,8 +19,7 @@ from rich.text import Text
 from alphatoken.config.run import RunConfig
 from alphatoken.training.valued_text import ValuedText
 from alphatoken.util.files import publish_text
-
-Metrics = dict[str, float | int]
+from alphatoken.util.metrics import Metrics
 
 
 class Report:

@@ -1,0 +1,37 @@
+"""Evaluation of held-out rows during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from alphatoken.batch import Batch, loss_positions
+from alphatoken.distributed.sums import NamedSums, mean
+from alphatoken.objectives.base import Objective
+from alphatoken.training.valued_model import ValuedModel
+from alphatoken.util.metrics import Metrics, declare
+
+declare("eval_loss", "the loss of `data.eval`: per response token, or the objective's per pair")
+declare("eval_{metric}", "mean of the objective's metric over the rows of `data.eval`")
+
+
+def evaluate(
+    *,
+    model: ValuedModel,
+    objective: Objective,
+    batches: Iterable[Batch],
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> Metrics:
+    """Means of what the objective reports of held-out rows, `eval_...`; empty without rows.
+
+    Every rank must call it, with equally many micro-batches. `on_batch` is called before each.
+    """
+    sums = NamedSums(device)
+    for batch in batches:
+        on_batch()
+        response_BT, _ = loss_positions(batch["labels"])
+        nll_BT = model.token_losses(batch)
+        sums.add_vectors(objective.evaluation(batch, nll_BT, response_BT))
+    return {f"eval_{name}": mean(both) for name, both in sums.reduce().items()}

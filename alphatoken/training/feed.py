@@ -1,0 +1,93 @@
+"""This rank's micro-batches, on its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphatoken.batch import Batch
+from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
+from alphatoken.data.cache import TokenDataset
+from alphatoken.distributed import collectives
+from alphatoken.training.setup import Run
+
+# Streams of random numbers, so that draws of different parts are kept apart.
+TRAINING, HELD_OUT = 0, 1
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one optimizer step."""
+
+    rows: int
+    """Over all ranks."""
+    tokens: int
+    """Prompts and responses together, over all ranks."""
+    batches: list[Batch]
+    """This rank's micro-batches."""
+
+
+class Feed:
+    """Makes this rank's micro-batches of training steps, held-out draws and evaluations.
+
+    Each is a pure function of the seed and its number. Every rank must ask for the same.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._train_order = self._order(run.splits.train, TRAINING)
+
+    def training(self, step: int) -> StepRows:
+        """The rows of optimizer step `step` (from 0)."""
+        train = self._run.splits.train
+        rows = self._train_order.step(step, self._run.config.train.global_batch_size)
+        return StepRows(
+            rows=len(rows),
+            tokens=int(train.lengths[rows].sum()),
+            batches=self._micro_batches(train, rows, step),
+        )
+
+    def held_out(self, draw: int) -> list[Batch]:
+        """The validation rows of a draw (from 0), which steer the values."""
+        validation = self._run.splits.validation
+        assert validation is not None, "valuation needs held-out rows"
+        order = self._order(validation, HELD_OUT)
+        rows = order.step(draw, self._run.config.valuation.validation_sequences)
+        return self._micro_batches(validation, rows, draw)
+
+    def first_held_out(self, count: int) -> list[Batch]:
+        """The first `count` validation rows in the order of the file, for benchmarks."""
+        validation = self._run.splits.validation
+        assert validation is not None, "valuation needs held-out rows"
+        return self._micro_batches(validation, np.arange(count), 0)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """All rows of `data.eval`; nothing where there are none."""
+        rows = self._run.splits.eval
+        return iter([] if rows is None else self._micro_batches(rows, np.arange(len(rows)), 0))
+
+    def _order(self, part: TokenDataset, stream: int) -> Order:
+        return Order(part.sizes, part.weights, (self._run.config.train.seed, stream))
+
+    def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[Batch]:
+        run, ranks = self._run, collectives.world_size()
+        config, reference = run.config, run.reference
+        needs_noise = any(selection.policy == "random" for selection in config.selections)
+        layout = Layout(
+            # A few held-out rows are spread over all ranks rather than left to one.
+            size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
+            pad_token=run.tokenizer.pad_token_id,
+            row_tokens=row_tokens(config),
+            noise_key=(config.train.seed, step) if needs_noise else None,
+            reference=None if reference is None else reference.cached(part),
+        )
+        dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
+        batches = [{key: tensor.to(run.device) for key, tensor in batch.items()} for batch in dealt]
+        steers = part is run.splits.validation
+        if reference is not None and reference.is_online and not steers:
+            with run.stopwatch.phase("reference"):
+                reference.complete(batches)
+        return list(batches)

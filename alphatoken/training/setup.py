@@ -1,0 +1,184 @@
+"""What a training run is made of, built in the only order that works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.resuming import Continuation, open_run_folder
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import FisherConfig
+from alphatoken.data.chat import tokenizer_identity
+from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
+from alphatoken.distributed import collectives
+from alphatoken.distributed.adam_scale import AdamScale
+from alphatoken.distributed.engine import build_engine
+from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.distributed.settings import deepspeed_config, without_ranks
+from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.models.loading import (
+    check_before_loading,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+)
+from alphatoken.models.scored import scored_depth
+from alphatoken.objectives.base import Objective
+from alphatoken.reference.losses import Reference, check_reference
+from alphatoken.selection.step import selections_at
+from alphatoken.stability.drift import Drift
+from alphatoken.stability.estimate import estimate_fisher
+from alphatoken.stability.of_run import build_drift, check_files
+from alphatoken.training.valued_model import ValuedModel
+from alphatoken.util.files import fingerprint
+from alphatoken.util.stopwatch import Stopwatch
+from alphatoken.values.registry import build_scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a training run is made of. Nothing here is replaced while it trains."""
+
+    config: RunConfig
+    objective: Objective
+    device: torch.device
+    folder: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    model: ValuedModel
+    """The module that the engine wraps; its `scorer` is None without valuation."""
+    engine: Any
+    drift: Drift | None
+    """Stability's; None where it counts nothing."""
+    adam_scale: AdamScale | None
+    """For `valuation.preconditioner: adam`."""
+    reference: Reference | None
+    inputs: dict[str, str | None]
+    """Hashes of everything that a continued run must share with the one before, by name."""
+    continuation: Continuation | None
+    """The checkpoint to go on from, not loaded yet."""
+    notes: tuple[str, ...]
+    """What the user should know before training starts."""
+    stopwatch: Stopwatch
+
+
+def build_run(config: RunConfig, objective: Objective) -> Run:
+    """Builds the parts of a run; every rank must call it.
+
+    Raises UserError for whatever can be known to be wrong before training starts. Writes nothing
+    into the run folder but the Fisher, where that has to be estimated.
+    """
+    # What is wrong with the configuration, files and folders is found before weights are read.
+    device = initialise_ranks()
+    engine_config = deepspeed_config(config, collectives.world_size())
+    tokenizer = load_tokenizer(config.model)
+    check_before_loading(config)
+    check_reference(config, tokenizer)
+    check_files(config)
+    folder, continuation = open_run_folder(config)
+    if continuation is not None and continuation.universal:
+        checkpoint_config = engine_config.get("checkpoint", {})
+        engine_config["checkpoint"] = {**checkpoint_config, "load_universal": True}
+    splits = load_splits(config, tokenizer)
+    prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
+    total_steps = config.train.total_steps(len(splits.train))
+
+    stopwatch = Stopwatch(device)
+    lm = _load(config, engine_config)
+    decoder = decoder_of(lm.train())
+    decoder.freeze_unreached()
+    model = ValuedModel(
+        decoder,
+        objective,
+        selections_at(config, 0, total_steps),
+        eos_token_ids(tokenizer, lm.generation_config),
+        stopwatch,
+    )
+    engine = build_engine(model, config, engine_config, total_steps)
+
+    # By default stability and the reference losses are measured from the weights the run starts
+    # with: both are built when the engine has its masters, and before a checkpoint is loaded.
+    notes: list[str] = []
+    drift, adam_scale = None, None
+    if config.valuation.enabled:
+        depth = scored_depth(config.valuation.layers, len(decoder.layers))
+        notes += decoder.left_out(depth, config.valuation.parameters, config.valuation.estimator)
+        drift = _build_drift(config, decoder, tokenizer, prompts, device, notes)
+        if config.valuation.preconditioner == "adam":
+            adam_scale = AdamScale(engine=engine, optim=config.optim, device=device)
+        model.attach(build_scorer(decoder, config.valuation, device, drift, adam_scale))
+    reference = None
+    if config.needs_reference:
+        wanted = ("data.train", "data.eval") if objective.branches else ("data.train",)
+        reference = Reference(
+            config=config,
+            tokenizer=tokenizer,
+            parts={name: part for name, part in splits.named().items() if name in wanted},
+            decoder=decoder,
+            starting_losses=model.token_losses,
+            device=device,
+        )
+    inputs = {
+        **{name: fingerprint(part.identity) for name, part in splits.named().items()},
+        "model.tokenizer": tokenizer_identity(tokenizer),
+        "deepspeed.config": fingerprint(without_ranks(engine_config)),
+        "reference.model": None if reference is None else reference.identity,
+        "valuation.fisher": None if drift is None else drift.identity(),
+    }
+    return Run(
+        config=config,
+        objective=objective,
+        device=device,
+        folder=folder,
+        tokenizer=tokenizer,
+        splits=splits,
+        total_steps=total_steps,
+        model=model,
+        engine=engine,
+        drift=drift,
+        adam_scale=adam_scale,
+        reference=reference,
+        inputs=inputs,
+        continuation=continuation,
+        notes=tuple(notes),
+        stopwatch=stopwatch,
+    )
+
+
+def _load(config: RunConfig, engine_config: dict[str, Any]) -> PreTrainedModel:
+    model = load_model(config.model, engine_config, config.train.seed)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _build_drift(
+    config: RunConfig,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts | None,
+    device: torch.device,
+    notes: list[str],
+) -> Drift | None:
+    """Estimates the Fisher first, where none is given. None where stability counts nothing."""
+    fisher = config.valuation.fisher
+    if prompts is not None:
+        fisher = estimate_fisher(config, decoder, tokenizer, prompts, device)
+        notes.append(f"Fisher: {fisher}, estimated on {prompts}")
+    if fisher is None:
+        notes.append(
+            "valuation.stability_weight=0 and no valuation.fisher: values are adaptation only"
+        )
+        return None
+    if prompts is None and config.fisher != FisherConfig():
+        notes.append("section fisher is not used: valuation.fisher is given")
+    drift, note = build_drift(config, fisher, decoder, device)
+    if note is not None:
+        notes.append(note)
+    return drift

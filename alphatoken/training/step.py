@@ -1,0 +1,230 @@
+"""One optimizer step: refresh, choose, forward and backward of each micro-batch, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alphatoken.batch import Batch
+from alphatoken.distributed import collectives
+from alphatoken.errors import NonFiniteError
+from alphatoken.selection.facts import Assessment
+from alphatoken.selection.step import count_tokens, selections_at, weigh_globally
+from alphatoken.training.feed import Feed, StepRows
+from alphatoken.training.setup import Run
+from alphatoken.training.statistics import StepStatistics
+from alphatoken.training.stopping import StopRequest
+from alphatoken.training.valued_model import StepOutput
+from alphatoken.training.valued_text import ValuedText, valued_text
+from alphatoken.training.watchdog import Watchdog
+from alphatoken.util.memory import peak_memory
+from alphatoken.util.metrics import Metrics, declare
+from alphatoken.values.refresh import HeldOutRefresh
+
+declare("step", "optimizer steps taken; 0 is the evaluation before training")
+declare("lr", "learning rate of the step")
+declare("grad_norm", "norm of the gradient before clipping; absent where DeepSpeed keeps none")
+declare("response_tokens", "response tokens of the global batch", "tokens")
+declare("kept_tokens", "tokens of the global batch that were trained on", "tokens")
+declare("drift_norm", "|W - W_ref| over the scored weights after the step")
+declare(
+    "fisher_weighted_drift",
+    "1/2 sum F (W - W_ref)^2: to second order, the rise of the reference model's own loss",
+    "nats",
+)
+declare(
+    "seconds_{phase}",
+    "time of rank 0 in a phase (`score` and `reference` apart from the pass they happen in); "
+    "`seconds_step` is the whole step",
+    "s",
+)
+declare("tokens_per_second", "tokens of all ranks, prompts included, per second", "1/s")
+declare("peak_memory_bytes", "peak memory of rank 0 since the start", "bytes")
+
+# Phases that are always reported, and those that only some configurations have.
+PHASES = ("forward", "score", "backward", "refresh", "optimizer")
+OPTIONAL_PHASES = ("ahead", "reference")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step is known by."""
+
+    metrics: Metrics
+    sample: ValuedText | None
+    """A valued response of the last micro-batch on this rank, if it has one."""
+    notes: tuple[str, ...]
+    """What the user should know about the step."""
+
+
+class OptimizerStep:
+    """Takes the optimizer steps of a run. Every rank must take the same ones."""
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        feed: Feed,
+        refresh: HeldOutRefresh | None,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self._run = run
+        self._feed = feed
+        self._refresh = refresh
+        self._stop = stop
+        self._watchdog = watchdog
+        self.under_way = 0
+        """The step that is being taken, or was taken last, from 0."""
+
+    def take(self, step: int, *, evaluates: bool) -> StepResult:
+        """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows.
+
+        Raises NonFiniteError on every rank before a step that would spoil the weights, and
+        WindowDroppedError where a run that was asked to stop has no time to finish it.
+        """
+        run, began = self._run, time.perf_counter()
+        self.under_way = step
+        run.stopwatch.read()  # what an evaluation took is no part of the step
+        run.model.selections = selections_at(run.config, step, run.total_steps)
+        rows = self._feed.training(step)
+        own, response, kept = count_tokens(run.model.selections, rows.batches)
+        denominator = run.objective.denominator(kept, rows.rows)
+        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches,
+        # divided here.
+        scale = collectives.world_size() / denominator if denominator else 0.0
+
+        statistics = self._bring_up_to_date(step, own)
+        for number, (batch, chosen) in enumerate(self._chosen(rows.batches), start=1):
+            left = len(rows.batches) - number
+            self._stop.drop_if_short(left + 1, evaluates)
+            pass_began = time.perf_counter()
+            self._watchdog.moved(f"step {step + 1}, micro-batch {number} of {len(rows.batches)}")
+            with run.stopwatch.phase("forward"):
+                output: StepOutput = run.engine(batch, chosen)
+            with run.stopwatch.phase("backward"):
+                run.engine.backward(output["total"] * scale, scale_wrt_gas=False)
+            statistics.add(batch, output)
+            self._stop.took("micro-batch", time.perf_counter() - pass_began)
+            if left == 0:  # looked at before the engine takes the step
+                means = self._reduce(statistics, step, response, kept, denominator)
+                learning_rate = run.engine.get_lr()[0]
+            with run.stopwatch.phase("optimizer"):
+                run.engine.step()
+
+        means |= self._after_update(step, means)
+        norm = self._finite_norm(step)
+        metrics: Metrics = {
+            "step": step + 1,
+            **means,
+            "lr": learning_rate,
+            **({} if norm is None else {"grad_norm": norm}),
+            "response_tokens": response,
+            "kept_tokens": kept,
+            **self._speed(rows, began),
+            "peak_memory_bytes": peak_memory(run.device),
+        }
+        sample = valued_text(run.tokenizer, batch, output["assessment"])
+        nothing = f"step {step + 1}: no token to train on, so the loss of this step is zero"
+        return StepResult(metrics, sample, () if denominator else (nothing,))
+
+    def _bring_up_to_date(self, step: int, own_tokens: int) -> StepStatistics:
+        """Refreshes the scorer, and starts the step's statistics with what that showed."""
+        run = self._run
+        scorer = run.model.scorer
+        statistics = StepStatistics(
+            device=run.device,
+            part_weights=(1.0, 0.0) if scorer is None else scorer.part_weights,
+            has_drift=run.drift is not None,
+            branches=run.objective.branches,
+        )
+        self._watchdog.moved(f"step {step + 1}, refresh")
+        if self._refresh is not None:
+            with run.stopwatch.phase("refresh"):
+                for seen in self._refresh.before(step, own_tokens):
+                    statistics.add_validation(seen.batch, seen.nll_BT)
+        return statistics
+
+    def _chosen(
+        self, batches: Sequence[Batch]
+    ) -> list[tuple[Batch, tuple[Assessment, Tensor] | None]]:
+        """Every micro-batch with the tokens chosen ahead of its pass: with scope `global_batch`
+        all are assessed first and the tokens of all ranks weighed together."""
+        run = self._run
+        if run.config.selection.scope != "global_batch":
+            return [(batch, None) for batch in batches]
+        with run.stopwatch.phase("ahead"):
+            assessments = [run.model.assess(batch) for batch in batches]
+            weights = weigh_globally(run.model.selections, batches, assessments)
+        return [
+            (batch, (assessment, weight_R))
+            for batch, assessment, weight_R in zip(batches, assessments, weights, strict=True)
+        ]
+
+    def _after_update(self, step: int, means: Metrics) -> Metrics:
+        """Lets the running scales observe the step; returns how far the weights have drifted."""
+        run = self._run
+        scorer = run.model.scorer
+        # Before Adam's first step its scale is 1, so values are in another unit than ever after.
+        comparable = run.config.valuation.preconditioner == "none" or step > 0
+        if scorer is not None and "stability_std" in means and comparable:
+            scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
+        if run.drift is None:
+            return {}
+        with run.stopwatch.phase("refresh"):
+            norm, weighted = run.drift.magnitudes()
+        return {"drift_norm": norm, "fisher_weighted_drift": weighted}
+
+    def _finite_norm(self, step: int) -> float | None:
+        """The gradient's norm; None where DeepSpeed keeps none, as at stage 0 in float32. Raises
+        NonFiniteError."""
+        norm = self._run.engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. "
+                "Continue from the last "
+                "checkpoint with train.resume=auto, a lower optim.lr and "
+                "train.resume_allow=[optim.lr]"
+            )
+        return float(norm)
+
+    def _speed(self, rows: StepRows, began: float) -> Metrics:
+        seconds = self._run.stopwatch.read()
+        whole = time.perf_counter() - began
+        phases = [*PHASES, *(phase for phase in OPTIONAL_PHASES if phase in seconds)]
+        return {
+            **{f"seconds_{phase}": seconds.get(phase, 0.0) for phase in phases},
+            "seconds_step": whole,
+            "tokens_per_second": rows.tokens / whole,
+        }
+
+    def _reduce(
+        self,
+        statistics: StepStatistics,
+        step: int,
+        response_tokens: int,
+        kept_tokens: int,
+        denominator: int,
+    ) -> Metrics:
+        """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if
+        anything is not finite."""
+        try:
+            return {**statistics.reduce(response_tokens, kept_tokens, denominator)}
+        except NonFiniteError as error:
+            scorer = self._run.model.scorer
+            faulty = [] if scorer is None else scorer.nonfinite_parts()
+            named = self._run.splits.named()
+            found = "\n  ".join(statistics.describe_faults(named, faulty))
+            raise NonFiniteError(
+                f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n"
+                f"  {found}\n"
+                "Look at them, or continue from the last checkpoint with train.resume=auto, a "
+                "lower optim.lr and "
+                "train.resume_allow=[optim.lr]"
+            ) from None

@@ -1,0 +1,55 @@
+"""The metrics of a run: each is declared once, beside the code that computes it.
+
+A name may hold one `{placeholder}`, which stands for a family of metrics. Console, trackers and
+docs/metrics.md read this table.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+Metrics = dict[str, float | int]
+"""Numbers of one optimizer step or evaluation, by name."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number means."""
+
+    name: str
+    sentence: str
+    unit: str
+    """Empty for a number without one."""
+
+    def matches(self, name: str) -> bool:
+        """Whether `name` is this metric, or one of its family."""
+        pattern = re.sub(r"\\\{\w+\\\}", r"\\w+?", re.escape(self.name))
+        return re.fullmatch(pattern, name) is not None
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def declare(name: str, sentence: str, unit: str = "") -> str:
+    """Enters a metric into the table and returns its name. Raises ValueError if it is there
+    already."""
+    if name in METRICS:
+        raise ValueError(f"metric {name} is declared twice")
+    METRICS[name] = Metric(name, sentence, unit)
+    return name
+
+
+def metric_of(name: str) -> Metric | None:
+    """What a number of a run means; None if no metric of that name was declared.
+
+    A metric's own name is found before a family, and of families the one that leaves least open.
+    """
+    found = [each for each in METRICS.values() if each.matches(name)]
+    return max(found, key=lambda each: (each.name == name, len(each.name)), default=None)
+
+
+def as_markdown() -> str:
+    """The whole table as Markdown, in the order of declaration."""
+    rows = [f"| `{each.name}` | {each.unit} | {each.sentence} |" for each in METRICS.values()]
+    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"

@@ -1,0 +1,64 @@
+"""Bringing a scorer up to date before each optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alphatoken.batch import Batch
+from alphatoken.distributed.adam_scale import AdamScale
+from alphatoken.values.estimator import Scorer
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Token losses of one held-out micro-batch, seen while its signals were taken in."""
+
+    batch: Batch
+    nll_BT: Tensor
+    """(B, T) float32, zero off the response."""
+
+
+class HeldOutRefresh:
+    """Gives a scorer the current weights and drift before every optimizer step, and new held-out
+    signals before every `every`-th.
+
+    `draw` returns this rank's micro-batches of a draw of held-out rows, counted from 0. Every rank
+    must make the same calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        scorer: Scorer,
+        draw: Callable[[int], Sequence[Batch]],
+        every: int,
+        adam_scale: AdamScale | None,
+    ) -> None:
+        self._scorer = scorer
+        self._draw = draw
+        self._every = every
+        self._adam_scale = adam_scale
+
+    def before(self, step: int, own_tokens: int) -> list[HeldOutLosses]:
+        """Refreshes the scorer before optimizer step `step` (from 0).
+
+        `own_tokens`: response tokens that this rank will score in the step; it helps to choose the
+        cheaper contraction. Returns the losses of held-out rows where new ones were drawn.
+        """
+        if self._adam_scale is not None:
+            self._adam_scale.after(step)
+        draw, waited = divmod(step, self._every)
+        if waited:
+            self._scorer.refresh(None)
+            return []
+        batches = self._draw(draw)
+        losses = self._scorer.refresh(batches, own_tokens * self._every)
+        return [HeldOutLosses(batch, nll_BT) for batch, nll_BT in zip(batches, losses, strict=True)]
+
+    def can_be_rebuilt_after(self, done: int) -> bool:
+        """Whether a run continued after `done` steps would draw new signals at once: held-out
+        signals are no part of a checkpoint."""
+        return done % self._every == 0
