@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install quickstart test test-long lint types golden
+.PHONY: install quickstart test test-long lint types golden metrics
 
 install: $(VENV)/installed
 
@@ -59,3 +59,7 @@ types: $(VENV)/dev
 # Rewrites the committed curves of the pinned tiny run; say in the commit why they changed.
 golden: $(VENV)/dev
 	python -m tests.test_golden
+
+# Rewrites docs/metrics.md from the metrics that the code declares.
+metrics: $(VENV)/dev
+	python -m tests.test_metrics

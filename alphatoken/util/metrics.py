@@ -50,6 +50,9 @@ def metric_of(name: str) -> Metric | None:
 
 
 def as_markdown() -> str:
-    """The whole table as Markdown, in the order of declaration."""
-    rows = [f"| `{each.name}` | {each.unit} | {each.sentence} |" for each in METRICS.values()]
+    """The whole table as Markdown, sorted by name."""
+    rows = [
+        f"| `{each.name}` | {each.unit} | {each.sentence.replace('|', chr(92) + '|')} |"
+        for each in sorted(METRICS.values(), key=lambda each: each.name)
+    ]
     return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"

@@ -1,0 +1,83 @@
+"""The table of metrics: every number of a run is in it, and docs/metrics.md is made from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import alphatoken.training.trainer  # noqa: F401  declares the metrics of a run
+from alphatoken.util import metrics
+from alphatoken.util.metrics import declare, metric_of
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "metrics.md"
+INTRODUCTION = """\
+# Metrics
+
+A run writes one JSON object per optimizer step to `metrics.jsonl`, with these numbers. Each is
+declared beside the code that computes it (`alphatoken.util.metrics.declare`); `make metrics` writes
+this page. A name with `{...}` stands for several. The unit `value` is that of a token's value: how
+far the held-out loss falls, to first order, when the weights take a step of size 1 down the token's
+gradient. Numbers of a branch (`..._chosen`, `..._rejected`) appear in preference runs only.
+
+"""
+# All modules that declare a metric.
+MODULES = ("alphatoken.training.trainer", "alphatoken.objectives.preference")
+
+
+def page() -> str:
+    """What docs/metrics.md must say, from a process in which nothing else was declared."""
+    script = f"import {', '.join(MODULES)}; from alphatoken.util.metrics import as_markdown"
+    table = subprocess.run(
+        [sys.executable, "-c", f"{script}; print(as_markdown(), end='')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return INTRODUCTION + table.stdout
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make metrics`"
+
+
+def test_every_number_of_the_pinned_runs_is_declared() -> None:
+    """Families do not count as long as a name of their own was forgotten: those are spelled out."""
+    golden = json.loads((ROOT / "tests" / "golden_sft.json").read_text(encoding="utf-8"))
+    names = set(names_in(golden))
+    assert "loss_kept" in names
+    assert {name for name in names if metric_of(name) is None} == set()
+
+
+def names_in(golden: object) -> list[str]:
+    """Keys of all dicts of numbers."""
+    if isinstance(golden, list):
+        return [name for each in golden for name in names_in(each)]
+    if isinstance(golden, dict):
+        own = [key for key, value in golden.items() if isinstance(value, int | float)]
+        return own + [name for value in golden.values() for name in names_in(value)]
+    return []
+
+
+def test_families_and_single_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "METRICS", {})
+    declare("speed_{kind}", "a family", "m/s")
+    declare("speed_of_light", "a single one", "m/s")
+    found = metric_of("speed_of_light")
+    assert found is not None
+    assert found.sentence == "a single one"
+    family = metric_of("speed_limit")
+    assert family is not None
+    assert family.name == "speed_{kind}"
+    assert metric_of("speed") is None
+    with pytest.raises(ValueError, match="declared twice"):
+        declare("speed_of_light", "again")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
