@@ -25,7 +25,7 @@ PASSERS = (
         f"{os.sep}{Path('site-packages', name)}{os.sep}"
         for name in ("torch", "deepspeed", "transformers")
     ),
-    str(Path("alphatoken", "collectives.py")),
+    str(Path("alphatoken", "distributed", "collectives.py")),
 )
 
 
