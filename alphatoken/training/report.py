@@ -27,7 +27,13 @@ class Report:
     write nothing."""
 
     def __init__(
-        self, config: RunConfig, metrics_file: Path, first_step: int, total_steps: int, active: bool
+        self,
+        *,
+        config: RunConfig,
+        metrics_file: Path,
+        first_step: int,
+        total_steps: int,
+        active: bool,
     ) -> None:
         self._config = config
         self._file = metrics_file

@@ -101,7 +101,7 @@ class OptimizerStep:
         statistics = self._bring_up_to_date(step, own)
         for number, (batch, chosen) in enumerate(self._chosen(rows.batches), start=1):
             left = len(rows.batches) - number
-            self._stop.drop_if_short(left + 1, evaluates)
+            self._stop.drop_if_short(left + 1, evaluates=evaluates)
             pass_began = time.perf_counter()
             self._watchdog.moved(f"step {step + 1}, micro-batch {number} of {len(rows.batches)}")
             with run.stopwatch.phase("forward"):

@@ -58,7 +58,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         """Learns how long a `micro-batch`, an `evaluation` or a `save` takes."""
         self._known[what] = seconds
 
-    def drop_if_short(self, micro_batches: int, evaluates: bool) -> None:
+    def drop_if_short(self, micro_batches: int, *, evaluates: bool) -> None:
         """Raises WindowDroppedError on every rank if some rank has too little time for what is left
         of the step.
 

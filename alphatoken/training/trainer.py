@@ -85,10 +85,10 @@ class Trainer:
         data = {name: part.described() for name, part in run.splits.named().items()}
         start_run_folder(run.folder, run.config, run.model.lm, run.tokenizer, {"data": data})
         report = Report(
-            run.config,
-            run.folder.metrics,
-            self.first_step,
-            total,
+            config=run.config,
+            metrics_file=run.folder.metrics,
+            first_step=self.first_step,
+            total_steps=total,
             active=collectives.rank() == 0,
         )
         with self.stop, self.watchdog, closing(report):
