@@ -1,16 +1,46 @@
 """What a micro-batch is: its keys, and the loss positions that follow from its labels.
 
-Shape legend: B rows, T positions.
+Shape legend: B rows, T positions, D documents (a row holds one, or several where they are packed).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NotRequired, TypedDict, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+
+class Batch(TypedDict):
+    """A micro-batch: tensors by name, on one device.
+
+    `data.batches` makes those of a run, `score_tokens` and the Fisher make their own.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64 tokens."""
+    labels: Tensor
+    """(B, T) int64, IGNORE_INDEX off the response: position t holds token t itself."""
+    targets: Tensor
+    """(B, T) int64, the token that position t predicts, t + 1; IGNORE_INDEX off the response."""
+    response: Tensor
+    """(B, T) bool, the response mask: where `targets` has a token, so where there is a loss."""
+    attention_mask: NotRequired[Tensor]
+    """(B, T) int64; absent where all padding is on the right."""
+    position_ids: NotRequired[Tensor]
+    """(B, T) int64, from 0 in each document; absent where a row is one document."""
+    document_ids: NotRequired[Tensor]
+    """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
+    rows: NotRequired[Tensor]
+    """(D,) int64, the dataset row of each document."""
+    noise: NotRequired[Tensor]
+    """(B, T) float32, uniform in [0, 1), for the policy `random`."""
+    reference_nll: NotRequired[Tensor]
+    """(B, T) float32, another model's losses of the response tokens, zero elsewhere."""
 
 
 def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,4 +54,13 @@ def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     return targets_BT != IGNORE_INDEX, targets_BT
 
 
-Batch = Mapping[str, Tensor]
+def make_batch(columns: Mapping[str, Tensor]) -> Batch:
+    """Completes `input_ids`, `labels` and whatever else a batch has by its loss positions."""
+    response_BT, targets_BT = loss_positions(columns["labels"])
+    return cast(Batch, {**columns, "targets": targets_BT, "response": response_BT})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies a batch to a device."""
+    tensors = cast(Mapping[str, Tensor], batch)
+    return cast(Batch, {key: tensor.to(device) for key, tensor in tensors.items()})

@@ -209,12 +209,12 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
         trainer = trainer_of(values)
         decoder = decoder_of(trainer.run.model.lm)
         batch = trainer.feed.training(0).batches[0]
-        with torch.no_grad(), EntryCapture(list(decoder.layers)[1:]) as capture:
+        with torch.no_grad(), EntryCapture(decoder, 1, keep="first") as capture:
             decoder.hidden_states(batch)
         streamer = LayerStreamer(decoder, 1, trainer.run.device, resident=False, forward_mode=True)
         streamer.refresh()
         generator = torch.Generator().manual_seed(collectives.rank())
-        hidden = capture.entry.states[0]
+        hidden = capture.entry.first_BTH
         products = {}
         for index, inputs in zip(streamer.indices, capture.entry.layer_inputs, strict=True):
             outgrad = torch.randn(hidden.shape, generator=generator)

@@ -560,7 +560,8 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(
         dealt = [micro_batches(dataset, rows, Layout(2, 0), rank, ranks) for rank in range(ranks)]
         together = [dealt[number % ranks][number // ranks] for number in range(len(alone))]
         for one, other in zip(alone, together, strict=True):
-            assert all(one[key].equal(other[key]) for key in one)
+            assert one.keys() == other.keys()
+            assert all(one[key].equal(other[key]) for key in one)  # type: ignore[literal-required]
     lengths = [batch["input_ids"].shape[1] for batch in alone]
     assert lengths == sorted(lengths, reverse=True)
     assert sum(lengths) < 6 * max(lengths), "rows of like length belong together"

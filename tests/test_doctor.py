@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from packaging.specifiers import SpecifierSet
-from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from alphatoken.batch import Batch
 from alphatoken.checkpoints.files import most_at_once
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -338,9 +338,7 @@ def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
 ) -> None:
     collate = batches._collate
 
-    def masking(
-        dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout
-    ) -> dict[str, Tensor]:
+    def masking(dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout) -> Batch:
         batch = collate(dataset, rows, layout)
         batch["labels"][batch["input_ids"] == layout.pad_token] = -100
         return batch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from alphatoken.batch import make_batch
 from alphatoken.models import head as head_module
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import draw_tokens, head_samples
@@ -81,7 +82,7 @@ def expected_squares(name: str) -> dict[str, Squares]:
 
 
 def add(total: FisherSum, ids_BT: Tensor, labels_BT: Tensor) -> None:
-    total.add(total.forward(ids_BT)[0], {"input_ids": ids_BT, "labels": labels_BT})
+    total.add(total.forward(ids_BT)[0], make_batch({"input_ids": ids_BT, "labels": labels_BT}))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -437,7 +438,8 @@ def test_teacher_forced_labels_are_drawn_where_the_response_is_predicted() -> No
     head = nn.Linear(6, 13)
     hidden_BTH, uniform_BT = 3 * torch.randn(2, 5, 6), torch.rand(2, 5)
     labels_BT = torch.tensor([[-100, -100, 5, -100, 6], [7, 1, -100, 8, -100]])
-    sampled_BT = teacher_forced(labels_BT, hidden_BTH, head, uniform_BT, None)
+    batch = make_batch({"input_ids": torch.zeros_like(labels_BT), "labels": labels_BT})
+    sampled_BT = teacher_forced(batch, hidden_BTH, head, uniform_BT, None)["labels"]
     for row in range(2):
         assert sampled_BT[row, 0] == -100, "nothing predicts the first token"
         for t in range(4):

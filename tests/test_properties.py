@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.batch import make_batch
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import head_loss
 from alphatoken.passes import chunks
-from alphatoken.passes.attention import AttentionCall
-from alphatoken.passes.capture import EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import (
     bilinear_product,
@@ -27,6 +26,7 @@ from alphatoken.values.algebra import (
 )
 from alphatoken.values.ghost.held_out import HeldOutSignals
 from alphatoken.values.ghost.scorer import GhostScorer
+from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
@@ -36,21 +36,20 @@ CPU = torch.device("cpu")
 
 
 class ContractEverywhere:
-    """A sink that sums d_t^T U h_t over every position, prompt included, for fixed matrices U."""
+    """Sums d_t^T U h_t over every position, prompt included, for fixed matrices U."""
 
     def __init__(self, matrices: dict[str, Tensor]) -> None:
         self.matrices = matrices
         self.total = 0.0
 
-    def layer(self, layer: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    def consumer_of(self, layer: int) -> AbstractContextManager[SignalConsumer]:
+        return nullcontext(self.add)
 
-    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
-        pass
-
-    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
+    def add(self, signals: LinearSignals) -> None:
         products = bilinear_product(
-            outgrad_BTO.flatten(0, 1), self.matrices[name], act_BTI.flatten(0, 1)
+            signals.outgrad_BTO.flatten(0, 1),
+            self.matrices[signals.linear.name],
+            signals.act_BTI.flatten(0, 1),
         )
         self.total += float(products.double().sum())
 
@@ -84,13 +83,13 @@ def test_direct_values_of_all_positions_sum_to_the_gradient_product(
 
     decoder = decoder_of(model)
     tower = Tower(decoder, 3, CPU, resident=resident, chunk_tokens=30)
-    tower.streamer.refresh()
-    with torch.no_grad(), EntryCapture(list(decoder.layers)[-3:], decoder.norm) as capture:
+    tower.refresh()
+    with torch.no_grad(), tower.capture() as capture:
         decoder.hidden_states({"input_ids": batch["input_ids"]})
     oriented = {name: matrix.T if case.transposed else matrix for name, matrix in matrices.items()}
-    sink = ContractEverywhere(oriented)
-    nll_BT = tower.run(capture.entry, batch["labels"], sink)
-    assert sink.total == pytest.approx(expected, rel=1e-4)
+    sums = ContractEverywhere(oriented)
+    nll_BT = tower.run(capture.entry, make_batch(batch), sums.consumer_of)
+    assert sums.total == pytest.approx(expected, rel=1e-4)
     # `exact` spreads the same sum over the response tokens: with F = 1 and W_ref = W - u the
     # drift is u.
     values = score_tokens(
@@ -196,7 +195,10 @@ def test_scaling_the_loss_scales_the_terms(contraction: Literal["ghost", "materi
     """Target terms are bilinear in the validation and the training loss, proxy terms linear in the
     training loss."""
     plain = Plain()
-    batch, validation = collate(plain.sequences), collate(plain.validation)
+    batch, validation = (
+        make_batch(collate(plain.sequences)),
+        make_batch(collate(plain.validation)),
+    )
     decoder = decoder_of(plain.model.eval())
     parameters = {name: plain.model.get_parameter(name) for name in plain.fisher}
     config = ValuationConfig(layers=2, window=4, contraction=contraction)

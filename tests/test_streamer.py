@@ -24,7 +24,7 @@ FIRST = 1
 
 
 def entry_of(decoder: Decoder, batch: dict[str, Tensor]) -> Entry:
-    with torch.no_grad(), EntryCapture(list(decoder.layers)[FIRST:]) as capture:
+    with torch.no_grad(), EntryCapture(decoder, FIRST, keep="first") as capture:
         decoder.hidden_states({"input_ids": batch["input_ids"]})
     return capture.entry
 
@@ -48,7 +48,7 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
     def random_like(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
-    hidden = entry.states[0]
+    hidden = entry.first_BTH
     for index, inputs in zip(streamer.indices, entry.layer_inputs, strict=True):
         own = decoder.layers[index]
         weights = dict(own.named_parameters())

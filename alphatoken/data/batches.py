@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphatoken.batch import IGNORE_INDEX, loss_positions
+from alphatoken.batch import IGNORE_INDEX, Batch, loss_positions, make_batch
 from alphatoken.config.run import RunConfig
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.noise import uniform_noise
@@ -117,16 +117,14 @@ def row_tokens(config: RunConfig) -> int | None:
 
 def micro_batches(
     dataset: TokenDataset, rows: Indices, layout: Layout, rank: int, world_size: int
-) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of the given rows: of all micro-batches, numbers rank, rank +
+) -> list[Batch]:
+    """Makes this rank's micro-batches of the given rows: of all micro-batches, numbers rank, rank +
     world_size, ...
 
-    Each is a dict of (B, T) tensors, padded on the right (so no attention mask is needed):
-    `input_ids`, `labels`, `document_ids` (int64, numbered row by row, so that those of pair i are 2
-    i and 2 i + 1; -1 on padding), `position_ids` where documents are packed, `noise` and
-    `reference_nll` where asked for; and `rows`, the dataset index of each document. Every rank gets
-    equally many micro-batches: where they run out, a placeholder with one padding token and no
-    label.
+    Rows are padded on the right, so no attention mask is needed. Documents are numbered row by row,
+    so that those of pair i are 2 i and 2 i + 1. `position_ids` are there where documents are
+    packed, `noise` and `reference_nll` where the layout asks for them. Every rank gets equally many
+    micro-batches: where they run out, a placeholder with one padding token and no label.
     """
     by_length = rows[np.argsort(-dataset.lengths[rows], kind="stable")]
     groups = [
@@ -136,60 +134,77 @@ def micro_batches(
     return [_collate(dataset, group, layout) for group in groups[rank::world_size]]
 
 
-def _collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> dict[str, Tensor]:
-    by_row = [_documents(dataset, int(row), layout) for row in rows]
-    documents = [document for of_row in by_row for document in of_row]
+FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
+"""What padding holds, where it is not zero (or the padding token)."""
+
+
+def _collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> Batch:
+    """Lays the documents of the given dataset rows into one micro-batch."""
+    of_rows = [_documents(dataset, int(row), layout) for row in rows]
+    documents = [document for of_row in of_rows for document in of_row]
+    for number, document in enumerate(documents):
+        document["document_ids"] = torch.full_like(document["labels"], number)
     lengths = [len(document["input_ids"]) for document in documents]
-    places = [[number] for number in range(len(documents))]
-    if layout.row_tokens is not None:
+    if layout.row_tokens is None:
+        places = [[number] for number in range(len(documents))]
+    else:
         places = _first_fit(lengths, layout.row_tokens)
-    shape = (
-        max(len(places), 1),
-        max((sum(lengths[number] for number in place) for place in places), default=1),
-    )
-    batch = {
-        "input_ids": torch.full(shape, layout.pad_token),
-        "labels": torch.full(shape, IGNORE_INDEX),
-        "document_ids": torch.full(shape, -1),
-        "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
-        "noise": torch.zeros(shape),
-        "reference_nll": torch.zeros(shape),
-    }
+    # A placeholder has one row of one token.
+    height = max(len(places), 1)
+    width = max((sum(lengths[number] for number in place) for place in places), default=1)
+
+    columns = {}
+    for name, dtype in _columns(layout).items():
+        fill = layout.pad_token if name == "input_ids" else FILL.get(name, 0)
+        column_BT = torch.full((height, width), fill, dtype=dtype)
+        for row, place in enumerate(places):
+            parts = [documents[number][name] for number in place]
+            column_BT[row, : sum(map(len, parts))] = torch.cat(parts)
+        columns[name] = column_BT
+    if layout.row_tokens is not None:
+        columns["position_ids"] = _position_ids(height, width, lengths, places)
+    counts = torch.tensor([len(of_row) for of_row in of_rows], dtype=torch.int64)
+    columns["rows"] = torch.from_numpy(rows).repeat_interleave(counts)
+    return make_batch(columns)
+
+
+def _columns(layout: Layout) -> dict[str, torch.dtype]:
+    """Names and types of the columns that documents bring along."""
+    columns = dict.fromkeys(("input_ids", "labels", "document_ids"), torch.int64)
+    if layout.noise_key is not None:
+        columns["noise"] = torch.float32
+    if layout.reference is not None:
+        columns["reference_nll"] = torch.float32
+    return columns
+
+
+def _position_ids(
+    height: int, width: int, lengths: Sequence[int], places: Sequence[Sequence[int]]
+) -> Tensor:
+    """Positions of packed documents, from 0 in each, (B, T) int64; padding is a document of its
+    own."""
+    position_BT = torch.arange(width).repeat(height, 1)
     for row, place in enumerate(places):
         start = 0
         for number in place:
-            end = start + lengths[number]
-            for key, column in documents[number].items():
-                batch[key][row, start:end] = column
-            batch["document_ids"][row, start:end] = number
-            start = end
-        batch["position_ids"][row, start:] -= start  # padding is a document of its own
-    if layout.row_tokens is None:
-        del batch["position_ids"]
-    if layout.noise_key is None:
-        del batch["noise"]
-    if layout.reference is None:
-        del batch["reference_nll"]
-    counts = torch.tensor([len(of_row) for of_row in by_row], dtype=torch.int64)
-    return {**batch, "rows": torch.from_numpy(rows).repeat_interleave(counts)}
+            start += lengths[number]
+            position_BT[row, start:] = torch.arange(width - start)
+    return position_BT
 
 
 def _documents(dataset: TokenDataset, row: int, layout: Layout) -> list[dict[str, Tensor]]:
-    """The columns of each document of a dataset row."""
+    """The columns of each document of a dataset row, (T,) each."""
     documents = []
     for ids, mask in dataset[row]:
         tokens = torch.from_numpy(np.array(ids))
         labels = torch.where(torch.from_numpy(np.array(mask)), tokens.long(), IGNORE_INDEX)
         labels[0] = IGNORE_INDEX  # nothing predicts the first token of a document
-        documents.append(
-            {"input_ids": tokens, "labels": labels, "position_ids": torch.arange(len(ids))}
-        )
+        documents.append({"input_ids": tokens, "labels": labels})
     lengths = [len(document["labels"]) for document in documents]
     if layout.noise_key is not None:
         noise = uniform_noise(*layout.noise_key, row, sum(lengths)).split(lengths)
-        documents = [
-            {**document, "noise": each} for document, each in zip(documents, noise, strict=True)
-        ]
+        for document, noise_T in zip(documents, noise, strict=True):
+            document["noise"] = noise_T
     if layout.reference is not None:
         responses = [loss_positions(document["labels"][None])[0][0] for document in documents]
         nll_R = torch.from_numpy(layout.reference[row])

@@ -4,14 +4,13 @@ parts overlap."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.batch import IGNORE_INDEX
+from alphatoken.batch import IGNORE_INDEX, Batch
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
@@ -145,9 +144,7 @@ def check_overlap(splits: Splits) -> Finding:
     return Finding("overlap", "ok", f"no row is in two of {', '.join(splits.named())}")
 
 
-def _responses(
-    batch: Mapping[str, Tensor], dataset: TokenDataset, config: RunConfig
-) -> Iterator[Response]:
+def _responses(batch: Batch, dataset: TokenDataset, config: RunConfig) -> Iterator[Response]:
     """Every response of a micro-batch."""
     rows = batch["rows"].tolist()
     for number, row in enumerate(rows):

@@ -62,7 +62,7 @@ class Decoder:
         """Logits are `c tanh(logits / c)` where the model caps them."""
         return getattr(self.config, "final_logit_softcapping", None)
 
-    def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def hidden_states(self, batch: Mapping[str, object]) -> Tensor:
         """Runs the body on `input_ids` (B, T); returns (B, T, H) after the norm.
 
         `attention_mask` (B, T) may be absent, and had better be, when all padding is on the right:
@@ -243,10 +243,10 @@ class Decoder:
         return any(hasattr(module, "lora_A") for module in self.layers.modules())
 
 
-def body_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What of a batch a model's body is called with."""
+def body_inputs(batch: Mapping[str, object]) -> dict[str, Any]:
+    """Takes from a batch what a model's body is called with."""
     keys = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-    return {**{key: batch[key] for key in keys if key in batch}, "use_cache": False}
+    return {**{key: tensor for key, tensor in batch.items() if key in keys}, "use_cache": False}
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alphatoken.batch import Batch, loss_positions
+from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
 
@@ -29,7 +29,7 @@ class TokenLosses(nn.Module):
 @torch.no_grad()
 def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
     """Losses of a batch's response tokens, (B, T) float32, zero off the response."""
-    response_BT, targets_BT = loss_positions(batch["labels"])
+    response_BT, targets_BT = batch["response"], batch["targets"]
     hidden_BTH = decoder.hidden_states(batch)
     nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
     nll_BT[response_BT] = head_loss(hidden_BTH[response_BT], targets_BT[response_BT])

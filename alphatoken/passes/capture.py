@@ -3,15 +3,17 @@ untouched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from alphatoken.models.decoder import Decoder
 
 SignalConsumer = Callable[[str, Tensor, Tensor], None]
 
@@ -82,69 +84,97 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the scored layers were given in a forward pass.
+    """What the last layers of a decoder were given in one forward pass.
 
-    states: (B, T, H) each, detached: what entered the first layer; where every state was asked for
-    also what entered each of the others, and what left the last. `layer_inputs[i]` is what else the
-    i-th of them got.
+    Hidden states are (B, T, H), detached; which of them are there is `EntryCapture`'s `keep`.
     """
 
-    states: tuple[Tensor, ...]
     layer_inputs: tuple[LayerInput, ...]
+    """For each layer, what it was called with besides the hidden state."""
+    first_BTH: Tensor
+    """Entered the first layer."""
+    between: tuple[Tensor, ...] | None
+    """Entered each of the other layers; None where only the first state was kept."""
+    last_BTH: Tensor | None
+    """Left the last layer; None where only the first state was kept."""
+
+    def into(self, place: int) -> Tensor:
+        """The state that entered the layer at `place` (0 is the first captured one)."""
+        if place == 0:
+            return self.first_BTH
+        assert self.between is not None, "only the state before the first layer was kept"
+        return self.between[place - 1]
+
+    @property
+    def out(self) -> Tensor:
+        """The state that left the last layer."""
+        assert self.last_BTH is not None, "only the state before the first layer was kept"
+        return self.last_BTH
 
     def rows(self, rows: slice) -> Entry:
-        """The same entry for some of the sequences. Tensors whose first dimension is 1 are shared
+        """Narrows the entry to some of the sequences. Tensors whose first dimension is 1 are shared
         by all sequences."""
-        batch = self.states[0].shape[0]
+        batch = self.first_BTH.shape[0]
 
         def narrow(value: Any) -> Any:
-            return (
-                value[rows]
-                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch
-                else value
-            )
+            of_sequences = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch
+            return value[rows] if of_sequences else value
 
-        inputs = (
-            LayerInput(*tree_map(narrow, (each.args, each.kwargs))) for each in self.layer_inputs
+        return Entry(
+            layer_inputs=tuple(
+                LayerInput(*tree_map(narrow, (each.args, each.kwargs)))
+                for each in self.layer_inputs
+            ),
+            first_BTH=self.first_BTH[rows],
+            between=None if self.between is None else tuple(state[rows] for state in self.between),
+            last_BTH=None if self.last_BTH is None else self.last_BTH[rows],
         )
-        return Entry(tuple(state[rows] for state in self.states), tuple(inputs))
 
 
 class EntryCapture(_HookOwner):
-    """Records the `Entry` of one forward pass through the given (last) decoder layers.
+    """Records the `Entry` of one forward pass through the decoder layers from index `first` on.
 
-    With the `norm` that follows them it keeps every state between layers, otherwise the first only.
+    keep: "first" keeps the state that enters layer `first`, which is all a pass over resident
+    weights needs; "every" also keeps those between the layers and the one that leaves the last, so
+    that layers can be run again one at a time, in any order.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
+    def __init__(self, decoder: Decoder, first: int, *, keep: Literal["first", "every"]) -> None:
         super().__init__()
-        self._layers = layers
-        self._norm = norm
+        self._layers = list(decoder.layers)[first:]
+        self._norm = decoder.norm
+        self._keeps_every = keep == "every"
         self._states: dict[int, Tensor] = {}
         self._inputs: dict[int, LayerInput] = {}
 
     def __enter__(self) -> EntryCapture:
-        for index, layer in enumerate(self._layers):
-            hook = layer.register_forward_pre_hook(partial(self._on_layer, index), with_kwargs=True)
+        for place, layer in enumerate(self._layers):
+            hook = layer.register_forward_pre_hook(partial(self._on_layer, place), with_kwargs=True)
             self._hooks.enter_context(hook)
-        if self._norm is not None:
+        if self._keeps_every:
             self._hooks.enter_context(self._norm.register_forward_pre_hook(self._on_norm))
         return self
 
     @property
     def entry(self) -> Entry:
+        """What was recorded, after the forward pass."""
         assert self._states, "no forward pass was recorded"
-        inputs = tuple(self._inputs[index] for index in range(len(self._layers)))
-        return Entry(tuple(self._states[index] for index in sorted(self._states)), inputs)
+        depth, every = len(self._layers), self._keeps_every
+        return Entry(
+            layer_inputs=tuple(self._inputs[place] for place in range(depth)),
+            first_BTH=self._states[0],
+            between=tuple(self._states[place] for place in range(1, depth)) if every else None,
+            last_BTH=self._states[depth] if every else None,
+        )
 
     def _on_layer(
-        self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, place: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         kwargs = dict(kwargs)
         hidden, *others = args or (kwargs.pop("hidden_states"),)
-        if index == 0 or self._norm is not None:
-            self._states[index] = hidden.detach()
-        self._inputs[index] = LayerInput(*tree_map(_detached, (tuple(others), kwargs)))
+        if place == 0 or self._keeps_every:
+            self._states[place] = hidden.detach()
+        self._inputs[place] = LayerInput(*tree_map(_detached, (tuple(others), kwargs)))
 
     def _on_norm(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._states[len(self._layers)] = args[0].detach()

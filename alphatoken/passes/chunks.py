@@ -9,31 +9,44 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch
 from alphatoken.models.head import head_loss
 from alphatoken.passes.capture import Entry
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some sequences of a batch."""
+    """Some sequences of a batch, whole."""
 
     rows: slice
+    """Which rows of the batch they are."""
     entry: Entry
-    labels_BT: Tensor
+    response_BT: Tensor
+    """Their response mask, bool."""
+    targets_BT: Tensor
+    """The token that each of their positions predicts."""
 
     @cached_property
     def has_response(self) -> bool:
-        return bool(loss_positions(self.labels_BT)[0].any())
+        """Whether any position has a loss."""
+        return bool(self.response_BT.any())
 
 
-def chunks_of(entry: Entry, labels_BT: Tensor, chunk_tokens: int) -> list[Chunk]:
-    """Whole sequences, of at most `chunk_tokens` tokens together, padding included, but at least
-    one each."""
-    batch, length = labels_BT.shape
+def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
+    """Cuts a batch into whole sequences, of at most `chunk_tokens` tokens together, padding
+    included, but at least one each."""
+    count, length = batch["targets"].shape
     size = max(1, chunk_tokens // length)
-    pieces = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-    return [Chunk(rows, entry.rows(rows), labels_BT[rows]) for rows in pieces]
+    pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return [
+        Chunk(
+            rows=rows,
+            entry=entry.rows(rows),
+            response_BT=batch["response"][rows],
+            targets_BT=batch["targets"][rows],
+        )
+        for rows in pieces
+    ]
 
 
 def top_backward(
@@ -43,9 +56,12 @@ def top_backward(
     chunk: Chunk,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Token losses (B, T) and the gradient of their sum at the last layer's output `hidden_BTH` (B,
-    T, H)."""
-    response_BT, targets_BT = loss_positions(chunk.labels_BT)
+    """Runs norm and head on the response positions of the last layer's output (B, T, H).
+
+    Returns the token losses (B, T), zero off the response, and the gradient of their sum at
+    `hidden_BTH` (B, T, H).
+    """
+    response_BT, targets_BT = chunk.response_BT, chunk.targets_BT
     with torch.enable_grad():
         hidden_RH = hidden_BTH[response_BT].requires_grad_()
         normed_RH = norm(hidden_RH)

@@ -100,7 +100,7 @@ class LayerStreamer:
             assert isinstance(head, nn.Linear)
             yield norm, head
 
-    def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, object]) -> Tensor:
         """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by
         path); linear in them.
 

@@ -179,7 +179,7 @@ class Tracer:
             with (
                 torch.no_grad(),
                 self._one_of_each_kind(),
-                EntryCapture(layers, self._decoder.norm) as capture,
+                EntryCapture(self._decoder, 0, keep="every") as capture,
             ):
                 self._decoder.hidden_states(batch)
             costs = []
@@ -196,7 +196,7 @@ class Tracer:
                 f"shapes only ({str(error).splitlines()[0]})"
             ) from None
         largest = max(largest for _, largest in known.values())
-        return BodyCost(tuple(costs), capture.entry.states[0].nbytes, largest)
+        return BodyCost(tuple(costs), capture.entry.first_BTH.nbytes, largest)
 
     def _kind(self, index: int) -> Any:
         """What makes two layers compute the same."""
@@ -227,7 +227,7 @@ class Tracer:
         """Of one layer; and the bytes of the largest activation it keeps."""
         layer, state, inputs = (
             self._decoder.layers[index],
-            entry.states[index],
+            entry.into(index),
             entry.layer_inputs[index],
         )
         weights = self._decoder.stage_parameters(index).values()
@@ -263,7 +263,7 @@ class Tracer:
         def consume(path: str, _: Tensor, outgrad: Tensor) -> None:
             outgrads[path] = outgrad
 
-        hidden_BTH = entry.states[index].detach().requires_grad_(index > self._first)
+        hidden_BTH = entry.into(index).detach().requires_grad_(index > self._first)
         shared = [*module.parameters(), *tree_leaves((inputs.args, inputs.kwargs))]
         with _Pass(shared, linears.values()) as tower, SignalCapture(linears, consume):
             output_BTH = self._streamer.forward(
@@ -290,7 +290,7 @@ class Tracer:
         return cost
 
     def _exact_cost(self, index: int, entry: Entry, forward: int) -> dict[str, int]:
-        module, state_BTH = self._streamer.module(index), entry.states[index]
+        module, state_BTH = self._streamer.module(index), entry.into(index)
         paths = [
             each.path
             for each in self._decoder.scored_parameters(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch, to_device
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, micro_batches
@@ -35,7 +35,7 @@ from alphatoken.reference.cache import FORMAT_VERSION, CachedLosses, CacheFolder
 from alphatoken.util.files import file_sha256, fingerprint
 from alphatoken.util.progress import Countdown
 
-Losses = Callable[[dict[str, Tensor]], Tensor]
+Losses = Callable[[Batch], Tensor]
 
 
 class Reference:
@@ -93,7 +93,7 @@ class Reference:
     def is_online(self) -> bool:
         return self._online is not None
 
-    def complete(self, batches: Sequence[dict[str, Tensor]]) -> None:
+    def complete(self, batches: Sequence[Batch]) -> None:
         """Computes the batches' losses online. Every rank must call it, with equally many
         batches."""
         assert self._online is not None, "cached losses come with the batches"
@@ -153,7 +153,7 @@ class Reference:
                 for number, dealt in enumerate(
                     micro_batches(part, rows, layout, rank, ranks), start=1
                 ):
-                    batch = {key: tensor.to(self._device) for key, tensor in dealt.items()}
+                    batch = to_device(dealt, self._device)
                     own.append(_by_row(batch, losses(batch)))
                     countdown.advance(done + min(number * layout.size * ranks, len(rows)))
                 everywhere = collectives.gather_rows(torch.cat(own)).cpu()
@@ -206,9 +206,9 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def _by_row(batch: dict[str, Tensor], nll_BT: Tensor) -> Tensor:
+def _by_row(batch: Batch, nll_BT: Tensor) -> Tensor:
     """(row, loss) of each response token in order of documents, (R, 2) float64."""
-    response_BT, _ = loss_positions(batch["labels"])
+    response_BT = batch["response"]
     document_R, order_R = batch["document_ids"][response_BT].sort(stable=True)
     return torch.stack(
         [batch["rows"][document_R].double(), nll_BT[response_BT][order_R].double()], dim=1

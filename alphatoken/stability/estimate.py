@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.batch import IGNORE_INDEX
+from alphatoken.batch import IGNORE_INDEX, Batch, make_batch, to_device
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
 from alphatoken.data.batches import Layout, micro_batches
@@ -106,17 +105,16 @@ def estimate_fisher(
     countdown = Countdown(title, "prompts", done, len(by_length), active=collectives.rank() == 0)
     with evaluating(decoder.model), torch.no_grad(), countdown:
         for number, dealt in enumerate(batches, start=1):
-            batch = {key: tensor.to(device) for key, tensor in dealt.items()}
+            batch = to_device(dealt, device)
             if chosen.sampling == "rollout":
                 batch = _answered(batch, decoder, chosen, stops, layout.pad_token)
             entry, hidden_BTH = total.forward(batch["input_ids"])
-            labels_BT = batch["labels"]
             if chosen.sampling == "teacher_forced":
                 with total.head() as head:
-                    labels_BT = teacher_forced(
-                        labels_BT, hidden_BTH, head, batch["noise"], decoder.logit_softcap
+                    batch = teacher_forced(
+                        batch, hidden_BTH, head, batch["noise"], decoder.logit_softcap
                     )
-            total.add(entry, {"input_ids": batch["input_ids"], "labels": labels_BT})
+            total.add(entry, batch)
             done = min(done + chosen.batch_size * ranks, len(by_length))
             countdown.advance(done)
             if number % chosen.save_every == 0 and number < len(batches):
@@ -165,12 +163,12 @@ def prepare_estimate(
 
 
 def _answered(
-    batch: dict[str, Tensor],
+    batch: Batch,
     decoder: Decoder,
     config: FisherConfig,
     stops: list[int],
     pad_token: int,
-) -> dict[str, Tensor]:
+) -> Batch:
     """The batch's prompts with sampled completions. A placeholder generates along with the others,
     for nothing."""
     rows = batch["rows"].tolist()
@@ -187,7 +185,8 @@ def _answered(
     )
     answered = rollouts(decoder, prompts, uniform_BN.to(inside_BT.device), stops, pad_token)
     if not rows:
-        answered["labels"].fill_(IGNORE_INDEX)
+        nothing_BT = torch.full_like(answered["labels"], IGNORE_INDEX)
+        return make_batch({"input_ids": answered["input_ids"], "labels": nothing_BT})
     return answered
 
 

@@ -10,14 +10,14 @@ summed is saved now and then, so an interrupted estimate goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch
 from alphatoken.distributed import zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_outgrads
@@ -81,8 +81,8 @@ class FisherSum:
             with self._streamer.stage("embeddings") as module:
                 weights = {path: module.get_parameter(path) for path in paths}
                 inputs = {"inputs_embeds": self._streamer.embed(weights, inputs)}
-        layers = [self._decoder.layers[index] for index in self._streamer.indices]
-        with EntryCapture(layers, self._decoder.norm) as capture:
+        first = self._streamer.indices.start
+        with EntryCapture(self._decoder, first, keep="every") as capture:
             hidden_BTH = self._decoder.hidden_states(inputs)
         return capture.entry, hidden_BTH
 
@@ -94,16 +94,16 @@ class FisherSum:
             yield head
 
     @torch.no_grad()
-    def add(self, entry: Entry, batch: Mapping[str, Tensor]) -> None:
+    def add(self, entry: Entry, batch: Batch) -> None:
         """Adds the sequences of one batch per rank, which may be empty (no label). Every rank must
         call it.
 
-        `batch` has `input_ids` and `labels`, padded on the right. Memory: the states between the
+        The batch is padded on the right. Memory: the states between the
         layers, one layer with the signals of its modules, one block of logits (all those of one
         sequence where the head is scored), and one parameter's matrix in float32, which is reduced
         before the next is formed.
         """
-        chunks = chunks_of(entry, batch["labels"], self._chunk_tokens)
+        chunks = chunks_of(entry, batch, self._chunk_tokens)
         outgrads = self._top(chunks)
         for place, index in reversed(list(enumerate(self._streamer.indices))):
             signals: Signals = defaultdict(list)
@@ -123,7 +123,7 @@ class FisherSum:
         outgrads = []
         with self._streamer.top() as (norm, head):
             for chunk in chunks:
-                response_BT, _ = loss_positions(chunk.labels_BT)
+                response_BT = chunk.response_BT
 
                 def remember(
                     path: str, act_RH: Tensor, outgrad_RH: Tensor, response_BT: Tensor = response_BT
@@ -133,7 +133,7 @@ class FisherSum:
                     )
 
                 with SignalCapture({"": norm}, remember):
-                    states_BTH = chunk.entry.states[-1]
+                    states_BTH = chunk.entry.out
                     _, outgrad_BTH = top_backward(
                         norm, head, states_BTH, chunk, self._decoder.logit_softcap
                     )
@@ -155,7 +155,7 @@ class FisherSum:
             path: module.get_submodule(path)
             for path in self._owners.get(self._streamer.indices[place], {})
         }
-        hidden_BTH = chunk.entry.states[place].detach()
+        hidden_BTH = chunk.entry.into(place).detach()
         with torch.enable_grad(), SignalCapture(watched, remember):
             hidden_BTH.requires_grad_(place > 0 or "embeddings" in self._owners)
             self._streamer.forward(module, hidden_BTH, chunk.entry.layer_inputs[place]).backward(
@@ -227,10 +227,9 @@ class FisherSum:
         }
         with self._streamer.top() as (norm, head):
             for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True):
-                response_BT, targets_BT = loss_positions(chunk.labels_BT)
-                for row, response_T in enumerate(response_BT):
-                    act_RH = norm(chunk.entry.states[-1][row, response_T])
-                    targets_R = targets_BT[row, response_T]
+                for row, response_T in enumerate(chunk.response_BT):
+                    act_RH = norm(chunk.entry.out[row, response_T])
+                    targets_R = chunk.targets_BT[row, response_T]
                     outgrad_RV = head_outgrads(act_RH, head, targets_R, self._decoder.logit_softcap)
                     tied = None
                     if tied_path is not None:

@@ -15,30 +15,31 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from alphatoken.batch import IGNORE_INDEX, loss_positions
+from alphatoken.batch import IGNORE_INDEX, Batch, make_batch
 from alphatoken.distributed import collectives
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import draw_tokens, head_samples
 
 
 def teacher_forced(
-    labels_BT: Tensor,
+    batch: Batch,
     hidden_BTH: Tensor,
     head: nn.Linear,
     uniform_BT: Tensor,
     softcap: float | None,
-) -> Tensor:
-    """Labels of the same response positions, each drawn from the model's prediction there; (B, T)
-    int64.
+) -> Batch:
+    """Replaces each response token's label by one drawn from the model's prediction there; the
+    inputs stay.
 
     `hidden_BTH`: states after the final norm, of a pass over the given responses.
     """
-    response_BT, targets_BT = loss_positions(labels_BT)
-    sampled_BT = targets_BT.clone()
+    response_BT = batch["response"]
+    sampled_BT = batch["targets"].clone()
     sampled_BT[response_BT] = head_samples(
         hidden_BTH[response_BT], head, uniform_BT[response_BT], softcap
     )
-    return nn.functional.pad(sampled_BT[:, :-1], (1, 0), value=IGNORE_INDEX)
+    labels_BT = nn.functional.pad(sampled_BT[:, :-1], (1, 0), value=IGNORE_INDEX)
+    return make_batch({"input_ids": batch["input_ids"], "labels": labels_BT})
 
 
 @torch.no_grad()
@@ -48,9 +49,8 @@ def rollouts(
     uniform_BN: Tensor,
     stop_tokens: list[int],
     pad_token: int,
-) -> dict[str, Tensor]:
-    """The prompts, (P,) each, continued by at most N tokens sampled from the model: `input_ids` and
-    `labels` (B, T).
+) -> Batch:
+    """Continues the prompts, (P,) each, by at most N tokens sampled from the model.
 
     Padding is on the right. Labels are -100 on prompts; the token that stops a completion has one.
     The model generates with a key-value cache, in batches. Under ZeRO-3 its hooks gather the layers
@@ -84,10 +84,12 @@ def rollouts(
         torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-    }
+    return make_batch(
+        {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+    )
 
 
 @contextmanager

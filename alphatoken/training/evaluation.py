@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from alphatoken.batch import Batch, loss_positions
+from alphatoken.batch import Batch
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.objectives.base import Objective
 from alphatoken.training.valued_model import ValuedModel
@@ -31,7 +31,6 @@ def evaluate(
     sums = NamedSums(device)
     for batch in batches:
         on_batch()
-        response_BT, _ = loss_positions(batch["labels"])
         nll_BT = model.token_losses(batch)
-        sums.add_vectors(objective.evaluation(batch, nll_BT, response_BT))
+        sums.add_vectors(objective.evaluation(batch, nll_BT, batch["response"]))
     return {f"eval_{name}": mean(both) for name, both in sums.reduce().items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alphatoken.batch import Batch
+from alphatoken.batch import Batch, to_device
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.distributed import collectives
@@ -85,9 +85,9 @@ class Feed:
             reference=None if reference is None else reference.cached(part),
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
-        batches = [{key: tensor.to(run.device) for key, tensor in batch.items()} for batch in dealt]
+        batches = [to_device(batch, run.device) for batch in dealt]
         steers = part is run.splits.validation
         if reference is not None and reference.is_online and not steers:
             with run.stopwatch.phase("reference"):
                 reference.complete(batches)
-        return list(batches)
+        return batches

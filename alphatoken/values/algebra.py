@@ -92,7 +92,7 @@ class Contraction(Protocol):
 
 
 @dataclass(frozen=True)
-class Materialised:
+class FromMatrix:
     """Contraction with a matrix: G, V, or a sum of both."""
 
     matrix_OI: Tensor
@@ -102,7 +102,7 @@ class Materialised:
 
 
 @dataclass(frozen=True)
-class Ghost:
+class FromSignals:
     """Contraction with the held-out signals themselves; `val_count` is N over all ranks."""
 
     outgrad_NO: Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alphatoken.batch import IGNORE_INDEX, loss_positions
+from alphatoken.batch import IGNORE_INDEX, Batch, loss_positions, make_batch
 from alphatoken.config.sections import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
@@ -61,16 +61,14 @@ def score_tokens(
             stable = decoder.stable_parameters(depth, config.parameters, also=fisher)
             drift = Drift(stable, fisher, reference, device)
         scorer = build_scorer(decoder, config, device, drift)
-        scored_tokens = int(loss_positions(batch["labels"])[0].sum())
-        scorer.refresh(
-            list(_row_groups(decoder, validation, config.chunk_tokens, device)), scored_tokens
-        )
+        held_out = list(_row_groups(decoder, validation, config.chunk_tokens, device))
+        scorer.refresh(held_out, scored_tokens=int(loss_positions(batch["labels"])[0].sum()))
         scored, responses = [], []
         for rows in _row_groups(decoder, batch, config.chunk_tokens, device):
             with scorer.capture() as capture:
                 decoder.hidden_states(rows)
             scored.append(scorer.score(capture.entry, rows).values)
-            responses.append(loss_positions(rows["labels"])[0])
+            responses.append(rows["response"])
     terms = [torch.cat([getattr(values, name) for values in scored]) for name in TERMS]
     if config.balance == "std":
         response_BT = torch.cat(responses)
@@ -98,9 +96,9 @@ def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
 
 def _row_groups(
     decoder: Decoder, batch: Mapping[str, Tensor], chunk_tokens: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The batch in groups of at most `chunk_tokens` tokens (whole rows, at least one), as the body
-    wants them."""
+) -> Iterator[Batch]:
+    """Cuts a caller's batch into micro-batches of at most `chunk_tokens` tokens (whole rows, at
+    least one)."""
     batch = {key: value.to(device) for key, value in batch.items()}
     mask = batch["attention_mask"]
     rows = max(1, chunk_tokens // mask.shape[1])
@@ -125,7 +123,7 @@ def _row_groups(
         inputs["attention_mask"] = mask
         inputs["position_ids"] = batch.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
     for start in range(0, mask.shape[0], rows):
-        yield {key: value[start : start + rows] for key, value in inputs.items()}
+        yield make_batch({key: value[start : start + rows] for key, value in inputs.items()})
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from alphatoken.batch import Batch, loss_positions
+from alphatoken.batch import Batch
 from alphatoken.distributed import collectives, zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_nll
@@ -55,16 +55,12 @@ class ValidationGradient:
         sequences, and one stage's gradients in float32. Communication per stage: one all-gather,
         one reduce-scatter.
         """
-        count = torch.tensor(
-            sum(int(loss_positions(batch["labels"])[0].sum()) for batch in batches)
-        )
+        count = torch.tensor(sum(int(batch["response"].sum()) for batch in batches))
         self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
         self._sums = {}
         layers, entries = self._streamer.indices, []
         for batch in batches:
-            with EntryCapture(
-                [self._decoder.layers[index] for index in layers], self._decoder.norm
-            ) as capture:
+            with EntryCapture(self._decoder, layers.start, keep="every") as capture:
                 self._decoder.hidden_states(batch)
             entries.append(capture.entry)
 
@@ -84,7 +80,7 @@ class ValidationGradient:
             for entry, outgrad_BTH in zip(entries, outgrads, strict=True):
                 inputs = entry.layer_inputs[place]
                 ingrad_BTH, found = self._streamer.vjp(
-                    module, entry.states[place], inputs, outgrad_BTH, paths
+                    module, entry.into(place), inputs, outgrad_BTH, paths
                 )
                 below.append(ingrad_BTH)
                 for path, gradient in found.items():
@@ -100,8 +96,8 @@ class ValidationGradient:
         norm_gradients, head_gradients = self._zeros("norm"), self._zeros("head")
         with self._streamer.top() as (norm, head), torch.enable_grad():
             for batch, entry in zip(batches, entries, strict=True):
-                response_BT, targets_BT = loss_positions(batch["labels"])
-                hidden_RH = entry.states[-1][response_BT].requires_grad_()
+                response_BT, targets_BT = batch["response"], batch["targets"]
+                hidden_RH = entry.out[response_BT].requires_grad_()
                 norm_weights = {
                     path: norm.get_parameter(path).detach().requires_grad_()
                     for path in norm_gradients
@@ -127,7 +123,7 @@ class ValidationGradient:
                     total += gradient
                 losses.append(torch.zeros(response_BT.shape, device=nll_R.device))
                 losses[-1][response_BT] = nll_R.detach()
-                outgrads.append(torch.zeros_like(entry.states[-1]))
+                outgrads.append(torch.zeros_like(entry.out))
                 outgrads[-1][response_BT] = outgrad_RH
         self._reduce("norm", norm_gradients)
         self._reduce("head", head_gradients)

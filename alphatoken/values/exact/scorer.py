@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from alphatoken.batch import Batch, loss_positions
+from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
 from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
@@ -99,7 +99,7 @@ class ExactScorer(Scorer):
         return self.config.split_terms and self._drift is not None
 
     def capture(self) -> EntryCapture:
-        return EntryCapture([self.decoder.layers[index] for index in self._streamer.indices])
+        return EntryCapture(self.decoder, self._streamer.indices.start, keep="first")
 
     def nonfinite_parts(self) -> list[str]:
         flags = self._nonfinite.tolist()
@@ -121,33 +121,32 @@ class ExactScorer(Scorer):
 
     @torch.no_grad()
     def score(self, entry: Entry, batch: Batch) -> Scores:
-        response_BT, _ = loss_positions(batch["labels"])
         duals = self._enter(entry, batch)
         for place, index in enumerate(self._streamer.indices):
             duals = self._through(duals, place, index)
-        nll_BT, effects = self._top(duals, batch["labels"])
-        return Scores(self._values(effects, response_BT), nll_BT)
+        nll_BT, effects = self._top(duals, batch)
+        return Scores(self._values(effects, batch["response"]), nll_BT)
 
     def _enter(self, entry: Entry, batch: Batch) -> list[_Dual]:
         """What enters the first scored layer: with embeddings among the scored it moves, else it
         stands still."""
-        chunks = chunks_of(entry, batch["labels"], self.config.chunk_tokens)
+        chunks = chunks_of(entry, batch, self.config.chunk_tokens)
         count = 2 if self._splits else 1
         if not self._embeds:
-            still = [torch.zeros_like(chunk.entry.states[0]) for chunk in chunks]
+            still = [torch.zeros_like(chunk.entry.first_BTH) for chunk in chunks]
             pairs = zip(chunks, still, strict=True)
             return [
-                _Dual(chunk, chunk.entry.states[0], (zero_BTH,) * count)
+                _Dual(chunk, chunk.entry.first_BTH, (zero_BTH,) * count)
                 for chunk, zero_BTH in pairs
             ]
         directions = self._directions("embeddings")
         duals = []
         for chunk in chunks:
-            inputs = {
-                key: batch[key][chunk.rows] for key in ("input_ids", "position_ids") if key in batch
-            }
+            inputs = {"input_ids": batch["input_ids"][chunk.rows]}
+            if "position_ids" in batch:
+                inputs["position_ids"] = batch["position_ids"][chunk.rows]
             tangents = (self._streamer.embed(direction, inputs) for direction in directions)
-            duals.append(_Dual(chunk, chunk.entry.states[0], tuple(tangents)))
+            duals.append(_Dual(chunk, chunk.entry.first_BTH, tuple(tangents)))
         return duals
 
     def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
@@ -174,16 +173,15 @@ class ExactScorer(Scorer):
             self._watch(self._streamer.indices[place], tangent_BTH)
         return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
 
-    def _top(self, duals: Sequence[_Dual], labels_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _top(self, duals: Sequence[_Dual], batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
         response."""
-        response_BT, targets_BT = loss_positions(labels_BT)
-        nll_BT = torch.zeros(response_BT.shape, device=self._device)
+        nll_BT = torch.zeros(batch["response"].shape, device=self._device)
         effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
         norms, heads = self._directions("norm"), self._directions("head")
         with self._streamer.top() as (norm, head):
             for dual, number in product(duals, range(len(effects))):
-                rows, response = dual.chunk.rows, response_BT[dual.chunk.rows]
+                rows, response = dual.chunk.rows, dual.chunk.response_BT
                 hidden_RH, tangent_RH = self._streamer.jvp(
                     norm,
                     dual.hidden_BTH[response],
@@ -191,7 +189,7 @@ class ExactScorer(Scorer):
                     NO_INPUT,
                     norms[number],
                 )
-                targets_R, softcap = targets_BT[rows][response], self.decoder.logit_softcap
+                targets_R, softcap = dual.chunk.targets_BT[response], self.decoder.logit_softcap
                 nll_R, effect_R = head_jvp(
                     hidden_RH, tangent_RH, head, heads[number], targets_R, softcap
                 )

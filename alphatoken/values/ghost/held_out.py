@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alphatoken.distributed import collectives
 from alphatoken.values import algebra
-from alphatoken.values.algebra import Contraction, ContractionName, Ghost, Materialised
+from alphatoken.values.algebra import Contraction, ContractionName, FromMatrix, FromSignals
 
 
 @dataclass
@@ -102,7 +102,7 @@ class HeldOutSignals:
         ]
         shapes = [torch.Size(self._features[name]) for name in formed]
         contractions: dict[str, Contraction] = {
-            name: Materialised(matrix_OI)
+            name: FromMatrix(matrix_OI)
             for name, matrix_OI in zip(
                 formed, collectives.gather_slices(slices, shapes), strict=True
             )
@@ -111,7 +111,7 @@ class HeldOutSignals:
             if name not in contractions:
                 signals, (out_features, in_features) = self._signals[name], self._features[name]
                 outgrad_NO = self._all_rows(signals.outgrads, out_features)
-                contractions[name] = Ghost(
+                contractions[name] = FromSignals(
                     outgrad_NO, self._all_rows(signals.acts, in_features), self._val_count
                 )
         return contractions

@@ -2,7 +2,8 @@
 training graph.
 
 From the hidden state that entered the scored layers it computes token losses and, in a backward
-pass of its own, the signals (h, d) of every scored linear, which it hands to a sink as they arise.
+pass of its own, the signals (h, d) of every scored linear, which it hands on as they arise, so that
+they can be contracted and dropped.
 
 `resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a
 time and needs every state between the layers; every rank must then run it together.
@@ -10,38 +11,24 @@ time and needs every state between the layers; every rank must then run it toget
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear
-from alphatoken.passes.attention import AttentionCall
-from alphatoken.passes.capture import Entry, SignalCapture
+from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.values.ghost.signals import ChunkSignals, SignalConsumer
 
-
-class SignalSink(Protocol):
-    """Receives the signals of a tower pass; `rows` are the sequences of the batch that a chunk
-    consists of."""
-
-    def layer(self, layer: int) -> AbstractContextManager[None]:
-        """Entered before the first and left after the last signal of a layer; only by a streamed
-        tower."""
-        ...
-
-    def attention(self, rows: slice, layer: int, call: AttentionCall) -> None:
-        """An attention layer ran forward; its signals come later."""
-        ...
-
-    def signal(self, rows: slice, name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-        """Input and output gradient of one scored linear; last layer first."""
-        ...
+ConsumerOf = Callable[[int], AbstractContextManager[SignalConsumer]]
+"""For the index of a layer, a context around its backward passes, which yields what takes the
+signals of its linears. A streamed tower enters it for one layer at a time, the last layer first; a
+resident one enters all layers' before the first chunk."""
 
 
 class Tower:
@@ -58,89 +45,140 @@ class Tower:
         chunk_tokens: int = 16384,
     ) -> None:
         first = len(decoder.layers) - depth
-        self.scored: list[ScoredLinear] = decoder.scored_linears(depth)
-        self.streamer = LayerStreamer(decoder, first, device, resident=resident)
-        self._softcap = decoder.logit_softcap
+        self.linears: dict[str, ScoredLinear] = {
+            linear.name: linear for linear in decoder.scored_linears(depth)
+        }
+        """The scored linears by their parameter's name, in order of the forward pass."""
+        self._decoder = decoder
+        self._streamer = LayerStreamer(decoder, first, device, resident=resident)
         self._resident = resident
         self._chunk_tokens = chunk_tokens
 
     @property
     def layers(self) -> range:
-        return self.streamer.indices
+        """Indices of the scored layers."""
+        return self._streamer.indices
+
+    def refresh(self) -> None:
+        """Takes over the model's current weights. One all-gather per layer, norm and head, where
+        they are kept."""
+        self._streamer.refresh()
+
+    def capture(self) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `run`."""
+        return EntryCapture(
+            self._decoder, self.layers.start, keep="first" if self._resident else "every"
+        )
 
     def weight(self, layer: int, path: str) -> Tensor:
         """The tower's own copy of a linear's weight; without values while the layer is not in
         memory."""
-        weight: Tensor = self.streamer.module(layer).get_parameter(f"{path}.weight")
+        weight: Tensor = self._streamer.module(layer).get_parameter(f"{path}.weight")
         return weight
 
-    def run(self, entry: Entry, labels_BT: Tensor, sink: SignalSink) -> Tensor:
-        """Forward and backward through the scored layers; returns the token losses, (B, T) float32,
-        0 off the response.
+    def run(
+        self, entry: Entry, batch: Batch, consumer_of: ConsumerOf, *, window: int = 0
+    ) -> Tensor:
+        """Runs the scored layers forward and backward and hands the signals of the summed response
+        losses to their layer's consumer. Returns the token losses, (B, T) float32, 0 off the
+        response.
 
-        The signals are those of the summed response losses. The batch runs in chunks of whole
-        sequences of at most `chunk_tokens` tokens, padding included; one without response positions
-        yields no signals.
+        The batch runs in chunks of whole sequences of at most `chunk_tokens` tokens, padding
+        included; one without response positions yields no signals. window: how many later
+        positions the causal path reaches; 0 follows none.
         """
+        chunks = chunks_of(entry, batch, self._chunk_tokens)
         run = self._run_resident if self._resident else self._run_streamed
-        return torch.cat(run(chunks_of(entry, labels_BT, self._chunk_tokens), sink))
+        return torch.cat(run(chunks, consumer_of, window))
 
-    def _run_resident(self, chunks: list[Chunk], sink: SignalSink) -> list[Tensor]:
-        losses = []
-        for chunk in chunks:
-            with torch.enable_grad(), self._capture(self.layers, chunk, sink):
-                hidden_BTH = chunk.entry.states[0]
-                if chunk.has_response:
-                    for index in self.layers:
-                        hidden_BTH = self._forward(
-                            index, self.streamer.module(index), hidden_BTH, chunk, sink
-                        )
-                with self.streamer.top() as top:
-                    nll_BT, outgrad_BTH = top_backward(
-                        *top, hidden_BTH.detach(), chunk, self._softcap
-                    )
-                if chunk.has_response:
-                    hidden_BTH.backward(outgrad_BTH)
-            losses.append(nll_BT)
-        return losses
+    def _run_resident(
+        self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int
+    ) -> list[Tensor]:
+        with ExitStack() as contexts:
+            consumers = {index: contexts.enter_context(consumer_of(index)) for index in self.layers}
+            return [self._whole(chunk, consumers, window) for chunk in chunks]
 
-    def _run_streamed(self, chunks: list[Chunk], sink: SignalSink) -> list[Tensor]:
-        with self.streamer.top() as top:
-            heads = [
-                top_backward(*top, chunk.entry.states[-1], chunk, self._softcap) for chunk in chunks
+    def _whole(self, chunk: Chunk, consumers: Mapping[int, SignalConsumer], window: int) -> Tensor:
+        """Runs one chunk forward through all layers and back. Returns its token losses, (B, T)."""
+        signals = ChunkSignals(chunk, window, self.weight)
+        with torch.enable_grad(), self._capture(signals, consumers):
+            hidden_BTH = chunk.entry.first_BTH
+            if chunk.has_response:
+                for place, index in enumerate(self.layers):
+                    module = self._streamer.module(index)
+                    hidden_BTH = self._forward(module, place, hidden_BTH, chunk, signals)
+            nll_BT, outgrad_BTH = self._top(chunk, hidden_BTH.detach())
+            if chunk.has_response:
+                hidden_BTH.backward(outgrad_BTH)
+        return nll_BT
+
+    def _run_streamed(
+        self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int
+    ) -> list[Tensor]:
+        with self._streamer.top() as top:
+            tops = [
+                top_backward(*top, chunk.entry.out, chunk, self._decoder.logit_softcap)
+                for chunk in chunks
             ]
-        outgrads = [outgrad_BTH for _, outgrad_BTH in heads]
-        for place, index in reversed(list(enumerate(self.layers))):
-            with self.streamer.stage(index) as module, sink.layer(index):
-                for number, chunk in enumerate(chunks):
-                    if not chunk.has_response:
-                        continue
-                    hidden_BTH = chunk.entry.states[place].detach()
-                    with torch.enable_grad(), self._capture([index], chunk, sink):
-                        hidden_BTH.requires_grad_(place > 0)
-                        self._forward(index, module, hidden_BTH, chunk, sink).backward(
-                            outgrads[number]
-                        )
-                    if hidden_BTH.grad is not None:
-                        outgrads[number] = hidden_BTH.grad
-        return [nll_BT for nll_BT, _ in heads]
+        outgrads = [outgrad_BTH for _, outgrad_BTH in tops]
+        for place in reversed(range(len(self.layers))):
+            self._layer(place, chunks, outgrads, consumer_of, window)
+        return [nll_BT for nll_BT, _ in tops]
 
-    def _capture(self, layers: Iterable[int], chunk: Chunk, sink: SignalSink) -> SignalCapture:
-        linears = {
-            scored.name: self.streamer.module(scored.layer).get_submodule(scored.path)
-            for scored in self.scored
-            if scored.layer in layers
+    def _layer(
+        self,
+        place: int,
+        chunks: list[Chunk],
+        outgrads: list[Tensor],
+        consumer_of: ConsumerOf,
+        window: int,
+    ) -> None:
+        """Runs one layer forward and backward for all chunks, and replaces the gradients at its
+        output by those at its input, (B, T, H) per chunk, in place.
+
+        A function of its own, so that nothing of a layer is held when the next is gathered.
+        """
+        index = self.layers[place]
+        with self._streamer.stage(index) as module, consumer_of(index) as consume:
+            for number, chunk in enumerate(chunks):
+                if not chunk.has_response:
+                    continue
+                signals = ChunkSignals(chunk, window, self.weight)
+                hidden_BTH = chunk.entry.into(place).detach()
+                with torch.enable_grad(), self._capture(signals, {index: consume}):
+                    hidden_BTH.requires_grad_(place > 0)
+                    output_BTH = self._forward(module, place, hidden_BTH, chunk, signals)
+                    output_BTH.backward(outgrads[number])
+                if hidden_BTH.grad is not None:
+                    outgrads[number] = hidden_BTH.grad
+
+    def _capture(
+        self, signals: ChunkSignals, consumers: Mapping[int, SignalConsumer]
+    ) -> SignalCapture:
+        """Hooks on the scored linears of the layers that have a consumer."""
+
+        def on_backward(name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
+            linear = self.linears[name]
+            consumers[linear.layer](signals.on_backward(linear, act_BTI, outgrad_BTO))
+
+        modules = {
+            name: self._streamer.module(linear.layer).get_submodule(linear.path)
+            for name, linear in self.linears.items()
+            if linear.layer in consumers
         }
-        return SignalCapture(linears, partial(sink.signal, chunk.rows))
+        return SignalCapture(modules, on_backward)
 
     def _forward(
         self,
-        index: int,
         module: nn.Module,
+        place: int,
         hidden_BTH: Tensor,
         chunk: Chunk,
-        sink: SignalSink | None,
+        signals: ChunkSignals,
     ) -> Tensor:
-        watch = None if sink is None else partial(sink.attention, chunk.rows)
-        inputs = chunk.entry.layer_inputs[index - self.layers[0]]
-        return self.streamer.forward(module, hidden_BTH, inputs, watch)
+        inputs = chunk.entry.layer_inputs[place]
+        return self._streamer.forward(module, hidden_BTH, inputs, signals.on_attention)
+
+    def _top(self, chunk: Chunk, hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        with self._streamer.top() as top:
+            return top_backward(*top, hidden_BTH, chunk, self._decoder.logit_softcap)

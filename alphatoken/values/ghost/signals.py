@@ -1,0 +1,84 @@
+"""The signals of scored linears: what the value of a token is made of.
+
+A linear y = W h has two signals at position t: its input h_t, and d_t, the gradient of the summed
+response losses at its output y_t. Their outer product d_t h_t^T is what position t adds to the
+gradient of W. The losses of later tokens reach position t through attention, too: on a value
+projection their share is the mixed signal sum_{t<k<=t+w} A[k, t] d_k, with A the attention averaged
+over heads and w the window.
+
+Shape legend: B sequences of one chunk, T positions, I and O the features of a linear, W the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphatoken.models.scored import ScoredLinear
+from alphatoken.passes.attention import AttentionCall, attention_band, mix_band
+from alphatoken.passes.chunks import Chunk
+
+
+@dataclass(frozen=True)
+class LinearSignals:
+    """The signals of one linear on one chunk of a batch."""
+
+    linear: ScoredLinear
+    chunk: Chunk
+    act_BTI: Tensor
+    """h_t, the linear's input."""
+    outgrad_BTO: Tensor
+    """d_t, the gradient of the chunk's summed response losses at the linear's output."""
+    mixed_BTO: Tensor | None
+    """sum_{t<k<=t+w} A[k, t] d_k; None where no causal path is followed through this linear."""
+
+
+SignalConsumer = Callable[[LinearSignals], None]
+
+
+class ChunkSignals:
+    """Makes the `LinearSignals` of one chunk from what hooks report, in the order of the passes.
+
+    The forward pass reports the attention call of each layer, of which the band stays; the backward
+    pass then reports h and d of each linear, last layer first. window: 0 follows no causal path.
+    weight_of: the weight of the linear at a path of a layer, as stored.
+    """
+
+    def __init__(self, chunk: Chunk, window: int, weight_of: Callable[[int, str], Tensor]) -> None:
+        self._chunk = chunk
+        self._window = window
+        self._weight_of = weight_of
+        self._bands: dict[int, Tensor] = {}
+        self._mixed: dict[int, Tensor] = {}
+
+    def on_attention(self, layer: int, call: AttentionCall) -> None:
+        """Takes an attention layer's queries and keys; keeps its band, (B, T, W)."""
+        if self._window:
+            self._bands[layer] = attention_band(call, self._window)
+
+    def on_backward(
+        self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
+    ) -> LinearSignals:
+        """Takes h and d of a linear, once the backward pass has reached its output."""
+        follows = linear.is_value and self._window > 0
+        mixed_BTO = self._mix(linear, outgrad_BTO) if follows else None
+        return LinearSignals(linear, self._chunk, act_BTI, outgrad_BTO, mixed_BTO)
+
+    def _mix(self, linear: ScoredLinear, outgrad_BTO: Tensor) -> Tensor:
+        """sum_k A[k, t] d_k for every position, (B, T, O); zero in output rows that are no
+        values."""
+        if linear.feeds is not None:
+            # What flows back into an adapter's A came through its B, which the backward pass has
+            # met before, and of that only the value rows count.
+            return self._mixed[linear.layer] @ self._weight_of(linear.layer, linear.feeds)
+        band_BTW, value_rows = self._bands[linear.layer], linear.value_rows
+        if value_rows is None:
+            mixed_BTO = mix_band(band_BTW, outgrad_BTO)
+        else:
+            mixed_BTO = torch.zeros_like(outgrad_BTO)
+            mixed_BTO[..., value_rows] = mix_band(band_BTW, outgrad_BTO[..., value_rows])
+        self._mixed[linear.layer] = mixed_BTO
+        return mixed_BTO
