@@ -25,7 +25,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch, make_batch, to_device
 from alphatoken.config.sections import Source, ValuationConfig
 from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
@@ -52,7 +52,6 @@ from alphatoken.training.moments import rank_correlation
 from alphatoken.values.registry import build_scorer
 from benchmarks.measuring import circumstances, write_result
 
-Batch = dict[str, Tensor]
 SCOPES = ("sequence", "micro_batch", "global_batch")
 
 
@@ -110,7 +109,7 @@ def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
 
     def taken(start: int, count: int) -> list[Batch]:
         batches = micro_batches(dataset, fitting[start : start + count], layout, 0, 1)
-        return [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
+        return [to_device(batch, device) for batch in batches]
 
     held_out = arguments.validation_sequences
     warm_up = arguments.warm_up_steps * arguments.micro_batch
@@ -127,9 +126,9 @@ def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
     )
 
 
-def token_losses(decoder: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
+def token_losses(decoder: Decoder, batch: Batch) -> Tensor:
     """Losses of the response positions, (R,)."""
-    response_BT, targets_BT = loss_positions(batch["labels"])
+    response_BT, targets_BT = batch["response"], batch["targets"]
     hidden_RH, head = decoder.hidden_states(batch)[response_BT], decoder.head
     return head_nll(
         hidden_RH, head.weight, head.bias, targets_BT[response_BT], decoder.logit_softcap
@@ -144,11 +143,9 @@ class Truth:
         self.rows = rows
         self._decoder = decoder_of(model)
         self.parameters = dict(model.named_parameters())
-        self._validation_tokens = sum(
-            int(loss_positions(batch["labels"])[0].sum()) for batch in rows.validation
-        )
+        self._validation_tokens = sum(int(batch["response"].sum()) for batch in rows.validation)
 
-    def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         return token_losses(self._decoder, batch)
 
     def gradient(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
@@ -190,10 +187,15 @@ def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     )
 
 
-def one_row(batch: Mapping[str, Tensor], row: int) -> Batch:
+def one_row(batch: Batch, row: int) -> Batch:
     """A single sequence without padding."""
     inside_T = batch["document_ids"][row] >= 0
-    return {key: batch[key][row : row + 1, inside_T] for key in ("input_ids", "labels")}
+    return make_batch(
+        {
+            "input_ids": batch["input_ids"][row : row + 1, inside_T],
+            "labels": batch["labels"][row : row + 1, inside_T],
+        }
+    )
 
 
 def estimate(
@@ -207,7 +209,7 @@ def estimate(
     config = ValuationConfig.model_validate(settings)
     decoder = decoder_of(model)
     scorer = build_scorer(decoder, config, model.device, None, scale)
-    own_tokens = sum(int(loss_positions(batch["labels"])[0].sum()) for batch in rows.train)
+    own_tokens = sum(int(batch["response"].sum()) for batch in rows.train)
     with timed() as refresh:
         scorer.refresh(rows.validation, own_tokens)
     values, seconds = [], 0.0
@@ -231,8 +233,8 @@ def timed() -> Iterator[list[float]]:
     elapsed[0] = time.perf_counter() - began
 
 
-def by_row(value_BT: Tensor, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    response_BT, _ = loss_positions(batch["labels"])
+def by_row(value_BT: Tensor, batch: Batch) -> list[Tensor]:
+    response_BT = batch["response"]
     return [
         value_T[response_T].float().cpu()
         for value_T, response_T in zip(value_BT, response_BT, strict=True)
@@ -245,7 +247,7 @@ def baselines(truth: Truth, seed: int) -> dict[str, list[list[Tensor]]]:
     with torch.no_grad():
         for batch in truth.rows.train:
             nll_BT = torch.zeros(batch["labels"].shape, device=batch["labels"].device)
-            nll_BT[loss_positions(batch["labels"])[0]] = truth.losses(batch)
+            nll_BT[batch["response"]] = truth.losses(batch)
             losses.append(by_row(nll_BT, batch))
     return {
         "policy loss": losses,

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch, loss_positions
 from benchmarks.measuring import (
     PAPER_MICRO_BATCHES,
     Peak,
@@ -134,9 +134,7 @@ class Cases:
         self._validation = {
             size: trainer.feed.first_held_out(size) for size in arguments.validation_sequences
         }
-        self._own_tokens = sum(
-            int(loss_positions(batch["labels"])[0].sum()) for batch in self._batches
-        )
+        self._own_tokens = sum(int(batch["response"].sum()) for batch in self._batches)
         replica = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.bfloat16, attn_implementation="eager"
         ).to(self.device)
@@ -153,9 +151,7 @@ class Cases:
     def tokens(self, number: int) -> tuple[int, int]:
         """Tokens and response tokens of a micro-batch."""
         batch = self._batches[number]
-        return int((batch["document_ids"] >= 0).sum()), int(
-            loss_positions(batch["labels"])[0].sum()
-        )
+        return int((batch["document_ids"] >= 0).sum()), int(batch["response"].sum())
 
     def plain(self, number: int) -> None:
         self._model.attach(None)
@@ -185,7 +181,7 @@ class Cases:
         self._engine.set_gradient_accumulation_boundary(False)
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _rows(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     documents = batch["document_ids"]
     return [
         (ids[inside >= 0], labels[inside >= 0])

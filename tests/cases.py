@@ -134,7 +134,9 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     rows = trainer.feed.training(0)
     batches = rows.batches
     if collectives.rank() == 1:
-        batches[1]["labels"].fill_(-100)
+        for key in ("labels", "targets"):
+            batches[1][key].fill_(-100)
+        batches[1]["response"].fill_(False)
     own, _, kept_tokens = count_tokens(trainer.run.model.selections, batches)
     assert trainer.refresh is not None
     trainer.refresh.before(0, own)

@@ -190,7 +190,7 @@ class Tokens:
         longest = max((length for _, length in documents), default=0)
         shape = (max(len(documents), 1), longest + 3)
         self.nll_BT = torch.zeros(shape)
-        self.batch = {
+        self.batch: Any = {
             "document_ids": torch.full(shape, -1),
             "rows": torch.arange(len(lengths)).repeat_interleave(2),
             "reference_nll": torch.zeros(shape),

@@ -3,12 +3,12 @@ among all ranks'."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from alphatoken.batch import loss_positions
+from alphatoken.batch import Batch
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
 from alphatoken.selection.facts import Assessment
@@ -42,16 +42,14 @@ def selections_at(config: RunConfig, step: int, total_steps: int) -> tuple[Selec
     return tuple(selections)
 
 
-def count_tokens(
-    selections: Sequence[Selection], batches: Sequence[Mapping[str, Tensor]]
-) -> tuple[int, int, int]:
+def count_tokens(selections: Sequence[Selection], batches: Sequence[Batch]) -> tuple[int, int, int]:
     """Response tokens of this rank, and response and kept tokens of the step over all ranks: known
     from labels."""
     sums = torch.zeros(
         len(selections), 3, dtype=torch.int64
     )  # response, kept and forced tokens of each branch
     for batch in batches:
-        response_BT, _ = loss_positions(batch["labels"])
+        response_BT = batch["response"]
         counts = batch["document_ids"][response_BT].bincount(minlength=len(batch["rows"])).tolist()
         for branch, selection in enumerate(selections):
             own = counts[branch :: len(selections)]
@@ -59,7 +57,7 @@ def count_tokens(
                 [sum(own), selection.kept_count(own), selection.forced_count(own)]
             )
     own_tokens = int(sums[:, 0].sum())
-    device = batches[0]["labels"].device
+    device = batches[0]["response"].device
     everywhere = collectives.sum_over_ranks(sums.to(device)).tolist()
     kept_tokens = 0
     for selection, (response, kept, forced) in zip(selections, everywhere, strict=True):
@@ -71,7 +69,7 @@ def count_tokens(
 
 def weigh_globally(
     selections: Sequence[Selection],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     assessments: Sequence[Assessment],
 ) -> list[Tensor]:
     """Weights of each micro-batch's response tokens, (R,), chosen among those of the whole step.

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
@@ -68,11 +69,11 @@ class StepStatistics:
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._parts = [torch.zeros(0, len(PARTS), device=device)]
 
-    def add_validation(self, batch: Mapping[str, Tensor], nll_BT: Tensor) -> None:
+    def add_validation(self, batch: Batch, nll_BT: Tensor) -> None:
         """Takes in the losses of held-out rows at a refresh."""
         self._check("data.validation", batch, nll_BT)
 
-    def add(self, batch: Mapping[str, Tensor], output: StepOutput) -> None:
+    def add(self, batch: Batch, output: StepOutput) -> None:
         """Takes in one training micro-batch."""
         assessment = output["assessment"]
         self._sums.add(LOSS_KEPT, output["kept_nll_R"].double().sum())
@@ -129,9 +130,7 @@ class StepStatistics:
         ]
         return list(dict.fromkeys(found))  # both documents of a pair
 
-    def _add_values(
-        self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor], response_BT: Tensor
-    ) -> None:
+    def _add_values(self, batch: Batch, values: Mapping[str, Tensor], response_BT: Tensor) -> None:
         """Adds each branch's Gram matrix, and keeps adaptation and stability of every token."""
         terms_R = [values[name][response_BT].double() for name in COLUMNS[1:]]
         table_RC = torch.stack([torch.ones_like(terms_R[0]), *terms_R], dim=1)
@@ -169,7 +168,7 @@ class StepStatistics:
         adaptation_R, stability_R = parts_RP.unbind(1)
         return {CORRELATION: rank_correlation(adaptation_R, stability_R)}
 
-    def _check(self, part: str, batch: Mapping[str, Tensor], number_BT: Tensor) -> None:
+    def _check(self, part: str, batch: Batch, number_BT: Tensor) -> None:
         """Remembers which documents have a number that is not finite."""
         rows, documents_BT = batch["rows"], batch["document_ids"]
         inside_BT = documents_BT >= 0
@@ -180,7 +179,7 @@ class StepStatistics:
         self._seen.append((part, rows, faults == 0))
 
 
-def _everything(batch: Mapping[str, Tensor], output: StepOutput) -> Tensor:
+def _everything(batch: Batch, output: StepOutput) -> Tensor:
     """The sum of all that is known of each token, (B, T): finite where all of it is."""
     assessment = output["assessment"]
     everything_BT = (

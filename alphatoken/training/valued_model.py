@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from alphatoken.batch import Batch, loss_positions
+from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
 from alphatoken.models.token_losses import token_losses
@@ -117,13 +117,13 @@ class ValuedModel(nn.Module):
             scores = scorer.score(entry, batch)
             # Values are linear in their own sequence's gradient, so it may be scaled
             # afterwards.
-            response_BT, _ = loss_positions(batch["labels"])
+            response_BT = batch["response"]
             coefficient_BT = self._objective.coefficients(batch, scores.nll_BT, response_BT)
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
             return self._assessment(batch, scores.nll_BT, values)
 
     def _assessment(self, batch: Batch, nll_BT: Tensor, values: dict[str, Tensor]) -> Assessment:
-        response_BT, targets_BT = loss_positions(batch["labels"])
+        response_BT, targets_BT = batch["response"], batch["targets"]
         branch_BT = batch["document_ids"] % len(self.selections)
         rank_BT = torch.zeros_like(nll_BT)
         for branch, selection in enumerate(self.selections):
@@ -146,7 +146,7 @@ class ValuedModel(nn.Module):
 
     def _without_scorer(self, batch: Batch) -> StepOutput:
         """Without scoring, the training graph itself gives the losses that are ranked."""
-        response_BT, targets_BT = loss_positions(batch["labels"])
+        response_BT, targets_BT = batch["response"], batch["targets"]
         hidden_BTH = self._decoder.hidden_states(batch)
         every_nll_R = self.head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
         nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
@@ -159,7 +159,7 @@ class ValuedModel(nn.Module):
         self, batch: Batch, hidden_BTH: Tensor, assessment: Assessment, weight_R: Tensor
     ) -> StepOutput:
         """The head runs on the kept tokens only."""
-        _, targets_BT = loss_positions(batch["labels"])
+        targets_BT = batch["targets"]
         kept_BT = torch.zeros_like(assessment["response_BT"])
         kept_BT[assessment["response_BT"]] = weight_R > 0
         nll_R = self.head_loss(hidden_BTH[kept_BT], targets_BT[kept_BT])

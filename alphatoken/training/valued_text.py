@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from alphatoken.batch import Batch
 from alphatoken.selection.facts import Assessment
 
 
@@ -20,7 +19,7 @@ class ValuedText:
 
 
 def valued_text(
-    tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], assessment: Assessment
+    tokenizer: PreTrainedTokenizerBase, batch: Batch, assessment: Assessment
 ) -> ValuedText | None:
     """The first response of a batch, token by token, with its values; None where there is none."""
     first_BT = assessment["response_BT"] & (batch["document_ids"] == 0)
