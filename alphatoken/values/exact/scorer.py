@@ -19,29 +19,26 @@ from torch import Tensor, nn
 
 from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
-from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_jvp
-from alphatoken.models.scored import Stage, scored_depth
+from alphatoken.models.scored import ScoredParameter, Stage, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.chunks import Chunk, chunks_of
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TERMS, TokenValues
 from alphatoken.values.estimator import Scorer, Scores
+from alphatoken.values.exact.directions import Direction, DirectionSlices
 from alphatoken.values.exact.gradient import ValidationGradient
 
 SliceScale = Callable[[nn.Parameter], Tensor | float]
 """What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
 
-Direction = dict[str, Tensor]
-"""How the weights of a stage move: whole tensors by path inside it; absent ones do not move."""
-
 
 @dataclass(frozen=True)
 class _Dual:
-    """A chunk on its way up: the hidden state (B, T, H), and its derivative in each direction."""
+    """A chunk on its way up: the hidden state, (B, T, H), and its derivative in each direction."""
 
     chunk: Chunk
     hidden_BTH: Tensor
@@ -84,14 +81,12 @@ class ExactScorer(Scorer):
         self._stages: list[Stage] = [*self._streamer.indices, "norm", "head"]
         if self._embeds:
             self._stages.insert(0, "embeddings")
-        self._scored: dict[Stage, dict[str, tuple[str, nn.Parameter]]] = {
-            stage: {} for stage in self._stages
+        self._scored: dict[Stage, list[ScoredParameter]] = {
+            stage: [each for each in scored if each.stage == stage] for stage in self._stages
         }
-        for each in scored:
-            parameter = decoder.stage_parameters(each.stage)[each.path]
-            self._scored[each.stage][each.path] = each.name, parameter
-        self._slices: dict[Stage, list[list[Tensor]]] = {}
+        self._slices: dict[Stage, DirectionSlices] = {}
         self._kept: dict[Stage, list[Direction]] = {}
+        """Whole, where everything is resident."""
         self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
 
     @property
@@ -116,7 +111,7 @@ class ExactScorer(Scorer):
         losses = [] if batches is None else self._gradient.refresh(batches)
         self._slices = {stage: self._form(stage) for stage in self._stages}
         if self.config.is_resident:
-            self._kept = {stage: self._gather(stage) for stage in self._stages}
+            self._kept = {stage: self._slices[stage].gather() for stage in self._stages}
         return losses
 
     @torch.no_grad()
@@ -209,41 +204,40 @@ class ExactScorer(Scorer):
         return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
 
     def _directions(self, stage: Stage) -> list[Direction]:
-        return self._kept[stage] if self.config.is_resident else self._gather(stage)
+        """A stage's directions, whole; gathered now unless everything is resident."""
+        return self._kept[stage] if self.config.is_resident else self._slices[stage].gather()
 
-    def _gather(self, stage: Stage) -> list[Direction]:
-        """A stage's directions, whole, from all ranks' slices: one all-gather."""
-        parameters = [parameter for _, parameter in self._scored[stage].values()]
-        directions = self._slices[stage]
-        slices = [own for direction in directions for own in direction]
-        wholes = iter(zero3.whole_tensors(slices, parameters * len(directions)))
-        return [{path: next(wholes) for path in self._scored[stage]} for _ in directions]
-
-    def _form(self, stage: Stage) -> list[list[Tensor]]:
-        """This rank's slices of a stage's directions, in the model's dtype, for all that is scored
-        until the next step.
+    def _form(self, stage: Stage) -> DirectionSlices:
+        """Forms a stage's directions, in the model's dtype, for all that is scored until the next
+        step.
 
         No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks
         that hold them.
         """
-        targets, drifts = [], []
-        for name, parameter in self._scored[stage].values():
-            scale = 1.0 if self._scale is None else self._scale(parameter)
-            targets.append(scale * self._gradient.own(name))
+        in_stage = self.decoder.stage_parameters(stage)
+        parameters = {scored.path: in_stage[scored.path] for scored in self._scored[stage]}
+        targets, drifts = {}, {}
+        for scored in self._scored[stage]:
+            path = scored.path
+            scale = 1.0 if self._scale is None else self._scale(parameters[path])
+            targets[path] = scale * self._gradient.own(scored.name)
             if self._drift is not None:
-                own = (
-                    self._drift.own(name) if name in self._drift else torch.zeros_like(targets[-1])
-                )
-                drifts.append(scale * own)
+                moved = scored.name in self._drift
+                own = self._drift.own(scored.name) if moved else torch.zeros_like(targets[path])
+                drifts[path] = scale * own
         directions = [targets]
         if self._splits:
             directions = [targets, drifts]
         elif self._drift is not None:
             weight = self.config.stability_weight
-            directions = [
-                [target + weight * drift for target, drift in zip(targets, drifts, strict=True)]
-            ]
-        return [[own.to(self._dtype) for own in direction] for direction in directions]
+            directions = [{path: targets[path] + weight * drifts[path] for path in targets}]
+        return DirectionSlices(
+            parameters=parameters,
+            directions=[
+                {path: own.to(self._dtype) for path, own in direction.items()}
+                for direction in directions
+            ],
+        )
 
     def _watch(self, stage: Stage, derivative: Tensor) -> None:
         self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()
