@@ -220,7 +220,7 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
         products = {}
         for index, inputs in zip(streamer.indices, capture.entry.layer_inputs, strict=True):
             outgrad = torch.randn(hidden.shape, generator=generator)
-            with streamer.stage(index) as module, torch.no_grad():
+            with streamer.segment(index) as module, torch.no_grad():
                 output = streamer.forward(module, hidden, inputs)
                 paths = [path for path, _ in module.named_parameters()]
                 gradient, weights = streamer.vjp(module, hidden, inputs, outgrad, paths)

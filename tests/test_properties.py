@@ -331,10 +331,10 @@ def test_the_cost_model_breaks_even_where_it_says() -> None:
     """In one process with many scored tokens: N = I O / (I + O). Few tokens do not repay
     forming G."""
     break_even = 576 * 1536 / (576 + 1536)
-    for count, expected in ((int(break_even) - 5, "ghost"), (int(break_even) + 5, "materialised")):
+    for count, expected in ((int(break_even) - 5, "signals"), (int(break_even) + 5, "matrix")):
         assert cheaper_contraction(count, 10**7, 576, 1536, ranks=1) == expected
-    assert cheaper_contraction(1000, 10, 576, 1536, ranks=1) == "ghost"
+    assert cheaper_contraction(1000, 10, 576, 1536, ranks=1) == "signals"
     # Over many ranks, moving a few rows is cheaper than moving a matrix, and a matrix cheaper
     # than very many rows.
-    assert cheaper_contraction(300, 100, 4096, 4096, ranks=64) == "ghost"
-    assert cheaper_contraction(100_000, 100, 4096, 4096, ranks=64) == "materialised"
+    assert cheaper_contraction(300, 100, 4096, 4096, ranks=64) == "signals"
+    assert cheaper_contraction(100_000, 100, 4096, 4096, ranks=64) == "matrix"

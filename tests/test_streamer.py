@@ -59,7 +59,7 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
         tangents = {name: random_like(weight) for name, weight in weights.items()}
         expected = torch.autograd.grad(output, [leaf, *weights.values()], outgrad)
 
-        with streamer.stage(index) as module, torch.no_grad():
+        with streamer.segment(index) as module, torch.no_grad():
             assert relative_error(streamer.forward(module, hidden, inputs), output) <= 1e-12
             entry_gradient, gradients = streamer.vjp(module, hidden, inputs, outgrad, list(weights))
             primal, derivative = streamer.jvp(module, hidden, tangent, inputs, tangents)

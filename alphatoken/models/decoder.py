@@ -18,7 +18,7 @@ from alphatoken.models.scored import (
     ParameterSet,
     ScoredLinear,
     ScoredParameter,
-    Stage,
+    Segment,
     is_norm,
     kind_of,
 )
@@ -72,20 +72,20 @@ class Decoder:
         hidden: Tensor = self.body(**body_inputs(batch)).last_hidden_state
         return hidden
 
-    def stage(self, stage: Stage) -> nn.Module:
-        """The module of a stage; that of the embeddings is the body, of which `stage_parameters`
-        names a part."""
+    def segment(self, segment: Segment) -> nn.Module:
+        """The module of a segment; that of the embeddings is the body, of which
+        `segment_parameters` names a part."""
         named = {"embeddings": self.body, "norm": self.norm, "head": self.head}
-        return self.layers[stage] if isinstance(stage, int) else named[stage]
+        return self.layers[segment] if isinstance(segment, int) else named[segment]
 
-    def stage_parameters(self, stage: Stage) -> dict[str, nn.Parameter]:
-        """Parameters by their path inside the stage's module."""
+    def segment_parameters(self, segment: Segment) -> dict[str, nn.Parameter]:
+        """Parameters by their path inside the segment's module."""
         later = (
             (f"{self.architecture.layers}.", f"{self.architecture.norm}.")
-            if stage == "embeddings"
+            if segment == "embeddings"
             else ()
         )
-        named = self.stage(stage).named_parameters()
+        named = self.segment(segment).named_parameters()
         return {path: parameter for path, parameter in named if not path.startswith(later)}
 
     def scored_parameters(self, depth: int, chosen: ParameterSet) -> list[ScoredParameter]:
@@ -103,27 +103,27 @@ class Decoder:
                 "valuation.parameters=norms, but LoRA trains no norms: use linears or all"
             )
         first = len(self.layers) - depth
-        stages: list[Stage] = [*range(first, len(self.layers))]
+        segments: list[Segment] = [*range(first, len(self.layers))]
         if chosen != "linears":
-            stages.append("norm")
+            segments.append("norm")
         if chosen == "all":
-            stages.append("head")
+            segments.append("head")
             if first == 0:
-                stages.insert(0, "embeddings")
+                segments.insert(0, "embeddings")
         linears = {linear.name for linear in self.scored_linears(depth)}
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        embeddings = {id(parameter) for parameter in self.stage_parameters("embeddings").values()}
+        embeddings = {id(parameter) for parameter in self.segment_parameters("embeddings").values()}
         found = []
-        for stage in stages:
-            for path, parameter in self.stage_parameters(stage).items():
+        for segment in segments:
+            for path, parameter in self.segment_parameters(segment).items():
                 name, owner = (
                     names[id(parameter)],
-                    self.stage(stage).get_submodule(path.rpartition(".")[0]),
+                    self.segment(segment).get_submodule(path.rpartition(".")[0]),
                 )
                 among = {"linears": name in linears, "norms": is_norm(owner), "all": True}[chosen]
                 tied_alone = first > 0 and id(parameter) in embeddings
                 if among and not tied_alone and (name in linears or not self.has_adapters):
-                    found.append(ScoredParameter(name, stage, path, kind_of(owner)))
+                    found.append(ScoredParameter(name, segment, path, kind_of(owner)))
         return found
 
     def freeze_unreached(self) -> None:

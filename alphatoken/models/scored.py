@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alphatoken.errors import UserError
 
-Stage = int | Literal["embeddings", "norm", "head"]
+Segment = int | Literal["embeddings", "norm", "head"]
 """A part of a decoder that is run on its own: a layer by its index, what comes before the layers,
 or after."""
 
@@ -45,9 +45,9 @@ class ScoredParameter:
 
     name: str
     """Full parameter name."""
-    stage: Stage
+    segment: Segment
     path: str
-    """Dotted path inside the stage's module."""
+    """Dotted path inside the segment's module."""
     kind: Literal["linear", "norm", "embedding", "other"]
     """What module owns it. Of `other` (experts, convolutions, ...) there is no gradient by
     position, so no Fisher."""

@@ -1,10 +1,10 @@
 """Plain copies of a decoder's layers, final norm, head and embeddings, filled with weights while
 they are needed.
 
-They live outside the engine: no ZeRO hooks, no gradients on weights. With one stage at a time in
+They live outside the engine: no ZeRO hooks, no gradients on weights. With one segment at a time in
 memory they run the decoder forward, backward (vector-Jacobian) and in forward mode
-(Jacobian-vector), under any ZeRO stage. Every rank must ask for the same stages in the same order,
-whatever it then does with them.
+(Jacobian-vector), under any ZeRO stage. Every rank must ask for the same segments in the same
+order, whatever it then does with them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, body_inputs, decoder_of
-from alphatoken.models.scored import Stage
+from alphatoken.models.scored import Segment
 from alphatoken.passes.attention_capture import (
     CAPTURING_ATTENTION,
     AttentionCapture,
@@ -59,7 +59,7 @@ class LayerStreamer:
         skeleton = _skeleton(decoder)
         if forward_mode:
             skeleton.model.set_experts_implementation("eager")
-        self._modules: dict[Stage, nn.Module] = {
+        self._modules: dict[Segment, nn.Module] = {
             index: skeleton.layers[index] for index in self.indices
         }
         self._modules |= {"norm": skeleton.norm, "head": skeleton.head}
@@ -68,26 +68,26 @@ class LayerStreamer:
         skeleton.body.set_submodule(decoder.architecture.norm, nn.Identity())
         self._modules["embeddings"] = skeleton.body
 
-    def module(self, stage: Stage) -> nn.Module:
-        """The plain copy of a stage, filled or not."""
-        return self._modules[stage]
+    def module(self, segment: Segment) -> nn.Module:
+        """The plain copy of a segment, filled or not."""
+        return self._modules[segment]
 
     def refresh(self) -> None:
         """Takes over the model's current weights, where they are kept. One all-gather per layer,
         norm and head."""
         if self._resident:
-            for stage in self._modules:
-                if stage != "embeddings":
-                    self._fill(stage)
+            for segment in self._modules:
+                if segment != "embeddings":
+                    self._fill(segment)
 
     @contextmanager
-    def stage(self, stage: Stage) -> Iterator[nn.Module]:
-        """One stage, filled. Communicates one all-gather unless it is resident."""
-        module = self._modules[stage]
-        if self._resident and stage != "embeddings":
+    def segment(self, segment: Segment) -> Iterator[nn.Module]:
+        """One segment, filled. Communicates one all-gather unless it is resident."""
+        module = self._modules[segment]
+        if self._resident and segment != "embeddings":
             yield module
             return
-        self._fill(stage)
+        self._fill(segment)
         try:
             yield module
         finally:
@@ -96,12 +96,12 @@ class LayerStreamer:
     @contextmanager
     def top(self) -> Iterator[tuple[nn.Module, nn.Linear]]:
         """Final norm and head, filled."""
-        with self.stage("norm") as norm, self.stage("head") as head:
+        with self.segment("norm") as norm, self.segment("head") as head:
             assert isinstance(head, nn.Linear)
             yield norm, head
 
     def embed(self, weights: Mapping[str, Tensor], batch: Mapping[str, object]) -> Tensor:
-        """What enters the first layer, (B, T, H), with `weights` (whole, all of the stage, by
+        """What enters the first layer, (B, T, H), with `weights` (whole, all of the segment, by
         path); linear in them.
 
         Their tangents in place of the weights therefore give the derivative, and gradients depend
@@ -192,16 +192,16 @@ class LayerStreamer:
             primal, tangent = forward_ad.unpack_dual(_output_of(result))
             return primal, torch.zeros_like(primal) if tangent is None else tangent
 
-    def _fill(self, stage: Stage) -> None:
-        module = self._modules[stage]
-        paths, parameters = zip(*self._decoder.stage_parameters(stage).items(), strict=True)
+    def _fill(self, segment: Segment) -> None:
+        module = self._modules[segment]
+        paths, parameters = zip(*self._decoder.segment_parameters(segment).items(), strict=True)
         state = dict(zip(paths, zero3.full_weights(parameters, self._device), strict=True))
         module.load_state_dict(state, strict=False, assign=True)
-        self._take_buffers(stage)
+        self._take_buffers(segment)
 
-    def _take_buffers(self, stage: Stage) -> None:
-        source = self._decoder.stage(stage)
-        for path, part in self._modules[stage].named_modules():
+    def _take_buffers(self, segment: Segment) -> None:
+        source = self._decoder.segment(segment)
+        for path, part in self._modules[segment].named_modules():
             part._buffers.update(source.get_submodule(path)._buffers)
 
 

@@ -21,7 +21,7 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_outgrads
-from alphatoken.models.scored import ParameterSet, Stage
+from alphatoken.models.scored import ParameterSet, Segment
 from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
 from alphatoken.passes.streamer import LayerStreamer
@@ -29,7 +29,7 @@ from alphatoken.stability import squares
 from alphatoken.stability.squares import Square
 
 Signals = defaultdict[str, list[tuple[Tensor, Tensor]]]
-"""Inputs and output gradients of the modules of a stage, by path, a pair per chunk."""
+"""Inputs and output gradients of the modules of a segment, by path, a pair per chunk."""
 
 
 class FisherSum:
@@ -54,12 +54,12 @@ class FisherSum:
         self._device = device
         self._chunk_tokens = chunk_tokens
         self._streamer = LayerStreamer(decoder, len(decoder.layers) - depth, device, resident=False)
-        self._owners: dict[Stage, dict[str, dict[str, str]]] = {}
-        """By stage and path of a module, the full names of its own parameters."""
+        self._owners: dict[Segment, dict[str, dict[str, str]]] = {}
+        """By segment and path of a module, the full names of its own parameters."""
         for scored in decoder.scored_parameters(depth, parameters):
             if scored.kind != "other":
                 owner, _, own = scored.path.rpartition(".")
-                self._owners.setdefault(scored.stage, {}).setdefault(owner, {})[own] = scored.name
+                self._owners.setdefault(scored.segment, {}).setdefault(owner, {})[own] = scored.name
         self.parameters = decoder.stable_parameters(depth, parameters)
         self.slices = {
             name: zero3.padded(torch.zeros(end - start, device=device), parameter)
@@ -76,9 +76,9 @@ class FisherSum:
         hooks.
         """
         inputs = {"input_ids": ids_BT}
-        paths = self._decoder.stage_parameters("embeddings").keys()
+        paths = self._decoder.segment_parameters("embeddings").keys()
         if len(paths) == 1:
-            with self._streamer.stage("embeddings") as module:
+            with self._streamer.segment("embeddings") as module:
                 weights = {path: module.get_parameter(path) for path in paths}
                 inputs = {"inputs_embeds": self._streamer.embed(weights, inputs)}
         first = self._streamer.indices.start
@@ -89,7 +89,7 @@ class FisherSum:
     @contextmanager
     def head(self) -> Iterator[nn.Linear]:
         """The model's head, gathered. Every rank must enter it."""
-        with self._streamer.stage("head") as head:
+        with self._streamer.segment("head") as head:
             assert isinstance(head, nn.Linear)
             yield head
 
@@ -107,7 +107,7 @@ class FisherSum:
         outgrads = self._top(chunks)
         for place, index in reversed(list(enumerate(self._streamer.indices))):
             signals: Signals = defaultdict(list)
-            with self._streamer.stage(index) as module:
+            with self._streamer.segment(index) as module:
                 for number, chunk in enumerate(chunks):
                     if chunk.has_response:
                         outgrads[number] = self._back(
@@ -163,10 +163,10 @@ class FisherSum:
             )
         return outgrad_BTH if hidden_BTH.grad is None else hidden_BTH.grad
 
-    def _take(self, stage: Stage, module: nn.Module, signals: Signals) -> None:
-        """Squares what a stage's modules saw, one parameter after the other, and adds it to the
+    def _take(self, segment: Segment, module: nn.Module, signals: Signals) -> None:
+        """Squares what a segment's modules saw, one parameter after the other, and adds it to the
         slices."""
-        for path, parameters in self._owners.get(stage, {}).items():
+        for path, parameters in self._owners.get(segment, {}).items():
             owner, pairs = module.get_submodule(path), signals.pop(path, [])
             for own, name in parameters.items():
                 total = torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
@@ -204,7 +204,7 @@ class FisherSum:
     def _entered(self, path: str, ids_BT: Tensor, outgrad_BTH: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows of an embedding the tokens take, and the gradients of those, from that at the
         first layer."""
-        embedding = self._decoder.stage("embeddings").get_submodule(path)
+        embedding = self._decoder.segment("embeddings").get_submodule(path)
         assert isinstance(embedding, nn.Embedding)
         if embedding is not self._decoder.model.get_input_embeddings():  # it is of positions
             ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)

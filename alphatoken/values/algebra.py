@@ -16,7 +16,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-ContractionName = Literal["ghost", "materialised"]
+ContractionName = Literal["signals", "matrix"]
+"""What a target term is contracted with: the held-out signals themselves, or their mean outer
+product G."""
+CONTRACTIONS: dict[str, ContractionName] = {"ghost": "signals", "materialised": "matrix"}
+"""What `valuation.contraction` names, besides `auto`."""
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
 
 
@@ -80,7 +84,7 @@ def ghost_product(
 
 
 def bilinear_product(outgrad_RO: Tensor, matrix_OI: Tensor, act_RI: Tensor) -> Tensor:
-    """d_t^T M h_t for every scored position t: Eq. 8 with M = G (materialised), Eq. 11 with M = V.
+    """d_t^T M h_t for every scored position t: Eq. 8 with M = G, Eq. 11 with M = V.
     (R,) float32."""
     return ((act_RI @ matrix_OI.T).float() * outgrad_RO.float()).sum(-1)
 
@@ -124,16 +128,16 @@ def cheaper_contraction(
     """The contraction that costs less until the next refresh, in computation and communication of
     one rank.
 
-    `ghost` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes;
-    `materialised` multiplies 2 I O per scored token, 2 I O N / R once to form G, and reduces and
-    gathers I O numbers of 4 bytes. Without the one-off parts they break even at N = I O / (I + O).
+    `signals` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes;
+    `matrix` multiplies 2 I O per scored token, 2 I O N / R once to form G, and reduces and gathers
+    I O numbers of 4 bytes. Without the one-off parts they break even at N = I O / (I + O).
     `scored_tokens` is one rank's, between two refreshes.
     """
     features, product = in_features + out_features, in_features * out_features
     remote = (ranks - 1) / ranks
-    ghost = (
+    signals = (
         2.0 * scored_tokens * val_count * features
         + FLOPS_PER_BYTE * remote * 2 * val_count * features
     )
-    formed = 2.0 * product * val_count / ranks + FLOPS_PER_BYTE * remote * 2 * 4 * product
-    return "ghost" if ghost < 2.0 * scored_tokens * product + formed else "materialised"
+    matrix = 2.0 * product * val_count / ranks + FLOPS_PER_BYTE * remote * 2 * 4 * product
+    return "signals" if signals < 2.0 * scored_tokens * product + matrix else "matrix"

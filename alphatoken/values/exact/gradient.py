@@ -1,7 +1,7 @@
 """The full gradient of the validation loss, G = grad(sum of response losses) / N_val, computed
 outside of the engine.
 
-The model runs forward under whatever hooks it has; then one stage after the other, from the last,
+The model runs forward under whatever hooks it has; then one segment after the other, from the last,
 is filled, run again and differentiated, its weight gradients summed over the ranks and cut into
 slices. Prompt positions count too.
 """
@@ -18,7 +18,7 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import collectives, zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_nll
-from alphatoken.models.scored import ScoredParameter, Stage
+from alphatoken.models.scored import ScoredParameter, Segment
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
 
@@ -51,9 +51,9 @@ class ValidationGradient:
         """Takes in this rank's share of the validation sequences, as `Scorer.refresh` wants it;
         returns token losses.
 
-        Memory besides the weights of one stage: the state between any two scored layers for all
-        sequences, and one stage's gradients in float32. Communication per stage: one all-gather,
-        one reduce-scatter.
+        Memory besides the weights of one segment: the state between any two scored layers for all
+        sequences, and one segment's gradients in float32. Communication per segment: one
+        all-gather, one reduce-scatter.
         """
         count = torch.tensor(sum(int(batch["response"].sum()) for batch in batches))
         self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
@@ -76,7 +76,7 @@ class ValidationGradient:
     ) -> list[Tensor]:
         """Takes in a layer's gradients; returns those at its input, (B, T, H) per batch."""
         paths, gradients, below = self._paths(index), self._zeros(index), []
-        with self._streamer.stage(index) as module:
+        with self._streamer.segment(index) as module:
             for entry, outgrad_BTH in zip(entries, outgrads, strict=True):
                 inputs = entry.layer_inputs[place]
                 ingrad_BTH, found = self._streamer.vjp(
@@ -148,22 +148,22 @@ class ValidationGradient:
                 gradients[path] += gradient
         self._reduce("embeddings", gradients)
 
-    def _paths(self, stage: Stage) -> dict[str, str]:
-        """Names of a stage's scored parameters by path."""
-        return {scored.path: scored.name for scored in self._scored if scored.stage == stage}
+    def _paths(self, segment: Segment) -> dict[str, str]:
+        """Names of a segment's scored parameters by path."""
+        return {scored.path: scored.name for scored in self._scored if scored.segment == segment}
 
-    def _zeros(self, stage: Stage) -> dict[str, Tensor]:
+    def _zeros(self, segment: Segment) -> dict[str, Tensor]:
         shapes = {
-            path: zero3.full_shape(self._decoder.stage_parameters(stage)[path])
-            for path in self._paths(stage)
+            path: zero3.full_shape(self._decoder.segment_parameters(segment)[path])
+            for path in self._paths(segment)
         }
         return {path: torch.zeros(shape, device=self._device) for path, shape in shapes.items()}
 
-    def _reduce(self, stage: Stage, gradients: Mapping[str, Tensor]) -> None:
-        """Adds a stage's gradients, of all ranks, to the slices; tied weights get theirs from two
-        stages."""
-        parameters = [self._decoder.stage_parameters(stage)[path] for path in gradients]
-        names = self._paths(stage)
+    def _reduce(self, segment: Segment, gradients: Mapping[str, Tensor]) -> None:
+        """Adds a segment's gradients, of all ranks, to the slices; tied weights get theirs from two
+        segments."""
+        parameters = [self._decoder.segment_parameters(segment)[path] for path in gradients]
+        names = self._paths(segment)
         for path, own in zip(
             gradients, zero3.sum_to_slices(list(gradients.values()), parameters), strict=True
         ):

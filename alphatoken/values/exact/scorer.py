@@ -22,7 +22,7 @@ from alphatoken.config.sections import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_jvp
-from alphatoken.models.scored import ScoredParameter, Stage, scored_depth
+from alphatoken.models.scored import ScoredParameter, Segment, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.chunks import Chunk, chunks_of
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
@@ -77,17 +77,18 @@ class ExactScorer(Scorer):
         self._gradient = ValidationGradient(decoder, scored, self._streamer, device)
         self._device = device
         self._dtype = next(decoder.model.parameters()).dtype
-        self._embeds = any(each.stage == "embeddings" for each in scored)
-        self._stages: list[Stage] = [*self._streamer.indices, "norm", "head"]
+        self._embeds = any(each.segment == "embeddings" for each in scored)
+        self._segments: list[Segment] = [*self._streamer.indices, "norm", "head"]
         if self._embeds:
-            self._stages.insert(0, "embeddings")
-        self._scored: dict[Stage, list[ScoredParameter]] = {
-            stage: [each for each in scored if each.stage == stage] for stage in self._stages
+            self._segments.insert(0, "embeddings")
+        self._scored: dict[Segment, list[ScoredParameter]] = {
+            segment: [each for each in scored if each.segment == segment]
+            for segment in self._segments
         }
-        self._slices: dict[Stage, DirectionSlices] = {}
-        self._kept: dict[Stage, list[Direction]] = {}
+        self._slices: dict[Segment, DirectionSlices] = {}
+        self._kept: dict[Segment, list[Direction]] = {}
         """Whole, where everything is resident."""
-        self._nonfinite = torch.zeros(len(self._stages), dtype=torch.bool, device=device)
+        self._nonfinite = torch.zeros(len(self._segments), dtype=torch.bool, device=device)
 
     @property
     def _splits(self) -> bool:
@@ -100,7 +101,8 @@ class ExactScorer(Scorer):
         flags = self._nonfinite.tolist()
         self._nonfinite.zero_()
         names = [
-            f"layer {stage}" if isinstance(stage, int) else str(stage) for stage in self._stages
+            f"layer {segment}" if isinstance(segment, int) else str(segment)
+            for segment in self._segments
         ]
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
@@ -109,9 +111,9 @@ class ExactScorer(Scorer):
         self._slices, self._kept = {}, {}  # the old ones go before the new are formed
         self._streamer.refresh()
         losses = [] if batches is None else self._gradient.refresh(batches)
-        self._slices = {stage: self._form(stage) for stage in self._stages}
+        self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.is_resident:
-            self._kept = {stage: self._slices[stage].gather() for stage in self._stages}
+            self._kept = {segment: self._slices[segment].gather() for segment in self._segments}
         return losses
 
     @torch.no_grad()
@@ -148,7 +150,7 @@ class ExactScorer(Scorer):
         """All chunks at the output of one layer. Weights and directions are dropped before the next
         are gathered."""
         directions = self._directions(index)
-        with self._streamer.stage(index) as module:
+        with self._streamer.segment(index) as module:
             return [
                 self._layer(module, dual, place, directions) if dual.chunk.has_response else dual
                 for dual in duals
@@ -203,21 +205,21 @@ class ExactScorer(Scorer):
         unknown_BT = torch.zeros_like(effects[0]).masked_fill(response_BT, torch.nan)
         return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
 
-    def _directions(self, stage: Stage) -> list[Direction]:
-        """A stage's directions, whole; gathered now unless everything is resident."""
-        return self._kept[stage] if self.config.is_resident else self._slices[stage].gather()
+    def _directions(self, segment: Segment) -> list[Direction]:
+        """A segment's directions, whole; gathered now unless everything is resident."""
+        return self._kept[segment] if self.config.is_resident else self._slices[segment].gather()
 
-    def _form(self, stage: Stage) -> DirectionSlices:
-        """Forms a stage's directions, in the model's dtype, for all that is scored until the next
+    def _form(self, segment: Segment) -> DirectionSlices:
+        """Forms a segment's directions, in the model's dtype, for all that is scored until the next
         step.
 
         No communication at ZeRO stage 3; below it masters and moments are gathered from the ranks
         that hold them.
         """
-        in_stage = self.decoder.stage_parameters(stage)
-        parameters = {scored.path: in_stage[scored.path] for scored in self._scored[stage]}
+        in_segment = self.decoder.segment_parameters(segment)
+        parameters = {scored.path: in_segment[scored.path] for scored in self._scored[segment]}
         targets, drifts = {}, {}
-        for scored in self._scored[stage]:
+        for scored in self._scored[segment]:
             path = scored.path
             scale = 1.0 if self._scale is None else self._scale(parameters[path])
             targets[path] = scale * self._gradient.own(scored.name)
@@ -239,5 +241,5 @@ class ExactScorer(Scorer):
             ],
         )
 
-    def _watch(self, stage: Stage, derivative: Tensor) -> None:
-        self._nonfinite[self._stages.index(stage)] |= ~torch.isfinite(derivative).all()
+    def _watch(self, segment: Segment, derivative: Tensor) -> None:
+        self._nonfinite[self._segments.index(segment)] |= ~torch.isfinite(derivative).all()

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from alphatoken.distributed import collectives
 from alphatoken.values import algebra
-from alphatoken.values.algebra import Contraction, ContractionName, FromMatrix, FromSignals
+from alphatoken.values.algebra import (
+    CONTRACTIONS,
+    Contraction,
+    ContractionName,
+    FromMatrix,
+    FromSignals,
+)
 
 
 @dataclass
 class _Signals:
-    """One linear's signals. materialised: this rank's slice of the sum of d_v h_v^T. ghost: this
-    rank's own rows."""
+    """One linear's signals. matrix: this rank's slice of the sum of d_v h_v^T. signals: this rank's
+    own rows."""
 
     contraction: ContractionName
     slice: Tensor
@@ -29,8 +35,8 @@ class _Signals:
 class HeldOutSignals:
     """Collects (h_v, d_v) per linear and hands out contractions with them.
 
-    `features` maps names to (out, in). `choice` forces a contraction, or is "auto". Contractions
-    are in `dtype`. Every rank must call `begin`, `reduce` and `contractions` in the same order.
+    `features` maps names to (out, in). `choice` is `valuation.contraction`. Contractions are in
+    `dtype`. Every rank must call `begin`, `reduce` and `contractions` in the same order.
     """
 
     def __init__(
@@ -61,14 +67,14 @@ class HeldOutSignals:
                 self._val_count, scored_tokens // ranks, in_features, out_features, ranks
             )
             if self._choice != "auto":
-                contraction = "ghost" if self._choice == "ghost" else "materialised"
-            length = -(-out_features * in_features // ranks) if contraction == "materialised" else 0
+                contraction = CONTRACTIONS[self._choice]
+            length = -(-out_features * in_features // ranks) if contraction == "matrix" else 0
             self._signals[name] = _Signals(contraction, torch.zeros(length, device=self._device))
 
     def add(self, name: str, outgrad_NO: Tensor, act_NI: Tensor) -> None:
         """Signals of some validation positions of this rank."""
         signals = self._signals[name]
-        if signals.contraction == "ghost":
+        if signals.contraction == "signals":
             signals.acts.append(act_NI)
             signals.outgrads.append(outgrad_NO)
         else:
@@ -80,7 +86,7 @@ class HeldOutSignals:
     def reduce(self, names: Sequence[str]) -> None:
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of
         them."""
-        formed = [name for name in names if self._signals[name].contraction == "materialised"]
+        formed = [name for name in names if self._signals[name].contraction == "matrix"]
         if not formed:
             return
         nothing = {name: torch.zeros(self._features[name], device=self._device) for name in formed}
@@ -96,7 +102,7 @@ class HeldOutSignals:
     def contractions(self, names: Sequence[str]) -> dict[str, Contraction]:
         """The target contraction of each named linear; gathers matrices (one message) or rows (two
         per linear)."""
-        formed = [name for name in names if self._signals[name].contraction == "materialised"]
+        formed = [name for name in names if self._signals[name].contraction == "matrix"]
         slices = [
             (self._signals[name].slice / max(self._val_count, 1)).to(self._dtype) for name in formed
         ]

@@ -139,7 +139,7 @@ class Tower:
         A function of its own, so that nothing of a layer is held when the next is gathered.
         """
         index = self.layers[place]
-        with self._streamer.stage(index) as module, consumer_of(index) as consume:
+        with self._streamer.segment(index) as module, consumer_of(index) as consume:
             for number, chunk in enumerate(chunks):
                 if not chunk.has_response:
                     continue
