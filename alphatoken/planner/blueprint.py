@@ -14,7 +14,7 @@ from alphatoken.models.scored import scored_depth
 from alphatoken.planner.sharding import Gathers, Sharding, gathers_of, sharding_of
 from alphatoken.planner.tracing import COUNTED_ATTENTION, BodyCost, Tracer
 from alphatoken.planner.workload import Rows, Workload, workload_of
-from alphatoken.values.algebra import ContractionName, cheaper_contraction
+from alphatoken.values.algebra import CONTRACTIONS, ContractionName, cheaper_contraction
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,19 @@ class Blueprint:
 
     @cached_property
     def scored_numels(self) -> dict[str, list[int]]:
-        """Elements of each scored parameter by stage: layers by their number, norm, head and
+        """Elements of each scored parameter by segment: layers by their number, norm, head and
         embeddings."""
-        stages: dict[str, list[int]] = {}
+        segments: dict[str, list[int]] = {}
         if self.depth:
             chosen = self.config.valuation.parameters
             for each in self.decoder.scored_parameters(self.depth, chosen):
-                numel = self.decoder.stage_parameters(each.stage)[each.path].numel()
-                stages.setdefault(str(each.stage), []).append(numel)
-        return stages
+                numel = self.decoder.segment_parameters(each.segment)[each.path].numel()
+                segments.setdefault(str(each.segment), []).append(numel)
+        return segments
 
-    def stage_numels(self, stage: int | str) -> list[int]:
+    def segment_numels(self, segment: int | str) -> list[int]:
         """Elements of each parameter of a layer, the norm or the head."""
-        return [each.numel() for each in self.decoder.stage_parameters(stage).values()]  # type: ignore[arg-type]
+        return [each.numel() for each in self.decoder.segment_parameters(segment).values()]  # type: ignore[arg-type]
 
     @property
     def scored_layers(self) -> range:
@@ -114,7 +114,7 @@ class Blueprint:
     def _contraction(self, out_features: int, in_features: int) -> ContractionName:
         valuation, ranks = self.config.valuation, self.sharding.ranks
         if valuation.contraction != "auto":
-            return valuation.contraction
+            return CONTRACTIONS[valuation.contraction]
         step = self.workload.responses * self.workload.micro_batches
         return cheaper_contraction(
             self.held_out_count, step * valuation.refresh_every, in_features, out_features, ranks

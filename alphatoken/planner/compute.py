@@ -86,9 +86,9 @@ def _ghost_score(blueprint: Blueprint) -> int:
         paths = 2 if linear.is_value and valuation.window and valuation.split_terms else 1
         bilinear = linear.numel
         target = bilinear
-        if linear.contraction == "ghost":
+        if linear.contraction == "signals":
             target = blueprint.held_out_count * (linear.out_features + linear.in_features)
-        fused = not valuation.split_terms and linear.contraction == "materialised"
+        fused = not valuation.split_terms and linear.contraction == "matrix"
         products += paths * (target + (bilinear if blueprint.has_drift and not fused else 0))
     return tower + 2 * work.responses * (products + _head(blueprint))
 
@@ -97,9 +97,7 @@ def _ghost_refresh(blueprint: Blueprint) -> int:
     """One held-out micro-batch."""
     layers = [blueprint.held_out.layers[index] for index in blueprint.scored_layers]
     tower = sum(each.scoring_forward + each.scoring_backward for each in layers)
-    formed = sum(
-        linear.numel for linear in blueprint.scored if linear.contraction == "materialised"
-    )
+    formed = sum(linear.numel for linear in blueprint.scored if linear.contraction == "matrix")
     tokens = blueprint.workload.held_out_responses
     return blueprint.held_out.forward + tower + 2 * tokens * (formed + _head(blueprint))
 

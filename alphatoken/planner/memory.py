@@ -124,7 +124,9 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
         return sum(map(sharding.slice_of, numels)) if sharded else sum(numels)
 
     scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
-    copied = [blueprint.stage_numels(stage) for stage in (*blueprint.scored_layers, "norm", "head")]
+    copied = [
+        blueprint.segment_numels(segment) for segment in (*blueprint.scored_layers, "norm", "head")
+    ]
     parts = []
     if sharded and blueprint.resident:
         parts.append(Part("scored weights, whole", sum(map(sum, copied)) * weight))
@@ -138,7 +140,7 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
         if blueprint.resident:
             parts.append(Part("directions, whole", sum(scored) * weight * blueprint.directions))
         return parts
-    formed = [linear.numel for linear in blueprint.scored if linear.contraction == "materialised"]
+    formed = [linear.numel for linear in blueprint.scored if linear.contraction == "matrix"]
     # Below stage 3 too, G is kept in slices.
     parts.append(Part("slices of G", sum(map(sharding.slice_of, formed)) * FLOAT32))
     parts.append(Part("held-out signals", _signals(blueprint)))
@@ -157,7 +159,7 @@ def _signals(blueprint: Blueprint) -> int:
     features = sum(
         each.out_features + each.in_features
         for each in blueprint.scored
-        if each.contraction == "ghost"
+        if each.contraction == "signals"
     )
     work = blueprint.workload
     own = work.held_out_batches * work.held_out_responses
@@ -258,7 +260,7 @@ def _scoring(blueprint: Blueprint) -> tuple[Part, ...]:
 def _stage(blueprint: Blueprint, working: int) -> tuple[Part, ...]:
     """One streamed layer with what it is contracted with or moves along."""
     weight = blueprint.sharding.weight_bytes
-    layers = [sum(blueprint.stage_numels(layer)) for layer in blueprint.scored_layers]
+    layers = [sum(blueprint.segment_numels(layer)) for layer in blueprint.scored_layers]
     held = 0
     if not blueprint.resident:
         scored = max(sum(numels) for numels in blueprint.scored_numels.values())
@@ -285,7 +287,7 @@ def _refresh(blueprint: Blueprint) -> tuple[Part, ...]:
         sum(
             each.numel
             for each in blueprint.scored
-            if each.layer == layer and each.contraction == "materialised"
+            if each.layer == layer and each.contraction == "matrix"
         )
         for layer in blueprint.scored_layers
     ]

@@ -109,7 +109,7 @@ def gathers_of(
     layers = [uses(layer) for layer in decoder.layers]
     embeddings = [
         ((names[id(each)], each.numel()),)
-        for each in decoder.stage_parameters("embeddings").values()
+        for each in decoder.segment_parameters("embeddings").values()
     ]
     norm, head = uses(decoder.norm), uses(decoder.head)
     forward = [*embeddings, *(use for layer in layers for use in layer), *norm]

@@ -203,7 +203,7 @@ class Tracer:
         types = getattr(self._decoder.config, "layer_types", None)
         shapes = [
             (path, tuple(each.shape))
-            for path, each in self._decoder.stage_parameters(index).items()
+            for path, each in self._decoder.segment_parameters(index).items()
         ]
         return types and types[index], tuple(shapes)
 
@@ -230,7 +230,7 @@ class Tracer:
             entry.into(index),
             entry.layer_inputs[index],
         )
-        weights = self._decoder.stage_parameters(index).values()
+        weights = self._decoder.segment_parameters(index).values()
         with _Pass([*weights, *tree_leaves((inputs.args, inputs.kwargs))]) as run:
             output = layer(state.detach().requires_grad_(), *inputs.args, **inputs.kwargs)
             output = output[0] if isinstance(output, tuple) else output
@@ -296,7 +296,7 @@ class Tracer:
             for each in self._decoder.scored_parameters(
                 len(entry.layer_inputs), self._valuation.parameters
             )
-            if each.stage == index
+            if each.segment == index
         ]
         direction = {path: torch.empty_like(module.get_parameter(path)) for path in paths}
         inputs = entry.layer_inputs[index]

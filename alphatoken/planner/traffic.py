@@ -120,14 +120,14 @@ def _ghost(blueprint: Blueprint) -> list[Message]:
     runs = refreshes * work.held_out_batches + work.micro_batches
     fills = 1.0 if blueprint.resident else runs  # how often scored weights are gathered
     uses = 1.0 if blueprint.resident else work.micro_batches  # and what they contract with
-    top = [*blueprint.stage_numels("norm"), *blueprint.stage_numels("head")]
+    top = [*blueprint.segment_numels("norm"), *blueprint.segment_numels("head")]
     messages = [_gather(blueprint, "scored weights", top, weight, fills)]
     for layer in blueprint.scored_layers:
         linears = [linear for linear in blueprint.scored if linear.layer == layer]
-        formed = [linear.numel for linear in linears if linear.contraction == "materialised"]
-        rows = [linear for linear in linears if linear.contraction == "ghost"]
+        formed = [linear.numel for linear in linears if linear.contraction == "matrix"]
+        rows = [linear for linear in linears if linear.contraction == "signals"]
         messages.append(
-            _gather(blueprint, "scored weights", blueprint.stage_numels(layer), weight, fills)
+            _gather(blueprint, "scored weights", blueprint.segment_numels(layer), weight, fills)
         )
         if formed:
             # Gathered from slices at every stage; below 3 they were cut all the same.
@@ -156,9 +156,9 @@ def _exact(blueprint: Blueprint) -> list[Message]:
     fills = 1.0 if blueprint.resident else refreshes + passes
     uses = 1.0 if blueprint.resident else passes
     messages = []
-    for stage in [*blueprint.scored_layers, "norm", "head"]:
+    for segment in [*blueprint.scored_layers, "norm", "head"]:
         messages.append(
-            _gather(blueprint, "scored weights", blueprint.stage_numels(stage), weight, fills)
+            _gather(blueprint, "scored weights", blueprint.segment_numels(segment), weight, fills)
         )
     for numels in blueprint.scored_numels.values():
         messages.append(_reduce(blueprint, "held-out gradient G", numels, refreshes))
@@ -172,7 +172,7 @@ def _masters(blueprint: Blueprint) -> list[Message]:
     for its size."""
     if blueprint.sharding.stage not in (1, 2) or not blueprint.has_drift:
         return []
-    numels = [numel for stage in blueprint.scored_numels.values() for numel in stage]
+    numels = [numel for segment in blueprint.scored_numels.values() for numel in segment]
     often = blueprint.exact or blueprint.resident
     times = 1 + (1 if often else blueprint.workload.micro_batches)
     return [
