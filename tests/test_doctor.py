@@ -336,14 +336,14 @@ def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
     packing: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collate = batches._collate
+    collate = batches.collate
 
     def masking(dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout) -> Batch:
         batch = collate(dataset, rows, layout)
         batch["labels"][batch["input_ids"] == layout.pad_token] = -100
         return batch
 
-    monkeypatch.setattr(batches, "_collate", masking)
+    monkeypatch.setattr(batches, "collate", masking)
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
     for tokenizer.pad_token in (
         "<|im_end|>",

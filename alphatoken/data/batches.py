@@ -131,14 +131,14 @@ def micro_batches(
         by_length[start : start + layout.size] for start in range(0, len(by_length), layout.size)
     ]
     groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world_size)
-    return [_collate(dataset, group, layout) for group in groups[rank::world_size]]
+    return [collate(dataset, group, layout) for group in groups[rank::world_size]]
 
 
 FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
 """What padding holds, where it is not zero (or the padding token)."""
 
 
-def _collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> Batch:
+def collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> Batch:
     """Lays the documents of the given dataset rows into one micro-batch."""
     of_rows = [_documents(dataset, int(row), layout) for row in rows]
     documents = [document for of_row in of_rows for document in of_row]
