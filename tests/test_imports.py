@@ -43,6 +43,8 @@ MATHEMATICS = (
     "stability/squares",
     "values/algebra",
     "values/balance",
+    "values/ghost/contract",
+    "values/ghost/signals",
 )
 ALLOWED_IN_MATHEMATICS = {
     *(
