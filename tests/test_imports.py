@@ -185,6 +185,7 @@ FOREIGN = {
     "_overloadpacket",  # torch: an operator whatever its overload
     "_run_exitfuncs",  # atexit
     "_supports_flash_attn",  # transformers
+    "_supports_sdpa",  # transformers
 }
 
 
