@@ -17,6 +17,9 @@ from hypothesis import settings
 
 from recipes.quickstart.get_model import save_tiny
 
+# The tensors of tests are tiny: a second thread only waits, and takes a core from another process.
+torch.set_num_threads(1)
+
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 

@@ -1,12 +1,14 @@
 """Runs a function of `tests.cases` in several gloo processes and collects what each returns.
 
-The processes are forked from a server that has imported everything, which saves each of them some
-ten seconds.
+The processes are forked from a server that has imported everything (`tests.preload`), which saves
+each of them some ten seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -20,7 +22,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.cases"])
+# Ports that the system gives to nobody who asks for any port (Linux: 32768 and above): one that was
+# free a moment ago is still free when rank 0 listens on it. Every test process begins elsewhere.
+PORTS = range(12000, 32000)
+_ports = itertools.count(7919 * os.getpid() % len(PORTS))
+
+_context.set_forkserver_preload(["tests.preload"])
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -35,10 +42,12 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+    """A port that nobody listens on, another one in every call."""
+    while True:
+        port = PORTS[next(_ports) % len(PORTS)]
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> list[Any]:
