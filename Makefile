@@ -1,4 +1,5 @@
 # make quickstart   installs, then fine-tunes SmolLM2-135M on two CPU ranks or the GPUs present (MODEL=tiny: no download)
+# make test-fast    what a change needs while it is written, in a minute: no processes, three architectures
 # make test         every test but the longest (make test-long)
 # make lint types   ruff; mypy
 #
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install quickstart test test-long lint types golden metrics
+.PHONY: install quickstart test-fast test test-long lint types golden metrics
 
 install: $(VENV)/installed
 
@@ -42,8 +43,15 @@ quickstart: $(VENV)/installed
 		RANKS=$$ranks launch/local.sh recipes/sft.py --config configs/sft/quickstart.yaml \
 			model.name_or_path=models/$(MODEL) train.micro_batch_size=$$((8 / ranks))
 
+# Two test processes. Tests of one group (@pytest.mark.xdist_group) share one, and with it what they made.
+PYTEST := python -m pytest -n 2 --dist loadgroup
+
+# No test that starts processes, and three of the architectures.
+test-fast: $(VENV)/dev
+	$(PYTEST) -m 'not slow and not long and not exhaustive'
+
 test: $(VENV)/dev
-	python -m pytest
+	$(PYTEST)
 
 # Kills runs at every moment in every mode, not only at some.
 test-long: $(VENV)/dev

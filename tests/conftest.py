@@ -30,9 +30,20 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none, and puts first what takes longest: of two test
+    processes none is left alone with a long test in the end."""
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def place(item: pytest.Item) -> int:
+    """Where a test comes: those that start processes, the other ones, those of all further
+    architectures."""
+    if item.get_closest_marker("exhaustive"):
+        return 2
+    return 0 if item.get_closest_marker("slow") else 1
 
 
 @pytest.fixture(scope="session")

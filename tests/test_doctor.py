@@ -124,6 +124,7 @@ def examined(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("examined")
 @pytest.mark.parametrize("name", ["sft", "preference"])
 def test_nothing_is_wrong_with_a_healthy_run(
     examined: dict[str, list[dict[str, Finding]]], name: str
@@ -146,6 +147,7 @@ def test_nothing_is_wrong_with_a_healthy_run(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("examined")
 def test_what_differs_on_one_rank_is_named_with_its_node(
     examined: dict[str, list[dict[str, Finding]]],
 ) -> None:
@@ -167,6 +169,7 @@ def test_what_differs_on_one_rank_is_named_with_its_node(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("examined")
 def test_a_folder_that_one_rank_cannot_write(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["blocked"][0]["output folder"]
     assert found.outcome == "failed"
@@ -175,6 +178,7 @@ def test_a_folder_that_one_rank_cannot_write(examined: dict[str, list[dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("examined")
 def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["leaked"][0]["overlap"]
     assert found.outcome == "failed"
@@ -184,6 +188,7 @@ def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, F
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("examined")
 def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["hopeless"][0]
     failed = {check: each.found for check, each in found.items() if each.outcome == "failed"}
@@ -549,7 +554,7 @@ def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_
             for rank in range(2)
         ]
         (first, first_errors), (second, second_errors) = (
-            each.communicate(timeout=60) for each in processes
+            each.communicate(timeout=180) for each in processes
         )
     assert [each.returncode for each in processes] == [1, 1]
     node = socket.gethostname()
@@ -581,7 +586,7 @@ def test_one_document_of_json_and_the_exit_status(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 1
     document = json.loads(done.stdout)

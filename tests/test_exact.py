@@ -25,6 +25,7 @@ from tests.test_valuation import LENGTHS, VALIDATION_LENGTHS, stability, with_ad
 from tests.tiny import (
     CASES,
     TinyCase,
+    by_architecture,
     collate,
     pack,
     random_sequences,
@@ -103,7 +104,7 @@ class Setting:
 @pytest.mark.parametrize(
     ("depth", "chosen"), [(2, "linears"), (2, "norms"), (2, "all"), (None, "all")]
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_every_architecture_matches_per_token_gradients(
     name: str, depth: int | None, chosen: str
 ) -> None:

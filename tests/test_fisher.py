@@ -31,7 +31,14 @@ from tests.fisher_oracle import (
 )
 from tests.oracle import oracle_copy, relative_error
 from tests.test_exact import parameter_names
-from tests.tiny import CASES, VOCABULARY, collate, random_sequences, scored_linears
+from tests.tiny import (
+    CASES,
+    VOCABULARY,
+    by_architecture,
+    collate,
+    random_sequences,
+    scored_linears,
+)
 
 CPU = torch.device("cpu")
 Square = Literal["token", "sequence"]
@@ -85,7 +92,7 @@ def add(total: FisherSum, ids_BT: Tensor, labels_BT: Tensor) -> None:
     total.add(total.forward(ids_BT)[0], make_batch({"input_ids": ids_BT, "labels": labels_BT}))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_the_oracles_sequence_square_is_the_squared_gradient(name: str) -> None:
     model = oracle_copy(CASES[name].build())
     ids, labels = relabelled_batches()[0][0]
@@ -99,7 +106,7 @@ def test_the_oracles_sequence_square_is_the_squared_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("square", SQUARES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
     model = built(name, torch.float64)  # squares double what rounding there is
     decoder = decoder_of(model)
@@ -126,7 +133,7 @@ def test_sums_of_squares_match_the_oracle(name: str, square: Square) -> None:
 
 
 @pytest.mark.parametrize(("depth", "chosen"), [(None, "all"), (2, "all"), (2, "norms")])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_norms_embeddings_and_heads_match_the_oracle(
     name: str, depth: int | None, chosen: ParameterSet
 ) -> None:
@@ -246,6 +253,7 @@ def sampled() -> Sampled:
     return Sampled()
 
 
+@pytest.mark.xdist_group("sampled Fisher")
 @pytest.mark.parametrize("square", SQUARES)
 def test_the_estimate_converges_to_the_exact_fisher(sampled: Sampled, square: Square) -> None:
     """Elements are strongly correlated, so that their root mean square varies by about 0.15 from
@@ -261,6 +269,7 @@ def test_the_estimate_converges_to_the_exact_fisher(sampled: Sampled, square: Sq
     assert wrong.square().mean().sqrt() > 5
 
 
+@pytest.mark.xdist_group("sampled Fisher")
 def test_both_squares_have_one_expectation_where_positions_do_not_mix(sampled: Sampled) -> None:
     """Past the last attention, position t sees only its own loss, and those gradients are
     uncorrelated."""
@@ -288,6 +297,7 @@ def pearson(
     return sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
 
 
+@pytest.mark.xdist_group("sampled Fisher")
 def test_completions_come_as_often_as_the_model_says(sampled: Sampled) -> None:
     twin = oracle_copy(sampled.model)
     exact = [dict(completions(twin, prompt, NEW_TOKENS, [STOP])) for prompt in PROMPTS]
@@ -321,7 +331,7 @@ def drawn_completion(
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_a_completion_depends_on_its_prompt_and_its_numbers_only(name: str) -> None:
     model = built(name)
     decoder = decoder_of(model)

@@ -25,6 +25,7 @@ from benchmarks.plan_accuracy import CASES
 from benchmarks.preference_memory import save_data
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import CASES as TINY
+from tests.tiny import by_architecture
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 MODELS = {
@@ -66,6 +67,7 @@ def accuracy(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("accuracy")
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_and_flops_are_as_planned(accuracy: dict[str, dict[str, Any]], case: str) -> None:
     """DeepSpeed's communications log of one step within 5 %, torch's FLOP counter with math
@@ -91,11 +93,6 @@ def test_peak_memory_is_as_planned(tiny_model: Path, tmp_path: Path) -> None:
     )
     memory = json.loads(output.read_text())["cases"]["ghost"]["memory"]
     assert memory["planned"] == pytest.approx(memory["measured"], rel=0.15)
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_shipped_configuration_loads(file: Path) -> None:
-    load(file)
 
 
 @pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
@@ -159,7 +156,7 @@ def plan_of(name: str, ranks: int = 8, device: str | None = None, **sections: An
     return make_plan(RunConfig.model_validate(values), Rows(2048), ranks, device)
 
 
-@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("case", by_architecture())
 def test_every_supported_architecture_can_be_planned(case: str, tmp_path: Path) -> None:
     model = TINY[case].build()
     model.config.architectures = [type(model).__name__]

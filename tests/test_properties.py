@@ -30,7 +30,7 @@ from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
-from tests.tiny import CASES, collate, random_sequences, tiny_llama, unpad
+from tests.tiny import CASES, by_architecture, collate, random_sequences, tiny_llama, unpad
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ class ContractEverywhere:
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_direct_values_of_all_positions_sum_to_the_gradient_product(
     name: str, resident: bool
 ) -> None:

@@ -16,6 +16,7 @@ from tests.oracle import Scored, Sequences, relative_error, token_values
 from tests.tiny import (
     CASES,
     TinyCase,
+    by_architecture,
     collate,
     pack,
     random_sequences,
@@ -98,7 +99,7 @@ class Setting:
             assert error <= tolerance, f"{term} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_architecture())
 def test_every_architecture_matches_the_oracle(name: str) -> None:
     case = CASES[name]
     setting = Setting(case, window=4)
@@ -161,7 +162,7 @@ def adapter_set(case: TinyCase, model: PreTrainedModel, depth: int) -> Scored:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", by_architecture(["llama", "phi3", "gpt_neox", "gpt2", "mixtral"]))
 def test_lora_scores_the_adapters(name: str, wrapped: bool) -> None:
     case = CASES[name]
     model = with_adapters(case, case.build(), wrapped)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -179,6 +180,19 @@ CASES: dict[str, TinyCase] = {
         linears=ATTENTION,
     ),
 }
+
+
+# A plain one, one with transposed weights and fused values, and a recurrent one: enough to see
+# within a minute that something broke.
+QUICK = ("llama", "gpt2", "qwen3_5")
+
+
+def by_architecture(names: Iterable[str] = CASES) -> list[Any]:
+    """Parameters of a test over architectures; those that are not in `QUICK` are exhaustive."""
+    return [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in names
+    ]
 
 
 def tiny_llama() -> PreTrainedModel:
