@@ -43,8 +43,8 @@ quickstart: $(VENV)/installed
 		RANKS=$$ranks launch/local.sh recipes/sft.py --config configs/sft/quickstart.yaml \
 			model.name_or_path=models/$(MODEL) train.micro_batch_size=$$((8 / ranks))
 
-# Two test processes. Tests of one group (@pytest.mark.xdist_group) share one, and with it what they made.
-PYTEST := python -m pytest -n 2 --dist loadgroup
+# Two test processes; tests/conftest.py says which tests share one.
+PYTEST := python -m pytest -n 2
 
 # No test that starts processes, and three of the architectures.
 test-fast: $(VENV)/dev

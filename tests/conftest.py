@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from recipes.quickstart.get_model import save_tiny
 
@@ -27,6 +29,33 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# Files whose tests run in one process under `-n 2`: they share a fixture that takes long, a
+# download or a cache, or start daemons on two machines.
+ONE_PROCESS = (
+    "tests/launch/",
+    "tests/test_doctor.py",
+    "tests/test_fisher.py",
+    "tests/test_plan.py",
+    "tests/test_real_model.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is none
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deals out tests one by one, and those of `ONE_PROCESS` together.
+
+    Marks with `xdist_group` would say this beside each test, but pytest-xdist 3.8 does not see them
+    under pytest 9.2: it writes groups into an attribute that pytest no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((path for path in ONE_PROCESS if nodeid.startswith(path)), nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,6 +131,21 @@ def pair_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
         )
     return files
+
+
+@pytest.fixture(scope="session")
+def tiny_fisher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Fisher of the tiny model for tests that are about something else, which need not estimate
+    one; random, of all its parameters."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(3)
+    fisher = {
+        name: torch.rand(weight.shape, generator=generator)
+        for name, weight in model.named_parameters()
+    }
+    file = tmp_path_factory.mktemp("fisher") / "fisher.safetensors"
+    save_file(fisher, file)
+    return file
 
 
 @pytest.fixture

@@ -124,7 +124,6 @@ def examined(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("examined")
 @pytest.mark.parametrize("name", ["sft", "preference"])
 def test_nothing_is_wrong_with_a_healthy_run(
     examined: dict[str, list[dict[str, Finding]]], name: str
@@ -147,7 +146,6 @@ def test_nothing_is_wrong_with_a_healthy_run(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("examined")
 def test_what_differs_on_one_rank_is_named_with_its_node(
     examined: dict[str, list[dict[str, Finding]]],
 ) -> None:
@@ -169,7 +167,6 @@ def test_what_differs_on_one_rank_is_named_with_its_node(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("examined")
 def test_a_folder_that_one_rank_cannot_write(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["blocked"][0]["output folder"]
     assert found.outcome == "failed"
@@ -178,7 +175,6 @@ def test_a_folder_that_one_rank_cannot_write(examined: dict[str, list[dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("examined")
 def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["leaked"][0]["overlap"]
     assert found.outcome == "failed"
@@ -188,7 +184,6 @@ def test_held_out_rows_in_the_training_data(examined: dict[str, list[dict[str, F
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("examined")
 def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]]]) -> None:
     found = examined["hopeless"][0]
     failed = {check: each.found for check, each in found.items() if each.outcome == "failed"}

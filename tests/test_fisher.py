@@ -253,7 +253,6 @@ def sampled() -> Sampled:
     return Sampled()
 
 
-@pytest.mark.xdist_group("sampled Fisher")
 @pytest.mark.parametrize("square", SQUARES)
 def test_the_estimate_converges_to_the_exact_fisher(sampled: Sampled, square: Square) -> None:
     """Elements are strongly correlated, so that their root mean square varies by about 0.15 from
@@ -269,7 +268,6 @@ def test_the_estimate_converges_to_the_exact_fisher(sampled: Sampled, square: Sq
     assert wrong.square().mean().sqrt() > 5
 
 
-@pytest.mark.xdist_group("sampled Fisher")
 def test_both_squares_have_one_expectation_where_positions_do_not_mix(sampled: Sampled) -> None:
     """Past the last attention, position t sees only its own loss, and those gradients are
     uncorrelated."""
@@ -297,7 +295,6 @@ def pearson(
     return sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
 
 
-@pytest.mark.xdist_group("sampled Fisher")
 def test_completions_come_as_often_as_the_model_says(sampled: Sampled) -> None:
     twin = oracle_copy(sampled.model)
     exact = [dict(completions(twin, prompt, NEW_TOKENS, [STOP])) for prompt in PROMPTS]

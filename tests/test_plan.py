@@ -67,7 +67,6 @@ def accuracy(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("accuracy")
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_and_flops_are_as_planned(accuracy: dict[str, dict[str, Any]], case: str) -> None:
     """DeepSpeed's communications log of one step within 5 %, torch's FLOP counter with math

@@ -18,7 +18,6 @@ from alphatoken.training.moments import rank_correlation
 from recipes.quickstart import get_model, make_data
 from tests.ranks import ROOT
 
-pytestmark = pytest.mark.xdist_group("smollm2")  # it is downloaded once
 PARTS = {"train": slice(4), "validation": slice(4)}
 
 

@@ -87,9 +87,10 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_products_under_zero_equal_one_process(
-    world_size: int, run_values: dict[str, Any], tmp_path: Path
+    world_size: int, run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
     """Every rank brings rows of its own."""
+    run_values["valuation"]["fisher"] = str(tiny_fisher)
     configs = {
         f"stage {stage}": {
             **run_values,

@@ -146,9 +146,11 @@ class Uninterrupted:
 
 @pytest.fixture
 def uninterrupted(
-    run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], pair_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> Uninterrupted:
-    return Uninterrupted(run_values, pair_values, tmp_path)
+    """Supervised runs read a Fisher; preference runs estimate theirs, and are killed there too."""
+    given = changed(run_values, valuation={"fisher": str(tiny_fisher)})
+    return Uninterrupted(given, pair_values, tmp_path)
 
 
 @pytest.mark.slow
@@ -237,10 +239,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_other_stages_go_on_with_another_number_of_ranks(
-    stage: int, run_values: dict[str, Any], tmp_path: Path
+    stage: int, run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
     values = changed(
         run_values,
+        valuation={"fisher": str(tiny_fisher)},
         deepspeed={"config": {"zero_optimization": {"stage": stage}}},
         optim={"lr": 1e-4},
     )
@@ -298,12 +301,14 @@ def test_what_a_continued_run_needs_is_checked(run_values: dict[str, Any], tmp_p
 
 @pytest.mark.slow
 def test_a_stop_between_refreshes_waits_for_the_next_one(
-    run_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
     """Held-out signals are not part of a checkpoint: with refresh_every=2 a run can only go on from
     even steps."""
     train = {"max_steps": 6, "output_dir": str(tmp_path / "run")}
-    values = changed(run_values, valuation={"refresh_every": 2}, train=train)
+    values = changed(
+        run_values, valuation={"refresh_every": 2, "fisher": str(tiny_fisher)}, train=train
+    )
     kill = ("scoring", 1, 8)  # in the third step
     run_ranks("recorded_run", 2, tmp_path / "first", values=values, kill=kill, by=signal.SIGUSR1)
     assert "stopped after step 4, which is saved" in (tmp_path / "first" / "rank-0.log").read_text()
@@ -352,7 +357,6 @@ def damaged_run(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("damaged run")
 def test_no_damage_to_a_checkpoint_is_accepted(
     damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +399,6 @@ def test_no_damage_to_a_checkpoint_is_accepted(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("damaged run")
 def test_what_changed_since_the_checkpoint_is_listed(
     damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,12 +593,12 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 @pytest.mark.slow
 def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
-    run_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
     """SIGUSR1 to one rank; then, in the continued run, one rank stops answering."""
     folder, file = tmp_path / "run", tmp_path / "config.yaml"
     train = {"max_steps": 400, "output_dir": str(folder), "watchdog_seconds": 2.0}
-    values = changed(run_values, train=train)
+    values = changed(run_values, valuation={"fisher": str(tiny_fisher)}, train=train)
 
     def steps() -> int:
         return len(metrics_of(folder)) - 1 if (folder / "metrics.jsonl").exists() else 0

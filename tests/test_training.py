@@ -175,8 +175,10 @@ def test_keeping_everything_equals_a_plain_deepspeed_loop(
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    estimator: str, run_values: dict[str, Any], tmp_path: Path
+    estimator: str, run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
+    run_values = changed(run_values, valuation={"fisher": str(tiny_fisher)})
+
     def run(name: str, **train: Any) -> dict[str, Any]:
         # The running scales of `balance` are part of the state.
         values = changed(run_values, valuation={"balance": "std"}, optim={"warmup_ratio": 0.0})
@@ -373,8 +375,9 @@ def eval_loss(model: PreTrainedModel, values: dict[str, Any]) -> float:
 
 @pytest.mark.slow
 def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
-    run_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], tiny_fisher: Path, tmp_path: Path
 ) -> None:
+    run_values = changed(run_values, valuation={"fisher": str(tiny_fisher)})
     off = {"enabled": False}
     sections: dict[str, dict[str, Any]] = {
         **{

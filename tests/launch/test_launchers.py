@@ -29,7 +29,7 @@ from tests.ranks import ROOT
 from tests.test_survival import comparable
 from tests.test_training import changed, metrics_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch")]  # two machines, one at a time
+pytestmark = pytest.mark.slow
 RECIPE = "recipes/sft.py"
 BIN = Path(sys.executable).parent
 
