@@ -7,7 +7,9 @@ tests wait for a GPU.
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from recipes.quickstart.get_model import save_tiny
 
 # The tensors of tests are tiny: a second thread only waits, and takes a core from another process.
 torch.set_num_threads(1)
+
+# Launchers call python and deepspeed by name: those of this environment, also where it is not
+# activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
