@@ -93,13 +93,13 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
             rows: dict[int, Any] = rows,
             branches: int = branches,
         ) -> None:
-            assessment, documents = output["assessment"], args[0]["document_ids"]
+            facts, documents = output["facts"], args[0]["document_ids"]
             for number, row in enumerate(args[0]["rows"].tolist()):
                 inside = documents == number
                 rows[branches * row + number % branches] = {
                     "weight": output["weight_BT"][inside],
-                    "nll": assessment["nll_BT"][inside],
-                    **{term: value[inside] for term, value in assessment["values"].items()},
+                    "nll": facts.nll_BT[inside],
+                    **{term: value[inside] for term, value in facts.values.items()},
                 }
 
         trainer.run.model.register_forward_hook(remember)
@@ -137,13 +137,13 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
         for key in ("labels", "targets"):
             batches[1][key].fill_(-100)
         batches[1]["response"].fill_(False)
-    own, _, kept_tokens = count_tokens(trainer.run.model.selections, batches)
+    tokens = count_tokens(trainer.run.model.selections, batches)
     assert trainer.refresh is not None
-    trainer.refresh.before(0, own)
+    trainer.refresh.before(0, tokens.own_response)
     result: dict[str, Any] = {"kept": [], "tokens": []}
     for number, batch in enumerate(batches):
         output = trainer.run.engine(batch)
-        denominator = trainer.run.objective.denominator(kept_tokens, rows.rows)
+        denominator = trainer.run.objective.denominator(tokens.kept, rows.rows)
         trainer.run.engine.backward(
             output["total"] * collectives.world_size() / denominator, scale_wrt_gas=False
         )
@@ -181,7 +181,7 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
         trainer.refresh.before(steps, own_tokens=1)
         rows = {}
         for batch in batches:
-            value_BT = trainer.run.model.assess(batch)["values"]["direct_target"]
+            value_BT = trainer.run.model.assess(batch).values["direct_target"]
             for number, row in enumerate(batch["rows"].tolist()):
                 rows[row] = value_BT[batch["document_ids"] == number]
         parameters = {

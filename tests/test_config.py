@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from alphatoken.cli import readable_errors
-from alphatoken.config.file import load_config, save_config
+from alphatoken.config.choices import OneOf, register
+from alphatoken.config.file import flat, load_config, may_change, save_config, validate
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import Section
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.errors import UserError
 
@@ -82,6 +84,11 @@ def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
         (
             "selection.rejected={policy: excess_loss}",
             "selection.policy=excess_loss needs reference.model",
+        ),
+        (
+            "selection.rejected={policy: top_vlaue}",
+            "selection.rejected.policy: input should be 'top_value', 'random', 'loss', "
+            "'low_perplexity', 'excess_loss' or 'all', not 'top_vlaue'",
         ),
         (
             "selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}",
@@ -286,6 +293,63 @@ def test_help_explains_every_key(
             assert f"{section}.{key} " in printed
             assert field.description, f"{section}.{key} does not say why it exists"
             assert field.description.split()[0] in printed
+
+
+def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
+    """Exactly what changes nothing that is computed; a new key is refused until it is marked."""
+    overrides = ["model.lora={r: 4}", "deepspeed.config={zero_optimization: {stage: 2}}"]
+    config = load_config(PreferenceRunConfig, file, overrides)
+    keys = flat(config.model_dump(mode="json"))
+    assert {"model.lora.r", "selection.chosen.policy", "preference.beta"} <= keys.keys()
+    assert {key for key in keys if may_change(PreferenceRunConfig, key)} == {
+        "data.cache_dir",
+        "fisher.output",
+        "fisher.save_every",
+        "logging.every",
+        "logging.name",
+        "logging.project",
+        "logging.wandb",
+        "reference.cache",
+        "reference.offload",
+        "reference.save_every",
+        "train.eval_every",
+        "train.grace_seconds",
+        "train.keep_every",
+        "train.keep_last",
+        "train.output_dir",
+        "train.resume",
+        "train.resume_allow",
+        "train.save_every",
+        "train.watchdog_seconds",
+    }
+    # Keys of an older version, which a checkpoint may have.
+    assert may_change(RunConfig, "logging.gone")
+    assert not any(may_change(RunConfig, key) for key in ("train.gone", "gone", "gone.save_every"))
+
+
+def test_names_from_a_table_are_answered_like_those_of_a_literal() -> None:
+    """A wrong policy or objective reads as it would if the names were fixed, and a name that is
+    added later is accepted."""
+    table = {"first": 1, "second": 2}
+
+    class Fixed(Section):
+        name: Literal["first", "second"] | None = None
+
+    class Open(Section):
+        name: Annotated[str, OneOf(table)] | None = None
+
+    for wrong in ("frist", 3, True, ["first"]):
+        with pytest.raises(UserError) as fixed:
+            validate(Fixed, {"name": wrong}, "of the test")
+        with pytest.raises(UserError) as open_:
+            validate(Open, {"name": wrong}, "of the test")
+        assert str(open_.value) == str(fixed.value)
+    register(table, "third", 3, notion="number")
+    assert validate(Open, {"name": "third"}, "of the test").name == "third"
+    with pytest.raises(UserError, match="input should be 'first', 'second' or 'third', not 'x'"):
+        validate(Open, {"name": "x"}, "of the test")
+    with pytest.raises(ValueError, match="there is a number 'first' already"):
+        register(table, "first", 1, notion="number")
 
 
 def test_the_launchers_rank_is_accepted(file: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from alphatoken.batch import loss_positions, make_batch
 from alphatoken.models import head as head_module
 from alphatoken.models.head import HeadLoss, head_jvp, head_loss, head_outgrads
+from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.supervised import SupervisedObjective
 from tests.oracle import relative_error
 
@@ -71,11 +72,12 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
     objective = SupervisedObjective()
     batch = make_batch({"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)})
     nll_BT, weight_BT = torch.tensor([[1.0, 2.5, 7.0]]), torch.tensor([[1.0, 2.0, 0.0]])
-    assert objective.total(batch, nll_BT, weight_BT >= 0, weight_BT, nll_BT[weight_BT > 0]) == 6.0
+    losses = KeptLosses(
+        batch=batch, nll_BT=nll_BT, weight_BT=weight_BT, kept_nll_R=nll_BT[weight_BT > 0]
+    )
+    assert objective.total(losses) == 6.0
     assert objective.denominator(kept_tokens=4, rows=9) == 4
-    assert objective.coefficients(
-        batch, torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool)
-    ).equal(torch.ones(3, 5))
+    assert objective.coefficients(losses).equal(torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("softcap", [None, 0.8])

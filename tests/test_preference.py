@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphatoken.config.preference import PreferenceConfig
+from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.pair_losses import (
     Branch,
     Pairs,
@@ -196,6 +197,7 @@ class Tokens:
             "reference_nll": torch.zeros(shape),
         }
         self.response_BT = torch.zeros(shape, dtype=torch.bool)
+        self.batch["response"] = self.response_BT
         for row, (document, length) in enumerate(reversed(documents)):
             self.batch["document_ids"][row, : length + 2] = document
             self.response_BT[row, 1 : length + 1] = True
@@ -207,11 +209,24 @@ class Tokens:
     def of_document(self, values_BT: Tensor, document: int) -> Tensor:
         return values_BT[self.response_BT & (self.batch["document_ids"] == document)]
 
+    def kept(self, weight_BT: Tensor, nll_BT: Tensor | None = None) -> KeptLosses:
+        """The losses as an objective sees them; the kept ones are taken from `nll_BT`, if given."""
+        kept_nll_R = (self.nll_BT if nll_BT is None else nll_BT)[weight_BT > 0]
+        return KeptLosses(
+            batch=self.batch,
+            nll_BT=self.nll_BT,
+            weight_BT=weight_BT,
+            kept_nll_R=kept_nll_R,
+        )
+
+    def all_kept(self) -> KeptLosses:
+        """The losses with all response tokens kept."""
+        return self.kept(self.response_BT.float())
+
     def total(self, objective: PreferenceObjective, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The objective, and its gradient with respect to every token's loss."""
         leaf_BT = self.nll_BT.clone().requires_grad_()
-        kept_R = leaf_BT[weight_BT > 0]
-        total = objective.total(self.batch, self.nll_BT, self.response_BT, weight_BT, kept_R)
+        total = objective.total(self.kept(weight_BT, leaf_BT))
         (gradient_BT,) = torch.autograd.grad(total, leaf_BT)
         return total.detach(), gradient_BT
 
@@ -239,7 +254,7 @@ def test_with_all_tokens_kept_it_is_the_standard_definition(name: str) -> None:
     expected = torch.autograd.grad(summed, log_p)
 
     assert float(total) == pytest.approx(summed.item(), rel=1e-5)
-    coefficient_BT = objective.coefficients(tokens.batch, tokens.nll_BT, tokens.response_BT)
+    coefficient_BT = objective.coefficients(tokens.all_kept())
     for document, derivative in enumerate(expected):
         ours = tokens.of_document(gradient_BT, document)
         assert torch.allclose(ours.double(), -derivative, rtol=1e-4, atol=1e-7), (
@@ -286,7 +301,7 @@ def test_a_branch_without_kept_tokens_is_finite(name: str) -> None:
     total, gradient_BT = tokens.total(objective, weight_BT)
     assert torch.isfinite(total)
     assert torch.isfinite(gradient_BT).all()
-    metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, weight_BT)
+    metrics = objective.metrics(tokens.kept(weight_BT))
     assert all(bool(torch.isfinite(each).all()) for each in metrics.values())
 
 
@@ -313,13 +328,9 @@ def test_a_micro_batch_without_pairs_takes_part() -> None:
         objective = objective_of(name)
         total, _ = tokens.total(objective, tokens.response_BT.float())
         assert total == 0
-        metrics = objective.metrics(
-            tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float()
-        )
+        metrics = objective.metrics(tokens.all_kept())
         full = Tokens(LENGTHS)
-        others = objective.metrics(
-            full.batch, full.nll_BT, full.response_BT, full.response_BT.float()
-        )
+        others = objective.metrics(full.all_kept())
         assert metrics.keys() == others.keys(), "all ranks must report the same"
         assert all(len(each) == 0 for each in metrics.values())
 
@@ -342,7 +353,7 @@ def test_metrics_are_what_they_say() -> None:
     weight_BT[(tokens.batch["document_ids"] == 0) & (weight_BT.cumsum(1) == 2)] = (
         0  # the second token of chosen
     )
-    metrics = objective.metrics(tokens.batch, tokens.nll_BT, tokens.response_BT, weight_BT)
+    metrics = objective.metrics(tokens.kept(weight_BT))
     nll = [tokens.of_document(tokens.nll_BT, document).double() for document in (0, 1)]
     reference = [
         tokens.of_document(tokens.batch["reference_nll"], document).double() for document in (0, 1)
@@ -368,9 +379,9 @@ def test_metrics_are_what_they_say() -> None:
 
 def test_evaluation_of_alpha_dpo_is_dpos_loss_beside_a_length_baseline() -> None:
     tokens = Tokens([(4, 7), (5, 3), (6, 6)])
-    found = objective_of("alpha_dpo").evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)
+    found = objective_of("alpha_dpo").evaluation(tokens.all_kept())
     plain = PreferenceObjective(PreferenceConfig(objective="dpo"))
-    expected = plain.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)
+    expected = plain.evaluation(tokens.all_kept())
     assert torch.equal(found["loss"], expected["loss"])
     assert found["length_accuracy"].tolist() == [0.0, 1.0, 0.5]
 
@@ -379,9 +390,7 @@ def test_rounding_is_no_preference() -> None:
     tokens, objective = Tokens([(4, 7), (3, 3)]), PreferenceObjective(PreferenceConfig())
     noise = 1e-7 * torch.randn(tokens.nll_BT.shape)
     tokens.batch["reference_nll"] = torch.where(tokens.response_BT, tokens.nll_BT + noise, 0.0)
-    assert objective.evaluation(tokens.batch, tokens.nll_BT, tokens.response_BT)[
-        "rewards_accuracy"
-    ].tolist() == [
+    assert objective.evaluation(tokens.all_kept())["rewards_accuracy"].tolist() == [
         0.5,
         0.5,
     ]
@@ -390,7 +399,5 @@ def test_rounding_is_no_preference() -> None:
 def test_a_token_the_model_has_learned_by_heart_leaves_the_divergence_finite() -> None:
     tokens, objective = Tokens([(2, 2)]), PreferenceObjective(PreferenceConfig())
     tokens.nll_BT[tokens.response_BT] = 120.0
-    metrics = objective.metrics(
-        tokens.batch, tokens.nll_BT, tokens.response_BT, tokens.response_BT.float()
-    )
+    metrics = objective.metrics(tokens.all_kept())
     assert torch.isfinite(metrics["kl_estimate"]).all()

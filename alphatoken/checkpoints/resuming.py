@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +16,10 @@ from alphatoken.checkpoints.files import (
 )
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.universal import UNIVERSAL, universal_checkpoint
-from alphatoken.config.file import flat
+from alphatoken.config.file import flat, may_change
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
 from alphatoken.errors import UserError
-
-# Configuration that may differ between a run and its continuation without changing what is
-# computed.
-HARMLESS_KEYS = re.compile(
-    r"logging\..*|data\.cache_dir|fisher\.(output|save_every)|reference\.(cache|offload|save_every)|"
-    r"train\.(resume|resume_allow|output_dir|save_every|keep_last|keep_every|eval_every|grace_seconds|watchdog_seconds)"
-)
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
             continue
         if is_allowed(key, config.train.resume_allow):
             notes.append(f"changed since {checkpoint.name}, as train.resume_allow says: {change}")
-        elif HARMLESS_KEYS.fullmatch(key):
+        elif may_change(type(config), key):
             notes.append(f"changed since {checkpoint.name}: {change}")
         else:
             refused.append(change)

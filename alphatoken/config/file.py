@@ -100,6 +100,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def may_change(config_class: type[BaseModel], key: str) -> bool:
+    """Whether a run and its continuation may have different values of a dotted key: its field, or a
+    section it is in, is marked with `sections.MAY_CHANGE`."""
+    name, _, rest = key.partition(".")
+    field = config_class.model_fields.get(name)
+    if field is None:
+        return False
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("may_change"):
+        return True
+    section = field.annotation
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return may_change(section, rest)
+    return False
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+from alphatoken.config.choices import OneOf
 from alphatoken.config.file import ConfigT, load_config
 from alphatoken.config.sections import Section
 from alphatoken.errors import UserError
@@ -86,14 +87,21 @@ def _plain(field: FieldInfo) -> Any:
 
 
 def _choices(field: FieldInfo) -> str:
-    """The allowed words of a Literal field, for the help text."""
-    words = [word for word in _literals(field.annotation) if isinstance(word, str)]
+    """The allowed words of a field that is a Literal or a `OneOf`, for the help text."""
+    words = [*_words(field.annotation), *_words_of_metadata(field.metadata)]
     return f" One of: {', '.join(words)}." if len(words) > 1 else ""
 
 
-def _literals(annotation: Any) -> Iterator[Any]:
+def _words(annotation: Any) -> Iterator[str]:
     for argument in get_args(annotation):
-        if isinstance(argument, (str, int)):
+        if isinstance(argument, str):
             yield argument
         else:
-            yield from _literals(argument)
+            yield from _words(argument)
+    yield from _words_of_metadata(getattr(annotation, "__metadata__", ()))
+
+
+def _words_of_metadata(metadata: Iterable[Any]) -> Iterator[str]:
+    for annotated in metadata:
+        if isinstance(annotated, OneOf):
+            yield from annotated.names

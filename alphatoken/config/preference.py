@@ -6,23 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from alphatoken.config.objectives import (
+    OBJECTIVE_TRAITS,
+    OPTIONAL_KEYS,
+    ObjectiveName,
+    ObjectiveTraits,
+)
+from alphatoken.config.policies import PolicyName
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import Section, SelectionConfig
+from alphatoken.config.sections import Schedule, Section, SelectionConfig, Weights
 
-PreferenceObjectiveName = Literal["alpha_dpo", "dpo", "ipo", "hinge", "simpo", "orpo", "cpo"]
-BRANCHES: tuple[Literal["chosen"], Literal["rejected"]] = ("chosen", "rejected")
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
-
-# Keys that only some objectives read.
-READ_BY: dict[str, tuple[PreferenceObjectiveName, ...]] = {
-    "label_smoothing": ("dpo",),
-    "margin": ("simpo",),
-    "normalisation": ("alpha_dpo",),
-}
+BranchName = Literal["chosen", "rejected"]
+BRANCHES: tuple[BranchName, ...] = ("chosen", "rejected")
 
 
 class PreferenceConfig(Section):
-    objective: PreferenceObjectiveName = Field(
+    objective: ObjectiveName = Field(
         "alpha_dpo",
         description="What is minimised over pairs: the paper's masked DPO; or DPO, IPO, "
         "hinge (SLiC), SimPO, "
@@ -68,50 +67,50 @@ class PreferenceConfig(Section):
 
     @model_validator(mode="after")
     def _objective_reads_its_keys(self) -> PreferenceConfig:
-        for key, readers in READ_BY.items():
+        for key in OPTIONAL_KEYS:
             value = getattr(self, key)
-            if value != type(self).model_fields[key].default and self.objective not in readers:
+            is_default = value == type(self).model_fields[key].default
+            if not is_default and key not in self._traits.reads:
+                readers = [name for name, traits in OBJECTIVE_TRAITS.items() if key in traits.reads]
                 raise ValueError(
                     f"preference.{key}={value}: only preference.objective={' or '.join(readers)} "
-                    "reads this, not "
-                    f"{self.objective}"
+                    f"reads this, not {self.objective}"
                 )
         return self
 
     @property
+    def _traits(self) -> ObjectiveTraits:
+        return OBJECTIVE_TRAITS[self.objective]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with the token losses of a reference model."""
+        return self._traits.needs_reference
+
+    @property
     def scale(self) -> float:
-        """`beta`, or its default."""
-        return self.beta if self.beta is not None else 2.0 if self.objective == "simpo" else 0.1
+        """`beta`, or the objective's default."""
+        return self._traits.default_beta if self.beta is None else self.beta
 
     @property
     def chosen_nll_weight(self) -> float:
-        """`nll_weight`, or its default."""
-        return (
-            self.nll_weight
-            if self.nll_weight is not None
-            else float(self.objective in ("orpo", "cpo"))
-        )
+        """`nll_weight`, or the objective's default."""
+        return self._traits.default_nll_weight if self.nll_weight is None else self.nll_weight
 
 
 class BranchSelectionConfig(Section):
-    policy: (
-        Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"] | None
-    ) = Field(None, description="As selection.policy, for this branch.")
+    policy: PolicyName | None = Field(None, description="As selection.policy, for this branch.")
     keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="As selection.keep_ratio, for this branch."
     )
-    schedule: Literal["constant", "linear", "cosine"] | None = Field(
-        None, description="As selection.schedule, for this branch."
-    )
+    schedule: Schedule | None = Field(None, description="As selection.schedule, for this branch.")
     keep_ratio_start: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="As selection.keep_ratio_start, for this branch."
     )
     schedule_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="As selection.schedule_steps, for this branch."
     )
-    weights: Literal["hard", "sigmoid"] | None = Field(
-        None, description="As selection.weights, for this branch."
-    )
+    weights: Weights | None = Field(None, description="As selection.weights, for this branch.")
     protect_eos: bool | None = Field(None, description="As selection.protect_eos, for this branch.")
     min_keep: Annotated[int, Field(ge=0)] | None = Field(
         None, description="As selection.min_keep, for this branch."
@@ -140,7 +139,7 @@ class PairSelectionConfig(SelectionConfig):
                 ) from None
         return self
 
-    def branch(self, name: Literal["chosen", "rejected"]) -> SelectionConfig:
+    def branch(self, name: BranchName) -> SelectionConfig:
         """The complete settings of one branch."""
         shared = self.model_dump(exclude={"chosen", "rejected"})
         overrides = getattr(self, name).model_dump(exclude_none=True)
@@ -161,4 +160,4 @@ class PreferenceRunConfig(RunConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return super().needs_reference or self.preference.objective not in REFERENCE_FREE
+        return super().needs_reference or self.preference.needs_reference

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.sections import (
+    MAY_CHANGE,
     DataConfig,
     FilePath,
     FisherConfig,
@@ -49,29 +51,39 @@ class TrainConfig(Section):
         0, ge=0, description="Seed of data order, validation draws and the random policy."
     )
     output_dir: FilePath = Field(
-        description="Run folder: config.yaml, metrics.jsonl, checkpoints/, export/."
+        description="Run folder: config.yaml, metrics.jsonl, checkpoints/, export/.",
+        json_schema_extra=MAY_CHANGE,
     )
     resume: str = Field(
         "never",
         description="never, auto (newest complete checkpoint of output_dir, if any) or a "
         "checkpoint's "
         "path.",
+        json_schema_extra=MAY_CHANGE,
     )
     resume_allow: list[str] = Field(
         default_factory=list,
         description="Keys (* stands for any part) whose values may differ from the "
         "resumed checkpoint's.",
+        json_schema_extra=MAY_CHANGE,
     )
     save_every: int | None = Field(
-        None, ge=1, description="Optimizer steps between checkpoints; default: no checkpoints."
+        None,
+        ge=1,
+        description="Optimizer steps between checkpoints; default: no checkpoints.",
+        json_schema_extra=MAY_CHANGE,
     )
     keep_last: int | None = Field(
-        None, ge=1, description="Keep only so many newest checkpoints; default: all."
+        None,
+        ge=1,
+        description="Keep only so many newest checkpoints; default: all.",
+        json_schema_extra=MAY_CHANGE,
     )
     keep_every: int | None = Field(
         None,
         ge=1,
         description="With keep_last: keep the checkpoints of every so many steps as well.",
+        json_schema_extra=MAY_CHANGE,
     )
     grace_seconds: float | None = Field(
         None,
@@ -80,15 +92,20 @@ class TrainConfig(Section):
         "short for the "
         "current step, "
         "the step is dropped and done again on resuming; default: the step is always finished.",
+        json_schema_extra=MAY_CHANGE,
     )
     watchdog_seconds: float | None = Field(
         300.0,
         gt=0,
         description="Name the rank that holds up the others when nothing moves for so "
         "long; null: never.",
+        json_schema_extra=MAY_CHANGE,
     )
     eval_every: int | None = Field(
-        None, ge=1, description="Optimizer steps between evaluations, besides first and last."
+        None,
+        ge=1,
+        description="Optimizer steps between evaluations, besides first and last.",
+        json_schema_extra=MAY_CHANGE,
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, more time."
@@ -148,7 +165,10 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig,
+        json_schema_extra=MAY_CHANGE,
+    )
 
     @property
     def estimates_fisher(self) -> bool:
@@ -166,9 +186,20 @@ class RunConfig(Section):
         return (self.selection,)
 
     @property
+    def policies(self) -> tuple[str, ...]:
+        """The name of each selection's policy, or of its default."""
+        default = "top_value" if self.valuation.enabled else "all"
+        return tuple(selection.policy or default for selection in self.selections)
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a policy needs noise with every batch."""
+        return any("noise" in POLICY_TRAITS[policy].needs for policy in self.policies)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the token losses of a reference model are needed."""
-        return any(selection.policy == "excess_loss" for selection in self.selections)
+        return any("reference" in POLICY_TRAITS[policy].needs for policy in self.policies)
 
     @model_validator(mode="after")
     def _valuation_has_data(self) -> RunConfig:
@@ -201,17 +232,17 @@ class RunConfig(Section):
             raise ValueError(
                 "valuation.parameters=norms, but model.lora trains no norms: use linears or all"
             )
-        for selection in self.selections:
-            if not self.valuation.enabled and selection.policy == "top_value":
-                raise ValueError("selection.policy=top_value needs valuation.enabled=true")
-            policy = selection.policy or ("top_value" if self.valuation.enabled else "all")
-            if selection.weights == "sigmoid" and policy in ("all", "random"):
+        for selection, policy in zip(self.selections, self.policies, strict=True):
+            traits = POLICY_TRAITS[policy]
+            if "values" in traits.needs and not self.valuation.enabled:
+                raise ValueError(f"selection.policy={policy} needs valuation.enabled=true")
+            if selection.weights == "sigmoid" and not traits.grades:
                 raise ValueError(
                     f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}"
                 )
-            if policy == "excess_loss" and self.reference.model is None:
+            if "reference" in traits.needs and self.reference.model is None:
                 raise ValueError(
-                    "selection.policy=excess_loss needs reference.model, trained on data "
+                    f"selection.policy={policy} needs reference.model, trained on data "
                     "that is wanted"
                 )
         return self

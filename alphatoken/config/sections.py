@@ -6,12 +6,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    Strict,
+    model_validator,
+)
+
+from alphatoken.config.policies import PolicyName
 
 # Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read
 # from text and lists.
 FilePath = Annotated[Path, Strict(False)]
 Pair = Annotated[tuple[float, float], Strict(False)]
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""How the keep ratio moves."""
+Scope = Literal["sequence", "micro_batch", "global_batch"]
+"""Among which tokens the best are chosen."""
+Weights = Literal["hard", "sigmoid"]
+"""Whether tokens are kept or dropped, or all are weighed."""
+
+# Marks a key, or a section with all its keys, that a run and its continuation may have different
+# values of, as it does not change what is computed (`config.file.may_change`).
+MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
 
 
 class Section(BaseModel):
@@ -120,6 +141,7 @@ class DataConfig(Section):
     cache_dir: FilePath = Field(
         Path("~/.cache/alphatoken"),
         description="Where tokenised data is kept, shared by runs and ranks.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -266,17 +288,20 @@ class FisherConfig(Section):
         0, ge=0, description="Seed of the choice of prompts and of the sampled tokens."
     )
     save_every: int = Field(
-        32, ge=1, description="Passes after which an unfinished estimate is saved."
+        32,
+        ge=1,
+        description="Passes after which an unfinished estimate is saved.",
+        json_schema_extra=MAY_CHANGE,
     )
     output: FilePath | None = Field(
-        None, description="Folder the estimate is written to; default: train.output_dir/fisher."
+        None,
+        description="Folder the estimate is written to; default: train.output_dir/fisher.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
 class SelectionConfig(Section):
-    policy: (
-        Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"] | None
-    ) = Field(
+    policy: PolicyName | None = Field(
         None,
         description="What is kept: highest value, a random choice, highest or lowest loss, "
         "highest loss "
@@ -287,7 +312,7 @@ class SelectionConfig(Section):
     keep_ratio: float = Field(
         0.5, gt=0, le=1, description="Share of response tokens to train on (rho)."
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
+    schedule: Schedule = Field(
         "constant", description="How the ratio moves from keep_ratio_start to keep_ratio."
     )
     keep_ratio_start: float | None = Field(
@@ -296,13 +321,13 @@ class SelectionConfig(Section):
     schedule_steps: int | None = Field(
         None, ge=1, description="Optimizer steps of the schedule; default: the whole run."
     )
-    scope: Literal["sequence", "micro_batch", "global_batch"] = Field(
+    scope: Scope = Field(
         "micro_batch",
         description="Among which tokens the best are chosen. micro_batch is the published choice; "
         "global_batch scores "
         "the whole optimizer step first, at the price of another forward pass.",
     )
-    weights: Literal["hard", "sigmoid"] = Field(
+    weights: Weights = Field(
         "hard",
         description="Keep or drop tokens, or weigh all of them by the sigmoid of their "
         "standardised "
@@ -350,7 +375,9 @@ class ReferenceConfig(Section):
         "and run it on every micro-batch.",
     )
     offload: bool = Field(
-        False, description="online: keep its shards in host memory while it does not run."
+        False,
+        description="online: keep its shards in host memory while it does not run.",
+        json_schema_extra=MAY_CHANGE,
     )
     cache: FilePath | None = Field(
         None,
@@ -358,9 +385,13 @@ class ReferenceConfig(Section):
         "tokenizer or "
         "model; "
         "default: one under data.cache_dir for each combination of these.",
+        json_schema_extra=MAY_CHANGE,
     )
     save_every: int = Field(
-        1024, ge=1, description="Rows after which unfinished cached losses are saved."
+        1024,
+        ge=1,
+        description="Rows after which unfinished cached losses are saved.",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @model_validator(mode="after")

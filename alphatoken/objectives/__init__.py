@@ -1,5 +1,6 @@
 """What is minimised, on rows and on pairs.
 
-A new preference objective is a pure function in `pair_losses` and an entry in
-`preference.OBJECTIVES`; see docs/extending.md.
+A new preference objective is an entry in `preference.PAIR_OBJECTIVES` and one in
+`config.objectives.OBJECTIVE_TRAITS`, or a call of `preference.register_objective` from outside; see
+docs/extending.md.
 """

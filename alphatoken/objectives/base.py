@@ -1,7 +1,8 @@
-"""What a training objective offers the loop."""
+"""What a training objective offers the loop, and the losses it is given."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -9,32 +10,44 @@ from torch import Tensor
 from alphatoken.batch import Batch
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResponseLosses:
+    """A micro-batch as `data.batches` makes it, with the loss of each of its response tokens."""
+
+    batch: Batch
+    nll_BT: Tensor
+    """Token losses, (B, T) float32 without a graph, zero off the response."""
+
+    @property
+    def response_BT(self) -> Tensor:
+        """The response mask, (B, T) bool."""
+        return self.batch["response"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptLosses(ResponseLosses):
+    """The losses of a micro-batch whose tokens have been selected."""
+
+    weight_BT: Tensor
+    """Weights of the selection, (B, T) float32, zero where a token is not kept."""
+    kept_nll_R: Tensor
+    """Losses of the kept tokens from the training graph, (R,) in order of (row, position)."""
+
+
 class Objective(Protocol):
     """What is minimised, as a sum over one micro-batch; the loop divides by a denominator of the
-    optimizer step.
-
-    `nll_BT` are all token losses without a graph, zero off the response; `weight_BT` the weights of
-    the selection, zero where a token is not kept. `batch` is as `data.batches` makes it.
-    """
+    optimizer step."""
 
     branches: tuple[str, ...]
     """Names of the responses that every row has; empty where it has one."""
 
-    def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
+    def coefficients(self, losses: ResponseLosses) -> Tensor:
         """d objective / d (sum_t l_t) of each position's sequence at an all-ones mask, detached,
         (B, T)."""
         ...
 
-    def total(
-        self,
-        batch: Batch,
-        nll_BT: Tensor,
-        response_BT: Tensor,
-        weight_BT: Tensor,
-        kept_nll_R: Tensor,
-    ) -> Tensor:
-        """The objective of the kept tokens, whose losses with their graph are `kept_nll_R`.
-        Scalar."""
+    def total(self, losses: KeptLosses) -> Tensor:
+        """The objective of the kept tokens, with the graph of `kept_nll_R`. Scalar."""
         ...
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
@@ -42,14 +55,12 @@ class Objective(Protocol):
         ranks."""
         ...
 
-    def metrics(
-        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
-    ) -> dict[str, Tensor]:
+    def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
         """What is reported of a training micro-batch besides losses and values, a number per row
         each."""
         ...
 
-    def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
+    def evaluation(self, losses: ResponseLosses) -> dict[str, Tensor]:
         """What is reported of held-out rows: `loss` and others, each a vector of which the mean
         counts."""
         ...

@@ -18,14 +18,10 @@ class Branch:
     """One response of every pair, as sums over its tokens, each weighed by the mask; (P,) each."""
 
     nll_P: Tensor
+    """Sums of the model's losses."""
     reference_P: Tensor
-    """The same of the reference's losses; zero for objectives without one."""
+    """Sums of the reference's losses; zero for objectives without a reference."""
     tokens_P: Tensor
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """log of model over reference probability: sum of m (r - l)."""
-        return self.reference_P - self.nll_P
 
     @property
     def mean_nll(self) -> Tensor:
@@ -35,10 +31,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Both branches."""
+    """Both responses of every pair."""
 
     chosen: Branch
     rejected: Branch
+
+    def branch(self, name: Literal["chosen", "rejected"]) -> Branch:
+        """The response of that name."""
+        return self.chosen if name == "chosen" else self.rejected
 
     @property
     def comparable(self) -> Tensor:
@@ -46,9 +46,24 @@ class Pairs:
         return (self.chosen.tokens_P > 0) & (self.rejected.tokens_P > 0)
 
 
+def log_ratio(branch: Branch) -> Tensor:
+    """log of model over reference probability: sum of m (r - l), (P,)."""
+    return branch.reference_P - branch.nll_P
+
+
+def log_probability(branch: Branch) -> Tensor:
+    """log of the model's probability: - sum of m l, (P,)."""
+    return -branch.nll_P
+
+
+def mean_log_probability(branch: Branch) -> Tensor:
+    """log of the model's probability per token, (P,); 0 where there is none."""
+    return -branch.mean_nll
+
+
 def dpo_margin(pairs: Pairs, beta: float) -> Tensor:
     """s = beta (log-ratio of chosen - log-ratio of rejected)."""
-    return beta * (pairs.chosen.log_ratio - pairs.rejected.log_ratio)
+    return beta * (log_ratio(pairs.chosen) - log_ratio(pairs.rejected))
 
 
 def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -58,10 +73,10 @@ def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     return (1 - label_smoothing) * F.softplus(-s_P) + label_smoothing * F.softplus(s_P)
 
 
-def alpha_dpo_weight(every: Pairs, beta: float) -> Tensor:
+def alpha_dpo_weight(full: Pairs, beta: float) -> Tensor:
     """omega = beta sigmoid(-s) with s over all response tokens, detached: minus d dpo / d log-ratio
     of chosen."""
-    return (beta * torch.sigmoid(-dpo_margin(every, beta))).detach()
+    return (beta * torch.sigmoid(-dpo_margin(full, beta))).detach()
 
 
 def alpha_dpo(

@@ -1,19 +1,24 @@
 """The DPO family on pairs of responses, over masked token sums: objectives, their coefficients,
 what is reported.
 
-Shape legend: P pairs, B rows, T loss positions, R kept positions. l is a token's loss under the
-model, r under the reference. Sums are float64: differences of long sums matter here.
+Shape legend: P pairs, D documents (two per pair), B rows, T loss positions, R kept positions. l is
+a token's loss under the model, r under the reference. Sums are float64: differences of long sums
+matter here.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.config.preference import BRANCHES, REFERENCE_FREE, PreferenceConfig
+from alphatoken.config.choices import register
+from alphatoken.config.objectives import OBJECTIVE_TRAITS, OPTIONAL_KEYS, ObjectiveTraits
+from alphatoken.config.preference import BRANCHES, BranchName, PreferenceConfig
+from alphatoken.objectives.base import KeptLosses, ResponseLosses
 from alphatoken.objectives.pair_losses import (
     Branch,
     Pairs,
@@ -23,6 +28,9 @@ from alphatoken.objectives.pair_losses import (
     dpo,
     hinge,
     ipo,
+    log_probability,
+    log_ratio,
+    mean_log_probability,
     orpo,
     simpo,
 )
@@ -30,6 +38,88 @@ from alphatoken.objectives.pair_losses import (
 # Rewards nearer to each other than this are equal: float32 losses of the same weights, summed
 # in another order.
 ROUNDING = 1e-6
+
+PairLoss = Callable[[Pairs, Pairs, PreferenceConfig], Tensor]
+"""Called with sums over the kept tokens, sums over all response tokens, and section `preference`;
+returns the loss of each pair, (P,). Derivatives are autograd's, so the sums must stay in the graph.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairObjective:
+    """A preference objective: what is minimised, and what it compares two responses by."""
+
+    loss: PairLoss
+    reward: Callable[[Branch], Tensor]
+    """What the objective raises for the chosen and lowers for the rejected response, (P,); reported
+    times beta."""
+    held_out_loss: PairLoss | None = None
+    """What is reported of held-out pairs; None: the loss itself, with all tokens kept."""
+
+
+PAIR_OBJECTIVES: dict[str, PairObjective] = {
+    "alpha_dpo": PairObjective(
+        loss=lambda kept, full, settings: alpha_dpo(
+            kept,
+            omega_P=alpha_dpo_weight(full, settings.scale),
+            normalisation=settings.normalisation,
+        ),
+        reward=log_ratio,
+        # At all-ones masks it has the gradient of DPO, but not its value.
+        held_out_loss=lambda kept, full, settings: dpo(kept, settings.scale),
+    ),
+    "dpo": PairObjective(
+        loss=lambda kept, full, settings: dpo(kept, settings.scale, settings.label_smoothing),
+        reward=log_ratio,
+    ),
+    "ipo": PairObjective(
+        loss=lambda kept, full, settings: ipo(kept, settings.scale), reward=log_ratio
+    ),
+    "hinge": PairObjective(
+        loss=lambda kept, full, settings: hinge(kept, settings.scale), reward=log_ratio
+    ),
+    "simpo": PairObjective(
+        loss=lambda kept, full, settings: simpo(kept, settings.scale, settings.margin),
+        reward=mean_log_probability,
+    ),
+    "orpo": PairObjective(
+        loss=lambda kept, full, settings: orpo(kept, settings.scale), reward=mean_log_probability
+    ),
+    "cpo": PairObjective(
+        loss=lambda kept, full, settings: cpo(kept, settings.scale), reward=log_probability
+    ),
+}
+
+
+def register_objective(
+    name: str,
+    objective: PairObjective,
+    *,
+    needs_reference: bool,
+    default_beta: float = 0.1,
+    default_nll_weight: float = 0.0,
+    reads: Iterable[str] = (),
+) -> None:
+    """Makes an objective known as `preference.objective: name`, in this process.
+
+    The other arguments are as in `ObjectiveTraits`. Every rank must register it before the
+    configuration is read. Raises ValueError where the name is taken, or `reads` names something
+    else than `OPTIONAL_KEYS`.
+    """
+    unknown = set(reads) - set(OPTIONAL_KEYS)
+    if unknown:
+        raise ValueError(
+            f"objective {name!r} reads {sorted(unknown)}; keys that only some objectives read are "
+            f"{', '.join(OPTIONAL_KEYS)}"
+        )
+    traits = ObjectiveTraits(
+        needs_reference=needs_reference,
+        default_beta=default_beta,
+        default_nll_weight=default_nll_weight,
+        reads=frozenset(reads),
+    )
+    register(OBJECTIVE_TRAITS, name, traits, notion="preference objective")
+    PAIR_OBJECTIVES[name] = objective
 
 
 class PreferenceObjective:
@@ -41,135 +131,116 @@ class PreferenceObjective:
 
     branches: tuple[str, ...] = BRANCHES
 
-    def __init__(self, config: PreferenceConfig) -> None:
-        self._config = config
-        self._with_reference = config.objective not in REFERENCE_FREE
+    def __init__(self, settings: PreferenceConfig) -> None:
+        self._settings = settings
+        self._objective = PAIR_OBJECTIVES[settings.objective]
 
-    def loss(self, kept: Pairs, every: Pairs) -> Tensor:
-        """The objective of each pair, (P,), on `kept` tokens; `every` one of the response weighs
-        pairs of alpha_dpo."""
-        config, beta = self._config, self._config.scale
-        match config.objective:
-            case "alpha_dpo":
-                loss_P = alpha_dpo(kept, alpha_dpo_weight(every, beta), config.normalisation)
-            case "dpo":
-                loss_P = dpo(kept, beta, config.label_smoothing)
-            case "ipo":
-                loss_P = ipo(kept, beta)
-            case "hinge":
-                loss_P = hinge(kept, beta)
-            case "simpo":
-                loss_P = simpo(kept, beta, config.margin)
-            case "orpo":
-                loss_P = orpo(kept, beta)
-            case "cpo":
-                loss_P = cpo(kept, beta)
-        return loss_P + config.chosen_nll_weight * kept.chosen.mean_nll
+    def loss(self, *, kept: Pairs, full: Pairs) -> Tensor:
+        """The objective of each pair, (P,), on the sums over its kept tokens; `full` are the sums
+        over all response tokens."""
+        loss_P = self._objective.loss(kept, full, self._settings)
+        return loss_P + self._settings.chosen_nll_weight * kept.chosen.mean_nll
 
-    def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
-        coefficient_PB = self._derivatives(self._every(batch, nll_BT, response_BT))
-        coefficient_BT = torch.zeros_like(nll_BT)
-        coefficient_BT[response_BT] = coefficient_PB.flatten().float()[
-            batch["document_ids"][response_BT]
-        ]
+    def coefficients(self, losses: ResponseLosses) -> Tensor:
+        coefficient_PB = self._derivatives(self._full(losses))
+        response_BT, document_BT = losses.response_BT, losses.batch["document_ids"]
+        coefficient_BT = torch.zeros_like(losses.nll_BT)
+        coefficient_BT[response_BT] = coefficient_PB.flatten().float()[document_BT[response_BT]]
         return coefficient_BT
 
-    def total(
-        self,
-        batch: Batch,
-        nll_BT: Tensor,
-        response_BT: Tensor,
-        weight_BT: Tensor,
-        kept_nll_R: Tensor,
-    ) -> Tensor:
-        kept = self._pairs(batch, weight_BT, kept_nll_R)
-        return self.loss(kept, self._every(batch, nll_BT, response_BT)).sum().float()
+    def total(self, losses: KeptLosses) -> Tensor:
+        kept = self._pairs(losses.batch, losses.weight_BT, losses.kept_nll_R)
+        return self.loss(kept=kept, full=self._full(losses)).sum().float()
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
         return rows
 
-    def metrics(
-        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
-    ) -> dict[str, Tensor]:
-        every = self._every(batch, nll_BT, response_BT)
-        kept = self._pairs(batch, weight_BT, nll_BT[weight_BT > 0])
+    def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
+        full = self._full(losses)
+        kept_nll_R = losses.nll_BT[losses.weight_BT > 0]
+        kept = self._pairs(losses.batch, losses.weight_BT, kept_nll_R)
         metrics = {
-            **self._rewards(every),
+            **self._rewards(full),
             **{f"{name}_masked": reward_P for name, reward_P in self._rewards(kept).items()},
-            "omega": self._derivatives(every)[:, 0],
+            "omega": self._derivatives(full)[:, 0],
         }
-        if self._with_reference:
-            metrics["kl_estimate"] = self._kl_estimate(batch, nll_BT, response_BT, every)
+        if self._settings.needs_reference:
+            metrics["kl_estimate"] = self._kl_estimate(losses, full)
         for name in BRANCHES:
-            of_all, of_kept = getattr(every, name), getattr(kept, name)
-            share_P = of_kept.tokens_P / of_all.tokens_P.clamp_min(1)
-            metrics |= {f"length_{name}": of_all.tokens_P, f"kept_share_{name}": share_P}
+            tokens_P = full.branch(name).tokens_P
+            metrics[f"length_{name}"] = tokens_P
+            metrics[f"kept_share_{name}"] = kept.branch(name).tokens_P / tokens_P.clamp_min(1)
         return metrics
 
-    def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
-        """At all-ones masks, where `alpha_dpo` has DPO's gradient and so is reported by DPO's
-        loss."""
-        every = self._every(batch, nll_BT, response_BT)
-        alpha = self._config.objective == "alpha_dpo"
-        longer_P = every.chosen.tokens_P - every.rejected.tokens_P
-        rewards = self._rewards(every)
+    def evaluation(self, losses: ResponseLosses) -> dict[str, Tensor]:
+        """Reports the loss, the rewards' margin and accuracy, and the accuracy of preferring the
+        longer response, all with every token kept."""
+        full = self._full(losses)
+        held_out_loss = self._objective.held_out_loss
+        if held_out_loss is None:
+            loss_P = self.loss(kept=full, full=full)
+        else:
+            loss_P = held_out_loss(full, full, self._settings)
+        rewards = self._rewards(full)
         return {
-            "loss": dpo(every, self._config.scale) if alpha else self.loss(every, every),
+            "loss": loss_P,
             "rewards_margin": rewards["rewards_margin"],
             "rewards_accuracy": rewards["rewards_accuracy"],
-            "length_accuracy": _preferred(longer_P),
+            "length_accuracy": _preferred(full.chosen.tokens_P - full.rejected.tokens_P),
         }
 
-    def _every(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Pairs:
+    def _full(self, losses: ResponseLosses) -> Pairs:
         """Sums over all response tokens."""
-        return self._pairs(batch, response_BT.to(nll_BT.dtype), nll_BT[response_BT])
+        weight_BT = losses.response_BT.to(losses.nll_BT.dtype)
+        return self._pairs(losses.batch, weight_BT, losses.nll_BT[losses.response_BT])
 
     def _pairs(self, batch: Batch, weight_BT: Tensor, nll_R: Tensor) -> Pairs:
         """Sums over the tokens whose weight is not zero; `nll_R` are their losses."""
         kept_BT = weight_BT > 0
-        weight_R, document_R = weight_BT[kept_BT].double(), batch["document_ids"][kept_BT]
-        reference_R = (
-            batch["reference_nll"][kept_BT].double()
-            if self._with_reference
-            else torch.zeros_like(weight_R)
-        )
+        weight_R = weight_BT[kept_BT].double()
+        document_R = batch["document_ids"][kept_BT]
+        if self._settings.needs_reference:
+            reference_R = batch["reference_nll"][kept_BT].double()
+        else:
+            reference_R = torch.zeros_like(weight_R)
 
         def sums(value_R: Tensor) -> Tensor:
+            """Weighed sums by pair and branch, (P, branches)."""
             nothing_D = torch.zeros(len(batch["rows"]), dtype=torch.float64, device=value_R.device)
             return nothing_D.index_add(0, document_R, weight_R * value_R).view(-1, len(BRANCHES))
 
-        columns = [
-            sums(column_R) for column_R in (nll_R.double(), reference_R, torch.ones_like(weight_R))
-        ]
-        return Pairs(
-            *(
-                Branch(*(column_PB[:, branch] for column_PB in columns))
-                for branch in range(len(BRANCHES))
-            )
-        )
+        nll_PB = sums(nll_R.double())
+        reference_PB = sums(reference_R)
+        tokens_PB = sums(torch.ones_like(weight_R))
 
-    def _derivatives(self, every: Pairs) -> Tensor:
+        def branch(name: BranchName) -> Branch:
+            index = BRANCHES.index(name)
+            return Branch(
+                nll_P=nll_PB[:, index],
+                reference_P=reference_PB[:, index],
+                tokens_P=tokens_PB[:, index],
+            )
+
+        return Pairs(chosen=branch("chosen"), rejected=branch("rejected"))
+
+    def _derivatives(self, full: Pairs) -> Tensor:
         """d objective / d (sum_t l_t) of both branches of each pair at all-ones masks, (P, 2)."""
         with torch.enable_grad():
-            sums = [
-                branch.nll_P.detach().requires_grad_() for branch in (every.chosen, every.rejected)
-            ]
+            chosen_P = full.chosen.nll_P.detach().requires_grad_()
+            rejected_P = full.rejected.nll_P.detach().requires_grad_()
             kept = Pairs(
-                replace(every.chosen, nll_P=sums[0]), replace(every.rejected, nll_P=sums[1])
+                chosen=replace(full.chosen, nll_P=chosen_P),
+                rejected=replace(full.rejected, nll_P=rejected_P),
             )
-            return torch.stack(torch.autograd.grad(self.loss(kept, every).sum(), sums), dim=1)
+            total = self.loss(kept=kept, full=full).sum()
+            return torch.stack(torch.autograd.grad(total, (chosen_P, rejected_P)), dim=1)
 
     def _rewards(self, pairs: Pairs) -> dict[str, Tensor]:
         """What the objective compares of each branch, beta times a log-ratio or a log-probability,
         and by how much."""
-        rewards = []
-        for branch in (pairs.chosen, pairs.rejected):
-            if self._with_reference:
-                score_P = branch.log_ratio
-            else:
-                score_P = -(branch.nll_P if self._config.objective == "cpo" else branch.mean_nll)
-            rewards.append(self._config.scale * score_P.detach())
-        chosen_P, rejected_P = rewards
+        beta, reward = self._settings.scale, self._objective.reward
+        chosen_P = beta * reward(pairs.chosen).detach()
+        rejected_P = beta * reward(pairs.rejected).detach()
         return {
             "rewards_chosen": chosen_P,
             "rewards_rejected": rejected_P,
@@ -177,18 +248,18 @@ class PreferenceObjective:
             "rewards_accuracy": _preferred(chosen_P - rejected_P),
         }
 
-    def _kl_estimate(
-        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, every: Pairs
-    ) -> Tensor:
+    def _kl_estimate(self, losses: ResponseLosses, full: Pairs) -> Tensor:
         """Mean over a pair's tokens of rho - 1 - log rho, where rho is reference over model
         probability.
 
         Its mean over the model's own samples is the divergence from the reference per token; these
         are given responses.
         """
-        log_rho_R = (nll_BT - batch["reference_nll"])[response_BT].double()
-        terms = self._pairs(batch, response_BT.to(nll_BT.dtype), torch.expm1(log_rho_R) - log_rho_R)
-        tokens_P = (every.chosen.tokens_P + every.rejected.tokens_P).clamp_min(1)
+        log_rho_BT = losses.nll_BT - losses.batch["reference_nll"]
+        log_rho_R = log_rho_BT[losses.response_BT].double()
+        weight_BT = losses.response_BT.to(losses.nll_BT.dtype)
+        terms = self._pairs(losses.batch, weight_BT, torch.expm1(log_rho_R) - log_rho_R)
+        tokens_P = (full.chosen.tokens_P + full.rejected.tokens_P).clamp_min(1)
         return (terms.chosen.nll_P + terms.rejected.nll_P) / tokens_P
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alphatoken.batch import Batch
+from alphatoken.objectives.base import KeptLosses, ResponseLosses
 
 
 class SupervisedObjective:
@@ -14,26 +14,18 @@ class SupervisedObjective:
 
     branches: tuple[str, ...] = ()
 
-    def coefficients(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> Tensor:
-        return torch.ones_like(nll_BT)
+    def coefficients(self, losses: ResponseLosses) -> Tensor:
+        return torch.ones_like(losses.nll_BT)
 
-    def total(
-        self,
-        batch: Batch,
-        nll_BT: Tensor,
-        response_BT: Tensor,
-        weight_BT: Tensor,
-        kept_nll_R: Tensor,
-    ) -> Tensor:
-        return (weight_BT[weight_BT > 0] * kept_nll_R).sum()
+    def total(self, losses: KeptLosses) -> Tensor:
+        weight_R = losses.weight_BT[losses.weight_BT > 0]
+        return (weight_R * losses.kept_nll_R).sum()
 
     def denominator(self, kept_tokens: int, rows: int) -> int:
         return kept_tokens
 
-    def metrics(
-        self, batch: Batch, nll_BT: Tensor, response_BT: Tensor, weight_BT: Tensor
-    ) -> dict[str, Tensor]:
+    def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
         return {}
 
-    def evaluation(self, batch: Batch, nll_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
-        return {"loss": nll_BT[response_BT]}
+    def evaluation(self, losses: ResponseLosses) -> dict[str, Tensor]:
+        return {"loss": losses.nll_BT[losses.response_BT]}

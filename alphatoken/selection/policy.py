@@ -1,37 +1,45 @@
-"""What tokens are ranked by."""
+"""What selection policies sort tokens by.
+
+A policy is an entry here and one in `config.policies`, or one call of `register_policy`.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-Policy = Literal["top_value", "random", "loss", "low_perplexity", "excess_loss", "all"]
+from alphatoken.config.choices import register
+from alphatoken.config.policies import POLICY_TRAITS, Need, PolicyTraits
+from alphatoken.selection.facts import TokenFacts
+
+SortKey = Callable[[TokenFacts], Tensor]
+"""Gives what tokens are sorted by, (B, T): the highest are kept first, NaN last."""
+
+SORT_KEYS: dict[str, SortKey] = {
+    "top_value": lambda facts: facts.composite_BT,
+    "random": lambda facts: facts.noise_BT,
+    "loss": lambda facts: facts.nll_BT,
+    "low_perplexity": lambda facts: -facts.nll_BT,
+    # Rho-1, Lin et al., arXiv 2404.07965, Eq. 3.
+    "excess_loss": lambda facts: facts.nll_BT - facts.reference_nll_BT,
+    "all": lambda facts: facts.nll_BT,
+}
 
 
-def ranking(
-    policy: Policy,
-    composite_BT: Tensor | None,
-    nll_BT: Tensor,
-    noise_BT: Tensor | None = None,
-    reference_nll_BT: Tensor | None = None,
-) -> Tensor:
-    """What a policy ranks tokens by, (B, T), higher is kept first.
+def register_policy(
+    name: str,
+    sort_key: SortKey,
+    *,
+    needs: Iterable[Need] = (),
+    keeps_all: bool = False,
+    grades: bool = True,
+) -> None:
+    """Makes a policy known as `selection.policy: name`, in this process.
 
-    `top_value` needs the composite value, `random` the noise, `excess_loss` the reference's losses
-    (Rho-1, Lin et al., arXiv 2404.07965, Eq. 3); `all` keeps every token whatever its rank.
+    `needs`, `keeps_all` and `grades` are as in `PolicyTraits`. Every rank must register it before
+    the configuration is read. Raises ValueError where the name is taken.
     """
-    match policy:
-        case "top_value":
-            assert composite_BT is not None, "top_value needs a scorer"
-            return composite_BT
-        case "random":
-            assert noise_BT is not None, "the random policy needs noise"
-            return noise_BT
-        case "excess_loss":
-            assert reference_nll_BT is not None, "excess_loss needs a reference"
-            return nll_BT - reference_nll_BT
-        case "low_perplexity":
-            return -nll_BT
-        case "loss" | "all":
-            return nll_BT
+    traits = PolicyTraits(needs=frozenset(needs), keeps_all=keeps_all, grades=grades)
+    register(POLICY_TRAITS, name, traits, notion="policy")
+    SORT_KEYS[name] = sort_key

@@ -8,7 +8,7 @@ import torch
 
 from alphatoken.batch import Batch
 from alphatoken.distributed.sums import NamedSums, mean
-from alphatoken.objectives.base import Objective
+from alphatoken.objectives.base import Objective, ResponseLosses
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.metrics import Metrics, declare
 
@@ -31,6 +31,6 @@ def evaluate(
     sums = NamedSums(device)
     for batch in batches:
         on_batch()
-        nll_BT = model.token_losses(batch)
-        sums.add_vectors(objective.evaluation(batch, nll_BT, batch["response"]))
+        losses = ResponseLosses(batch=batch, nll_BT=model.token_losses(batch))
+        sums.add_vectors(objective.evaluation(losses))
     return {f"eval_{name}": mean(both) for name, both in sums.reduce().items()}

@@ -75,13 +75,12 @@ class Feed:
     def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[Batch]:
         run, ranks = self._run, collectives.world_size()
         config, reference = run.config, run.reference
-        needs_noise = any(selection.policy == "random" for selection in config.selections)
         layout = Layout(
             # A few held-out rows are spread over all ranks rather than left to one.
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=run.tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
-            noise_key=(config.train.seed, step) if needs_noise else None,
+            noise_key=(config.train.seed, step) if config.needs_noise else None,
             reference=None if reference is None else reference.cached(part),
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)

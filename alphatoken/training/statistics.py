@@ -14,6 +14,7 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
+from alphatoken.selection.step import TokenCounts
 from alphatoken.training.moments import (
     COLUMNS,
     PARTS,
@@ -75,16 +76,16 @@ class StepStatistics:
 
     def add(self, batch: Batch, output: StepOutput) -> None:
         """Takes in one training micro-batch."""
-        assessment = output["assessment"]
+        facts = output["facts"]
         self._sums.add(LOSS_KEPT, output["kept_nll_R"].double().sum())
-        self._sums.add(LOSS_RESPONSE, assessment["nll_BT"].double().sum())
+        self._sums.add(LOSS_RESPONSE, facts.nll_BT.double().sum())
         self._sums.add(LOSS, output["total"])
         self._sums.add_vectors(output["metrics"], prefix=OBJECTIVE)
-        if "composite" in assessment["values"]:
-            self._add_values(batch, assessment["values"], assessment["response_BT"])
+        if "composite" in facts.values:
+            self._add_values(batch, facts.values, facts.response_BT)
         self._check("data.train", batch, _everything(batch, output))
 
-    def reduce(self, response_tokens: int, kept_tokens: int, denominator: int) -> dict[str, float]:
+    def reduce(self, tokens: TokenCounts, denominator: int) -> dict[str, float]:
         """Means over all ranks, by one all-reduce; the token counts and what the objective is
         divided by are of the whole step.
 
@@ -94,8 +95,8 @@ class StepStatistics:
         if float(sums["faults"]) > 0:
             raise NonFiniteError("a loss or signal is not finite")
         metrics = {
-            LOSS_KEPT: float(sums[LOSS_KEPT]) / max(kept_tokens, 1),
-            LOSS_RESPONSE: float(sums[LOSS_RESPONSE]) / max(response_tokens, 1),
+            LOSS_KEPT: float(sums[LOSS_KEPT]) / max(tokens.kept, 1),
+            LOSS_RESPONSE: float(sums[LOSS_RESPONSE]) / max(tokens.response, 1),
         }
         if self._branches:
             metrics[LOSS] = float(sums[LOSS]) / max(denominator, 1)
@@ -181,11 +182,8 @@ class StepStatistics:
 
 def _everything(batch: Batch, output: StepOutput) -> Tensor:
     """The sum of all that is known of each token, (B, T): finite where all of it is."""
-    assessment = output["assessment"]
-    everything_BT = (
-        assessment["nll_BT"]
-        + assessment["values"].get("composite", 0.0)
-        + batch.get("reference_nll", 0.0)
-    )
+    facts = output["facts"]
+    composite_BT = facts.values.get("composite", 0.0)
+    everything_BT = facts.nll_BT + composite_BT + batch.get("reference_nll", 0.0)
     everything_BT[output["weight_BT"] > 0] += output["kept_nll_R"]
     return everything_BT

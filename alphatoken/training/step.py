@@ -7,13 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.errors import NonFiniteError
-from alphatoken.selection.facts import Assessment
-from alphatoken.selection.step import count_tokens, selections_at, weigh_globally
+from alphatoken.selection.facts import WeighedTokens
+from alphatoken.selection.step import TokenCounts, count_tokens, selections_at, weigh_globally
 from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.setup import Run
 from alphatoken.training.statistics import StepStatistics
@@ -92,26 +90,27 @@ class OptimizerStep:
         run.stopwatch.read()  # what an evaluation took is no part of the step
         run.model.selections = selections_at(run.config, step, run.total_steps)
         rows = self._feed.training(step)
-        own, response, kept = count_tokens(run.model.selections, rows.batches)
-        denominator = run.objective.denominator(kept, rows.rows)
+        tokens = count_tokens(run.model.selections, rows.batches)
+        denominator = run.objective.denominator(tokens.kept, rows.rows)
         # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches,
         # divided here.
         scale = collectives.world_size() / denominator if denominator else 0.0
 
-        statistics = self._bring_up_to_date(step, own)
-        for number, (batch, chosen) in enumerate(self._chosen(rows.batches), start=1):
+        statistics = self._bring_up_to_date(step, tokens.own_response)
+        ahead = self._weighed_ahead(rows.batches)
+        for number, (batch, weighed) in enumerate(zip(rows.batches, ahead, strict=True), start=1):
             left = len(rows.batches) - number
             self._stop.drop_if_short(left + 1, evaluates=evaluates)
             pass_began = time.perf_counter()
             self._watchdog.moved(f"step {step + 1}, micro-batch {number} of {len(rows.batches)}")
             with run.stopwatch.phase("forward"):
-                output: StepOutput = run.engine(batch, chosen)
+                output: StepOutput = run.engine(batch, weighed)
             with run.stopwatch.phase("backward"):
                 run.engine.backward(output["total"] * scale, scale_wrt_gas=False)
             statistics.add(batch, output)
             self._stop.took("micro-batch", time.perf_counter() - pass_began)
             if left == 0:  # looked at before the engine takes the step
-                means = self._reduce(statistics, step, response, kept, denominator)
+                means = self._reduce(statistics, step, tokens, denominator)
                 learning_rate = run.engine.get_lr()[0]
             with run.stopwatch.phase("optimizer"):
                 run.engine.step()
@@ -123,12 +122,12 @@ class OptimizerStep:
             **means,
             "lr": learning_rate,
             **({} if norm is None else {"grad_norm": norm}),
-            "response_tokens": response,
-            "kept_tokens": kept,
+            "response_tokens": tokens.response,
+            "kept_tokens": tokens.kept,
             **self._speed(rows, began),
             "peak_memory_bytes": peak_memory(run.device),
         }
-        sample = valued_text(run.tokenizer, batch, output["assessment"])
+        sample = valued_text(run.tokenizer, output["facts"])
         nothing = f"step {step + 1}: no token to train on, so the loss of this step is zero"
         return StepResult(metrics, sample, () if denominator else (nothing,))
 
@@ -149,21 +148,15 @@ class OptimizerStep:
                     statistics.add_validation(seen.batch, seen.nll_BT)
         return statistics
 
-    def _chosen(
-        self, batches: Sequence[Batch]
-    ) -> list[tuple[Batch, tuple[Assessment, Tensor] | None]]:
-        """Every micro-batch with the tokens chosen ahead of its pass: with scope `global_batch`
-        all are assessed first and the tokens of all ranks weighed together."""
+    def _weighed_ahead(self, batches: Sequence[Batch]) -> Sequence[WeighedTokens | None]:
+        """The tokens of each micro-batch, weighed ahead of its pass: with scope `global_batch` all
+        are assessed first and the tokens of all ranks weighed together. None with other scopes."""
         run = self._run
         if run.config.selection.scope != "global_batch":
-            return [(batch, None) for batch in batches]
+            return [None] * len(batches)
         with run.stopwatch.phase("ahead"):
-            assessments = [run.model.assess(batch) for batch in batches]
-            weights = weigh_globally(run.model.selections, batches, assessments)
-        return [
-            (batch, (assessment, weight_R))
-            for batch, assessment, weight_R in zip(batches, assessments, weights, strict=True)
-        ]
+            facts = [run.model.assess(batch) for batch in batches]
+            return weigh_globally(run.model.selections, facts)
 
     def _after_update(self, step: int, means: Metrics) -> Metrics:
         """Lets the running scales observe the step; returns how far the weights have drifted."""
@@ -208,14 +201,13 @@ class OptimizerStep:
         self,
         statistics: StepStatistics,
         step: int,
-        response_tokens: int,
-        kept_tokens: int,
+        tokens: TokenCounts,
         denominator: int,
     ) -> Metrics:
         """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if
         anything is not finite."""
         try:
-            return {**statistics.reduce(response_tokens, kept_tokens, denominator)}
+            return {**statistics.reduce(tokens, denominator)}
         except NonFiniteError as error:
             scorer = self._run.model.scorer
             faulty = [] if scorer is None else scorer.nonfinite_parts()

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.batch import Batch
-from alphatoken.selection.facts import Assessment
+from alphatoken.selection.facts import TokenFacts
 
 
 @dataclass(frozen=True)
@@ -18,16 +17,15 @@ class ValuedText:
     values: list[float]
 
 
-def valued_text(
-    tokenizer: PreTrainedTokenizerBase, batch: Batch, assessment: Assessment
-) -> ValuedText | None:
-    """The first response of a batch, token by token, with its values; None where there is none."""
-    first_BT = assessment["response_BT"] & (batch["document_ids"] == 0)
-    if "composite" not in assessment["values"] or not bool(first_BT.any()):
+def valued_text(tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> ValuedText | None:
+    """The first response of a micro-batch, token by token, with its values; None where there is
+    none."""
+    first_BT = facts.response_BT & (facts.batch["document_ids"] == 0)
+    if "composite" not in facts.values or not bool(first_BT.any()):
         return None
     (row, *_), positions = (index.tolist() for index in first_BT.nonzero(as_tuple=True))
-    ids = batch["input_ids"][row].tolist()
+    ids = facts.batch["input_ids"][row].tolist()
     return ValuedText(
         [tokenizer.decode([ids[t + 1]]) for t in positions],
-        assessment["values"]["composite"][first_BT].tolist(),
+        facts.composite_BT[first_BT].tolist(),
     )
