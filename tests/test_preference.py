@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from alphatoken.config.objectives import OBJECTIVE_TRAITS, OPTIONAL_KEYS
 from alphatoken.config.preference import PreferenceConfig
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.pair_losses import (
@@ -26,7 +27,11 @@ from alphatoken.objectives.pair_losses import (
     orpo,
     simpo,
 )
-from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.objectives.preference import (
+    PAIR_OBJECTIVES,
+    PreferenceObjective,
+    register_objective,
+)
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "alpha_dpo": {},
@@ -232,6 +237,21 @@ class Tokens:
 
 
 LENGTHS = [(4, 7), (1, 3), (6, 6)]
+
+
+def test_every_objective_has_a_loss_traits_and_a_definition_here() -> None:
+    assert PAIR_OBJECTIVES.keys() == OBJECTIVE_TRAITS.keys()
+    assert PAIR_OBJECTIVES.keys() == {name.split(",")[0] for name in OBJECTIVES}
+    assert set(OPTIONAL_KEYS) == set().union(*(each.reads for each in OBJECTIVE_TRAITS.values()))
+
+
+def test_an_objective_that_reads_an_unknown_key_or_takes_a_name_is_refused() -> None:
+    dpo_again = PAIR_OBJECTIVES["dpo"]
+    with pytest.raises(ValueError, match=r"objective 'mine' reads \['gamma'\]; keys that only"):
+        register_objective("mine", dpo_again, needs_reference=True, reads=["gamma", "margin"])
+    with pytest.raises(ValueError, match="there is a preference objective 'dpo' already"):
+        register_objective("dpo", dpo_again, needs_reference=True)
+    assert "mine" not in OBJECTIVE_TRAITS
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
