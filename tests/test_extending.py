@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
 
+from alphatoken.batch import Batch
 from alphatoken.config.objectives import OBJECTIVE_TRAITS
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceConfig
@@ -83,10 +84,10 @@ def tables() -> Iterator[None]:
 def test_the_policy_of_the_page_sorts_as_it_says() -> None:
     names_of(python_block("A selection policy"))
     response = torch.tensor([[True, True, True, True]])
+    document = torch.zeros(1, 4, dtype=torch.int64)
     facts = TokenFacts(
-        batch={"document_ids": torch.zeros(1, 4, dtype=torch.int64)},
+        batch=cast(Batch, {"document_ids": document, "response": response}),
         nll_BT=torch.tensor([[0.01, 2.0, 1.0, 0.5]]),
-        response_BT=response,
         protected_BT=~response,
         values={"composite": torch.tensor([[9.0, 1.0, 3.0, 2.0]])},
     )
