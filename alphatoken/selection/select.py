@@ -69,6 +69,7 @@ class Selection:
         if self.soft:
             return torch.where(protected_R, 1.0, torch.sigmoid(_standardised(key_R, group_R)))
         best_first = ((~protected_R).int(), -key_R)
+        # `min_keep` is owed to sequences, the budget to groups, which may span several of them.
         by_sequence_R = lexsort(sequence_R, *best_first)
         forced_R = among_first(
             sequence_R, by_sequence_R, torch.full_like(sequence_R, self.min_keep)

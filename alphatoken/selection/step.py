@@ -31,8 +31,8 @@ def selections_at(config: RunConfig, step: int, total_steps: int) -> tuple[Selec
     for section, policy in zip(config.selections, config.policies, strict=True):
         ratio = scheduled_ratio(
             section.schedule,
-            section.keep_ratio_start,
-            section.keep_ratio,
+            start=section.keep_ratio_start,
+            end=section.keep_ratio,
             step=step,
             steps=section.schedule_steps or total_steps,
         )

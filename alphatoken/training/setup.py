@@ -94,11 +94,11 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     decoder = decoder_of(lm.train())
     decoder.freeze_unreached()
     model = ValuedModel(
-        decoder,
-        objective,
-        selections_at(config, 0, total_steps),
-        eos_token_ids(tokenizer, lm.generation_config),
-        stopwatch,
+        decoder=decoder,
+        objective=objective,
+        selections=selections_at(config, 0, total_steps),
+        eos_token_ids=eos_token_ids(tokenizer, lm.generation_config),
+        stopwatch=stopwatch,
     )
     engine = build_engine(model, config, engine_config, total_steps)
 

@@ -40,6 +40,7 @@ class StepOutput(TypedDict):
     metrics: dict[str, Tensor]
     """What the objective reports, a number per row each."""
     facts: TokenFacts
+    """What was known of the tokens when they were selected."""
 
 
 class ValuedModel(nn.Module):
@@ -54,6 +55,7 @@ class ValuedModel(nn.Module):
 
     def __init__(
         self,
+        *,
         decoder: Decoder,
         objective: Objective,
         selections: Sequence[Selection],
@@ -71,8 +73,8 @@ class ValuedModel(nn.Module):
         self.attach(None)
 
     def attach(self, scorer: Scorer | None) -> None:
-        """Values tokens with `scorer` from now on; without one every policy that
-        needs no values still works."""
+        """Values tokens with `scorer` from now on; without one every policy that needs no values
+        still works."""
         object.__setattr__(self, "scorer", scorer)
 
     def forward(self, batch: Batch, ahead: WeighedTokens | None = None) -> StepOutput:
