@@ -3,33 +3,67 @@ work on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
+
+from transformers import AutoConfig
 
 from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import ModelConfig
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import check_before_loading, model_without_weights
 from alphatoken.models.scored import scored_depth
 from alphatoken.planner.sharding import Gathers, Sharding, gathers_of, sharding_of
-from alphatoken.planner.tracing import COUNTED_ATTENTION, BodyCost, Tracer
+from alphatoken.planner.tracing import (
+    COUNTED_ATTENTION,
+    BodyCost,
+    ScoringT,
+    SettingT,
+    TracedLayer,
+    Tracer,
+)
 from alphatoken.planner.workload import Rows, Workload, workload_of
-from alphatoken.values.algebra import CONTRACTIONS, ContractionName, cheaper_contraction
 
 
-@dataclass(frozen=True)
-class ScoredShape:
-    """One scored linear."""
+class PlannedModel:
+    """A model as shapes. Traces and messages that were found once are kept, since a plan considers
+    many runs of one model."""
 
-    layer: int
-    out_features: int
-    in_features: int
-    is_value: bool
-    contraction: ContractionName
+    def __init__(self, config: ModelConfig) -> None:
+        self.decoder = decoder_of(model_without_weights(config, COUNTED_ATTENTION))
+        self.decoder.freeze_unreached()
+        self.tracer = Tracer(self.decoder)
+        self._gathers: dict[Any, Gathers] = {}
 
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
+    def gathers(
+        self, sharding: Sharding, *, held_out_batches: int, micro_batches: int, checkpointing: bool
+    ) -> Gathers:
+        """Gathers of ZeRO-3 in one step; see `gathers_of`."""
+        key = sharding, held_out_batches, micro_batches, checkpointing
+        if key not in self._gathers:
+            self._gathers[key] = gathers_of(
+                self.decoder,
+                sharding,
+                held_out_batches=held_out_batches,
+                micro_batches=micro_batches,
+                checkpointing=checkpointing,
+            )
+        return self._gathers[key]
+
+
+@lru_cache(maxsize=4)
+def _planned_model(settings: str, _config_json: str) -> PlannedModel:
+    return PlannedModel(ModelConfig.model_validate_json(settings, strict=False))
+
+
+def planned_model(config: ModelConfig) -> PlannedModel:
+    """The model of a configuration, built again only where its settings or its `config.json`
+    changed."""
+    config_json = AutoConfig.from_pretrained(config.name_or_path).to_json_string(use_diff=False)
+    return _planned_model(config.model_dump_json(), config_json)
 
 
 @dataclass(frozen=True)
@@ -37,7 +71,7 @@ class Blueprint:
     """All that a plan is computed from."""
 
     config: RunConfig
-    decoder: Decoder
+    model: PlannedModel
     sharding: Sharding
     workload: Workload
     body: BodyCost
@@ -47,14 +81,14 @@ class Blueprint:
     """Of ZeRO-3."""
 
     @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
+
+    @property
     def depth(self) -> int:
         """Number of scored layers; 0 without valuation."""
         valued = self.config.valuation.enabled
         return scored_depth(self.config.valuation.layers, len(self.decoder.layers)) if valued else 0
-
-    @property
-    def exact(self) -> bool:
-        return self.config.valuation.estimator == "exact"
 
     @property
     def resident(self) -> bool:
@@ -67,28 +101,10 @@ class Blueprint:
             valuation.fisher is not None or valuation.stability_weight > 0
         )
 
-    @property
-    def directions(self) -> int:
-        """In which `exact` differentiates."""
-        return 2 if self.has_drift and self.config.valuation.split_terms else 1
-
     @cached_property
     def numels(self) -> list[tuple[int, bool]]:
         """Elements of every parameter, and whether it is trained."""
         return [(each.numel(), each.requires_grad) for each in self.decoder.model.parameters()]
-
-    @cached_property
-    def scored(self) -> list[ScoredShape]:
-        """The linears that `ghost` scores."""
-        found = []
-        for linear in self.decoder.scored_linears(self.depth) if self.depth else []:
-            rows, columns = self.decoder.model.get_parameter(linear.name).shape
-            out_features, in_features = (columns, rows) if linear.transposed else (rows, columns)
-            contraction = self._contraction(out_features, in_features)
-            found.append(
-                ScoredShape(linear.layer, out_features, in_features, linear.is_value, contraction)
-            )
-        return found
 
     @cached_property
     def scored_numels(self) -> dict[str, list[int]]:
@@ -104,20 +120,41 @@ class Blueprint:
 
     def segment_numels(self, segment: int | str) -> list[int]:
         """Elements of each parameter of a layer, the norm or the head."""
-        return [each.numel() for each in self.decoder.segment_parameters(segment).values()]  # type: ignore[arg-type]
+        return [each.numel() for each in self.decoder.segment_parameters(stage).values()]  # type: ignore[arg-type]
 
     @property
     def scored_layers(self) -> range:
         layers = len(self.decoder.layers)
         return range(layers - self.depth, layers)
 
-    def _contraction(self, out_features: int, in_features: int) -> ContractionName:
-        valuation, ranks = self.config.valuation, self.sharding.ranks
-        if valuation.contraction != "auto":
-            return CONTRACTIONS[valuation.contraction]
-        step = self.workload.responses * self.workload.micro_batches
-        return cheaper_contraction(
-            self.held_out_count, step * valuation.refresh_every, in_features, out_features, ranks
+    @property
+    def head_flops(self) -> int:
+        """Floating-point operations of one token's logits."""
+        vocabulary, hidden = self.decoder.head.weight.shape
+        return 2 * vocabulary * hidden
+
+    def sliced(self, numels: list[int]) -> int:
+        """Elements that this rank has of scored weights: its slices at stage 3, else all."""
+        sharding = self.sharding
+        return sum(map(sharding.slice_of, numels)) if sharding.stage == 3 else sum(numels)
+
+    def scoring(
+        self,
+        trace: Callable[[TracedLayer, SettingT], ScoringT],
+        setting: SettingT,
+        *,
+        rows: int,
+        first_differs: bool = False,
+    ) -> list[ScoringT]:
+        """Has `trace` run every scored layer on a micro-batch of so many rows; see
+        `Tracer.scoring`."""
+        return self.model.tracer.scoring(
+            trace,
+            setting,
+            depth=self.depth,
+            rows=rows,
+            row_tokens=self.workload.row_tokens,
+            first_differs=first_differs,
         )
 
     @property
@@ -133,22 +170,30 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     """
     values = deepspeed_config(config, ranks)
     check_before_loading(config, here=False)
-    decoder = decoder_of(model_without_weights(config.model, COUNTED_ATTENTION))
-    decoder.freeze_unreached()
+    model = planned_model(config.model)
     sharding = sharding_of(values, ranks, 2 if config.model.dtype == "bfloat16" else 4)
     workload = workload_of(config, rows, ranks)
     valued = config.valuation.enabled
-    depth = scored_depth(config.valuation.layers, len(decoder.layers)) if valued else 0
-    tracer = Tracer(decoder, config.valuation, depth)
-    body = tracer.run(workload.rows, workload.row_tokens)
-    held_out = tracer.run(workload.held_out_rows, workload.row_tokens) if valued else body
+    if valued:
+        scored_depth(config.valuation.layers, len(model.decoder.layers))
+    body = model.tracer.body(workload.rows, workload.row_tokens)
+    held_out = body
+    if valued:
+        held_out = model.tracer.body(workload.held_out_rows, workload.row_tokens)
     gathers = None
     if sharding.stage == 3:
-        gathers = gathers_of(
-            decoder,
+        gathers = model.gathers(
             sharding,
             held_out_batches=workload.held_out_batches,
             micro_batches=workload.micro_batches,
             checkpointing=config.train.gradient_checkpointing,
         )
-    return Blueprint(config, decoder, sharding, workload, body, held_out, gathers)
+    return Blueprint(
+        config=config,
+        model=model,
+        sharding=sharding,
+        workload=workload,
+        body=body,
+        held_out=held_out,
+        gathers=gathers,
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from alphatoken.config.estimators import ESTIMATORS, keys_of_some
 from alphatoken.config.run import DeepSpeedConfig, RunConfig
 from alphatoken.config.sections import ValuationConfig
 from alphatoken.distributed.settings import DEFAULT_DEEPSPEED, read_deepspeed_config
@@ -14,7 +15,8 @@ from alphatoken.errors import UserError
 from alphatoken.planner.blueprint import Blueprint, draw
 from alphatoken.planner.compute import Compute, compute_of
 from alphatoken.planner.memory import Memory, activation_bytes, memory_of
-from alphatoken.planner.traffic import Message, traffic_of
+from alphatoken.planner.messages import Message
+from alphatoken.planner.traffic import traffic_of
 from alphatoken.planner.workload import Rows
 
 GIB = 2**30
@@ -88,14 +90,7 @@ def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = No
     capacity = GPUS.get(device or "", float("inf")) * GIB
     advice = tuple(_advise(config, rows, ranks, device, capacity)) if needed > capacity else ()
     own = compute_of(blueprint)
-    compute: dict[str, Compute] = {}
-    if config.valuation.enabled:
-        estimators: tuple[Literal["ghost", "exact"], ...] = ("ghost", "exact")
-        for name in estimators:
-            configured = name == config.valuation.estimator
-            compute[name] = (
-                own if configured else compute_of(draw(_estimating(config, name), rows, ranks))
-            )
+    compute = _compute_by_estimator(config, rows, ranks, own)
     return Plan(
         blueprint, memory, tuple(traffic_of(blueprint)), compute, own, device, needed, advice
     )
@@ -107,11 +102,25 @@ def _with_overhead(memory: Memory, device: str | None) -> int:
     return int(memory.peak * (1 + GPU_FRAGMENTATION)) + GPU_CONTEXT_BYTES
 
 
-def _estimating(config: RunConfig, estimator: Literal["ghost", "exact"]) -> RunConfig:
-    """The same run with the other estimator, and the keys that only it reads at their defaults."""
-    shared = config.valuation.model_dump(
-        exclude={"estimator", "parameters", "preconditioner", "window", "contraction", "residency"}
-    )
+def _compute_by_estimator(
+    config: RunConfig, rows: Rows, ranks: int, own: Compute
+) -> dict[str, Compute]:
+    """The work of the run with every estimator that can be planned; none without valuation."""
+    if not config.valuation.enabled:
+        return {}
+    found: dict[str, Compute] = {}
+    for name, estimator in ESTIMATORS.items():
+        if name == config.valuation.estimator:
+            found[name] = own
+        elif estimator.cost is not None:
+            found[name] = compute_of(draw(_estimating(config, name), rows, ranks))
+    return found
+
+
+def _estimating(config: RunConfig, estimator: str) -> RunConfig:
+    """The same run with another estimator, and the keys that not every one reads at their
+    defaults."""
+    shared = config.valuation.model_dump(exclude={"estimator", "residency", *keys_of_some()})
     valuation = ValuationConfig.model_validate({**shared, "estimator": estimator}, strict=False)
     return config.model_copy(update={"valuation": valuation})
 

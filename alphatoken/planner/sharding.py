@@ -157,10 +157,13 @@ def _known(
     """Gathers of a known order, and the most elements held. `held` is what is there before, and
     after."""
     gathered, most = [], 0
+    elements = sum(held.values())
     for place, use in enumerate(order):
+        arriving = {name: numel for name, numel in use if name not in held}
         gathered += [numel for name, numel in use if name not in held]
-        held |= dict(use)
-        most = max(most, sum(held.values()))
+        held |= arriving
+        elements += sum(arriving.values())
+        most = max(most, elements)
         soon: set[str] = set()
         passed = 0
         for later in order[place + 1 :]:
@@ -170,5 +173,5 @@ def _known(
             passed += sum(numel for _, numel in later)
         for name, _ in use:
             if name not in soon and name not in persistent:
-                del held[name]
+                elements -= held.pop(name)
     return gathered, most

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alphatoken.planner.compute import Compute
-from alphatoken.planner.memory import Part
+from alphatoken.planner.parts import Part
 from alphatoken.planner.plan import Plan
 from alphatoken.util.wording import plural, size
 

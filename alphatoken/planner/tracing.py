@@ -8,10 +8,11 @@ keeps what fused kernels keep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
-from alphatoken.config.sections import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
-from alphatoken.passes.attention import AttentionCall, attention_band, mix_band
-from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
+from alphatoken.passes.capture import Entry, EntryCapture, LayerInput
 from alphatoken.passes.streamer import LayerStreamer
 
 META = torch.device("meta")
@@ -37,7 +36,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -113,23 +112,15 @@ AttentionInterface.register(COUNTED_ATTENTION, _counted_attention)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer on one micro-batch: floating-point operations, and bytes that are kept until its
-    backward pass."""
+    """Floating-point operations of one layer's training on one micro-batch, and bytes that are kept
+    until its backward pass."""
 
     forward: int
     backward: int
     """With respect to input and weights."""
-    training_bytes: int
-    scoring_forward: int = 0
-    """ghost: forward. exact: one pass in dual numbers, in one direction."""
-    scoring_backward: int = 0
-    """ghost: with respect to the input only."""
-    scoring_bytes: int = 0
-    """ghost: with weights frozen, and the inputs of linears held until their signals come."""
-    band: int = 0
-    """ghost: attention probabilities of the causal window."""
-    mixing: int = 0
-    """ghost: the causal path's mixture of output gradients."""
+    kept_bytes: int
+    largest_bytes: int
+    """The largest single activation among them."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +130,6 @@ class BodyCost:
     layers: tuple[LayerCost, ...]
     state_bytes: int
     """One hidden state between layers."""
-    largest_bytes: int
-    """The largest single activation that a layer keeps."""
 
     @property
     def forward(self) -> int:
@@ -150,69 +139,155 @@ class BodyCost:
     def backward(self) -> int:
         return sum(layer.backward for layer in self.layers)
 
+    @property
+    def largest_bytes(self) -> int:
+        """The largest single activation that a layer keeps."""
+        return max(layer.largest_bytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """One scored layer, ready to be run by what traces an estimator's scoring."""
+
+    decoder: Decoder
+    streamer: LayerStreamer
+    """Holds a plain copy of the layer, as scorers run it."""
+    index: int
+    is_first: bool
+    """Whether no layer below it is scored, so that nothing has to flow back through it; False where
+    the estimator does not ask."""
+    state_BTH: Tensor
+    """Enters the layer."""
+    inputs: LayerInput
+    training: LayerCost
+
+    @property
+    def depth(self) -> int:
+        """Number of last layers that begin with this one."""
+        return len(self.decoder.layers) - self.index
+
+
+SettingT = TypeVar("SettingT", bound=Hashable)
+ScoringT = TypeVar("ScoringT")
+
 
 class Tracer:
-    """Runs the layers of a decoder that lives on the meta device. Layers that look alike are run
-    once."""
+    """Runs the layers of a decoder that lives on the meta device.
 
-    def __init__(self, decoder: Decoder, valuation: ValuationConfig, depth: int) -> None:
+    Layers that look alike are run once, and what was run once is remembered: a plan asks for the
+    same micro-batch again with other estimators, and with every change that it considers.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._valuation = valuation
-        self._exact = valuation.estimator == "exact"
-        self._first = len(decoder.layers) - depth
-        self._streamer = LayerStreamer(decoder, 0, META, resident=True)
-        self._streamer.refresh()
+        self._entries: dict[tuple[int, int], Entry] = {}
+        self._bodies: dict[tuple[int, int], BodyCost] = {}
+        self._scoring: dict[Any, Any] = {}
 
-    def run(self, rows: int, row_tokens: int) -> BodyCost:
-        """The costs on a micro-batch of (rows, row_tokens). Raises UserError where layers cannot
-        run without values."""
-        # Embeddings rather than tokens, as some models look for padding among these.
-        head = self._decoder.head.weight
-        batch = {
-            "inputs_embeds": torch.empty(
-                rows, row_tokens, head.shape[1], dtype=head.dtype, device=META
-            )
-        }
-        layers = list(self._decoder.layers)
-        known: dict[Any, tuple[LayerCost, int]] = {}
-        try:
+    @cached_property
+    def _kinds(self) -> list[Hashable]:
+        """For each layer, what makes it compute the same as another."""
+        types = getattr(self._decoder.config, "layer_types", None)
+        kinds: list[Hashable] = []
+        for index in range(len(self._decoder.layers)):
+            weights = self._decoder.segment_parameters(index).items()
+            shapes = tuple((path, tuple(each.shape)) for path, each in weights)
+            kinds.append((types and types[index], shapes))
+        return kinds
+
+    @cached_property
+    def _streamer(self) -> LayerStreamer:
+        streamer = LayerStreamer(self._decoder, 0, META, resident=True)
+        streamer.refresh()
+        return streamer
+
+    def body(self, rows: int, row_tokens: int) -> BodyCost:
+        """Traces the training of all layers on a micro-batch of (rows, row_tokens). Raises
+        UserError where layers cannot run without values."""
+        size = rows, row_tokens
+        if size not in self._bodies:
+            with self._shapes_only():
+                entry = self._entry(*size)
+                known: dict[Hashable, LayerCost] = {}
+                for index, kind in enumerate(self._kinds):
+                    if kind not in known:
+                        known[kind] = self._training_cost(index, entry)
+            layers = tuple(known[kind] for kind in self._kinds)
+            self._bodies[size] = BodyCost(layers, entry.first_BTH.nbytes)
+        return self._bodies[size]
+
+    def scoring(
+        self,
+        trace: Callable[[TracedLayer, SettingT], ScoringT],
+        setting: SettingT,
+        *,
+        depth: int,
+        rows: int,
+        row_tokens: int,
+        first_differs: bool,
+    ) -> list[ScoringT]:
+        """Has the last `depth` layers traced on a micro-batch of (rows, row_tokens).
+
+        `trace` must depend on its arguments only: layers alike are handed to it once for each
+        `setting`, and with `first_differs` the lowest once more. Raises UserError where layers
+        cannot run without values.
+        """
+        body = self.body(rows, row_tokens)
+        first = len(body.layers) - depth
+        found = []
+        for index in range(first, len(body.layers)):
+            is_first = first_differs and index == first
+            key = trace, setting, rows, row_tokens, self._kinds[index], is_first
+            if key not in self._scoring:
+                with self._shapes_only():
+                    entry = self._entry(rows, row_tokens)
+                    layer = TracedLayer(
+                        decoder=self._decoder,
+                        streamer=self._streamer,
+                        index=index,
+                        is_first=is_first,
+                        state_BTH=entry.into(index),
+                        inputs=entry.layer_inputs[index],
+                        training=body.layers[index],
+                    )
+                    self._scoring[key] = trace(layer, setting)
+            found.append(self._scoring[key])
+        return found
+
+    def _entry(self, rows: int, row_tokens: int) -> Entry:
+        """What every layer is given in the forward pass of a micro-batch."""
+        size = rows, row_tokens
+        if size not in self._entries:
+            # Embeddings rather than tokens, as some models look for padding among these.
+            head = self._decoder.head.weight
+            embeddings_BTH = torch.empty(*size, head.shape[1], dtype=head.dtype, device=META)
             with (
                 torch.no_grad(),
                 self._one_of_each_kind(),
                 EntryCapture(self._decoder, 0, keep="every") as capture,
             ):
-                self._decoder.hidden_states(batch)
-            costs = []
-            for index in range(len(layers)):
-                # Nothing flows back below the first layer that is scored.
-                kind = (index > self._first) - (index < self._first), self._kind(index)
-                if kind not in known:
-                    known[kind] = self._cost(index, capture.entry)
-                costs.append(known[kind][0])
+                self._decoder.hidden_states({"inputs_embeds": embeddings_BTH})
+            self._entries[size] = capture.entry
+        return self._entries[size]
+
+    @contextmanager
+    def _shapes_only(self) -> Iterator[None]:
+        """Explains what layers raise that look at values."""
+        try:
+            yield
         except RuntimeError as error:
             raise UserError(
                 f"{type(self._decoder.model).__name__} cannot be planned: its layers look at "
                 "values, and a plan has "
                 f"shapes only ({str(error).splitlines()[0]})"
             ) from None
-        largest = max(largest for _, largest in known.values())
-        return BodyCost(tuple(costs), capture.entry.first_BTH.nbytes, largest)
-
-    def _kind(self, index: int) -> Any:
-        """What makes two layers compute the same."""
-        types = getattr(self._decoder.config, "layer_types", None)
-        shapes = [
-            (path, tuple(each.shape))
-            for path, each in self._decoder.segment_parameters(index).items()
-        ]
-        return types and types[index], tuple(shapes)
 
     @contextmanager
     def _one_of_each_kind(self) -> Iterator[None]:
         """Of layers that are alike only the first runs inside; the others hand on what they get."""
-        seen, replaced = set(), []
-        for index, layer in enumerate(self._decoder.layers):
-            kind = self._kind(index)
+        seen: set[Hashable] = set()
+        replaced = []
+        for layer, kind in zip(self._decoder.layers, self._kinds, strict=True):
             if kind in seen:
                 layer.forward = _hand_on
                 replaced.append(layer)
@@ -223,103 +298,28 @@ class Tracer:
             for layer in replaced:
                 del layer.forward
 
-    def _cost(self, index: int, entry: Entry) -> tuple[LayerCost, int]:
-        """Of one layer; and the bytes of the largest activation it keeps."""
-        layer, state, inputs = (
-            self._decoder.layers[index],
-            entry.into(index),
-            entry.layer_inputs[index],
-        )
+    def _training_cost(self, index: int, entry: Entry) -> LayerCost:
+        layer, inputs = self._decoder.layers[index], entry.layer_inputs[index]
         weights = self._decoder.segment_parameters(index).values()
-        with _Pass([*weights, *tree_leaves((inputs.args, inputs.kwargs))]) as run:
-            output = layer(state.detach().requires_grad_(), *inputs.args, **inputs.kwargs)
+        with CountedPass([*weights, *tree_leaves((inputs.args, inputs.kwargs))]) as run:
+            hidden_BTH = entry.into(index).detach().requires_grad_()
+            output = layer(hidden_BTH, *inputs.args, **inputs.kwargs)
             output = output[0] if isinstance(output, tuple) else output
             forward = run.flops
             output.backward(torch.empty_like(output))
-        cost = {
-            "forward": forward,
-            "backward": run.flops - forward,
-            "training_bytes": run.kept_bytes,
-        }
-        if self._valuation.enabled and index >= self._first:
-            cost |= (
-                self._exact_cost(index, entry, forward)
-                if self._exact
-                else self._ghost_cost(index, entry)
-            )
-        return LayerCost(**cost), run.largest_bytes
-
-    def _ghost_cost(self, index: int, entry: Entry) -> dict[str, int]:
-        module, inputs = self._streamer.module(index), entry.layer_inputs[index]
-        scored = [
-            each
-            for each in self._decoder.scored_linears(len(entry.layer_inputs))
-            if each.layer == index
-        ]
-        linears = {each.path: module.get_submodule(each.path) for each in scored}
-        calls: list[AttentionCall] = []
-        outgrads: dict[str, Tensor] = {}
-
-        def consume(path: str, _: Tensor, outgrad: Tensor) -> None:
-            outgrads[path] = outgrad
-
-        hidden_BTH = entry.into(index).detach().requires_grad_(index > self._first)
-        shared = [*module.parameters(), *tree_leaves((inputs.args, inputs.kwargs))]
-        with _Pass(shared, linears.values()) as tower, SignalCapture(linears, consume):
-            output_BTH = self._streamer.forward(
-                module, hidden_BTH, inputs, lambda _, call: calls.append(call)
-            )
-            forward = tower.flops
-            output_BTH.backward(torch.empty_like(output_BTH))
-        cost = {
-            "scoring_forward": forward,
-            "scoring_backward": tower.flops - forward,
-            "scoring_bytes": tower.kept_bytes,
-        }
-        if self._valuation.window and calls:
-            with torch.no_grad(), FlopCounter() as counter:
-                band_BTW = attention_band(calls[0], self._valuation.window)
-                cost["band"] = counter.total
-                for each in scored:
-                    if each.is_value and each.feeds is None:
-                        rows = (
-                            slice(None) if each.value_rows is None else slice(len(each.value_rows))
-                        )
-                        mix_band(band_BTW, outgrads[each.path][..., rows])
-            cost["mixing"] = counter.total - cost["band"]
-        return cost
-
-    def _exact_cost(self, index: int, entry: Entry, forward: int) -> dict[str, int]:
-        module, state_BTH = self._streamer.module(index), entry.into(index)
-        paths = [
-            each.path
-            for each in self._decoder.scored_parameters(
-                len(entry.layer_inputs), self._valuation.parameters
-            )
-            if each.segment == index
-        ]
-        direction = {path: torch.empty_like(module.get_parameter(path)) for path in paths}
-        inputs = entry.layer_inputs[index]
-        try:
-            with FlopCounter() as counter:
-                self._streamer.jvp(
-                    module, state_BTH, torch.empty_like(state_BTH), inputs, direction
-                )
-        except (
-            RuntimeError,
-            UserError,
-        ):  # experts and layer norms, in forward mode and without values
-            return {
-                "scoring_forward": 3 * forward
-            }  # every product, and its derivative by either factor
-        return {"scoring_forward": counter.total}
+        return LayerCost(
+            forward=forward,
+            backward=run.flops - forward,
+            kept_bytes=run.kept_bytes,
+            largest_bytes=run.largest_bytes,
+        )
 
 
 def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-class _Pass(ExitStack):
+class CountedPass(ExitStack):
     """Counts FLOPs inside, what autograd keeps, and the inputs of `held` modules; `shared` tensors
     are not counted."""
 
@@ -334,7 +334,7 @@ class _Pass(ExitStack):
         ] = {}  # the storages themselves, or their addresses would be reused
         self._counter = FlopCounter()
 
-    def __enter__(self) -> _Pass:
+    def __enter__(self) -> CountedPass:
         super().__enter__()
         for module in self._held:
             self.callback(module.register_forward_pre_hook(self._on_held).remove)

@@ -7,33 +7,9 @@ out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from alphatoken.planner.blueprint import Blueprint
-
-Op = Literal["all_gather", "reduce_scatter", "all_reduce"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """Messages of one kind. `bytes` is what a rank hands in, as DeepSpeed's communications log
-    counts them."""
-
-    about: str
-    op: Op
-    count: float
-    bytes: float
-    """Of all of them together."""
-
-    def received(self, ranks: int) -> float:
-        """Bytes that reach a rank in a ring."""
-        factor = {
-            "all_gather": ranks - 1,
-            "reduce_scatter": (ranks - 1) / ranks,
-            "all_reduce": 2 * (ranks - 1) / ranks,
-        }
-        return self.bytes * factor[self.op]
+from alphatoken.planner.costs import cost_of
+from alphatoken.planner.messages import Message, gather
 
 
 def traffic_of(blueprint: Blueprint) -> list[Message]:
@@ -43,7 +19,7 @@ def traffic_of(blueprint: Blueprint) -> list[Message]:
         return []
     messages = _engine(blueprint)
     if blueprint.depth:
-        messages += _exact(blueprint) if blueprint.exact else _ghost(blueprint)
+        messages += cost_of(blueprint.config.valuation.estimator).messages(blueprint)
         messages += [*_masters(blueprint), *_statistics(blueprint)]
     if blueprint.config.needs_reference and blueprint.config.reference.mode == "online":
         messages += _online_reference(blueprint)
@@ -93,88 +69,13 @@ def _engine(blueprint: Blueprint) -> list[Message]:
     ]
 
 
-def _gather(
-    blueprint: Blueprint, about: str, numels: list[int], width: int, times: float
-) -> Message:
-    """Slices of tensors with so many elements, of `width` bytes each, in one message."""
-    own = sum(map(blueprint.sharding.slice_of, numels)) if blueprint.sharding.stage == 3 else 0
-    return Message(about, "all_gather", times, times * own * width)
-
-
-def _reduce(blueprint: Blueprint, about: str, numels: list[int], times: float) -> Message:
-    """float32 sums over ranks, cut into slices where the weights are."""
-    sharding = blueprint.sharding
-    if sharding.stage < 3:
-        return Message(about, "all_reduce", times * len(numels), times * sum(numels) * 4)
-    return Message(
-        about,
-        "reduce_scatter",
-        times,
-        times * sum(map(sharding.slice_of, numels)) * sharding.ranks * 4,
-    )
-
-
-def _ghost(blueprint: Blueprint) -> list[Message]:
-    work, sharding, valuation = blueprint.workload, blueprint.sharding, blueprint.config.valuation
-    weight, refreshes = sharding.weight_bytes, 1 / valuation.refresh_every
-    runs = refreshes * work.held_out_batches + work.micro_batches
-    fills = 1.0 if blueprint.resident else runs  # how often scored weights are gathered
-    uses = 1.0 if blueprint.resident else work.micro_batches  # and what they contract with
-    top = [*blueprint.segment_numels("norm"), *blueprint.segment_numels("head")]
-    messages = [_gather(blueprint, "scored weights", top, weight, fills)]
-    for layer in blueprint.scored_layers:
-        linears = [linear for linear in blueprint.scored if linear.layer == layer]
-        formed = [linear.numel for linear in linears if linear.contraction == "matrix"]
-        rows = [linear for linear in linears if linear.contraction == "signals"]
-        messages.append(
-            _gather(blueprint, "scored weights", blueprint.segment_numels(layer), weight, fills)
-        )
-        if formed:
-            # Gathered from slices at every stage; below 3 they were cut all the same.
-            own = sum(map(sharding.slice_of, formed))
-            sums = refreshes * (1 if blueprint.resident else work.held_out_batches)
-            messages += [
-                Message(
-                    "held-out gradient G", "reduce_scatter", sums, sums * own * sharding.ranks * 4
-                ),
-                Message("held-out gradient G", "all_gather", uses, uses * own * weight),
-            ]
-        features = sum(linear.out_features + linear.in_features for linear in rows)
-        signals = uses * work.held_out_batches * work.held_out_responses * features * weight
-        messages.append(Message("held-out signals", "all_gather", uses * 2 * len(rows), signals))
-        if blueprint.has_drift:
-            messages.append(
-                _gather(blueprint, "drift V", [linear.numel for linear in linears], 4, uses)
-            )
-    return _merged(messages)
-
-
-def _exact(blueprint: Blueprint) -> list[Message]:
-    work, sharding, valuation = blueprint.workload, blueprint.sharding, blueprint.config.valuation
-    weight, refreshes = sharding.weight_bytes, 1 / valuation.refresh_every
-    passes = work.micro_batches
-    fills = 1.0 if blueprint.resident else refreshes + passes
-    uses = 1.0 if blueprint.resident else passes
-    messages = []
-    for segment in [*blueprint.scored_layers, "norm", "head"]:
-        messages.append(
-            _gather(blueprint, "scored weights", blueprint.segment_numels(segment), weight, fills)
-        )
-    for numels in blueprint.scored_numels.values():
-        messages.append(_reduce(blueprint, "held-out gradient G", numels, refreshes))
-        directions = numels * blueprint.directions
-        messages.append(_gather(blueprint, "directions G and V", directions, weight, uses))
-    return _merged(messages)
-
-
 def _masters(blueprint: Blueprint) -> list[Message]:
     """At stages 1 and 2 drift reads fp32 masters from the ranks that hold their parts: for V, and
     for its size."""
     if blueprint.sharding.stage not in (1, 2) or not blueprint.has_drift:
         return []
     numels = [numel for segment in blueprint.scored_numels.values() for numel in segment]
-    often = blueprint.exact or blueprint.resident
-    times = 1 + (1 if often else blueprint.workload.micro_batches)
+    times = 1 + cost_of(blueprint.config.valuation.estimator).drift_uses(blueprint)
     return [
         Message(
             "fp32 masters, for drift", "all_reduce", times * len(numels), times * sum(numels) * 4
@@ -196,7 +97,7 @@ def _online_reference(blueprint: Blueprint) -> list[Message]:
         return []
     numels = [numel for numel, _ in blueprint.numels]
     return [
-        _gather(
+        gather(
             blueprint,
             "reference weights",
             numels,
@@ -204,13 +105,3 @@ def _online_reference(blueprint: Blueprint) -> list[Message]:
             blueprint.workload.micro_batches,
         )
     ]
-
-
-def _merged(messages: list[Message]) -> list[Message]:
-    """One entry for each kind."""
-    sums: dict[tuple[str, Op], list[float]] = {}
-    for each in messages:
-        total = sums.setdefault((each.about, each.op), [0.0, 0.0])
-        total[0] += each.count
-        total[1] += each.bytes
-    return [Message(about, op, count, size) for (about, op), (count, size) in sums.items()]

@@ -1,0 +1,65 @@
+"""Every estimator of token values: the one place where an estimator registers.
+
+What configurations, scoring and plans have to know of an estimator stands in its entry. Scorer and
+cost are named as "module:name", as entry points are, and imported when they are first needed:
+reading a configuration then loads no model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from alphatoken.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """An entry of `ESTIMATORS`."""
+
+    scorer: Any
+    """Its `alphatoken.values.estimator.Scorer`: the class, or where it is."""
+    cost: Any = None
+    """Its `alphatoken.planner.costs.base.ScoringCost`: the object, or where it is; None where runs
+    with it cannot be planned."""
+    keys: tuple[str, ...] = ()
+    """Keys of section `valuation` that it reads and not every estimator does. A key that only
+    others list is refused with it, unless it has its default."""
+    is_resident: bool = True
+    """Whether `valuation.residency: auto` keeps scored weights and directions on every rank."""
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "ghost": Estimator(
+        scorer="alphatoken.values.ghost.scorer:GhostScorer",
+        cost="alphatoken.planner.costs.ghost:COST",
+        keys=("window", "contraction"),
+    ),
+    "exact": Estimator(
+        scorer="alphatoken.values.exact.scorer:ExactScorer",
+        cost="alphatoken.planner.costs.exact:COST",
+        keys=("parameters", "preconditioner"),
+        is_resident=False,
+    ),
+}
+
+
+def estimator_named(name: str) -> Estimator:
+    """The entry of an estimator. Raises UserError for an unknown name."""
+    if name not in ESTIMATORS:
+        raise UserError(f"valuation.estimator={name} is not known; known: {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
+
+
+def keys_of_some() -> list[str]:
+    """Keys of section `valuation` that some estimators read and others do not."""
+    return list(dict.fromkeys(key for each in ESTIMATORS.values() for key in each.keys))
+
+
+def resolve(reference: Any) -> Any:
+    """What "module:name" stands for; anything else is itself."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

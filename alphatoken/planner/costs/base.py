@@ -1,0 +1,44 @@
+"""What the planner asks of an estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from alphatoken.planner.blueprint import Blueprint
+from alphatoken.planner.messages import Message
+from alphatoken.planner.parts import Part
+
+
+class ScoringCost(ABC):
+    """Work, memory and messages of scoring with one estimator, on one rank."""
+
+    loaded_later_bytes: int = 0
+    """Libraries that a CPU process loads when it scores for the first time."""
+
+    @abstractmethod
+    def score_flops(self, blueprint: Blueprint) -> int:
+        """Floating-point operations of scoring one micro-batch."""
+
+    @abstractmethod
+    def refresh_flops(self, blueprint: Blueprint) -> int:
+        """Floating-point operations of forming signals from one held-out micro-batch."""
+
+    @abstractmethod
+    def steady_parts(self, blueprint: Blueprint) -> list[Part]:
+        """Memory that scoring keeps between steps, besides scored weights and Fisher."""
+
+    @abstractmethod
+    def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
+        """Memory that scoring a micro-batch adds to what training holds."""
+
+    @abstractmethod
+    def refresh_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
+        """Memory that forming the held-out signals takes; nothing of training is there."""
+
+    @abstractmethod
+    def messages(self, blueprint: Blueprint) -> list[Message]:
+        """Messages of one optimizer step: scored weights, and what they are contracted with."""
+
+    def drift_uses(self, blueprint: Blueprint) -> int:
+        """How often a step needs the drift V of every scored weight, where it is on."""
+        return 1

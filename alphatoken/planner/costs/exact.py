@@ -1,0 +1,112 @@
+"""Costs of estimator `exact`: the scored layers in dual numbers, one pass for each direction."""
+
+from __future__ import annotations
+
+import torch
+
+from alphatoken.errors import UserError
+from alphatoken.models.head import block_rows
+from alphatoken.models.scored import ParameterSet
+from alphatoken.planner.blueprint import Blueprint
+from alphatoken.planner.costs.base import ScoringCost
+from alphatoken.planner.messages import Message, gather, merged, reduce
+from alphatoken.planner.parts import FLOAT32, Part, chunk_share, logits, scored_layer
+from alphatoken.planner.tracing import FlopCounter, TracedLayer
+
+
+def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> int:
+    """Floating-point operations of one pass through a layer in dual numbers, in one direction."""
+    module, state_BTH = layer.streamer.module(layer.index), layer.state_BTH
+    scored = layer.decoder.scored_parameters(layer.depth, parameters)
+    direction = {
+        each.path: torch.empty_like(module.get_parameter(each.path))
+        for each in scored
+        if each.segment == layer.index
+    }
+    try:
+        with FlopCounter() as counter:
+            tangent_BTH = torch.empty_like(state_BTH)
+            layer.streamer.jvp(module, state_BTH, tangent_BTH, layer.inputs, direction)
+    except (RuntimeError, UserError):
+        # Experts and layer norms have no forward derivative without values. Counted are every
+        # product, and its derivative by either factor.
+        return 3 * layer.training.forward
+    return int(counter.total)
+
+
+def _directions(blueprint: Blueprint) -> int:
+    """How many directions are differentiated in."""
+    return 2 if blueprint.has_drift and blueprint.config.valuation.split_terms else 1
+
+
+class ExactCost(ScoringCost):
+    """The true first-order effect, by forward-mode differentiation."""
+
+    loaded_later_bytes = 24 * 2**20
+
+    def score_flops(self, blueprint: Blueprint) -> int:
+        parameters, rows = blueprint.config.valuation.parameters, blueprint.workload.rows
+        tower = sum(blueprint.scoring(trace_layer, parameters, rows=rows))
+        head = (3 if "head" in blueprint.scored_numels else 2) * blueprint.head_flops
+        return _directions(blueprint) * (tower + blueprint.workload.responses * head)
+
+    def refresh_flops(self, blueprint: Blueprint) -> int:
+        layers = [blueprint.held_out.layers[index] for index in blueprint.scored_layers]
+        tokens, head = blueprint.workload.held_out_responses, blueprint.decoder.head
+        # Logits of several blocks are made again.
+        again = tokens > block_rows(head.weight.shape[0])
+        products = 2 + ("head" in blueprint.scored_numels) + again
+        tower = sum(each.forward + each.backward for each in layers)
+        return blueprint.held_out.forward + tower + products * tokens * blueprint.head_flops
+
+    def steady_parts(self, blueprint: Blueprint) -> list[Part]:
+        weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)
+        scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
+        own = blueprint.sliced(scored)
+        parts = [
+            Part("slices of G", own * FLOAT32),
+            Part("slices of the directions", own * weight * directions),
+        ]
+        if blueprint.resident:
+            parts.append(Part("directions, whole", sum(scored) * weight * directions))
+        return parts
+
+    def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
+        body, directions = blueprint.body, _directions(blueprint)
+        working = int(6 * chunk_share(blueprint) * body.largest_bytes)
+        return (
+            Part("states and derivatives", (1 + 2 * directions) * body.state_bytes),
+            *scored_layer(blueprint, matrices=directions, working=working),
+        )
+
+    def refresh_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
+        work, body = blueprint.workload, blueprint.held_out
+        states = (blueprint.depth + 2) * body.state_bytes * work.held_out_batches
+        largest = max(sum(numels) for numels in blueprint.scored_numels.values())
+        kept = max(body.layers[index].kept_bytes for index in blueprint.scored_layers)
+        return (
+            Part("states", states),
+            Part("activations of one layer", kept),
+            Part("gradients of one layer", 2 * largest * FLOAT32),
+            logits(blueprint, work.held_out_responses),
+        )
+
+    def messages(self, blueprint: Blueprint) -> list[Message]:
+        weight, passes = blueprint.sharding.weight_bytes, blueprint.workload.micro_batches
+        refreshes = 1 / blueprint.config.valuation.refresh_every
+        fills = 1.0 if blueprint.resident else refreshes + passes
+        uses = 1.0 if blueprint.resident else passes
+        messages = [
+            gather(blueprint, "scored weights", blueprint.segment_numels(segment), weight, fills)
+            for segment in (*blueprint.scored_layers, "norm", "head")
+        ]
+        for numels in blueprint.scored_numels.values():
+            moved = numels * _directions(blueprint)
+            messages += [
+                reduce(blueprint, "held-out gradient G", numels, refreshes),
+                gather(blueprint, "directions G and V", moved, weight, uses),
+            ]
+        return merged(messages)
+
+
+COST = ExactCost()
