@@ -12,10 +12,9 @@ from typing import Annotated
 
 import typer
 
-from alphatoken import __version__
-from alphatoken.distributed import collectives
-from alphatoken.distributed.collectives import RemoteError
-from alphatoken.errors import UserError
+import alphatoken
+from alphatoken.distributed import process
+from alphatoken.errors import RemoteError, UserError
 
 app = typer.Typer(
     name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -28,21 +27,21 @@ def readable_errors() -> Iterator[None]:
     has to act."""
     try:
         yield
-        collectives.barrier()
+        process.barrier()
     except (UserError, RemoteError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
             time.sleep(2)
-        collectives.end_process(2)
+        process.end_process(2)
     else:
-        collectives.end_process(0)
+        process.end_process(0)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"alphatoken {__version__}")
+        typer.echo(f"alphatoken {alphatoken.__version__}")
         raise typer.Exit
 
 
@@ -138,14 +137,18 @@ def plan(
     from alphatoken.config.file import load_config
     from alphatoken.config.preference import PreferenceRunConfig
     from alphatoken.config.run import RunConfig
-    from alphatoken.data.splits import load_splits
-    from alphatoken.models.loading import load_tokenizer
+
+    run = load_config(RunConfig, config, overrides or [], {"preference": PreferenceRunConfig})
+
+    # After the configuration is read: these load torch and transformers, which take seconds.
     from alphatoken.planner.plan import make_plan
     from alphatoken.planner.show import as_values, print_plan
     from alphatoken.planner.workload import Rows, longest_rows, rows_of
 
-    run = load_config(RunConfig, config, overrides or [], {"preference": PreferenceRunConfig})
     if from_data:
+        from alphatoken.data.splits import load_splits
+        from alphatoken.models.loading import load_tokenizer
+
         if row_tokens is not None or response_share != 1.0:
             raise UserError(
                 "--from-data takes lengths from data.train: leave out --row-tokens and "
@@ -185,7 +188,7 @@ def doctor(
     """
     from alphatoken.doctor.examination import examine
 
-    collectives.end_process(examine(config, overrides or [], as_json, patience))
+    process.end_process(examine(config, overrides or [], as_json, patience))
 
 
 def main() -> None:

@@ -11,3 +11,7 @@ class UserError(ValueError):
 class NonFiniteError(UserError):
     """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and
     linears."""
+
+
+class RemoteError(RuntimeError):
+    """Another rank failed; the message is its own."""

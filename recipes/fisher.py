@@ -11,17 +11,20 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
-from alphatoken.stability.estimate import run_fisher
 
 
 def main() -> None:
     with readable_errors():
         description = "The diagonal Fisher of the model a run will start from."
-        run_fisher(
-            parse_arguments(
-                RunConfig, description, with_section={"preference": PreferenceRunConfig}
-            )
+        config = parse_arguments(
+            RunConfig, description, with_section={"preference": PreferenceRunConfig}
         )
+
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
+        # not wait for them.
+        from alphatoken.stability.estimate import run_fisher
+
+        run_fisher(config)
 
 
 if __name__ == "__main__":

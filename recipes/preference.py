@@ -10,9 +10,6 @@ DeepSpeed.
 from alphatoken.cli import readable_errors
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
-from alphatoken.objectives.preference import PreferenceObjective
-from alphatoken.training.setup import build_run
-from alphatoken.training.trainer import Trainer
 
 
 def main() -> None:
@@ -21,6 +18,13 @@ def main() -> None:
             "Preference optimization on the valuable tokens of pairs of responses, under DeepSpeed."
         )
         config = parse_arguments(PreferenceRunConfig, description)
+
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
+        # not wait for them.
+        from alphatoken.objectives.preference import PreferenceObjective
+        from alphatoken.training.setup import build_run
+        from alphatoken.training.trainer import Trainer
+
         Trainer(build_run(config, PreferenceObjective(config.preference))).train()
 
 

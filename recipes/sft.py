@@ -8,9 +8,6 @@
 from alphatoken.cli import readable_errors
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.run import RunConfig
-from alphatoken.objectives.supervised import SupervisedObjective
-from alphatoken.training.setup import build_run
-from alphatoken.training.trainer import Trainer
 
 
 def main() -> None:
@@ -18,6 +15,13 @@ def main() -> None:
         config = parse_arguments(
             RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed."
         )
+
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
+        # not wait for them.
+        from alphatoken.objectives.supervised import SupervisedObjective
+        from alphatoken.training.setup import build_run
+        from alphatoken.training.trainer import Trainer
+
         Trainer(build_run(config, SupervisedObjective())).train()
 
 

@@ -29,14 +29,13 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
-from alphatoken.distributed import collectives
-from alphatoken.distributed.collectives import RemoteError
+from alphatoken.distributed import collectives, process
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.doctor import storage
 from alphatoken.doctor.examination import Examination
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival
-from alphatoken.errors import UserError
+from alphatoken.errors import RemoteError, UserError
 from alphatoken.models import head
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.objectives.preference import PreferenceObjective
@@ -533,4 +532,4 @@ def run(case: str, folder: Path) -> None:
     result = globals()[case](folder, **arguments)
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
     collectives.barrier()
-    collectives.end_process(0)
+    process.end_process(0)

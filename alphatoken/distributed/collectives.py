@@ -8,68 +8,34 @@ ranks.
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from alphatoken.distributed.process import barrier as barrier
+from alphatoken.distributed.process import running_comm
+from alphatoken.errors import RemoteError
+
 T = TypeVar("T")
 
 
-def _comm() -> ModuleType | None:
-    # Without DeepSpeed (a notebook calling score_tokens) there is one process; importing it
-    # would cost seconds.
-    comm = sys.modules.get("deepspeed.comm")
-    return comm if comm is not None and comm.is_initialized() else None
-
-
 def rank() -> int:
-    comm = _comm()
+    comm = running_comm()
     return int(comm.get_rank()) if comm else 0
 
 
 def world_size() -> int:
-    comm = _comm()
+    comm = running_comm()
     return int(comm.get_world_size()) if comm else 1
-
-
-def barrier() -> None:
-    """Every rank waits for every other; no data."""
-    comm = _comm()
-    if comm:
-        comm.barrier()
-
-
-def end_process(status: int) -> None:
-    """Ends a rank, which must have no communication under way. Without ranks it is `sys.exit`, or
-    nothing for status 0.
-
-    A rank's interpreter is not taken down. Gloo's workers drop the tensors of a finished message a
-    moment after whoever waited for it goes on, and need the interpreter for that: where it is going
-    down, they abort the process.
-    """
-    comm = _comm()
-    if not comm:
-        if status:
-            sys.exit(status)
-        return
-    comm.destroy_process_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it
     per rank."""
-    comm = _comm()
+    comm = running_comm()
     if comm:
         comm.all_reduce(tensor)
     return tensor
@@ -83,7 +49,7 @@ MESSAGE_BYTES = 2**24
 def gather_equal(shard: Tensor) -> Tensor:
     """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n
     elements per rank."""
-    comm = _comm()
+    comm = running_comm()
     if not comm:
         return shard[None]
     ranks, limit = world_size(), MESSAGE_BYTES // shard.element_size()
@@ -98,7 +64,7 @@ def gather_equal(shard: Tensor) -> Tensor:
 
 def _gather_message(shard: Tensor) -> Tensor:
     out = shard.new_empty(world_size() * shard.numel())
-    _comm().all_gather_into_tensor(out, shard.contiguous())  # type: ignore[union-attr]
+    running_comm().all_gather_into_tensor(out, shard.contiguous())  # type: ignore[union-attr]
     return out.view(world_size(), -1)
 
 
@@ -135,7 +101,7 @@ def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
     packed = (
         torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
     )  # a lone large matrix is not copied
-    comm = _comm()
+    comm = running_comm()
     if comm:
         own = torch.empty(packed.shape[1], dtype=packed.dtype, device=packed.device)
         comm.reduce_scatter_tensor(own, packed.flatten())
@@ -162,7 +128,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def gather_objects(value: T) -> list[T]:
     """Every rank ends with every rank's (small, picklable) object, in rank order."""
-    comm = _comm()
+    comm = running_comm()
     if not comm:
         return [value]
     values: list[T] = [value] * world_size()
@@ -195,7 +161,3 @@ def on_rank_0(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0; every rank ends with its (small, picklable) result, or raises if it
     raised."""
     return gather_objects(agree(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
-
-
-class RemoteError(RuntimeError):
-    """Another rank failed; the message is its own."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
-from alphatoken.data.cache import TokenDataset
 from alphatoken.errors import UserError
 from alphatoken.selection.step import selections_at
+
+if TYPE_CHECKING:  # it reads data with libraries that a plan without data need not load
+    from alphatoken.data.cache import TokenDataset
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""What a rank's process needs before torch is loaded: a command may end before there are any
+ranks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from types import ModuleType
+
+
+def running_comm() -> ModuleType | None:
+    """DeepSpeed's communication where a process group runs; None in a single process."""
+    # Without DeepSpeed (a notebook calling score_tokens) there is one process; importing it
+    # would cost seconds.
+    comm = sys.modules.get("deepspeed.comm")
+    return comm if comm is not None and comm.is_initialized() else None
+
+
+def barrier() -> None:
+    """Every rank waits for every other; no data."""
+    comm = running_comm()
+    if comm:
+        comm.barrier()
+
+
+def end_process(status: int) -> None:
+    """Ends a rank, which must have no communication under way. Without ranks it is `sys.exit`, or
+    nothing for status 0.
+
+    A rank's interpreter is not taken down. Gloo's workers drop the tensors of a finished message a
+    moment after whoever waited for it goes on, and need the interpreter for that: where it is going
+    down, they abort the process.
+    """
+    comm = running_comm()
+    if not comm:
+        if status:
+            sys.exit(status)
+        return
+    comm.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
