@@ -120,7 +120,7 @@ class Blueprint:
 
     def segment_numels(self, segment: int | str) -> list[int]:
         """Elements of each parameter of a layer, the norm or the head."""
-        return [each.numel() for each in self.decoder.segment_parameters(stage).values()]  # type: ignore[arg-type]
+        return [each.numel() for each in self.decoder.segment_parameters(segment).values()]  # type: ignore[arg-type]
 
     @property
     def scored_layers(self) -> range:
