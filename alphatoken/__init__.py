@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from alphatoken.errors import UserError
     from alphatoken.values.algebra import TokenValues
     from alphatoken.values.api import score_tokens
+    from alphatoken.values.registry import register_estimator
 
     __version__: str
 
@@ -19,6 +20,7 @@ __all__ = [
     "UserError",
     "ValuationConfig",
     "load_fisher",
+    "register_estimator",
     "score_tokens",
 ]
 
@@ -29,6 +31,7 @@ _HOMES = {
     "UserError": "alphatoken.errors",
     "ValuationConfig": "alphatoken.config.sections",
     "load_fisher": "alphatoken.distributed.shard_files",
+    "register_estimator": "alphatoken.values.registry",
     "score_tokens": "alphatoken.values.api",
 }
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.models.decoder import decoder_of
+from alphatoken.values.registry import valuation_notes
 from tests.oracle import Scored, Sequences, relative_error, token_values
 from tests.tiny import (
     CASES,
@@ -209,4 +210,5 @@ def test_lora_scores_the_adapters(name: str, wrapped: bool) -> None:
     ],
 )
 def test_what_valuation_leaves_out_is_said(name: str, expected: list[str]) -> None:
-    assert decoder_of(CASES[name].build()).left_out(3, "linears", "ghost") == expected
+    decoder = decoder_of(CASES[name].build())
+    assert valuation_notes(decoder, ValuationConfig(layers=3)) == expected

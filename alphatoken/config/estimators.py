@@ -8,10 +8,11 @@ reading a configuration then loads no model library.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from alphatoken.errors import UserError
+from alphatoken.config.choices import OneOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +46,17 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def estimator_named(name: str) -> Estimator:
-    """The entry of an estimator. Raises UserError for an unknown name."""
-    if name not in ESTIMATORS:
-        raise UserError(f"valuation.estimator={name} is not known; known: {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[name]
+EstimatorName = Annotated[str, OneOf(ESTIMATORS)]
 
 
 def keys_of_some() -> list[str]:
     """Keys of section `valuation` that some estimators read and others do not."""
     return list(dict.fromkeys(key for each in ESTIMATORS.values() for key in each.keys))
+
+
+def readers_of(keys: Collection[str]) -> list[str]:
+    """Estimators that read some of these keys."""
+    return [name for name, each in ESTIMATORS.items() if not set(keys).isdisjoint(each.keys)]
 
 
 def resolve(reference: Any) -> Any:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from alphatoken.config.estimators import ESTIMATORS, EstimatorName, keys_of_some, readers_of
 from alphatoken.config.policies import PolicyName
 
 # Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read
@@ -149,7 +150,7 @@ class ValuationConfig(Section):
     enabled: bool = Field(
         True, description="Value tokens and train on the valuable ones; false is plain fine-tuning."
     )
-    estimator: Literal["ghost", "exact"] = Field(
+    estimator: EstimatorName = Field(
         "ghost",
         description="How values are estimated: the paper's contractions, or the true "
         "first-order effect of "
@@ -237,23 +238,20 @@ class ValuationConfig(Section):
     @property
     def is_resident(self) -> bool:
         return self.residency == "resident" or (
-            self.residency == "auto" and self.estimator == "ghost"
+            self.residency == "auto" and ESTIMATORS[self.estimator].is_resident
         )
 
     @model_validator(mode="after")
     def _estimator_reads_its_keys(self) -> ValuationConfig:
-        foreign = (
-            ("parameters", "preconditioner")
-            if self.estimator == "ghost"
-            else ("window", "contraction")
-        )
-        other = "exact" if self.estimator == "ghost" else "ghost"
+        own = ESTIMATORS[self.estimator].keys
+        foreign = [key for key in keys_of_some() if key not in own]
         defaults = {key: type(self).model_fields[key].default for key in foreign}
         wrong = [key for key in foreign if getattr(self, key) != defaults[key]]
         if wrong:
             settings = " and ".join(f"{key}={getattr(self, key)}" for key in wrong)
             raise ValueError(
-                f"{settings}: only valuation.estimator={other} reads this; with {self.estimator} "
+                f"{settings}: only valuation.estimator={' or '.join(readers_of(wrong))} reads "
+                f"this; with {self.estimator} "
                 "leave it out (or at "
                 f"{', '.join(f'{key}={defaults[key]}' for key in wrong)})"
             )

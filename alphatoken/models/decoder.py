@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -157,10 +157,8 @@ class Decoder:
             if scored.kind != "other" or scored.name in also
         }
 
-    def left_out(
-        self, depth: int, chosen: ParameterSet, estimator: Literal["ghost", "exact"]
-    ) -> list[str]:
-        """What valuation does not see in the last `depth` layers, a sentence each."""
+    def left_out(self, depth: int, chosen: ParameterSet) -> list[str]:
+        """What no estimator sees in the last `depth` layers, a sentence each."""
         first = len(self.layers) - depth
         paths = {
             index: dict(self.layers[index].named_modules())
@@ -176,14 +174,6 @@ class Decoder:
             notes.append(
                 f"{' and '.join(unscored)} of the scored layers are trained but not scored"
             )
-        no_attention = [
-            index
-            for index, layer in paths.items()
-            if self.architecture.value_projection not in layer
-        ]
-        if no_attention and estimator == "ghost":
-            layers = ", ".join(map(str, no_attention))
-            notes.append(f"no causal term from layers without an attention matrix: {layers}")
         others = [
             scored.path
             for scored in self.scored_parameters(depth, chosen)

@@ -1,4 +1,4 @@
 """What a run will need before it starts: memory, messages and FLOPs.
 
-A new estimator brings its costs along; see docs/extending.md.
+A new estimator brings its costs along, as `costs.base.ScoringCost`; see docs/extending.md.
 """

@@ -26,7 +26,6 @@ from alphatoken.models.loading import (
     load_model,
     load_tokenizer,
 )
-from alphatoken.models.scored import scored_depth
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
@@ -36,7 +35,7 @@ from alphatoken.stability.of_run import build_drift, check_files
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.files import fingerprint
 from alphatoken.util.stopwatch import Stopwatch
-from alphatoken.values.registry import build_scorer
+from alphatoken.values.registry import build_scorer, valuation_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +106,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     notes: list[str] = []
     drift, adam_scale = None, None
     if config.valuation.enabled:
-        depth = scored_depth(config.valuation.layers, len(decoder.layers))
-        notes += decoder.left_out(depth, config.valuation.parameters, config.valuation.estimator)
+        notes += valuation_notes(decoder, config.valuation)
         drift = _build_drift(config, decoder, tokenizer, prompts, device, notes)
         if config.valuation.preconditioner == "adam":
             adam_scale = AdamScale(engine=engine, optim=config.optim, device=device)

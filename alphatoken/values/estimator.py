@@ -4,17 +4,22 @@ values a batch."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
 from alphatoken.models.decoder import Decoder
 from alphatoken.passes.capture import Entry, EntryCapture
+from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TokenValues
 from alphatoken.values.balance import RunningScales
+
+SliceScale = Callable[[nn.Parameter], Tensor | float]
+"""What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,29 @@ class Scorer(ABC):
         self.decoder = decoder
         self.config = config
         self.scales = RunningScales()
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls,
+        decoder: Decoder,
+        config: ValuationConfig,
+        device: torch.device,
+        *,
+        drift: Drift | None,
+        adam_scale: SliceScale | None,
+    ) -> Scorer:
+        """Makes the scorer of a configuration; every rank must call it.
+
+        `drift` is None where stability counts nothing. `adam_scale` is what the run's optimizer
+        multiplies gradients by, where there is one. Raises UserError for what the estimator cannot
+        do.
+        """
+
+    @classmethod
+    def notes(cls, decoder: Decoder, config: ValuationConfig) -> list[str]:
+        """What this estimator does not see of the scored layers, a sentence each, for the log."""
+        return []
 
     @property
     def part_weights(self) -> tuple[float, float]:

@@ -10,7 +10,7 @@ Shape legend: B sequences, T positions, R response positions, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -28,12 +28,9 @@ from alphatoken.passes.chunks import Chunk, chunks_of
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TERMS, TokenValues
-from alphatoken.values.estimator import Scorer, Scores
+from alphatoken.values.estimator import Scorer, Scores, SliceScale
 from alphatoken.values.exact.directions import Direction, DirectionSlices
 from alphatoken.values.exact.gradient import ValidationGradient
-
-SliceScale = Callable[[nn.Parameter], Tensor | float]
-"""What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,18 @@ class ExactScorer(Scorer):
         self._kept: dict[Segment, list[Direction]] = {}
         """Whole, where everything is resident."""
         self._nonfinite = torch.zeros(len(self._segments), dtype=torch.bool, device=device)
+
+    @classmethod
+    def build(
+        cls,
+        decoder: Decoder,
+        config: ValuationConfig,
+        device: torch.device,
+        *,
+        drift: Drift | None,
+        adam_scale: SliceScale | None,
+    ) -> ExactScorer:
+        return cls(decoder, config, device, drift, adam_scale)
 
     @property
     def _splits(self) -> bool:

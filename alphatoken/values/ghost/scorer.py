@@ -19,7 +19,7 @@ from alphatoken.models.scored import ScoredLinear, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
-from alphatoken.values.estimator import Scorer, Scores
+from alphatoken.values.estimator import Scorer, Scores, SliceScale
 from alphatoken.values.ghost.contract import Products, TermSums
 from alphatoken.values.ghost.held_out import HeldOutSignals
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
@@ -51,6 +51,32 @@ class GhostScorer(Scorer):
         it is in memory."""
         self._places = {name: place for place, name in enumerate(linears)}
         self._nonfinite = torch.zeros(len(linears), dtype=torch.bool, device=device)
+
+    @classmethod
+    def build(
+        cls,
+        decoder: Decoder,
+        config: ValuationConfig,
+        device: torch.device,
+        *,
+        drift: Drift | None,
+        adam_scale: SliceScale | None,
+    ) -> GhostScorer:
+        return cls(decoder, config, device, drift)
+
+    @classmethod
+    def notes(cls, decoder: Decoder, config: ValuationConfig) -> list[str]:
+        depth = scored_depth(config.layers, len(decoder.layers))
+        without = [
+            index
+            for index in range(len(decoder.layers) - depth, len(decoder.layers))
+            if decoder.architecture.value_projection
+            not in dict(decoder.layers[index].named_modules())
+        ]
+        if not without:
+            return []
+        layers = ", ".join(map(str, without))
+        return [f"no causal term from layers without an attention matrix: {layers}"]
 
     def capture(self) -> EntryCapture:
         return self.tower.capture()
