@@ -29,8 +29,10 @@ from alphatoken.data import batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import read_splits
-from alphatoken.doctor import masks, ranks, refusals, rows, storage
+from alphatoken.doctor import comparing, masks, measuring, refusals, rows, storage
+from alphatoken.doctor.facts import Facts
 from alphatoken.doctor.findings import Finding
+from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
 from tests.ranks import ROOT, free_port, rank_environment, run_ranks
@@ -399,7 +401,7 @@ def test_cut_responses_are_counted_apart(
 # What ranks have gathered.
 
 
-def alike(count: int) -> list[ranks.Facts]:
+def alike(count: int) -> list[Facts]:
     """Two ranks a node."""
     versions = {
         "python": "3.11.1",
@@ -408,48 +410,51 @@ def alike(count: int) -> list[ranks.Facts]:
         "transformers": "5.23.0",
     }
     same = {**versions, "alphatoken": "0.1.0"}, {"a.py": "0" * 64}, {"optim.lr": 1}
-    return [ranks.Facts(f"node-{rank // 2}", "cuda", 2, 2**30, *same) for rank in range(count)]
+    return [Facts(f"node-{rank // 2}", "cuda", 2, 2**30, *same) for rank in range(count)]
 
 
 def test_other_versions_and_code_are_named_with_their_nodes() -> None:
     facts, wanted = alike(6), {"torch": SpecifierSet(">=2.11")}
-    assert ranks.compare_versions(facts, wanted).outcome == "ok"
+    assert comparing.compare_versions(facts, wanted).outcome == "ok"
     other = {**facts[2].versions, "torch": "2.9.1"}
     facts[2:4] = [
         replace(each, versions=other, code={"a.py": "1" * 64, "b.py": "2" * 64})
         for each in facts[2:4]
     ]
-    found = ranks.compare_versions(facts, wanted)
+    found = comparing.compare_versions(facts, wanted)
     assert found.nodes == ("node-1",)
     assert "node-1 (ranks 2, 3): torch 2.9.1, elsewhere 2.13.0" in found.found
     assert "node-1 (ranks 2, 3): torch 2.9.1 is outside >=2.11" in found.found
-    found = ranks.compare_code(facts)
+    found = comparing.compare_code(facts)
     assert found.found == (
         "node-1 (ranks 2, 3): file a.py is 111111111111, elsewhere 000000000000; "
         "file b.py is 222222222222, elsewhere missing"
     )
     assert (
-        ranks.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found
+        comparing.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found
         == "nosuch is not installed"
     )
 
 
 def test_devices_and_ranks() -> None:
     assert (
-        ranks.compare_accelerators(alike(4)).found == "cuda, 1 GiB each, 2 ranks on each of 2 nodes"
+        comparing.compare_accelerators(alike(4)).found
+        == "cuda, 1 GiB each, 2 ranks on each of 2 nodes"
     )
-    idle = ranks.compare_accelerators(alike(3))
+    idle = comparing.compare_accelerators(alike(3))
     assert (idle.outcome, idle.nodes) == ("warning", ("node-1",))
     mixed = [*alike(2), replace(alike(1)[0], node="node-9", accelerator="cpu")]
     assert (
         "node-9 (rank 2): accelerator cpu, elsewhere cuda"
-        in ranks.compare_accelerators(mixed).found
+        in comparing.compare_accelerators(mixed).found
     )
     nodes = ["node-0", "node-1"]
-    assert ranks.judge_all_reduce([(100, 0.1, 2.0), (100, 0.1, 3.0)], nodes).nodes == ("node-1",)
-    assert "200 bytes/s" in ranks.judge_all_reduce([(100, 0.5, 2.0), (100, 0.1, 2.0)], nodes).found
-    assert ranks.judge_dtype("bfloat16", [1.0, 30.0], nodes).outcome == "warning"
-    assert ranks.check_dtype("bfloat16", torch.device("cpu")) > 0
+    wrong = [AllReduce(bytes=100, seconds=0.1, total=total) for total in (2.0, 3.0)]
+    assert measuring.judge_all_reduce(wrong, nodes).nodes == ("node-1",)
+    right = [AllReduce(bytes=100, seconds=seconds, total=2.0) for seconds in (0.5, 0.1)]
+    assert "200 bytes/s" in measuring.judge_all_reduce(right, nodes).found
+    assert measuring.judge_dtype("bfloat16", [1.0, 30.0], nodes).outcome == "warning"
+    assert measuring.check_dtype("bfloat16", torch.device("cpu")) > 0
 
 
 def test_room_for_checkpoints(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

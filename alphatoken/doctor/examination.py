@@ -20,7 +20,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.splits import Splits, read_splits
 from alphatoken.distributed import collectives
 from alphatoken.distributed.ranks import device_memory, initialise_ranks, visible_devices
-from alphatoken.doctor import masks, ranks, refusals, rows, storage
+from alphatoken.doctor import comparing, facts, masks, measuring, refusals, rows, storage
 from alphatoken.doctor.findings import Finding, on_every_rank, skipped, verdict
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival, deadline, meet
@@ -39,7 +39,10 @@ def examine(file: Path, overrides: Sequence[str], as_json: bool, patience: float
     output = Output(as_json, is_first=os.environ.get("RANK", "0") == "0")
     accelerator, devices = visible_devices()
     arrival = Arrival(
-        ranks.this_node(), int(os.environ.get("LOCAL_RANK") or 0), accelerator, devices
+        node=facts.this_node(),
+        local_rank=int(os.environ.get("LOCAL_RANK") or 0),
+        accelerator=accelerator,
+        devices=devices,
     )
     meeting = meet(arrival, os.environ, patience)
     if meeting.failure is not None:
@@ -97,7 +100,7 @@ class Examination:
                 self._device = initialise_ranks()
                 self.nodes = collectives.gather_objects(self._arrival.node)
                 moment = "the first all-reduce"
-                measured = collectives.gather_objects(ranks.measure_all_reduce(self._device))
+                measured = collectives.gather_objects(measuring.measure_all_reduce(self._device))
             except (RuntimeError, OSError) as error:
                 give_up(str(error).splitlines()[0])
         found = "a single rank"
@@ -109,7 +112,7 @@ class Examination:
             found = f"{met} {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.findings += [
             Finding("rendezvous", "ok", found),
-            ranks.judge_all_reduce(measured, self.nodes),
+            measuring.judge_all_reduce(measured, self.nodes),
         ]
 
     def run(self) -> None:
@@ -120,12 +123,12 @@ class Examination:
             self._skip("a configuration", "all others")
             return
         dtype = config.model.dtype
-        judge = partial(ranks.judge_dtype, dtype)
-        self._compare("dtype", lambda: ranks.check_dtype(dtype, self._device), judge)
+        judge = partial(measuring.judge_dtype, dtype)
+        self._compare("dtype", lambda: measuring.check_dtype(dtype, self._device), judge)
         self._compare(
             "model files",
-            lambda: ranks.model_listing(config.model.name_or_path),
-            ranks.compare_model_files,
+            lambda: facts.model_listing(config.model.name_or_path),
+            comparing.compare_model_files,
         )
         self._everywhere("batches", lambda: refusals.batches(config, len(self.nodes)))
         shapes = self._everywhere(
@@ -169,18 +172,18 @@ class Examination:
         sections = {"preference": PreferenceRunConfig}
         read = on_every_rank(lambda: load_config(RunConfig, self._file, self._overrides, sections))
         values = {} if read.own is None else flat(read.own.model_dump(mode="json"))
-        facts = ranks.facts(self._arrival, device_memory(self._device), values)
-        everyone = collectives.gather_objects(facts)
+        own_facts = facts.gather_facts(self._arrival, device_memory(self._device), values)
+        everyone = collectives.gather_objects(own_facts)
         self.findings += [
-            ranks.compare_versions(everyone, ranks.requirements()),
-            ranks.compare_code(everyone),
-            ranks.compare_accelerators(everyone),
+            comparing.compare_versions(everyone, facts.requirements()),
+            comparing.compare_code(everyone),
+            comparing.compare_accelerators(everyone),
         ]
         if not read.everywhere:
             fix = f"correct {self._file} and the overrides on the command line"
             self.findings.append(verdict("configuration", read, self.nodes, "", fix))
             return None
-        self.findings.append(ranks.compare_configs(everyone))
+        self.findings.append(comparing.compare_configs(everyone))
         return read.own
 
     def _check_folders(self, config: RunConfig) -> None:
@@ -216,7 +219,9 @@ class Examination:
             for name, part in read.own.named().items()
             for source in part.reports
         ]
-        finding = ranks.compare_data(collectives.gather_objects(identities), self.nodes, reports)
+        finding = comparing.compare_data(
+            collectives.gather_objects(identities), self.nodes, reports
+        )
         self.findings.append(finding)
         return read.own if finding.outcome == "ok" else None
 

@@ -48,6 +48,11 @@ class Conversation:
     def is_trained(self, index: int) -> bool:
         return index >= self.answered_from and self.messages[index]["role"] == "assistant"
 
+    def speaker(self, index: int) -> str:
+        """Whose text a message is, in reports."""
+        role: str = self.messages[index]["role"]
+        return role if index >= self.answered_from else "prompt"
+
 
 @dataclass(frozen=True)
 class Account:
@@ -68,8 +73,11 @@ class Account:
 
 
 def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conversation]:
-    """Of the first usable rows of every training source, both answers of a pair. Raises UserError
-    for bad rows."""
+    """Reads the first usable rows of every training source, about `limit` in all, both answers of a
+    pair.
+
+    Raises UserError for bad rows.
+    """
     share = max(1, limit // len(config.data.train))
     pairs = isinstance(config, PreferenceRunConfig)
     of_sources = (
@@ -110,14 +118,58 @@ def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
     raise refused
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the messages and the tokens of a conversation lie in the template's text."""
+
+    conversation: Conversation
+    text: str
+    spans: list[tuple[int, int]]
+    """First and last character of each message's content."""
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """First and last character of each token."""
+    mask: list[bool]
+    """Which tokens are trained."""
+
+
 def account(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
 ) -> Account | None:
-    """Of the mask that `encoder` gives a conversation. None where messages cannot be found in the
-    template's text.
+    """Checks the mask that `encoder` gives a conversation. None where messages cannot be found in
+    the template's text.
 
     Raises UserError where the conversation cannot be encoded.
     """
+    layout = _lay_out(tokenizer, encoder, conversation)
+    if layout is None:
+        return None
+    allowed = _template_text_of_answers(layout, tokenizer, encoder)
+    foreign, lacking = [], []
+    for place, trained in enumerate(layout.mask):
+        owner = _owner(layout.offsets[place], layout.spans)
+        if owner is None:
+            is_foreign = trained and place not in allowed
+            if is_foreign and tokenizer.decode([layout.ids[place]]).strip():
+                foreign.append((place, "template"))
+        elif trained and not conversation.is_trained(owner):
+            foreign.append((place, conversation.speaker(owner)))
+        elif not trained and conversation.is_trained(owner):
+            # A first token that the tokenizer has fused with what precedes it is not the
+            # answer's own.
+            is_own = layout.offsets[place][0] >= layout.spans[owner][0]
+            lacking += [(place, "assistant")] * is_own
+    return Account(
+        foreign=_runs(tokenizer, layout.ids, foreign),
+        lacking=_runs(tokenizer, layout.ids, lacking),
+        shown=_marked(tokenizer, layout.ids, layout.mask),
+    )
+
+
+def _lay_out(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
+) -> _Layout | None:
+    """Finds messages and tokens in the template's text; None where that is not possible."""
     messages, first = conversation.messages, conversation.answered_from
     if first:
         ids, mask = encoder.encode_answer(messages[:first], messages[first:], conversation.where)
@@ -128,33 +180,13 @@ def account(
         text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True
     )
     offsets = list(encoding["offset_mapping"])
-    offsets += [(len(text), len(text))] * (
-        len(ids) - len(offsets)
-    )  # the EOS that a row without template gets
+    # The EOS that a row without template gets stands behind the text.
+    offsets += [(len(text), len(text))] * (len(ids) - len(offsets))
     spans = _spans(tokenizer, messages, text)
     if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
         return None
-    owners = [_owner(offset, spans) for offset in offsets]
-    allowed = _template_text_of_answers(tokenizer, encoder, conversation, text, ids, offsets, spans)
-    foreign, lacking = [], []
-    for place, (trained, owner) in enumerate(zip(mask, owners, strict=True)):
-        if trained and owner is not None and not conversation.is_trained(owner):
-            foreign.append((place, messages[owner]["role"] if owner >= first else "prompt"))
-        elif (
-            trained
-            and owner is None
-            and place not in allowed
-            and tokenizer.decode([ids[place]]).strip()
-        ):
-            foreign.append((place, "template"))
-        elif not trained and owner is not None and conversation.is_trained(owner):
-            # A first token that the tokenizer has fused with what precedes it is not the
-            # answer's own.
-            lacking += [(place, "assistant")] * (offsets[place][0] >= spans[owner][0])
-    return Account(
-        _runs(tokenizer, ids, foreign),
-        _runs(tokenizer, ids, lacking),
-        _marked(tokenizer, ids, mask),
+    return _Layout(
+        conversation=conversation, text=text, spans=spans, ids=ids, offsets=offsets, mask=mask
     )
 
 
@@ -272,40 +304,40 @@ def _owner(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int | N
 
 
 def _template_text_of_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    conversation: Conversation,
-    text: str,
-    ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    spans: Sequence[tuple[int, int]],
+    layout: _Layout, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> set[int]:
-    """Places of what the template says for the assistant: behind what asks for an answer, and up to
-    the end of turn."""
-    marks = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    """Places of tokens that the template says for the assistant: behind what asks for an answer,
+    and up to the end of turn."""
+    ends_of_turn = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     allowed = set[int]()
-    for index in range(len(spans)):
-        if not conversation.is_trained(index):
+    for index, (_, end) in enumerate(layout.spans):
+        if not layout.conversation.is_trained(index):
             continue
-        start, end = spans[index]
-        asked = (
-            encoder.prompt_text(conversation.messages[:index], conversation.where)
-            if index
-            else None
-        )
-        if asked is not None and text.startswith(asked):
-            allowed |= {
-                place
-                for place, (left, right) in enumerate(offsets)
-                if len(asked) <= left < right <= start
-            }
-        limit = spans[index + 1][0] if index + 1 < len(spans) else len(text) + 1
-        for place, (left, _) in enumerate(offsets):
+        allowed |= _opening(layout, encoder, index)
+        is_last = index + 1 == len(layout.spans)
+        limit = len(layout.text) + 1 if is_last else layout.spans[index + 1][0]
+        for place, (left, _) in enumerate(layout.offsets):
             if end <= left < limit:
                 allowed.add(place)
-                if ids[place] in marks:
+                if layout.ids[place] in ends_of_turn:
                     break
     return allowed
+
+
+def _opening(layout: _Layout, encoder: Encoder, index: int) -> set[int]:
+    """Places of the template's tokens between what asks for message `index` and its content."""
+    if index == 0:
+        return set()
+    conversation = layout.conversation
+    asked = encoder.prompt_text(conversation.messages[:index], conversation.where)
+    if not layout.text.startswith(asked):
+        return set()
+    start, _ = layout.spans[index]
+    return {
+        place
+        for place, (left, right) in enumerate(layout.offsets)
+        if len(asked) <= left < right <= start
+    }
 
 
 def _runs(
