@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alphatoken.checkpoints.files import (
     SHARDS,
@@ -23,6 +23,17 @@ from alphatoken.errors import UserError
 
 
 @dataclass(frozen=True)
+class Note:
+    """A line about the checkpoint a run continues from."""
+
+    text: str
+    severity: Literal["info", "warning"] = "info"
+
+    def __str__(self) -> str:
+        return f"warning: {self.text}" if self.severity == "warning" else self.text
+
+
+@dataclass(frozen=True)
 class Continuation:
     """A checkpoint to go on from."""
 
@@ -30,7 +41,7 @@ class Continuation:
     step: int
     universal: bool
     """Whether it has to be converted, as another number of ranks wrote it."""
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     """What the user should know about it."""
 
 
@@ -66,13 +77,13 @@ def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
                 "train.resume=auto"
             )
         return None
-    notes: list[str] = []
+    notes: list[Note] = []
     found = _newest_complete(folder.checkpoints, notes) if resume == "auto" else Path(resume)
     if found is None:
         if notes:
             raise UserError(
                 "train.resume=auto finds no usable checkpoint, but some that are not; remove "
-                "them to start anew:\n  " + "\n  ".join(notes)
+                "them to start anew:\n  " + "\n  ".join(map(str, notes))
             )
         return None
     checkpoint: Path = found.with_name(found.name.removesuffix(UNIVERSAL))
@@ -85,20 +96,23 @@ def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
     written_by = description["world_size"]
     moved = written_by != ranks and any(checkpoint.glob(SHARDS))
     if moved:
-        notes.append(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
+        notes.append(
+            Note(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
+        )
     return Continuation(checkpoint, description["step"], moved, tuple(notes))
 
 
-def _newest_complete(checkpoints: Path, notes: list[str]) -> Path | None:
+def _newest_complete(checkpoints: Path, notes: list[Note]) -> Path | None:
+    """Finds the newest undamaged checkpoint; adds a warning to `notes` for each newer one."""
     for checkpoint in step_folders(checkpoints).values():
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        notes.append(f"warning: not resuming from {checkpoint}: {problem}")
+        notes.append(Note(f"not resuming from {checkpoint}: {problem}", "warning"))
     return None
 
 
-def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[str]:
+def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[Note]:
     """A note for each key that may differ and does. Raises UserError for those that may not."""
     before, now = flat(saved), flat(config.model_dump(mode="json"))
     notes, refused = [], []
@@ -109,9 +123,11 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
         if key in ("train.resume", "train.resume_allow"):
             continue
         if is_allowed(key, config.train.resume_allow):
-            notes.append(f"changed since {checkpoint.name}, as train.resume_allow says: {change}")
+            notes.append(
+                Note(f"changed since {checkpoint.name}, as train.resume_allow says: {change}")
+            )
         elif may_change(type(config), key):
-            notes.append(f"changed since {checkpoint.name}: {change}")
+            notes.append(Note(f"changed since {checkpoint.name}: {change}"))
         else:
             refused.append(change)
     if refused:

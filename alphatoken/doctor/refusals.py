@@ -110,6 +110,6 @@ def run_folder(config: RunConfig, ranks: int) -> Finding:
     if found is None:
         return Finding("run folder", "ok", f"{config.train.output_dir}: a new run")
     notes = "".join(f"; {note}" for note in found.notes)
-    suspicious = any(note.startswith("warning") for note in found.notes)
+    suspicious = any(note.severity == "warning" for note in found.notes)
     text = f"{config.train.output_dir}: continues after step {found.step}{notes}"
     return Finding("run folder", "warning" if suspicious else "ok", text)

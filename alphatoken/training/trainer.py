@@ -139,7 +139,7 @@ class Trainer:
         if len(state.random) == collectives.world_size():
             set_random_state(state.random[collectives.rank()], run.device)
         self.first_step = continuation.step
-        self.notes = (*self.notes, *changed, *continuation.notes)
+        self.notes = (*self.notes, *changed, *map(str, continuation.notes))
 
     def _announce(self, report: Report) -> None:
         for name, part in self.run.splits.named().items():
