@@ -64,8 +64,8 @@ def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, f
     encoded = Encoder(tokenizer, 1000).encode({"messages": CHAT}, "here")
     assert spoken(tokenizer, encoded) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
     assert isinstance(encoded, Encoded)
-    start = Encoder(tokenizer, 1000).encode_prompt(CHAT[:-1], "here").input_ids
-    assert encoded.input_ids[: len(start)] == start
+    start = Encoder(tokenizer, 1000).encode_prompt(CHAT[:-1], "here").documents[0].input_ids
+    assert encoded.documents[0].input_ids[: len(start)] == start
     missing = config.model_copy(update={"chat_template": file.with_name("missing.jinja")})
     with pytest.raises(
         UserError, match=r"cannot read model.chat_template=.*missing.jinja: No such file"
@@ -83,7 +83,8 @@ def spoken(tokenizer: PreTrainedTokenizerBase, encoded: Encoded | Skipped) -> li
     assert isinstance(encoded, Encoded)
     runs: list[list[int]] = []
     before = False
-    for token, marked in zip(encoded.input_ids, encoded.response_mask, strict=True):
+    (document,) = encoded.documents
+    for token, marked in zip(document.input_ids, document.response_mask, strict=True):
         if marked and not before:
             runs.append([])
         if marked:
@@ -339,11 +340,13 @@ def test_a_prompt_is_what_precedes_the_response(tiny_model: Path, template: bool
     if not template:
         tokenizer.chat_template = None
     row = {"prompt": "What is red?", "response": "A colour."}
-    whole = Encoder(tokenizer, 200).encode(row, "here")
-    assert isinstance(whole, Encoded)
+    encoded = Encoder(tokenizer, 200).encode(row, "here")
+    assert isinstance(encoded, Encoded)
+    (whole,) = encoded.documents
     for fields in (row, {"prompt": row["prompt"], "chosen": "x", "rejected": "y"}):
-        prompt = PromptEncoder(tokenizer, 200).encode(fields, "here")
-        assert isinstance(prompt, Encoded)
+        asked = PromptEncoder(tokenizer, 200).encode(fields, "here")
+        assert isinstance(asked, Encoded)
+        (prompt,) = asked.documents
         assert prompt.input_ids == whole.input_ids[: whole.response_mask.index(True)]
         assert not any(prompt.response_mask)
 
@@ -362,8 +365,9 @@ def test_a_conversation_is_asked_without_its_final_answer(
     )
     assert answered == encoder.encode({"messages": asked}, "here")
     assert isinstance(answered, Encoded)
-    assert "Bye" in tokenizer.decode(answered.input_ids)
-    assert "Farewell" not in tokenizer.decode(answered.input_ids)
+    (document,) = answered.documents
+    assert "Bye" in tokenizer.decode(document.input_ids)
+    assert "Farewell" not in tokenizer.decode(document.input_ids)
     assert PromptEncoder(tokenizer, 9).encode({"prompt": "long " * 9}, "here") == Skipped(
         "prompt over 9 tokens"
     )

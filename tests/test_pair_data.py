@@ -48,9 +48,10 @@ def encode(
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
     """What the model is taught to say in each document."""
-    ids, mask = np.array(encoded.input_ids), np.array(encoded.response_mask)
-    spans = (slice(0, encoded.second), slice(encoded.second, None))
-    return [tokenizer.decode(ids[span][mask[span]]) for span in spans]
+    return [
+        tokenizer.decode(np.array(document.input_ids)[np.array(document.response_mask)])
+        for document in encoded.documents
+    ]
 
 
 PROMPT = [user("Hi"), assistant("Yes?"), user("A colour.")]
@@ -78,9 +79,9 @@ def test_every_form_of_a_pair_trains_on_the_two_answers_alone(
         tokenizer.chat_template = MARKED_TEMPLATE
     encoded = encode(tokenizer, row)
     assert trained_texts(tokenizer, encoded) == ["red<|im_end|>", "seven<|im_end|>"]
-    for span, answer in ((slice(0, encoded.second), "red"), (slice(encoded.second, None), "seven")):
+    for document, answer in zip(encoded.documents, ("red", "seven"), strict=True):
         whole = tokenizer.apply_chat_template([*PROMPT, assistant(answer)])["input_ids"]
-        assert encoded.input_ids[span] == whole
+        assert document.input_ids == whole
     assert len(encoded.asked) == 1
     supervised = Encoder(tokenizer, 200).encode({"messages": [*PROMPT, assistant("x")]}, "here")
     assert isinstance(supervised, Encoded)
@@ -144,14 +145,16 @@ def test_prompts_lose_their_start_and_responses_their_end(
     begins = tokenizer.bos_token
     tokenizer.bos_token = None
     whole, cut = encode(tokenizer, row), encode(tokenizer, row, prompt=30, response=6)
-    start = whole.response_mask.index(True)
-    assert cut.input_ids[:30] == whole.input_ids[start - 30 : start]
+    whole_chosen, cut_chosen = whole.documents[0], cut.documents[0]
+    start = whole_chosen.response_mask.index(True)
+    assert cut_chosen.input_ids[:30] == whole_chosen.input_ids[start - 30 : start]
     assert trained_texts(tokenizer, cut) == ["red an", "7<|im_end|>"]
     assert cut.cut == ("prompts cut on the left", "responses cut on the right")
-    assert cut.second == 36
+    assert len(cut_chosen.input_ids) == 36
     tokenizer.bos_token = begins
-    with_bos = encode(tokenizer, row, prompt=30, response=6)
-    assert with_bos.input_ids[:30] == [tokenizer.bos_token_id, *whole.input_ids[start - 29 : start]]
+    with_bos = encode(tokenizer, row, prompt=30, response=6).documents[0]
+    kept = whole_chosen.input_ids[start - 29 : start]
+    assert with_bos.input_ids[:30] == [tokenizer.bos_token_id, *kept]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from alphatoken.config.sections import Source
-from alphatoken.data.chat import RowEncoder, Skipped
-from alphatoken.data.sources import location, open_source
+from alphatoken.data.chat import Encoded, RowEncoder, Skipped
+from alphatoken.data.sources import Row, location, open_source
 from alphatoken.errors import UserError
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "response_mask": pa.list_(pa.bool_()),
-        "second": pa.int32(),
+        "second": pa.int32(),  # where a pair's second document begins; 0: there is none
         "length": pa.int32(),
         "number": pa.int64(),
         "digests": pa.list_(pa.int64()),
@@ -40,7 +40,7 @@ ROWS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What became of the rows of one source."""
 
     path: str
@@ -117,9 +117,9 @@ class TokenDataset:
         digests = [pc.list_flatten(part.data.column("digests")) for part in self._parts]
         counts = [pc.list_value_length(part.data.column("digests")) for part in self._parts]
         rows = np.repeat(
-            np.arange(len(self)), np.concatenate([np.asarray(each) for each in counts])
+            np.arange(len(self)), np.concatenate([np.asarray(of_part) for of_part in counts])
         )
-        return np.concatenate([np.asarray(each) for each in digests]), rows
+        return np.concatenate([np.asarray(of_part) for of_part in digests]), rows
 
     def asked(self) -> np.ndarray[Any, Any]:
         """A 64-bit hash of what precedes each answer of any row, int64."""
@@ -128,7 +128,7 @@ class TokenDataset:
         )
 
     def last_asked(self) -> np.ndarray[Any, Any]:
-        """The same of what precedes the last answer of each row."""
+        """A 64-bit hash of what precedes the last answer of each row, (rows,) int64."""
         return np.asarray(
             [row[-1] for part in self._parts for row in part.data.column("asked").to_pylist()]
         )
@@ -179,11 +179,12 @@ def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Pa
     return file
 
 
-def _read_report(file: Path) -> Report:
-    return Report(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+def _read_report(file: Path) -> SourceReport:
+    return SourceReport(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
 
 
-def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path) -> Report:
+def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path) -> SourceReport:
+    """Encodes all rows of a source into an Arrow stream, ROWS_PER_BATCH at a time."""
     skipped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     kept = tokens = response_tokens = 0
@@ -194,29 +195,39 @@ def _write(source: Source, rows: Iterator[Any], encoder: RowEncoder, file: Path)
             if isinstance(encoded, Skipped):
                 skipped[encoded.reason] += 1
                 continue
+            record = _record(encoded, row.number)
             kept += 1
             cut.update(encoded.cut)
-            tokens += len(encoded.input_ids)
-            response_tokens += sum(encoded.response_mask[1:])
-            ids, second = encoded.input_ids, encoded.second
-            batch.append(
-                {
-                    "input_ids": encoded.input_ids,
-                    "response_mask": encoded.response_mask,
-                    "second": second,
-                    "length": len(ids),
-                    "number": row.number,
-                    "digests": [_digest(ids[:second]), _digest(ids[second:])]
-                    if second
-                    else [_digest(ids)],
-                    "asked": encoded.asked,
-                }
-            )
+            tokens += record["length"]
+            response_tokens += sum(record["response_mask"][1:])  # nothing predicts the first token
+            batch.append(record)
             if len(batch) == ROWS_PER_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
                 batch.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-    return Report(source.path, kept, dict(cut), dict(skipped), tokens, response_tokens)
+    return SourceReport(
+        path=source.path,
+        rows=kept,
+        cut=dict(cut),
+        skipped=dict(skipped),
+        tokens=tokens,
+        response_tokens=response_tokens,
+    )
+
+
+def _record(encoded: Encoded, number: int) -> dict[str, Any]:
+    """A row as SCHEMA has it: its documents end to end, and where the second one begins."""
+    documents = encoded.documents
+    ids = [token for document in documents for token in document.input_ids]
+    return {
+        "input_ids": ids,
+        "response_mask": [mark for document in documents for mark in document.response_mask],
+        "second": len(documents[0].input_ids) if len(documents) > 1 else 0,
+        "length": len(ids),
+        "number": number,
+        "digests": [_digest(document.input_ids) for document in documents],
+        "asked": encoded.asked,
+    }
 
 
 def _digest(ids: Sequence[int]) -> int:

@@ -25,18 +25,23 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One tokenised row. `response_mask[i]` says whether token i is a response token."""
+class EncodedDocument:
+    """Tokens the model sees together. `response_mask[i]`: whether token i is a response token."""
 
     input_ids: list[int]
     response_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised row."""
+
+    documents: tuple[EncodedDocument, ...]
+    """One; or those of a pair's chosen and rejected response, each with the prompt."""
     asked: tuple[int, ...]
     """A 64-bit hash of the text that precedes each answer: what the model is asked for it."""
     cut: tuple[str, ...] = ()
     """What was cut to the limit of length."""
-    second: int = 0
-    """Where the second response of a pair begins, with its prompt: a document of its own; 0 where
-    there is none."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Encoder:
             if message["role"] == "assistant" and index > 0
         ]
         asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
-        return Encoded(ids, mask, asked, cut)
+        return Encoded((EncodedDocument(ids, mask),), asked, cut)
 
     def encode_conversation(
         self, messages: Sequence[Message], where: str
@@ -132,8 +137,8 @@ class Encoder:
     def encode_answer(
         self, prompt: Sequence[Message], answer: Sequence[Message], where: str
     ) -> tuple[list[int], list[bool]]:
-        """The same of a prompt and what follows it, where only what the assistant says after the
-        prompt counts."""
+        """All tokens of a prompt and its answer, and which of them the assistant says after the
+        prompt."""
         ids, mask = self.encode_conversation([*prompt, *answer], where)
         if any(message["role"] == "assistant" for message in prompt):
             text = self._render([*prompt, *answer], where, tokenize=False)
@@ -160,7 +165,7 @@ class Encoder:
         ids = list(self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
         if self._template is None and ids and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
-        return Encoded(ids, [False] * len(ids), asked=(_digest(text),))
+        return Encoded((EncodedDocument(ids, [False] * len(ids)),), asked=(_digest(text),))
 
     def prompt_text(self, messages: Sequence[Message], where: str) -> str:
         """The text that precedes an answer to `messages`."""
@@ -268,7 +273,7 @@ class PromptEncoder:
         if not has_text(messages):
             return Skipped("empty prompt")
         encoded = self._encoder.encode_prompt(messages, where)
-        if len(encoded.input_ids) > self._max_tokens:
+        if len(encoded.documents[0].input_ids) > self._max_tokens:
             return Skipped(f"prompt over {self._max_tokens} tokens")
         return encoded
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.chat import Encoded, EncodedDocument, Encoder, Skipped
 from alphatoken.data.rows import Message, as_pair, has_text
 
 
@@ -45,14 +45,12 @@ class PairEncoder:
         chosen, rejected = (
             self._document(pair.prompt, answer, where) for answer in (pair.chosen, pair.rejected)
         )
-        if chosen.input_ids == rejected.input_ids:
+        if chosen.documents[0].input_ids == rejected.documents[0].input_ids:
             return Skipped(f"chosen and rejected are the same within {self._max_response} tokens")
         return Encoded(
-            chosen.input_ids + rejected.input_ids,
-            chosen.response_mask + rejected.response_mask,
-            chosen.asked,
-            tuple(sorted({*chosen.cut, *rejected.cut})),
-            second=len(chosen.input_ids),
+            documents=(*chosen.documents, *rejected.documents),
+            asked=chosen.asked,
+            cut=tuple(sorted({*chosen.cut, *rejected.cut})),
         )
 
     def encode_chosen(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
@@ -75,12 +73,11 @@ class PairEncoder:
         if len(response_ids) > self._max_response:
             cut.append("responses cut on the right")
         response_ids = response_ids[: self._max_response]
-        return Encoded(
-            prompt_ids + response_ids,
-            [False] * len(prompt_ids) + mask[start : start + len(response_ids)],
-            asked.asked,
-            tuple(cut),
+        document = EncodedDocument(
+            input_ids=prompt_ids + response_ids,
+            response_mask=[False] * len(prompt_ids) + mask[start : start + len(response_ids)],
         )
+        return Encoded(documents=(document,), asked=asked.asked, cut=tuple(cut))
 
 
 class ChosenEncoder:

@@ -49,16 +49,20 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
 
 
 def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits:
-    """The same without a look at what the parts hold. Raises UserError for bad rows."""
-    rows, examples = _encoders(config, tokenizer)
+    """Reads and tokenises all parts, and compares nothing. Raises UserError for bad rows."""
+    encoders = _encoders(config, tokenizer)
 
     def load(sources: list[Source] | None, encoder: RowEncoder) -> TokenDataset | None:
         return None if sources is None else tokenise(sources, encoder, config.data.cache_dir)
 
-    train = load(config.data.train, rows)
+    train = load(config.data.train, encoders.rows)
     assert train is not None
-    validation = load(config.data.validation, examples) if config.valuation.enabled else None
-    return Splits(train, validation, load(config.data.eval, rows))
+    held_out = config.data.validation if config.valuation.enabled else None
+    return Splits(
+        train=train,
+        validation=load(held_out, encoders.examples),
+        eval=load(config.data.eval, encoders.rows),
+    )
 
 
 def check_sizes(splits: Splits, config: RunConfig) -> None:
@@ -77,16 +81,23 @@ def check_sizes(splits: Splits, config: RunConfig) -> None:
         )
 
 
-def _encoders(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[RowEncoder, RowEncoder]:
-    """For the rows that are trained on and evaluated, and for held-out examples."""
+@dataclass(frozen=True)
+class _Encoders:
+    """How rows become tokens."""
+
+    rows: RowEncoder
+    """Rows that are trained on and evaluated."""
+    examples: RowEncoder
+    """Held-out rows, which values are measured by, and which the Fisher is estimated on."""
+
+
+def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Encoders:
     examples = Encoder(tokenizer, config.data.max_length)
     if not isinstance(config, PreferenceRunConfig):
-        return examples, examples
+        return _Encoders(rows=examples, examples=examples)
     lengths = config.preference.max_prompt_tokens, config.preference.max_response_tokens
     pairs = PairEncoder(tokenizer, *lengths)
-    return pairs, ChosenEncoder(pairs, examples)
+    return _Encoders(rows=pairs, examples=ChosenEncoder(pairs, examples))
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def load_prompts(
     """
     sources = config.fisher.prompts or config.data.validation
     assert sources is not None, "valuation needs data.validation"
-    _, encoder = _encoders(config, tokenizer)
+    encoder = _encoders(config, tokenizer).examples
     if config.fisher.sampling == "rollout":
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens)
     dataset = tokenise(sources, encoder, config.data.cache_dir)
