@@ -79,7 +79,7 @@ def export(
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
     from alphatoken.checkpoints.export import export_checkpoint
 
-    done = export_checkpoint(run, target, step, merge)
+    done = export_checkpoint(run, target, step, merge=merge)
     typer.echo(
         f"{done.folder}: {done.parameters} parameters of step {done.step} in {done.files} file(s)"
     )

@@ -90,7 +90,7 @@ class Exported:
 
 
 def export_checkpoint(
-    run: Path, target: Path, step: int | None = None, merge: bool = False
+    run: Path, target: Path, step: int | None = None, *, merge: bool = False
 ) -> Exported:
     """Writes the newest undamaged checkpoint of a run (or that of `step`) to the new folder
     `target`.
@@ -123,20 +123,26 @@ def export_checkpoint(
             _adapter_name(name): tensor.contiguous() for name, tensor in weights if "lora_" in name
         }
         save_file(adapters, partial / "adapter_model.safetensors", {"format": "pt"})
-        count, files = sum(tensor.numel() for tensor in adapters.values()), 1
+        parameters = sum(tensor.numel() for tensor in adapters.values())
+        written = _Written(parameters=parameters, files=1)
         if merge:
             _merge(partial, config["model"]["name_or_path"], dtype)
         else:
             (partial / "config.json").unlink()
     else:
         (partial / "adapter_config.json").unlink(missing_ok=True)
-        count, files = _save_shards(partial, _untied(partial, weights))
+        written = _save_shards(partial, _untied(partial, weights))
     card = _model_card(
         run, description, about, adapter=config["model"]["lora"] is not None and not merge
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(target)
-    return Exported(target, description["step"], count, files)
+    return Exported(
+        folder=target,
+        step=description["step"],
+        parameters=written.parameters,
+        files=written.files,
+    )
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:
@@ -178,13 +184,20 @@ def _untied(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tup
     return ((name, tensor) for name, tensor in weights if name not in tied)
 
 
-def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> tuple[int, int]:
-    """safetensors files of at most SHARD_BYTES (or one weight), with their index; numbers of
-    weights and files."""
+@dataclass(frozen=True)
+class _Written:
+    """How much was written to safetensors files."""
+
+    parameters: int
+    files: int
+
+
+def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> _Written:
+    """Writes safetensors files of at most SHARD_BYTES (or one weight) and their index."""
     shards: list[Path] = []
     places: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
-    pending_bytes = count = total_bytes = 0
+    pending_bytes = parameters = total_bytes = 0
 
     def flush() -> None:
         file = folder / f"shard-{len(shards)}.safetensors"
@@ -200,11 +213,11 @@ def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> tuple[i
         pending[name] = tensor
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
-        count += tensor.numel()
+        parameters += tensor.numel()
     flush()
     if len(shards) == 1:
         shards[0].rename(folder / "model.safetensors")
-        return count, 1
+        return _Written(parameters=parameters, files=1)
     names = [
         f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
     ]
@@ -215,7 +228,7 @@ def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> tuple[i
     (folder / "model.safetensors.index.json").write_text(
         json.dumps(index, indent=1), encoding="utf-8"
     )
-    return count, len(shards)
+    return _Written(parameters=parameters, files=len(shards))
 
 
 def _adapter_name(name: str) -> str:
