@@ -57,16 +57,19 @@ def expected(decoder: Decoder, config: RunConfig, tokens: int, responses: int) -
 
 def main() -> None:
     config = parse_arguments(RunConfig, "Peak memory of a Fisher estimate.")
-    decoder, tokenizer, prompts, device = prepare_estimate(config)
+    prepared = prepare_estimate(config)
+    prompts, device = prepared.prompts, prepared.device
     longest = max(prompts.rows, key=lambda row: prompts.dataset.lengths[row])
     ((tokens, mask),) = prompts.dataset[int(longest)]
     if config.fisher.sampling == "rollout":
         length, responses = len(tokens) + config.fisher.max_new_tokens, config.fisher.max_new_tokens
     else:
         length, responses = len(tokens), int(mask.sum())
-    peak = Peak(device).of(lambda: estimate_fisher(config, decoder, tokenizer, prompts, device))
+    peak = Peak(device).of(
+        lambda: estimate_fisher(config, prepared.decoder, prepared.tokenizer, prompts, device)
+    )
     peaks = collectives.gather_objects(peak)
-    parts = expected(decoder, config, length, responses)
+    parts = expected(prepared.decoder, config, length, responses)
     if collectives.rank() == 0:
         shown = {
             **parts,

@@ -31,7 +31,7 @@ from transformers import (
 from alphatoken import ValuationConfig, score_tokens
 from alphatoken.batch import IGNORE_INDEX, loss_positions
 from alphatoken.data.batches import Order
-from alphatoken.data.chat import Encoded, Encoder
+from alphatoken.data.chat import Encoded, EncodedDocument, Encoder
 
 WEIGHT_DECAY = 0.01
 WARMUP_RATIO = 0.03
@@ -39,15 +39,17 @@ CLIP = 1.0
 TRAINING, HELD_OUT = 0, 1  # streams of random numbers: training rows, held-out draws
 
 
-def read_rows(file: Path, encoder: Encoder) -> list[Encoded]:
+def read_rows(file: Path, encoder: Encoder) -> list[EncodedDocument]:
     """Tokenises a JSONL file of {"prompt", "response"} or {"messages"}; unusable rows are left
     out."""
     lines = file.read_text(encoding="utf-8").splitlines()
     rows = [encoder.encode(json.loads(line), where=f"{file}:{n}") for n, line in enumerate(lines)]
-    return [row for row in rows if isinstance(row, Encoded)]
+    return [row.documents[0] for row in rows if isinstance(row, Encoded)]
 
 
-def padded(rows: Sequence[Encoded], pad_token: int, device: torch.device) -> dict[str, Tensor]:
+def padded(
+    rows: Sequence[EncodedDocument], pad_token: int, device: torch.device
+) -> dict[str, Tensor]:
     """Lays rows into one batch, padded on the right: `input_ids`, `attention_mask`, `labels`, (B,
     T) int64 each. Labels are the tokens of the response, IGNORE_INDEX elsewhere."""
     shape = len(rows), max(len(row.input_ids) for row in rows)

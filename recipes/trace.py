@@ -60,7 +60,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> dict[str
     """One row as a batch of its own, (1, T) each."""
     tokens = Encoder(tokenizer, max_length=64).encode(row, where="the trace")
     assert isinstance(tokens, Encoded)
-    return padded([tokens], tokenizer.pad_token_id, torch.device("cpu"))
+    return padded(tokens.documents, tokenizer.pad_token_id, torch.device("cpu"))
 
 
 def show_row(tokenizer: PreTrainedTokenizerBase) -> tuple[Batch, int]:

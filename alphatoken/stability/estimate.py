@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -126,24 +127,36 @@ def estimate_fisher(
 def run_fisher(config: RunConfig) -> None:
     """Loads the configured model and prompts, estimates, and says where the result is. Every rank
     must call it."""
-    decoder, tokenizer, prompts, device = prepare_estimate(config)
+    prepared = prepare_estimate(config)
     began = time.monotonic()
-    folder = estimate_fisher(config, decoder, tokenizer, prompts, device)
+    folder = estimate_fisher(
+        config, prepared.decoder, prepared.tokenizer, prepared.prompts, prepared.device
+    )
     if collectives.rank() == 0:
         minutes = timedelta(seconds=round(time.monotonic() - began))
-        memory = f"{peak_memory(device) / 2**30:.2f} GiB"
+        memory = f"{peak_memory(prepared.device) / 2**30:.2f} GiB"
         Console(highlight=False).print(
-            f"{folder}: Fisher of {prompts}; {minutes}, peak memory of rank 0 {memory}",
+            f"{folder}: Fisher of {prepared.prompts}; {minutes}, peak memory of rank 0 {memory}",
             markup=False,
             soft_wrap=True,
         )
 
 
-def prepare_estimate(
-    config: RunConfig,
-) -> tuple[Decoder, PreTrainedTokenizerBase, Prompts, torch.device]:
-    """What `estimate_fisher` needs, outside of training. Raises UserError for bad input before any
-    weight is read."""
+@dataclass(frozen=True)
+class Prepared:
+    """What an estimate outside of training needs."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    device: torch.device
+
+
+def prepare_estimate(config: RunConfig) -> Prepared:
+    """Loads model and prompts for `estimate_fisher`, outside of training. Every rank must call it.
+
+    Raises UserError for bad input before any weight is read.
+    """
     if config.fisher.prompts is None and config.data.validation is None:
         raise UserError("the Fisher needs prompts: set fisher.prompts, or data.validation")
     if config.valuation.reference is not None:
@@ -159,7 +172,7 @@ def prepare_estimate(
     prompts = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
     model = load_model(config.model, deepspeed_values, config.train.seed)
     build_inference_engine(model, deepspeed_values, device)
-    return decoder_of(model), tokenizer, prompts, device
+    return Prepared(decoder=decoder_of(model), tokenizer=tokenizer, prompts=prompts, device=device)
 
 
 def _answered(

@@ -10,8 +10,9 @@ summed is saved now and then, so an interrupted estimate goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,41 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_outgrads
-from alphatoken.models.scored import ParameterSet, Segment
+from alphatoken.models.scored import ParameterSet, ScoredParameter, Segment
 from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.stability import squares
-from alphatoken.stability.squares import Square
+from alphatoken.stability.squares import Square, TiedUse
 
 Signals = defaultdict[str, list[tuple[Tensor, Tensor]]]
 """Inputs and output gradients of the modules of a segment, by path, a pair per chunk."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module with scored parameters of its own."""
+
+    path: str
+    """Within its segment."""
+    names: dict[str, str]
+    """Full names of parameters by their names in the module."""
+
+
+def _owners(parameters: Iterable[ScoredParameter]) -> dict[Segment, list[Owner]]:
+    """Modules of each segment with gradients by position."""
+    owners: dict[Segment, list[Owner]] = {}
+    for scored in parameters:
+        if scored.kind == "other":
+            continue
+        path, _, own_name = scored.path.rpartition(".")
+        of_segment = owners.setdefault(scored.segment, [])
+        owner = next((owner for owner in of_segment if owner.path == path), None)
+        if owner is None:
+            owner = Owner(path, names={})
+            of_segment.append(owner)
+        owner.names[own_name] = scored.name
+    return owners
 
 
 class FisherSum:
@@ -54,12 +81,7 @@ class FisherSum:
         self._device = device
         self._chunk_tokens = chunk_tokens
         self._streamer = LayerStreamer(decoder, len(decoder.layers) - depth, device, resident=False)
-        self._owners: dict[Segment, dict[str, dict[str, str]]] = {}
-        """By segment and path of a module, the full names of its own parameters."""
-        for scored in decoder.scored_parameters(depth, parameters):
-            if scored.kind != "other":
-                owner, _, own = scored.path.rpartition(".")
-                self._owners.setdefault(scored.segment, {}).setdefault(owner, {})[own] = scored.name
+        self._owners = _owners(decoder.scored_parameters(depth, parameters))
         self.parameters = decoder.stable_parameters(depth, parameters)
         self.slices = {
             name: zero3.padded(torch.zeros(end - start, device=device), parameter)
@@ -152,8 +174,8 @@ class FisherSum:
             signals[path].append((act, outgrad))
 
         watched = {
-            path: module.get_submodule(path)
-            for path in self._owners.get(self._streamer.indices[place], {})
+            owner.path: module.get_submodule(owner.path)
+            for owner in self._owners.get(self._streamer.indices[place], ())
         }
         hidden_BTH = chunk.entry.into(place).detach()
         with torch.enable_grad(), SignalCapture(watched, remember):
@@ -166,38 +188,38 @@ class FisherSum:
     def _take(self, segment: Segment, module: nn.Module, signals: Signals) -> None:
         """Squares what a segment's modules saw, one parameter after the other, and adds it to the
         slices."""
-        for path, parameters in self._owners.get(segment, {}).items():
-            owner, pairs = module.get_submodule(path), signals.pop(path, [])
-            for own, name in parameters.items():
+        for owner in self._owners.get(segment, ()):
+            owning, pairs = module.get_submodule(owner.path), signals.pop(owner.path, [])
+            for own_name, name in owner.names.items():
                 total = torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
                 for act, outgrad in pairs:
-                    self._square_into(total, owner, own, act, outgrad)
+                    self._square_into(total, owning, own_name, act, outgrad)
                 self._reduce(name, total)
 
     def _square_into(
-        self, total: Tensor, owner: nn.Module, own: str, act: Tensor, outgrad: Tensor
+        self, total: Tensor, owning: nn.Module, own_name: str, act: Tensor, outgrad: Tensor
     ) -> None:
-        if not isinstance(owner, nn.Linear | Conv1D):
-            total += squares.vector_square(
-                squares.norm_gradients(owner, act, outgrad)[own], self._square
-            )
-        elif own == "bias":
+        """Adds the squares of one parameter's gradients, by its name in its module, to `total`."""
+        if not isinstance(owning, nn.Linear | Conv1D):
+            gradients = squares.norm_gradients(owning, act, outgrad)
+            total += squares.vector_square(gradients[own_name], self._square)
+        elif own_name == "bias":
             total += squares.vector_square(outgrad, self._square)
         else:
-            rows, columns = (act, outgrad) if isinstance(owner, Conv1D) else (outgrad, act)
+            rows, columns = (act, outgrad) if isinstance(owning, Conv1D) else (outgrad, act)
             squares.add_linear_square(total, rows, columns, self._square)
 
     def _embeddings(
         self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor
     ) -> None:
-        """Takes those that are not the head as well."""
-        for path, parameters in self._owners.get("embeddings", {}).items():
-            name = parameters["weight"]
-            if name == self._owners["head"][""]["weight"]:
+        """Takes the embeddings that are not tied to the head."""
+        for owner in self._owners.get("embeddings", ()):
+            name = owner.names["weight"]
+            if name == self._head_names()["weight"]:
                 continue
             total_VH = torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
             for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True):
-                index_BT, entered_BTH = self._entered(path, ids_BT[chunk.rows], outgrad_BTH)
+                index_BT, entered_BTH = self._entered(owner.path, ids_BT[chunk.rows], outgrad_BTH)
                 squares.add_embedding_square(total_VH, index_BT, entered_BTH, self._square)
             self._reduce(name, total_VH)
 
@@ -216,11 +238,10 @@ class FisherSum:
     def _head(self, chunks: Sequence[Chunk], outgrads: Sequence[Tensor], ids_BT: Tensor) -> None:
         """Takes the head's parameters, one sequence after the other, and the embeddings' where they
         are the same."""
-        names = self._owners.get("head", {}).get("", {})
+        names = self._head_names()
         if not names:
             return
-        paths = {own["weight"]: path for path, own in self._owners.get("embeddings", {}).items()}
-        tied_path = paths.get(names["weight"])
+        tied_path = self._tied_path(names["weight"])
         totals = {
             own: torch.zeros(zero3.full_shape(self.parameters[name]), device=self._device)
             for own, name in names.items()
@@ -237,7 +258,11 @@ class FisherSum:
                         index_1T, entered_1TH = self._entered(
                             tied_path, ids_1T, outgrad_BTH[row : row + 1]
                         )
-                        tied = response_T.nonzero()[:, 0], index_1T[0], entered_1TH[0]
+                        tied = TiedUse(
+                            position_R=response_T.nonzero()[:, 0],
+                            ids_T=index_1T[0],
+                            entered_TH=entered_1TH[0],
+                        )
                     squares.add_head_square(
                         totals["weight"], outgrad_RV, act_RH, tied, self._square
                     )
@@ -245,6 +270,16 @@ class FisherSum:
                         totals["bias"] += squares.vector_square(outgrad_RV[None], self._square)
         for own, total in totals.items():
             self._reduce(names[own], total)
+
+    def _head_names(self) -> dict[str, str]:
+        """Full names of the head's parameters by their own; none where it is not scored."""
+        owners = self._owners.get("head", ())
+        return next((owner.names for owner in owners if owner.path == ""), {})
+
+    def _tied_path(self, head_weight: str) -> str | None:
+        """Where the embeddings have the head's weight, if they do."""
+        owners = self._owners.get("embeddings", ())
+        return next((owner.path for owner in owners if owner.names["weight"] == head_weight), None)
 
     def _reduce(self, name: str, total: Tensor) -> None:
         self.slices[name] += zero3.sum_to_slices([total], [self.parameters[name]])[0]

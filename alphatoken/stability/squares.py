@@ -9,6 +9,7 @@ Positions without gradient, such as padding, add nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -64,30 +65,40 @@ def add_embedding_square(
         total_VH[rows_U] += sums_UH.index_add_(0, place_T, outgrad_TH.float()).square_()
 
 
+@dataclass(frozen=True)
+class TiedUse:
+    """The other use of a head that is tied to the embeddings, for one sequence."""
+
+    position_R: Tensor
+    """Response positions, int64."""
+    ids_T: Tensor
+    """Tokens of the sequence, int64."""
+    entered_TH: Tensor
+    """Output gradients of the embeddings."""
+
+
 def add_head_square(
     total_VH: Tensor,
     outgrad_RV: Tensor,
     act_RH: Tensor,
-    tied: tuple[Tensor, Tensor, Tensor] | None,
+    tied: TiedUse | None,
     square: Square,
 ) -> None:
     """Adds the squares of one sequence's gradients of the head to `total_VH` (float32), in place.
 
     `outgrad_RV` and `act_RH` are of its R response positions. Where the head is tied to the
-    embeddings, a position's gradient is the sum of both uses; `tied` then holds the response
-    positions (R,), the token ids (T,) and the output gradients (T, H) of the embeddings.
+    embeddings, a position's gradient is the sum of both uses.
     """
     if tied is None:
         add_linear_square(total_VH, outgrad_RV[None], act_RH[None], square)
         return
-    position_R, ids_T, entered_TH = tied
-    entered_TH = entered_TH.float()
+    ids_T, entered_TH = tied.ids_T, tied.entered_TH.float()
     if square == "token":
         add_linear_square(total_VH, outgrad_RV[None], act_RH[None], square)
         add_embedding_square(total_VH, ids_T[None], entered_TH[None], square)
-        ids_R = ids_T[position_R]
+        ids_R, entered_RH = ids_T[tied.position_R], entered_TH[tied.position_R]
         at_own_token_R1 = outgrad_RV.gather(1, ids_R[:, None]).float()
-        total_VH.index_add_(0, ids_R, 2 * at_own_token_R1 * act_RH.float() * entered_TH[position_R])
+        total_VH.index_add_(0, ids_R, 2 * at_own_token_R1 * act_RH.float() * entered_RH)
         return
     rows = max(1, SQUARE_BLOCK_ELEMENTS // total_VH.shape[1])
     for start in range(0, total_VH.shape[0], rows):
@@ -124,5 +135,6 @@ def norm_gradients(norm: nn.Module, act: Tensor, outgrad: Tensor) -> dict[str, T
             zip(copies, torch.autograd.grad(output, list(copies.values()), outgrad), strict=True)
         )
     return {
-        name: each.reshape(*act.shape[:2], -1, features).sum(2) for name, each in gradients.items()
+        name: gradient.reshape(*act.shape[:2], -1, features).sum(2)
+        for name, gradient in gradients.items()
     }
