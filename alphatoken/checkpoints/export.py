@@ -232,7 +232,7 @@ def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> _Writte
 
 
 def _adapter_name(name: str) -> str:
-    """As peft's own files have it."""
+    """Turns a parameter's name in the model into its name in peft's own files."""
     return "base_model.model." + name.replace(".default.", ".")
 
 

@@ -99,6 +99,11 @@ class Encoder:
         )
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """Encodes one row, cut on the right to `max_length`, or says why it is skipped.
+
+        Raises UserError naming `where` for a row without the fields of a schema, or one whose
+        response cannot be told from its prompt.
+        """
         messages = as_messages(fields, where)
         if not has_text(messages, "assistant"):
             return Skipped("empty response")

@@ -34,6 +34,10 @@ class PairEncoder:
         return json.dumps({**json.loads(self._encoder.identity), **lengths})
 
     def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """Encodes both responses of a pair as two documents, or says why the pair is skipped.
+
+        Raises UserError naming `where` for a row that is no pair.
+        """
         pair = as_pair(fields, where)
         if not has_text(pair.prompt):
             return Skipped("empty prompt")

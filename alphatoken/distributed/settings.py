@@ -140,8 +140,8 @@ FRUGAL = {
 
 
 def inference_config(config: RunConfig, offload: bool = False) -> dict[str, Any]:
-    """The same for running a model forward only, on any number of ranks, with few weights held
-    unless told.
+    """DeepSpeed's configuration for running a model forward only, on any number of ranks, with few
+    weights held unless `deepspeed.config` says otherwise.
 
     `offload` keeps its shards in host memory. Raises UserError where there are no shards.
     """

@@ -219,5 +219,5 @@ class HeadLoss(nn.Module):
         self._softcap = softcap
 
     def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-        """As `head_nll`."""
+        """Negative log likelihood of each row, (R,) float32, as `head_nll` computes it."""
         return head_nll(hidden_RH, self.weight, self.bias, targets_R, self._softcap)

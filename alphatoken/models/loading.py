@@ -116,8 +116,8 @@ def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int)
 
 
 def model_without_weights(config: ModelConfig, attention: str) -> PreTrainedModel:
-    """The same model on the meta device, from its `config.json` alone, with the named attention
-    implementation."""
+    """Builds the configured model on the meta device, from its `config.json` alone, with the named
+    attention implementation."""
     model_config = AutoConfig.from_pretrained(config.name_or_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

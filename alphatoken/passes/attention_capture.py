@@ -68,6 +68,11 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Runs the attention of one layer and hands its arguments to the consumer.
+
+        Takes and returns what functions of the `transformers` attention interface do: `query`
+        (B, H, T, D), `key` and `value` (B, G, T, D); the output (B, T, H, D), and weights or None.
+        """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         visibility = self._visibility(
             attention_mask, kwargs.get("sliding_window"), kwargs.get("position_ids")

@@ -206,7 +206,7 @@ class LayerStreamer:
 
 
 def _skeleton(decoder: Decoder) -> Decoder:
-    """The same model without storage, its attention routed through `AttentionCapture`."""
+    """A copy of the model without storage, its attention routed through `AttentionCapture`."""
     config = copy.deepcopy(decoder.model.config)
     config.get_text_config()._attn_implementation = CAPTURING_ATTENTION
     with torch.device("meta"):

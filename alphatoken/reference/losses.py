@@ -222,7 +222,8 @@ def _lengths(config: RunConfig) -> dict[str, int]:
 
 
 def _identity_of_start(decoder: Decoder, device: torch.device) -> str:
-    """Of the starting model; fresh adapters change nothing of what it computes."""
+    """A hash of the starting model's weights and configuration. Adapters are left out, as fresh
+    ones change nothing of what it computes."""
     weights = {name: each for name, each in decoder.model.named_parameters() if "lora_" not in name}
     described = decoder.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
@@ -231,7 +232,7 @@ def _identity_of_start(decoder: Decoder, device: torch.device) -> str:
 
 
 def _identity_of_files(name: str) -> str:
-    """Of the files of weights and configuration in a folder, or of a hub name's commit."""
+    """A hash of the files of weights and configuration in a folder, or a hub name's commit."""
 
     def digest() -> str:
         if not Path(name).is_dir():

@@ -35,7 +35,8 @@ def publish(final: Path, write: Callable[[Path], object]) -> None:
 
 
 def publish_text(final: Path, text: str) -> None:
-    """The same for text."""
+    """Makes a text file appear whole at `final`, or not at all. Raises OSError when the disk
+    refuses."""
     publish(final, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
