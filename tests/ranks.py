@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import sys
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -101,3 +102,8 @@ def _run_rank(case: str, folder: Path, environment: dict[str, str], log: Path) -
         os.dup2(output.fileno(), 2)
     os.environ |= environment
     importlib.import_module("tests.cases").run(case, folder)
+
+
+if __name__ == "__main__":
+    # Repeats one case under torchrun, where a debugger has a terminal, in the folder of a test.
+    importlib.import_module("tests.cases").run(sys.argv[1], Path(sys.argv[2]))
