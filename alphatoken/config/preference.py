@@ -21,6 +21,8 @@ BRANCHES: tuple[BranchName, ...] = ("chosen", "rejected")
 
 
 class PreferenceConfig(Section):
+    """What is minimised on pairs, and how long prompts and responses may be."""
+
     objective: ObjectiveName = Field(
         "alpha_dpo",
         description="What is minimised over pairs: the paper's masked DPO; or DPO, IPO, "
@@ -99,6 +101,8 @@ class PreferenceConfig(Section):
 
 
 class BranchSelectionConfig(Section):
+    """Overrides of `selection` for one branch of the pairs; keys that are not set are inherited."""
+
     policy: PolicyName | None = Field(None, description="As selection.policy, for this branch.")
     keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="As selection.keep_ratio, for this branch."
@@ -118,6 +122,8 @@ class BranchSelectionConfig(Section):
 
 
 class PairSelectionConfig(SelectionConfig):
+    """How response tokens of pairs are chosen, for both branches and for each."""
+
     chosen: BranchSelectionConfig = Field(
         default_factory=BranchSelectionConfig,
         description="What differs for chosen responses, key by key.",

@@ -25,6 +25,8 @@ from alphatoken.config.sections import (
 
 
 class OptimConfig(Section):
+    """AdamW and its learning rate schedule."""
+
     lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(
         0.01, ge=0, description="Decoupled weight decay; norms and biases are exempt."
@@ -41,6 +43,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length, batches, saving, resuming and seed of a run."""
+
     global_batch_size: int = Field(
         64, ge=1, description="Rows per optimizer step, over all ranks and micro-batches."
     )
@@ -138,6 +142,8 @@ class DeepSpeedConfig(Section):
 
 
 class LoggingConfig(Section):
+    """Where metrics go besides `metrics.jsonl`, and how often lines are printed."""
+
     wandb: Literal["disabled", "offline", "online"] = Field(
         "disabled", description="Weights & Biases logging."
     )

@@ -54,6 +54,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """The model that is trained, and how it is loaded."""
+
     name_or_path: str = Field(
         description="Folder or hub name of the Hugging Face model to fine-tune."
     )
@@ -81,6 +83,8 @@ class ModelConfig(Section):
 
 
 class Source(Section):
+    """One file, folder or hub data set, and which of its rows are used."""
+
     path: str = Field(
         description="File (.jsonl, .jsonl.gz, .parquet), saved dataset or `datasets` name; "
         "${VARIABLES} "
@@ -114,6 +118,8 @@ Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
 
 
 class DataConfig(Section):
+    """Rows to train on, to steer values by and to evaluate on, and how they are tokenised."""
+
     train: Sources = Field(
         description="Rows to train on: a path, or a list of {path, weight} for a mixture."
     )
@@ -147,6 +153,8 @@ class DataConfig(Section):
 
 
 class ValuationConfig(Section):
+    """How values of response tokens are computed."""
+
     enabled: bool = Field(
         True, description="Value tokens and train on the valuable ones; false is plain fine-tuning."
     )
@@ -259,6 +267,8 @@ class ValuationConfig(Section):
 
 
 class FisherConfig(Section):
+    """How the Fisher of the starting model is estimated, and where it is kept."""
+
     prompts: Sources | None = Field(
         None,
         description="Rows whose prompts the reference model answers, never trained on; default: "
@@ -299,6 +309,8 @@ class FisherConfig(Section):
 
 
 class SelectionConfig(Section):
+    """Which response tokens are trained on."""
+
     policy: PolicyName | None = Field(
         None,
         description="What is kept: highest value, a random choice, highest or lowest loss, "
@@ -360,6 +372,8 @@ class SelectionConfig(Section):
 
 
 class ReferenceConfig(Section):
+    """The model whose token losses are compared with, and where its losses are kept."""
+
     model: str | None = Field(
         None,
         description="Folder or hub name of the model whose token losses are compared; "

@@ -156,6 +156,7 @@ class PreferenceObjective:
         return rows
 
     def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
+        """Rewards, omega, divergence, lengths and kept shares of the pairs, each (P,)."""
         full = self._full(losses)
         kept_nll_R = losses.nll_BT[losses.weight_BT > 0]
         kept = self._pairs(losses.batch, losses.weight_BT, kept_nll_R)
