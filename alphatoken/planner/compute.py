@@ -33,6 +33,7 @@ class Compute:
 
 
 def compute_of(blueprint: Blueprint) -> Compute:
+    """Floating-point operations of one optimizer step on one rank, by phase."""
     config, work = blueprint.config, blueprint.workload
     passes = work.micro_batches
     ahead = config.selection.scope == "global_batch"

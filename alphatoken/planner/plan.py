@@ -49,6 +49,8 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
+    """A run before it starts: memory of one rank, messages, work, and what makes it fit."""
+
     blueprint: Blueprint
     memory: Memory
     traffic: tuple[Message, ...]
@@ -118,7 +120,7 @@ def _compute_by_estimator(
 
 
 def _estimating(config: RunConfig, estimator: str) -> RunConfig:
-    """The same run with another estimator, and the keys that not every one reads at their
+    """A run like `config` with another estimator, and the keys that not every one reads at their
     defaults."""
     shared = config.valuation.model_dump(exclude={"estimator", "residency", *keys_of_some()})
     valuation = ValuationConfig.model_validate({**shared, "estimator": estimator}, strict=False)

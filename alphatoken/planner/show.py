@@ -52,6 +52,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
+    """Prints the run, its memory, messages and work as tables, then whether it fits."""
     counts, work = _parameters(plan), plan.blueprint.workload
     console.print(
         f"{plan.blueprint.config.model.name_or_path}: {counts['all'] / 1e6:,.1f} million "

@@ -284,7 +284,7 @@ class Tracer:
 
     @contextmanager
     def _one_of_each_kind(self) -> Iterator[None]:
-        """Of layers that are alike only the first runs inside; the others hand on what they get."""
+        """Inside, only the first of equal layers runs; the others hand on what they get."""
         seen: set[Hashable] = set()
         replaced = []
         for layer, kind in zip(self._decoder.layers, self._kinds, strict=True):
