@@ -188,7 +188,7 @@ def doctor(
     """
     from alphatoken.doctor.examination import examine
 
-    process.end_process(examine(config, overrides or [], as_json, patience))
+    process.end_process(examine(config, overrides or [], as_json=as_json, patience=patience))
 
 
 def main() -> None:

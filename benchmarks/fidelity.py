@@ -148,7 +148,7 @@ class Truth:
     def losses(self, batch: Batch) -> Tensor:
         return token_losses(self._decoder, batch)
 
-    def gradient(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
+    def gradient(self, loss: Tensor, *, keep_graph: bool = False) -> list[Tensor]:
         return list(
             torch.autograd.grad(loss, list(self.parameters.values()), retain_graph=keep_graph)
         )
@@ -351,7 +351,7 @@ class Optimizers:
                 parameter.copy_(parameter.bfloat16())
 
     @torch.no_grad()
-    def _step(self, kind: str, gradient: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    def _step(self, kind: str, gradient: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
         """Moves the weights; returns what they were."""
         before = [parameter.detach().clone() for parameter in self._truth.parameters.values()]
         beta1, beta2 = self._betas

@@ -33,13 +33,13 @@ class Peak:
         self._cuda = device.type == "cuda"
 
     def of(self, call: Callable[[], object]) -> int:
-        reset_high_water(self._cuda)
+        reset_high_water(cuda=self._cuda)
         before = torch.cuda.memory_allocated() if self._cuda else status("VmRSS")
         call()
         return (torch.cuda.max_memory_allocated() if self._cuda else status("VmHWM")) - before
 
 
-def reset_high_water(cuda: bool) -> None:
+def reset_high_water(*, cuda: bool) -> None:
     """Peaks count from here on; free memory goes back to the system first."""
     gc.collect()
     if cuda:

@@ -106,7 +106,7 @@ def measure(mode: str, folder: Path, model: Path, micro_batch: int) -> dict[str,
     device = initialise_ranks()
     at_start = status("VmRSS")
     trainer = build(mode, folder, model, micro_batch)
-    reset_high_water(device.type == "cuda")
+    reset_high_water(cuda=device.type == "cuda")
     for step in range(STEPS):
         trainer.step.take(step, evaluates=False)
     peak = (

@@ -135,7 +135,7 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     if collectives.rank() == 1:
         for key in ("labels", "targets"):
             batches[1][key].fill_(-100)
-        batches[1]["response"].fill_(False)
+        batches[1]["response"].zero_()
     tokens = count_tokens(trainer.run.model.selections, batches)
     assert trainer.refresh is not None
     trainer.refresh.before(0, tokens.own_response)

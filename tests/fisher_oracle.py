@@ -84,9 +84,9 @@ def _parameters_at(module: nn.Module, position: int, axis: int, length: int) -> 
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = original(*args, **kwargs)
-        module.requires_grad_(False)
+        module.requires_grad_(requires_grad=False)
         constant: Tensor = original(*args, **kwargs)
-        module.requires_grad_(True)
+        module.requires_grad_(requires_grad=True)
         assert output.shape[axis] == length
         here = torch.arange(length) == position
         return torch.where(

@@ -128,7 +128,7 @@ def causal_outgrad(
     return outgrad if source == name else outgrad @ model.get_parameter(source).detach()
 
 
-def token_values(
+def token_values(  # noqa: PLR0913 - all that the equation reads
     model: PreTrainedModel,
     sequences: Sequences,
     validation: Sequences,

@@ -502,7 +502,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 def test_another_runs_store_is_not_taken_for_ours() -> None:
     port = free_port()
-    theirs = TCPStore("127.0.0.1", port, 1, True, wait_for_workers=False)
+    theirs = TCPStore("127.0.0.1", port, 1, is_master=True, wait_for_workers=False)
     found = meeting(rank_environment(1, 2, port))
     assert found is not None
     assert "answers, but rank 0 of this run is not behind it" in found.found

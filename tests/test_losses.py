@@ -93,7 +93,7 @@ def test_the_heads_derivatives_equal_autograds(
 ) -> None:
     vocabulary = 13
     monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
-    head = nn.Linear(6, vocabulary).requires_grad_(False)
+    head = nn.Linear(6, vocabulary).requires_grad_(requires_grad=False)
     hidden, targets = torch.randn(rows, 6), torch.randint(0, vocabulary, (rows,))
     tangent, directions = (
         torch.randn(rows, 6),

@@ -3,12 +3,14 @@ refused."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,57 @@ def sampled(
     return ids, labels
 
 
+def estimate_variants(values: dict[str, Any], folder: Path, ranks: int) -> dict[str, Any]:
+    """Configurations of estimates, by a name; each has an output folder of its own."""
+    configs = {
+        f"{sampling} {square}": with_fisher(
+            values,
+            folder / f"{sampling}-{square}-{ranks}",
+            sampling=sampling,
+            square=square,
+        )
+        for sampling in SAMPLINGS
+        for square in ("token", "sequence")
+    }
+    configs["stage 2"] = changed(
+        with_fisher(values, folder / f"stage-{ranks}", sampling="empirical"),
+        deepspeed={"config": {"zero_optimization": {"stage": 2}}},
+    )
+    exact = {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}
+    for square in ("token", "sequence"):
+        of_all = with_fisher(
+            values, folder / f"all-{square}-{ranks}", sampling="empirical", square=square
+        )
+        configs[f"all {square}"] = changed(of_all, valuation=exact)
+    return configs
+
+
+Row = tuple[int, Tensor, Tensor]
+"""Number, token ids and labels of a prompt, (T,) each."""
+
+
+def sum_squares(
+    rows: list[Row], of_row: Callable[[Row], Mapping[str, tuple[Tensor, Tensor]]]
+) -> dict[str, list[Tensor]]:
+    """Token and sequence squares of all rows, summed, by parameter."""
+    sums: dict[str, list[Tensor]] = {}
+    for row in rows:
+        for name, both in of_row(row).items():
+            so_far = sums.get(name, [torch.zeros(()), torch.zeros(())])
+            sums[name] = [total + square for total, square in zip(so_far, both, strict=True)]
+    return sums
+
+
+def assert_estimates_equal(folder: Path, kind: str, sums: dict[str, list[Tensor]]) -> None:
+    """Estimates of a kind, with both squares and on 1, 2 and 3 ranks, are the mean over prompts."""
+    for ranks, (index, square) in itertools.product((1, 2, 3), enumerate(("token", "sequence"))):
+        estimate = TensorFile(folder / f"{kind}-{square}-{ranks}")
+        assert set(estimate) == set(sums)
+        for name, both in sums.items():
+            error = relative_error(estimate[name], both[index] / PROMPTS)
+            assert error <= 1e-5, f"{kind}, {square}, {ranks} ranks: {name} is off by {error:.1e}"
+
+
 @pytest.mark.slow
 def test_estimates_on_any_number_of_ranks_equal_the_oracle(
     run_values: dict[str, Any], tiny_model: Path, tmp_path: Path
@@ -83,74 +136,46 @@ def test_estimates_on_any_number_of_ranks_equal_the_oracle(
     """Six prompts in batches of one: on 1, 2 and 3 ranks, so on 4 in a run that began on 3, all
     with uneven lengths."""
     for ranks in (1, 2, 3):
-        configs = {
-            f"{sampling} {square}": with_fisher(
-                run_values,
-                tmp_path / f"{sampling}-{square}-{ranks}",
-                sampling=sampling,
-                square=square,
-            )
-            for sampling in SAMPLINGS
-            for square in ("token", "sequence")
-        }
-        configs["stage 2"] = changed(
-            with_fisher(run_values, tmp_path / f"stage-{ranks}", sampling="empirical"),
-            deepspeed={"config": {"zero_optimization": {"stage": 2}}},
-        )
-        for square in ("token", "sequence"):
-            values = with_fisher(
-                run_values, tmp_path / f"all-{square}-{ranks}", sampling="empirical", square=square
-            )
-            exact = {"estimator": "exact", "layers": "all", "parameters": "all", "window": 32}
-            configs[f"all {square}"] = changed(values, valuation=exact)
+        configs = estimate_variants(run_values, tmp_path, ranks)
         run_ranks("fisher_estimates", ranks, tmp_path / f"ranks-{ranks}", configs=configs)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = oracle_copy(AutoModelForCausalLM.from_pretrained(tiny_model))
-    rows = tokenised(tokenizer, run_values["data"]["validation"])
-    chosen = Order([len(rows)], None, (SEED, 2)).step(0, PROMPTS)
+    tokens = tokenised(tokenizer, run_values["data"]["validation"])
+    chosen = Order([len(tokens)], None, (SEED, 2)).step(0, PROMPTS)
+    rows = [(int(row), *tokens[row]) for row in chosen]
+
     for sampling in SAMPLINGS:
         names = list(TensorFile(tmp_path / f"{sampling}-token-1"))
         assert len(names) == 14
-        sums = {name: [torch.zeros(()), torch.zeros(())] for name in names}
-        for row in chosen:
-            ids, labels = rows[row]
+
+        def of_sample(
+            row: Row, sampling: str = sampling, names: list[str] = names
+        ) -> Mapping[str, tuple[Tensor, Tensor]]:
+            number, ids, labels = row
             with torch.no_grad():
                 ids, labels = sampled(
-                    model, ids, labels, int(row), sampling, {tokenizer.eos_token_id}
+                    model, ids, labels, number, sampling, {tokenizer.eos_token_id}
                 )
-            for name, both in squares(model, names, ids, labels).items():
-                sums[name] = [
-                    total + square for total, square in zip(sums[name], both, strict=True)
-                ]
-        for ranks in (1, 2, 3):
-            for index, square in enumerate(("token", "sequence")):
-                estimate = TensorFile(tmp_path / f"{sampling}-{square}-{ranks}")
-                for name in names:
-                    error = relative_error(estimate[name], sums[name][index] / PROMPTS)
-                    assert error <= 1e-5, (
-                        f"{sampling}, {square}, {ranks} ranks: {name} is off by {error:.1e}"
-                    )
+            return squares(model, names, ids, labels)
+
+        assert_estimates_equal(tmp_path, sampling, sum_squares(rows, of_sample))
+
     names = list(TensorFile(tmp_path / "all-token-1"))
     assert len(names) == len(list(model.parameters()))
-    everything: dict[str, list[Tensor]] = {
-        name: [torch.zeros(()), torch.zeros(())] for name in names
-    }
-    for row in chosen:
-        for name, gradients in position_gradients(model, names, *rows[row]).items():
-            stacked = torch.stack(gradients)
-            own = stacked.square().sum(0), stacked.sum(0).square()
-            everything[name] = [
-                total + square for total, square in zip(everything[name], own, strict=True)
-            ]
-    for ranks in (1, 2, 3):
-        for index, square in enumerate(("token", "sequence")):
-            estimate = TensorFile(tmp_path / f"all-{square}-{ranks}")
-            for name in names:
-                error = relative_error(estimate[name], everything[name][index] / PROMPTS)
-                assert error <= 1e-5, (
-                    f"all parameters, {square}, {ranks} ranks: {name} is off by {error:.1e}"
-                )
+
+    def of_all(row: Row) -> dict[str, tuple[Tensor, Tensor]]:
+        _, ids, labels = row
+        stacked = {
+            name: torch.stack(gradients)
+            for name, gradients in position_gradients(model, names, ids, labels).items()
+        }
+        return {
+            name: (gradient.square().sum(0), gradient.sum(0).square())
+            for name, gradient in stacked.items()
+        }
+
+    assert_estimates_equal(tmp_path, "all", sum_squares(rows, of_all))
     for ranks in (1, 2, 3):
         lower_stage, whole = (
             TensorFile(tmp_path / f"stage-{ranks}"),

@@ -248,7 +248,7 @@ def _merge(folder: Path, base: str, dtype: torch.dtype) -> None:
 
 
 def _model_card(
-    run: Path, description: Mapping[str, Any], about: Mapping[str, Any], adapter: bool
+    run: Path, description: Mapping[str, Any], about: Mapping[str, Any], *, adapter: bool
 ) -> str:
     config = description["config"]
     shown = ("preference", "valuation", "selection", "optim")

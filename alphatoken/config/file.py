@@ -21,7 +21,11 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 class _Loader(yaml.SafeLoader):
     """YAML with two of its traps removed: `2e-5` is a number, and a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(
+        self,
+        node: yaml.MappingNode,
+        deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML gives it by place
+    ) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

@@ -54,13 +54,25 @@ def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any
     if isinstance(config, dict):
         values, origin = config, "deepspeed.config"
     else:
-        origin = str(config)
-        try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read deepspeed.config {origin}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"deepspeed.config {origin} is not valid JSON: {error}") from None
+        values, origin = _read_json(config), str(config)
+    _refuse_keys(values, origin)
+    return values
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Raises UserError for a file that cannot be read or is not JSON."""
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read deepspeed.config {file}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed.config {file} is not valid JSON: {error}") from None
+    return values
+
+
+def _refuse_keys(values: dict[str, Any], origin: str) -> None:
+    """Raises UserError for keys that are ours or not supported, and for "auto"; `origin` names
+    where the values are from."""
     for key, field in OUR_FIELDS.items():
         if key in values:
             raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
@@ -83,7 +95,6 @@ def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any
             f'{origin}: {key} is "auto"; write the value, or leave the key out for '
             "DeepSpeed's default"
         )
-    return values
 
 
 def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -139,11 +150,11 @@ FRUGAL = {
 }
 
 
-def inference_config(config: RunConfig, offload: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration for running a model forward only, on any number of ranks, with few
-    weights held unless `deepspeed.config` says otherwise.
+def inference_config(config: RunConfig, *, offload: bool = False) -> dict[str, Any]:
+    """The DeepSpeed configuration for running a model forward only, on any number of ranks.
 
-    `offload` keeps its shards in host memory. Raises UserError where there are no shards.
+    Few weights are held at a time unless the user's configuration says otherwise.
+    `offload` keeps the shards in host memory. Raises UserError where there are no shards.
     """
     values = {**_shared_config(config), "train_micro_batch_size_per_gpu": 1}
     zero = values.get("zero_optimization", {})

@@ -29,14 +29,14 @@ from alphatoken.util.wording import plural
 T = TypeVar("T")
 
 
-def examine(file: Path, overrides: Sequence[str], as_json: bool, patience: float) -> int:
-    """Looks at everything and reports on rank 0; the exit status, 1 where a check failed. For every
-    rank.
+def examine(file: Path, overrides: Sequence[str], *, as_json: bool, patience: float) -> int:
+    """Checks everything and reports on rank 0. Returns the exit status, 1 where a check failed.
+    Every rank must call it.
 
     `patience`: seconds in which the ranks have to find each other. Where they do not, the process
     ends here.
     """
-    output = Output(as_json, is_first=os.environ.get("RANK", "0") == "0")
+    output = Output(as_json=as_json, is_first=os.environ.get("RANK", "0") == "0")
     accelerator, devices = visible_devices()
     arrival = Arrival(
         node=facts.this_node(),
@@ -49,7 +49,7 @@ def examine(file: Path, overrides: Sequence[str], as_json: bool, patience: float
         if meeting.store is None:  # rank 0 does not know of it, or is this one
             output.complain(meeting.failure)
         output.report([meeting.failure], [arrival.node])
-        meeting.dismiss(output.is_first, patience)
+        meeting.dismiss(is_host=output.is_first, patience=patience)
         output.end(1)
     examination = Examination(file, overrides, arrival, output)
     examination.join_ranks(2 * patience)
@@ -204,7 +204,7 @@ class Examination:
             ("cache folder", cache, cached),
         ):
             self.findings.append(
-                storage.check_shared_folder(check, folder, self.nodes, mark, shared)
+                storage.check_shared_folder(check, folder, self.nodes, mark, must_be_shared=shared)
             )
 
     def _read_data(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits | None:
@@ -238,7 +238,7 @@ class Examination:
     def _compare(
         self, check: str, work: Callable[[], T], judge: Callable[[list[T], Sequence[str]], Finding]
     ) -> None:
-        """The judgement on what work gives on all ranks."""
+        """Adds the judgement on what work gives on all ranks."""
         seen = on_every_rank(work)
         if seen.everywhere and seen.own is not None:
             self.findings.append(judge(collectives.gather_objects(seen.own), self.nodes))

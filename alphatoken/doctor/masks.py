@@ -81,12 +81,12 @@ def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conver
     share = max(1, limit // len(config.data.train))
     pairs = isinstance(config, PreferenceRunConfig)
     of_sources = (
-        itertools.islice(_conversations(source, pairs), share) for source in config.data.train
+        itertools.islice(_conversations(source, pairs=pairs), share) for source in config.data.train
     )
     return list(itertools.chain.from_iterable(of_sources))
 
 
-def _conversations(source: Source, pairs: bool) -> Iterator[Conversation]:
+def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
     for row in open_source(source)[1]:
         where = location(source, row.number)
         if pairs:

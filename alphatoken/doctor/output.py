@@ -26,7 +26,7 @@ class Output:
     would be written there, by any library, goes to the standard error from now on.
     """
 
-    def __init__(self, as_json: bool, is_first: bool) -> None:
+    def __init__(self, *, as_json: bool, is_first: bool) -> None:
         self.is_first = is_first
         self._as_json = as_json
         self._reported = threading.Lock()

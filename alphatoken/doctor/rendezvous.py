@@ -47,7 +47,7 @@ class Meeting:
     failure: Finding | None
     store: Store | None
 
-    def dismiss(self, is_host: bool, patience: float) -> None:
+    def dismiss(self, *, is_host: bool, patience: float) -> None:
         """Lets the other ranks end once rank 0 has reported; called by all ranks after a
         failure."""
         if self.store is not None:
@@ -160,7 +160,7 @@ def _join_store(host: str, port: int, ranks: int, patience: float, hosted_by: st
     return joined[0]
 
 
-def _store(host: str, port: int, ranks: int, patience: float, is_master: bool) -> Store:
+def _store(host: str, port: int, ranks: int, patience: float, *, is_master: bool) -> Store:
     limit = timedelta(seconds=patience)
     return TCPStore(
         host, port, ranks, is_master, limit, wait_for_workers=False, multi_tenant=is_master

@@ -25,7 +25,7 @@ APPEARS_WITHIN = 10.0
 
 
 def check_shared_folder(
-    check: str, folder: Path, nodes: Sequence[str], mark: str, must_be_shared: bool
+    check: str, folder: Path, nodes: Sequence[str], mark: str, *, must_be_shared: bool
 ) -> Finding:
     """Has every rank write a file into `folder` and rank 0's be looked for by all. Every rank must
     call it.

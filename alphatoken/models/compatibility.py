@@ -30,7 +30,7 @@ def architecture_of_config(config: PretrainedConfig) -> Architecture:
 
 
 def check_attention(
-    config: PretrainedConfig, implementation: str, dtype: str, here: bool = True
+    config: PretrainedConfig, implementation: str, dtype: str, *, here: bool = True
 ) -> None:
     """Refuses an attention kernel that the model, its dtype or, if `here`, this machine cannot run
     (UserError)."""

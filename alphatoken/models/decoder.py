@@ -134,7 +134,7 @@ class Decoder:
         }
         for parameter in self.model.parameters():
             if id(parameter) not in reached:
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(requires_grad=False)
 
     def scored_linears(self, depth: int) -> list[ScoredLinear]:
         """The linears of the last `depth` layers, in order of the forward pass."""

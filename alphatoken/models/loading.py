@@ -43,7 +43,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_before_loading(config: RunConfig, here: bool = True) -> None:
+def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
     """What the model's `config.json` can tell before any weight is read. Raises UserError.
 
     `here`: whether this machine is to run it.
@@ -55,7 +55,7 @@ def check_before_loading(config: RunConfig, here: bool = True) -> None:
             f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}"
         ) from None
     architecture = architecture_of_config(model_config)
-    check_attention(model_config, config.model.attn_implementation, config.model.dtype, here)
+    check_attention(model_config, config.model.attn_implementation, config.model.dtype, here=here)
     if config.data.packing and architecture.recurrent:
         raise UserError(
             f"data.packing=true is not possible with {model_config.model_type}: its "

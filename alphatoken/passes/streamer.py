@@ -216,7 +216,7 @@ def _skeleton(decoder: Decoder) -> Decoder:
 
             for adapter, settings in decoder.model.peft_config.items():
                 inject_adapter_in_model(settings, model, adapter)
-    return decoder_of(model.requires_grad_(False).eval())
+    return decoder_of(model.requires_grad_(requires_grad=False).eval())
 
 
 def _output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -49,7 +49,7 @@ def _total(parts: tuple[Part, ...]) -> int:
 def memory_of(blueprint: Blueprint, *, on_cpu: bool) -> Memory:
     """Where a bucket is larger than what it will hold, a CPU takes only what is written to, a GPU
     all of it."""
-    steady, host = _states(blueprint, on_cpu)
+    steady, host = _states(blueprint, on_cpu=on_cpu)
     if blueprint.depth:
         steady += _valuation(blueprint)
     if on_cpu:
@@ -70,7 +70,7 @@ def _process(blueprint: Blueprint) -> int:
     return size
 
 
-def _states(blueprint: Blueprint, on_cpu: bool) -> tuple[list[Part], list[Part]]:
+def _states(blueprint: Blueprint, *, on_cpu: bool) -> tuple[list[Part], list[Part]]:
     """Weights, masters, moments and gradients; those on the device, and those on the host."""
     sharding, weight = blueprint.sharding, blueprint.sharding.weight_bytes
     every = [numel for numel, _ in blueprint.numels]
@@ -160,7 +160,7 @@ def _gathered(blueprint: Blueprint) -> Part:
     return Part("gathered weights", (held + arriving) * sharding.weight_bytes)
 
 
-def _activations(blueprint: Blueprint, checkpointing: bool | None = None) -> Part:
+def _activations(blueprint: Blueprint, *, checkpointing: bool | None = None) -> Part:
     """What the forward pass of a micro-batch keeps for its backward pass."""
     body = blueprint.body
     if blueprint.config.train.gradient_checkpointing if checkpointing is None else checkpointing:
@@ -171,7 +171,7 @@ def _activations(blueprint: Blueprint, checkpointing: bool | None = None) -> Par
 
 def activation_bytes(blueprint: Blueprint, *, checkpointing: bool) -> int:
     """Activations of one micro-batch, with or without recomputing them."""
-    return _activations(blueprint, checkpointing).bytes
+    return _activations(blueprint, checkpointing=checkpointing).bytes
 
 
 def _step_gradients(blueprint: Blueprint) -> Part:

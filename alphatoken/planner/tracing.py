@@ -52,7 +52,11 @@ class _CountedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, whole: bool
+        ctx: Any,
+        query_BHTD: Tensor,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        whole: bool,  # noqa: FBT001 - autograd takes arguments by place
     ) -> Tensor:
         groups = query_BHTD.shape[1] // key_BGTD.shape[1]
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key_BGTD, value_BGTD))

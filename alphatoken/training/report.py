@@ -50,7 +50,7 @@ class Report:
         for metrics in _cut_metrics(metrics_file, first_step):
             self._remember(metrics)
         if config.logging.wandb != "disabled":
-            self._wandb = _start_wandb(config, metrics_file.parent, first_step > 0)
+            self._wandb = _start_wandb(config, metrics_file.parent, resumed=first_step > 0)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -163,7 +163,7 @@ class Report:
         self._console.print(text, soft_wrap=True)
 
 
-def _start_wandb(config: RunConfig, folder: Path, resumed: bool) -> Any:
+def _start_wandb(config: RunConfig, folder: Path, *, resumed: bool) -> Any:
     import wandb
 
     known = folder / "wandb-id"

@@ -52,7 +52,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     def is_agreed(self) -> bool:
         """Whether any rank was asked. Every rank must call it, between steps: an all-reduce of one
         number."""
-        return self._any(self._asked_at is not None)
+        return self._any(on_this_rank=self._asked_at is not None)
 
     def took(self, what: str, seconds: float) -> None:
         """Learns how long a `micro-batch`, an `evaluation` or a `save` takes."""
@@ -71,14 +71,16 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         evaluation = self._known.get("evaluation", 0.0) if evaluates else 0.0
         left = micro_batches * self._known.get("micro-batch", 0.0) + evaluation
         left += self._known.get("save", 0.5 * self._grace)
-        if self._any(
-            self._asked_at is not None and time.monotonic() + left > self._asked_at + self._grace
-        ):
+        asked_at = self._asked_at
+        is_late = asked_at is not None and time.monotonic() + left > asked_at + self._grace
+        if self._any(on_this_rank=is_late):
             raise WindowDroppedError
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
 
-    def _any(self, own: bool) -> bool:
-        return bool(collectives.sum_over_ranks(torch.tensor(int(own), device=self._device)) > 0)
+    def _any(self, *, on_this_rank: bool) -> bool:
+        """Whether something is so on any rank. Every rank must call it."""
+        flag = torch.tensor(int(on_this_rank), device=self._device)
+        return bool(collectives.sum_over_ranks(flag) > 0)

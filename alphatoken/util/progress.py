@@ -15,7 +15,7 @@ class Countdown(AbstractContextManager["Countdown"]):
     """Progress of something before training: a bar with the time left, or ten lines where there is
     no terminal."""
 
-    def __init__(self, title: str, unit: str, done: int, total: int, active: bool) -> None:
+    def __init__(self, title: str, unit: str, done: int, total: int, *, active: bool) -> None:
         self._title, self._unit, self._first, self._total = title, unit, done, total
         self._console = Console(quiet=not active, highlight=False)
         self._started = time.monotonic()
