@@ -38,7 +38,7 @@ class Batch(TypedDict):
     rows: NotRequired[Tensor]
     """(D,) int64, the dataset row of each document."""
     noise: NotRequired[Tensor]
-    """(B, T) float32, uniform in [0, 1), for the policy `random`."""
+    """(B, T) float32, uniform in [0, 1), where a policy needs it."""
     reference_nll: NotRequired[Tensor]
     """(B, T) float32, another model's losses of the response tokens, zero elsewhere."""
 

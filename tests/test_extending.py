@@ -21,8 +21,8 @@ from alphatoken.batch import Batch
 from alphatoken.config.objectives import OBJECTIVE_TRAITS
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceConfig
-from alphatoken.objectives.pair_losses import Branch, Pairs, dpo
-from alphatoken.objectives.preference import PAIR_OBJECTIVES, PreferenceObjective
+from alphatoken.objectives.pair_losses import PAIR_OBJECTIVES, Branch, Pairs, dpo
+from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import Selection, select

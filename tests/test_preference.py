@@ -17,6 +17,7 @@ from alphatoken.config.objectives import OBJECTIVE_TRAITS, OPTIONAL_KEYS
 from alphatoken.config.preference import PreferenceConfig
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.pair_losses import (
+    PAIR_OBJECTIVES,
     Branch,
     Pairs,
     alpha_dpo,
@@ -25,13 +26,10 @@ from alphatoken.objectives.pair_losses import (
     hinge,
     ipo,
     orpo,
+    register_objective,
     simpo,
 )
-from alphatoken.objectives.preference import (
-    PAIR_OBJECTIVES,
-    PreferenceObjective,
-    register_objective,
-)
+from alphatoken.objectives.preference import PreferenceObjective
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "alpha_dpo": {},

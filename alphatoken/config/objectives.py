@@ -1,6 +1,6 @@
 """Preference objectives by name, with their defaults and what each reads of a run.
 
-Their losses are in `objectives.preference`, whose `register_objective` adds an objective to both.
+Their losses are in `objectives.pair_losses`, whose `register_objective` adds an objective to both.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Layout:
 
     size: dataset rows per micro-batch. row_tokens: None puts each dataset row (document) into a row
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
-    tokens as first-fit finds. noise_key: (seed, step) adds noise for the random policy. reference:
-    by dataset row, another model's losses of its response tokens, (R,) float32.
+    tokens as first-fit finds. noise_key: (seed, step) adds noise, for policies that need it.
+    reference: by dataset row, another model's losses of its response tokens, (R,) float32.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Reproducible noise for the random policy and for sampling."""
+"""Reproducible noise for policies and for sampling."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def uniform_noise(seed: int, step: int, row: int, length: int) -> Tensor:
-    """Noise for the random policy, (`length`,) float32, that depends on (seed, step, row) alone,
-    not on ranks."""
+    """Uniform noise, (`length`,) float32, that depends on (seed, step, row) alone, not on
+    ranks."""
     return torch.from_numpy(
         np.random.default_rng([seed, step, row]).random(length, dtype=np.float32)
     )

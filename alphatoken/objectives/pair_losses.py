@@ -1,16 +1,24 @@
-"""Preference losses as pure functions of sums over the two responses of a pair.
+"""Preference losses as pure functions of sums over the two responses of a pair, and the table of
+objectives made of them.
+
+A new objective is a function here, its entry in `PAIR_OBJECTIVES`, and one in `config.objectives`.
 
 Shape legend: P pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from alphatoken.config.choices import register
+from alphatoken.config.objectives import OBJECTIVE_TRAITS, OPTIONAL_KEYS, ObjectiveTraits
+from alphatoken.config.preference import PreferenceConfig
 
 
 @dataclass(frozen=True)
@@ -134,3 +142,86 @@ def cpo(pairs: Pairs, beta: float) -> Tensor:
     """-log sigmoid(beta (sum l- - sum l+)): Xu et al., arXiv 2401.08417, Eq. 4, the part of it on
     both branches."""
     return F.softplus(beta * (pairs.chosen.nll_P - pairs.rejected.nll_P))
+
+
+PairLoss = Callable[[Pairs, Pairs, PreferenceConfig], Tensor]
+"""Called with sums over the kept tokens, sums over all response tokens, and section `preference`;
+returns the loss of each pair, (P,). Derivatives are autograd's, so the sums must stay in the graph.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairObjective:
+    """A preference objective: what is minimised, and what it compares two responses by."""
+
+    loss: PairLoss
+    reward: Callable[[Branch], Tensor]
+    """What the objective raises for the chosen and lowers for the rejected response, (P,); reported
+    times beta."""
+    held_out_loss: PairLoss | None = None
+    """What is reported of held-out pairs; None: the loss itself, with all tokens kept."""
+
+
+PAIR_OBJECTIVES: dict[str, PairObjective] = {
+    "alpha_dpo": PairObjective(
+        loss=lambda kept, full, settings: alpha_dpo(
+            kept,
+            omega_P=alpha_dpo_weight(full, settings.scale),
+            normalisation=settings.normalisation,
+        ),
+        reward=log_ratio,
+        # At all-ones masks it has the gradient of DPO, but not its value.
+        held_out_loss=lambda kept, full, settings: dpo(kept, settings.scale),
+    ),
+    "dpo": PairObjective(
+        loss=lambda kept, full, settings: dpo(kept, settings.scale, settings.label_smoothing),
+        reward=log_ratio,
+    ),
+    "ipo": PairObjective(
+        loss=lambda kept, full, settings: ipo(kept, settings.scale), reward=log_ratio
+    ),
+    "hinge": PairObjective(
+        loss=lambda kept, full, settings: hinge(kept, settings.scale), reward=log_ratio
+    ),
+    "simpo": PairObjective(
+        loss=lambda kept, full, settings: simpo(kept, settings.scale, settings.margin),
+        reward=mean_log_probability,
+    ),
+    "orpo": PairObjective(
+        loss=lambda kept, full, settings: orpo(kept, settings.scale), reward=mean_log_probability
+    ),
+    "cpo": PairObjective(
+        loss=lambda kept, full, settings: cpo(kept, settings.scale), reward=log_probability
+    ),
+}
+
+
+def register_objective(
+    name: str,
+    objective: PairObjective,
+    *,
+    needs_reference: bool,
+    default_beta: float = 0.1,
+    default_nll_weight: float = 0.0,
+    reads: Iterable[str] = (),
+) -> None:
+    """Makes an objective known as `preference.objective: name`, in this process.
+
+    The other arguments are as in `ObjectiveTraits`. Every rank must register it before the
+    configuration is read. Raises ValueError where the name is taken, or `reads` names something
+    else than `OPTIONAL_KEYS`.
+    """
+    unknown = set(reads) - set(OPTIONAL_KEYS)
+    if unknown:
+        raise ValueError(
+            f"objective {name!r} reads {sorted(unknown)}; keys that only some objectives read are "
+            f"{', '.join(OPTIONAL_KEYS)}"
+        )
+    traits = ObjectiveTraits(
+        needs_reference=needs_reference,
+        default_beta=default_beta,
+        default_nll_weight=default_nll_weight,
+        reads=frozenset(reads),
+    )
+    register(OBJECTIVE_TRAITS, name, traits, notion="preference objective")
+    PAIR_OBJECTIVES[name] = objective
