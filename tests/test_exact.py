@@ -20,7 +20,7 @@ from alphatoken.distributed.adam_scale import adam_scale
 from tests.exact_oracle import exact_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.test_training import changed
+from tests.runs import changed
 from tests.test_valuation import LENGTHS, VALIDATION_LENGTHS, stability, with_adapters
 from tests.tiny import (
     CASES,

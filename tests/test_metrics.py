@@ -20,9 +20,9 @@ INTRODUCTION = """\
 
 A run writes one JSON object per optimizer step to `metrics.jsonl`, with these numbers. Each is
 declared beside the code that computes it (`alphatoken.util.metrics.declare`); `make metrics` writes
-this page. A name with `{...}` stands for several. The unit `value` is that of a token's value: how
-far the held-out loss falls, to first order, when the weights take a step of size 1 down the token's
-gradient. Numbers of a branch (`..._chosen`, `..._rejected`) appear in preference runs only.
+this page. A name with `{a,b}` stands for one metric of each. The unit `value` is that of a token's
+value: how far the held-out loss falls, to first order, when the weights take a step of size 1 down
+the token's gradient.
 
 """
 # All modules that declare a metric.
@@ -47,7 +47,6 @@ def test_the_page_is_made_from_the_table() -> None:
 
 
 def test_every_number_of_the_pinned_runs_is_declared() -> None:
-    """Families do not count as long as a name of their own was forgotten: those are spelled out."""
     golden = json.loads((ROOT / "tests" / "golden_sft.json").read_text(encoding="utf-8"))
     names = set(names_in(golden))
     assert "loss_kept" in names
@@ -64,17 +63,16 @@ def names_in(golden: object) -> list[str]:
     return []
 
 
-def test_families_and_single_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "METRICS", {})
-    declare("speed_{kind}", "a family", "m/s")
+    declare("speed_{up,down}_{mean,max}", "two by two", "m/s")
     declare("speed_of_light", "a single one", "m/s")
-    found = metric_of("speed_of_light")
-    assert found is not None
-    assert found.sentence == "a single one"
-    family = metric_of("speed_limit")
-    assert family is not None
-    assert family.name == "speed_{kind}"
-    assert metric_of("speed") is None
+    for name, sentence in (("speed_of_light", "a single one"), ("speed_up_max", "two by two")):
+        found = metric_of(name)
+        assert found is not None
+        assert found.sentence == sentence
+    for other in ("speed", "speed_up", "speed_up_min", "speed_up,down_mean"):
+        assert metric_of(other) is None
     with pytest.raises(ValueError, match="declared twice"):
         declare("speed_of_light", "again")
 

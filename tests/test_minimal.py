@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes import minimal
 from tests.ranks import run_ranks
-from tests.test_training import changed, metrics_of
+from tests.runs import changed, metrics_of
 
 STEPS = 4
 

@@ -29,6 +29,7 @@ from alphatoken.data.batches import Order
 from alphatoken.reference.cache import CachedLosses, CacheFolder, longest_chain
 from alphatoken.reference.losses import check_reference
 from tests.ranks import run_ranks
+from tests.runs import metrics_of, start_recipe
 from tests.test_distributed import (
     SCORED_BY,
     TERMS,
@@ -40,7 +41,7 @@ from tests.test_distributed import (
     variant,
 )
 from tests.test_preference import Side, masked_loss, section, standard
-from tests.test_training import METRICS, start_recipe
+from tests.test_training import METRICS
 from tests.tiny import collate, tokenised
 
 __all__ = ["stability"]
@@ -183,11 +184,6 @@ class PlainPairs:
         return weight
 
 
-def metrics_of(values: dict[str, Any]) -> list[dict[str, Any]]:
-    file = Path(values["train"]["output_dir"]) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_values_masks_and_gradients_of_pairs_equal_one_process(
@@ -287,7 +283,7 @@ def test_cached_and_online_references_give_the_same_run(
         values["train"]["max_steps"] = 3
     (messages, _) = run_ranks("run_trainers", 2, tmp_path / "ranks", configs=configs)
     assert not any(messages.values()), messages
-    found = {name: metrics_of(values) for name, values in configs.items()}
+    found = {name: metrics_of(values["train"]["output_dir"]) for name, values in configs.items()}
     assert found["cached"][0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6), (
         "the start is its own reference"
     )
@@ -361,8 +357,8 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
     one, other = (CachedLosses(longest_chain(folder / "train", 30)) for folder in (cache, whole))
     for row in range(30):
         assert np.allclose(one[row], other[row], rtol=1e-5, atol=1e-6)
-    assert metrics_of(configs["resumed"])[-1]["loss"] == pytest.approx(
-        metrics_of(configs["whole"])[-1]["loss"], rel=1e-5
+    assert metrics_of(configs["resumed"]["train"]["output_dir"])[-1]["loss"] == pytest.approx(
+        metrics_of(configs["whole"]["train"]["output_dir"])[-1]["loss"], rel=1e-5
     )
 
 
@@ -467,7 +463,7 @@ def test_the_recipe_starts_from_a_supervised_runs_export(
 
     finished = start_recipe(file, "preference.objective=dpo", recipe="preference")
     assert finished.returncode == 0, finished.stderr[-4000:]
-    before, *steps = metrics_of(values["preference"])
+    before, *steps = metrics_of(values["preference"]["train"]["output_dir"])
     assert before.keys() == {"step", *EVALUATED}
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert [step["step"] for step in steps] == [1, 2]

@@ -29,7 +29,7 @@ from alphatoken.values.balance import RunningScales
 from tests.fisher_oracle import position_gradients, squares
 from tests.oracle import oracle_copy, relative_error
 from tests.ranks import run_ranks
-from tests.test_training import changed
+from tests.runs import changed
 from tests.test_valuation import LENGTHS, stability
 from tests.tiny import collate, random_sequences, tiny_llama, tokenised
 

@@ -33,7 +33,7 @@ from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog
 from tests.cases import MOMENTS
 from tests.ranks import ROOT, run_ranks
-from tests.test_training import changed, metrics_of
+from tests.runs import changed, metrics_of
 
 SEED = 20260601
 MODES = list(itertools.product(("float32", "bfloat16"), ("sft", "preference")))

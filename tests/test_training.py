@@ -3,10 +3,7 @@ stopping in time."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ from alphatoken import UserError
 from alphatoken.config.run import RunConfig
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.training.setup import build_run
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import run_ranks
+from tests.runs import changed, metrics_of, start_recipe
 from tests.tiny import tokenised
 
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
@@ -30,28 +28,6 @@ METRICS = {
     *("tokens_per_second", "peak_memory_bytes"),
     *(f"{term}_{moment}" for term in (*TERMS, "composite") for moment in ("mean", "std")),
 }
-
-
-def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    values = copy.deepcopy(values)
-    for section, content in sections.items():
-        values.setdefault(section, {}).update(content)
-    return values
-
-
-def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def start_recipe(
-    file: Path, *overrides: str, recipe: str = "sft"
-) -> subprocess.CompletedProcess[str]:
-    """What a user types: the local launcher, two CPU ranks."""
-    command = ["launch/local.sh", f"recipes/{recipe}.py", "--config", str(file), *overrides]
-    environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
 
 
 @pytest.fixture

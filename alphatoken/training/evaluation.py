@@ -13,7 +13,6 @@ from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.metrics import Metrics, declare
 
 declare("eval_loss", "the loss of `data.eval`: per response token, or the objective's per pair")
-declare("eval_{metric}", "mean of the objective's metric over the rows of `data.eval`")
 
 
 def evaluate(

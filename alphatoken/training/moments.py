@@ -18,17 +18,24 @@ PARTS = {
 }
 """The terms that each part of the value is the sum of."""
 
-for _name in (*TERMS, "composite"):
-    declare(f"{_name}_mean", f"mean of `{_name}` over all response tokens", "value")
-    declare(f"{_name}_std", f"standard deviation of `{_name}` over all response tokens", "value")
-for _part in PARTS:
-    declare(f"{_part}_std", f"standard deviation of {_part} before any weight", "value")
-for _name in TERMS:
-    declare(
-        f"{_name}_share",
-        f"share of `{_name}` in the variance of the composite (its covariance with it; the four "
-        "shares add up to 1)",
-    )
+declare(
+    "{direct,causal}_{target,proxy}_{mean,std}",
+    "mean and standard deviation of a term over all response tokens",
+    "value",
+)
+declare(
+    "composite_{mean,std}", "mean and standard deviation of the value of response tokens", "value"
+)
+declare(
+    "{direct_target,causal_target,direct_proxy,causal_proxy,composite}_{mean,std}_{chosen,rejected}",
+    "the same of one branch (preference runs)",
+    "value",
+)
+declare("{adaptation,stability}_std", "standard deviation of the part before any weight", "value")
+declare(
+    "{direct,causal}_{target,proxy}_share",
+    "share of a term in the composite's variance (its covariance with it); the four add up to 1",
+)
 
 
 def columns_of(names: tuple[str, ...]) -> list[int]:

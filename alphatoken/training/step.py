@@ -35,9 +35,9 @@ declare(
     "nats",
 )
 declare(
-    "seconds_{phase}",
-    "time of rank 0 in a phase (`score` and `reference` apart from the pass they happen in); "
-    "`seconds_step` is the whole step",
+    "seconds_{ahead,forward,score,backward,refresh,optimizer,reference,step}",
+    "time of rank 0 in a phase, scoring apart from the pass it happens in; `seconds_step` is the "
+    "whole step",
     "s",
 )
 declare("tokens_per_second", "tokens of all ranks, prompts included, per second", "1/s")

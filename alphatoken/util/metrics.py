@@ -1,7 +1,7 @@
 """The metrics of a run: each is declared once, beside the code that computes it.
 
-A name may hold one `{placeholder}`, which stands for a family of metrics. Console, trackers and
-docs/metrics.md read this table.
+A name may hold choices, `{mean,std}`, and stands for a metric of each. docs/metrics.md is made from
+this table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Metric:
     """Empty for a number without one."""
 
     def matches(self, name: str) -> bool:
-        """Whether `name` is this metric, or one of its family."""
-        pattern = re.sub(r"\\\{\w+\\\}", r"\\w+?", re.escape(self.name))
+        """Whether `name` is this metric, or one that its choices stand for."""
+        pattern = re.sub(r"\{([\w,]+)\}", lambda each: f"({each[1].replace(',', '|')})", self.name)
         return re.fullmatch(pattern, name) is not None
 
 
@@ -41,12 +41,8 @@ def declare(name: str, sentence: str, unit: str = "") -> str:
 
 
 def metric_of(name: str) -> Metric | None:
-    """What a number of a run means; None if no metric of that name was declared.
-
-    A metric's own name is found before a family, and of families the one that leaves least open.
-    """
-    found = [each for each in METRICS.values() if each.matches(name)]
-    return max(found, key=lambda each: (each.name == name, len(each.name)), default=None)
+    """What a number of a run means; None if no metric of that name was declared."""
+    return next((each for each in METRICS.values() if each.matches(name)), None)
 
 
 def as_markdown() -> str:

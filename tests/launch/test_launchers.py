@@ -26,8 +26,8 @@ from alphatoken.config.run import RunConfig
 from tests.launch.daemons import Slurm, start_sshd
 from tests.launch.machines import ENVIRONMENT, Machine, lacking, two_machines, wait_until
 from tests.ranks import ROOT
+from tests.runs import changed, metrics_of
 from tests.test_survival import comparable
-from tests.test_training import changed, metrics_of
 
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/sft.py"

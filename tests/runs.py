@@ -1,0 +1,40 @@
+"""Configurations of whole runs, starting them as a user does, and reading what they wrote."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from alphatoken.util.metrics import metric_of
+from tests.ranks import ROOT
+
+
+def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(values)
+    for section, content in sections.items():
+        values.setdefault(section, {}).update(content)
+    return values
+
+
+def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
+    """A run's metrics, a dict per step. Every number must be one that was declared."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    unknown = {name for step in steps for name in step if metric_of(name) is None}
+    assert not unknown, f"not declared as metrics: {unknown}"
+    return steps
+
+
+def start_recipe(
+    file: Path, *overrides: str, recipe: str = "sft"
+) -> subprocess.CompletedProcess[str]:
+    """What a user types: the local launcher, two CPU ranks."""
+    command = ["launch/local.sh", f"recipes/{recipe}.py", "--config", str(file), *overrides]
+    environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
