@@ -116,8 +116,8 @@ def read_rows(arguments: argparse.Namespace, device: torch.device) -> Rows:
     needed = held_out + arguments.responses + warm_up
     if len(fitting) < needed:
         sys.exit(
-            f"{arguments.data} has {len(fitting)} rows of at most {arguments.max_length} "
-            f"tokens, not {needed}"
+            f"{arguments.data} has {len(fitting)} rows of at most {arguments.max_length} tokens, "
+            f"not {needed}"
         )
     return Rows(
         validation=taken(0, held_out),

@@ -144,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[PreTrainedModel, list[
 
         losses.append(step_loss)
         print(
-            f"step {step + 1}/{options.steps}  loss {step_loss:.4f}  kept {kept_tokens}  "
-            f"lr {rate:.2e}  gradient norm {float(norm):.3f}"
+            f"step {step + 1}/{options.steps}  loss {step_loss:.4f}  kept {kept_tokens}  lr "
+            f"{rate:.2e}  gradient norm {float(norm):.3f}"
         )
     if options.output is not None:
         model.save_pretrained(options.output)

@@ -427,8 +427,8 @@ def test_other_versions_and_code_are_named_with_their_nodes() -> None:
     assert "node-1 (ranks 2, 3): torch 2.9.1 is outside >=2.11" in found.found
     found = comparing.compare_code(facts)
     assert found.found == (
-        "node-1 (ranks 2, 3): file a.py is 111111111111, elsewhere 000000000000; "
-        "file b.py is 222222222222, elsewhere missing"
+        "node-1 (ranks 2, 3): file a.py is 111111111111, elsewhere 000000000000; file b.py is "
+        "222222222222, elsewhere missing"
     )
     assert (
         comparing.compare_versions(alike(2), {"nosuch": SpecifierSet()}).found

@@ -96,8 +96,8 @@ THINKING = MARKED_TEMPLATE.replace(
 FORGETFUL = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' and loop.last %}{% generation %}{{ message['content'] }}<|im_end|>"  # noqa: E501
-    "{% endgeneration %}{% elif message['role'] == 'assistant' %}(left out)<|im_end|>"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% endgeneration %}{% elif message['role'] == 'assistant' %}(left out)<|im_end|>{% else %}{{ "
+    "message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
 )
 
 

@@ -572,6 +572,6 @@ def test_a_run_goes_on_against_the_same_reference_only(
     resumed = {**first, "train": {**first["train"], "resume": "auto"}}
     (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"run": resumed})
     assert (
-        "reference.model: the reference model (reference.model, by default "
-        "model.name_or_path) changed" in messages["run"]
+        "reference.model: the reference model (reference.model, by default model.name_or_path) "
+        "changed" in messages["run"]
     )

@@ -107,8 +107,8 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
         )
     if text != _sealed(description):
         raise UserError(
-            f"{file} does not have the content that was saved (its hash {sealed[:12]} does "
-            "not match)"
+            f"{file} does not have the content that was saved (its hash {sealed[:12]} does not "
+            "match)"
         )
     return description
 

@@ -73,8 +73,7 @@ def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
         if folder.config.exists() or folder.checkpoints.exists():
             raise UserError(
                 f"train.output_dir={folder.path} holds another run; choose another folder, or "
-                "continue that run with "
-                "train.resume=auto"
+                "continue that run with train.resume=auto"
             )
         return None
     notes: list[Note] = []
@@ -133,8 +132,8 @@ def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig
     if refused:
         raise UserError(
             f"{checkpoint} belongs to a run with another configuration (train.resume_allow lists "
-            "keys that may change "
-            "nevertheless):\n  " + "\n  ".join(refused)
+            "keys that may change nevertheless):\n"
+            "  " + "\n  ".join(refused)
         )
     return notes
 
@@ -165,8 +164,8 @@ def changed_inputs(
     if refused:
         lines = "\n  ".join(f"{key}: {INPUTS[key]} changed" for key in refused)
         raise UserError(
-            f"{where} was trained with other inputs than those given now (train.resume_allow "
-            "lists keys that may "
-            f"change nevertheless):\n  {lines}"
+            f"{where} was trained with other inputs than those given now (train.resume_allow lists "
+            "keys that may change nevertheless):\n"
+            f"  {lines}"
         )
     return [f"changed since {where}, as train.resume_allow says: {INPUTS[key]}" for key in changed]

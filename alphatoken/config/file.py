@@ -129,8 +129,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise UserError(
-                f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section "
-                "in the file"
+                f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section in the "
+                "file"
             )
     try:
         target[last] = yaml.load(text, _Loader)

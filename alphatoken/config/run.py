@@ -220,9 +220,8 @@ class RunConfig(Section):
         ):
             raise ValueError(
                 f"train.save_every={self.train.save_every} is not a multiple of "
-                "valuation.refresh_every="
-                f"{self.valuation.refresh_every}: a resumed run could not rebuild the validation "
-                "signals"
+                f"valuation.refresh_every={self.valuation.refresh_every}: a resumed run could not "
+                "rebuild the validation signals"
             )
         if self.valuation.balance == "std" and not self.valuation.split_terms:
             raise ValueError(
@@ -231,8 +230,8 @@ class RunConfig(Section):
             )
         if self.valuation.reference is not None and self.valuation.fisher is None:
             raise ValueError(
-                "valuation.reference is given without valuation.fisher; stability needs the "
-                "Fisher file"
+                "valuation.reference is given without valuation.fisher; stability needs the Fisher "
+                "file"
             )
         if self.model.lora is not None and self.valuation.parameters == "norms":
             raise ValueError(
@@ -248,7 +247,7 @@ class RunConfig(Section):
                 )
             if "reference" in traits.needs and self.reference.model is None:
                 raise ValueError(
-                    f"selection.policy={policy} needs reference.model, trained on data "
-                    "that is wanted"
+                    f"selection.policy={policy} needs reference.model, trained on data that is "
+                    "wanted"
                 )
         return self

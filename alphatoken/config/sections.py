@@ -259,8 +259,7 @@ class ValuationConfig(Section):
             settings = " and ".join(f"{key}={getattr(self, key)}" for key in wrong)
             raise ValueError(
                 f"{settings}: only valuation.estimator={' or '.join(readers_of(wrong))} reads "
-                f"this; with {self.estimator} "
-                "leave it out (or at "
+                f"this; with {self.estimator} leave it out (or at "
                 f"{', '.join(f'{key}={defaults[key]}' for key in wrong)})"
             )
         return self
@@ -353,8 +352,8 @@ class SelectionConfig(Section):
         if (self.schedule == "constant") != (self.keep_ratio_start is None):
             raise ValueError(
                 f"selection.schedule={self.schedule} and "
-                f"selection.keep_ratio_start={self.keep_ratio_start} do not go "
-                "together: a linear or cosine schedule needs a start, a constant one has none"
+                f"selection.keep_ratio_start={self.keep_ratio_start} do not go together: a linear "
+                "or cosine schedule needs a start, a constant one has none"
             )
         if self.schedule == "constant" and self.schedule_steps is not None:
             raise ValueError(
@@ -365,8 +364,7 @@ class SelectionConfig(Section):
         ):
             raise ValueError(
                 "selection.weights=sigmoid weighs every response token: set "
-                "selection.keep_ratio=1.0, no schedule and "
-                "no min_keep"
+                "selection.keep_ratio=1.0, no schedule and no min_keep"
             )
         return self
 

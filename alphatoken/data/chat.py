@@ -133,9 +133,8 @@ class Encoder:
         if all(mask) or not any(mask):
             found = "every" if all(mask) else "no"
             raise UserError(
-                f"{where}: the response mask marks {found} token; the prompt and the response "
-                "must both be there, and "
-                "the chat template must tell them apart"
+                f"{where}: the response mask marks {found} token; the prompt and the response must "
+                "both be there, and the chat template must tell them apart"
             )
         return ids, mask
 
@@ -151,8 +150,7 @@ class Encoder:
             if not text.startswith(before):
                 raise UserError(
                     f"{where}: the chat template renders the prompt differently once an answer "
-                    "follows, so the answer "
-                    "cannot be told from what the assistant said before"
+                    "follows, so the answer cannot be told from what the assistant said before"
                 )
             earlier = _common_length(
                 self._tokenizer(before, add_special_tokens=False)["input_ids"], ids

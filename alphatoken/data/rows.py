@@ -11,9 +11,8 @@ from alphatoken.errors import UserError
 Message = dict[str, Any]
 
 PAIR_FORM = (
-    "a row needs 'prompt', 'chosen' and 'rejected', each a text or a list of messages; or "
-    "'chosen' and 'rejected' as "
-    "conversations that begin alike"
+    "a row needs 'prompt', 'chosen' and 'rejected', each a text or a list of messages; or 'chosen' "
+    "and 'rejected' as conversations that begin alike"
 )
 
 
@@ -98,8 +97,8 @@ def as_pair(fields: dict[str, Any], where: str) -> RawPair:
                 else "has nothing after the prompt"
             )
             raise UserError(
-                f"{where}: {key!r} must be the assistant's answer to 'prompt', but {found}; "
-                "are fields swapped?"
+                f"{where}: {key!r} must be the assistant's answer to 'prompt', but {found}; are "
+                "fields swapped?"
             )
     return RawPair(prompt, *answers)
 

@@ -70,8 +70,7 @@ def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
         if missing:
             raise UserError(
                 f"{location(source, row.number)}: no field {missing[0]!r}, which data "
-                f"columns={source.columns} name; "
-                f"it has {', '.join(row.fields)}"
+                f"columns={source.columns} name; it has {', '.join(row.fields)}"
             )
         others = {
             name: value for name, value in row.fields.items() if name not in source.columns.values()
@@ -141,7 +140,7 @@ def _open_dataset(source: Source, path: Path) -> Any:
         return datasets.load_dataset(str(path), source.subset, split=source.split)
     except Exception as error:
         raise UserError(
-            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a "
-            "dataset that `datasets` "
-            f"can load with split={source.split!r}, subset={source.subset!r}: {error}"
+            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a dataset "
+            f"that `datasets` can load with split={source.split!r}, subset={source.subset!r}: "
+            f"{error}"
         ) from None

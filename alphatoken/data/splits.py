@@ -70,14 +70,14 @@ def check_sizes(splits: Splits, config: RunConfig) -> None:
     train, validation = splits.train, splits.validation
     if len(train) < config.train.global_batch_size:
         raise UserError(
-            f"data.train has {len(train)} usable rows, fewer than train.global_batch_size="
-            f"{config.train.global_batch_size}"
+            f"data.train has {len(train)} usable rows, fewer than "
+            f"train.global_batch_size={config.train.global_batch_size}"
         )
     if validation is not None and len(validation) < config.valuation.validation_sequences:
         raise UserError(
             f"data.validation has {len(validation)} usable rows, fewer than "
-            "valuation.validation_sequences="
-            f"{config.valuation.validation_sequences}; lower the latter or add rows"
+            f"valuation.validation_sequences={config.valuation.validation_sequences}; lower the "
+            "latter or add rows"
         )
 
 
@@ -140,8 +140,7 @@ def load_prompts(
     if len(rows) == 0:
         raise UserError(
             "the Fisher needs prompts that are not trained on, but data.train has all those of "
-            f"{sources[0].path}; "
-            "set fisher.prompts to other rows"
+            f"{sources[0].path}; set fisher.prompts to other rows"
         )
     return Prompts(dataset, rows, int(trained_on.sum()))
 

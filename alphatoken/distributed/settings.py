@@ -80,15 +80,13 @@ def _refuse_keys(values: dict[str, Any], origin: str) -> None:
         if key in values:
             raise UserError(
                 f"{origin} sets {key!r}, but {name} parallelism is not supported: every rank "
-                "trains on whole sequences "
-                "with all layers. Remove it; zero_optimization and train.gradient_checkpointing "
-                "make room instead"
+                "trains on whole sequences with all layers. Remove it; zero_optimization and "
+                "train.gradient_checkpointing make room instead"
             )
     if "writer" in values.get("checkpoint", {}):
         raise UserError(
             f"{origin} sets checkpoint.writer; remove it: a checkpoint's files are hashed when "
-            "they are whole, which "
-            "writing in the background does not tell"
+            "they are whole, which writing in the background does not tell"
         )
     for key in _auto_keys(values):
         raise UserError(
@@ -113,8 +111,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     if train.global_batch_size % per_pass:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-            "train.micro_batch_size="
-            f"{train.micro_batch_size} times {world_size} ranks = {per_pass}"
+            f"train.micro_batch_size={train.micro_batch_size} times {world_size} ranks = {per_pass}"
         )
     shared = _shared_config(config)
     adam = config.valuation.enabled and config.valuation.preconditioner == "adam"
@@ -173,8 +170,7 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
     if offload == "nvme" and (config.valuation.enabled or config.needs_reference):
         raise UserError(
             "zero_optimization.offload_param.device=nvme is not possible with valuation or a "
-            "reference, which read the "
-            "weight shards: use cpu"
+            "reference, which read the weight shards: use cpu"
         )
     return {
         **values,

@@ -94,8 +94,8 @@ class TensorFile(Mapping[str, Tensor]):
                 reached = part.end if part.start == reached else -1
             if reached != math.prod(self._shapes[name]):
                 raise UserError(
-                    f"{path} does not hold all slices of {name}; is a file missing, or of "
-                    "another write?"
+                    f"{path} does not hold all slices of {name}; is a file missing, or of another "
+                    "write?"
                 )
 
     def _read_places(self, file: Path) -> None:

@@ -106,8 +106,8 @@ class Examination:
         found = "a single rank"
         if len(self.nodes) > 1:
             met = (
-                f"{plural(len(self.nodes), 'rank')} on {plural(len(set(self.nodes)), 'node')} "
-                "met at"
+                f"{plural(len(self.nodes), 'rank')} on {plural(len(set(self.nodes)), 'node')} met "
+                "at"
             )
             found = f"{met} {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.findings += [

@@ -231,8 +231,8 @@ def judge_masks(
             f"{what}: {texts[0]}" + _and_more(texts) for what, texts in complaints.items()
         )
         fix = (
-            "put {% generation %} around what the assistant says in the chat template, or take "
-            "it off the rest"
+            "put {% generation %} around what the assistant says in the chat template, or take it "
+            "off the rest"
         )
         return Finding("response mask", "failed", text, fix, details=details)
     unknown = 1 + len(conversations) - len(known)

@@ -45,8 +45,8 @@ def judge_dtype(dtype: str, slower: Sequence[float], nodes: Sequence[str]) -> Fi
     if worst > 4:
         ranks = [rank for rank, times in enumerate(slower) if times > 4]
         found = (
-            f"{named(ranks, nodes)}: products in {dtype} work, but take {worst:.0f} times as "
-            "long as in float32"
+            f"{named(ranks, nodes)}: products in {dtype} work, but take {worst:.0f} times as long "
+            "as in float32"
         )
         concerned = tuple(sorted({nodes[rank] for rank in ranks}))
         return Finding(

@@ -137,9 +137,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_named(model_class: str) -> Architecture:
     if model_class not in ARCHITECTURES:
         raise UserError(
-            f"model class {model_class} has no entry in alphatoken/architectures.py, which must "
-            "say where its layers, "
-            "norm and linears are (docs/architectures.md shows how to add it); supported: "
-            f"{', '.join(ARCHITECTURES)}"
+            f"model class {model_class} has no entry in alphatoken/models/architectures.py, which "
+            "must say where its layers, norm and linears are (docs/architectures.md shows how to "
+            f"add it); supported: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[model_class]

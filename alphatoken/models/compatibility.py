@@ -61,8 +61,8 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         model_class: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UserError(
-            f"model type {config.model_type!r} is not a causal language model; "
-            f"supported classes: {', '.join(ARCHITECTURES)}"
+            f"model type {config.model_type!r} is not a causal language model; supported classes: "
+            f"{', '.join(ARCHITECTURES)}"
         ) from None
     return model_class
 
@@ -77,6 +77,5 @@ def check_valuation(config: PretrainedConfig, layers: int | str) -> None:
         if probability:
             raise UserError(
                 f"the model's config.json has {field}={probability}: with dropout, scoring and "
-                "training would see "
-                f"different networks; set it to 0, or valuation.enabled=false"
+                "training would see different networks; set it to 0, or valuation.enabled=false"
             )

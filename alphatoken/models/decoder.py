@@ -189,8 +189,8 @@ class Decoder:
             and self.head.weight is self.model.get_input_embeddings().weight
         ):
             notes.append(
-                "the head is tied to the embeddings, so both are scored with "
-                "valuation.layers=all only"
+                "the head is tied to the embeddings, so both are scored with valuation.layers=all "
+                "only"
             )
         return notes
 

@@ -59,8 +59,7 @@ def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
     if config.data.packing and architecture.recurrent:
         raise UserError(
             f"data.packing=true is not possible with {model_config.model_type}: its "
-            "linear-attention layers carry a "
-            "state from one document into the next"
+            "linear-attention layers carry a state from one document into the next"
         )
     if config.valuation.enabled:
         check_valuation(model_config, config.valuation.layers)

@@ -73,7 +73,7 @@ def scored_depth(layers: int | str, num_layers: int) -> int:
     assert isinstance(layers, int)
     if layers > num_layers:
         raise UserError(
-            f"valuation.layers={layers}, but the model has only {num_layers} decoder layers; "
-            f"use at most {num_layers}, or 'all'"
+            f"valuation.layers={layers}, but the model has only {num_layers} decoder layers; use "
+            f"at most {num_layers}, or 'all'"
         )
     return layers

@@ -185,9 +185,8 @@ class LayerStreamer:
                 lacking = str(error).partition(" that does not")[0]
                 raise UserError(
                     "valuation.estimator=exact is not possible with "
-                    f"{type(self._decoder.model).__name__} here: a "
-                    f"{type(module).__name__} has no forward derivative ({lacking}); use "
-                    "valuation.estimator=ghost"
+                    f"{type(self._decoder.model).__name__} here: a {type(module).__name__} has no "
+                    f"forward derivative ({lacking}); use valuation.estimator=ghost"
                 ) from None
             primal, tangent = forward_ad.unpack_dual(_output_of(result))
             return primal, torch.zeros_like(primal) if tangent is None else tangent

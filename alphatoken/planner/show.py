@@ -56,10 +56,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     counts, work = _parameters(plan), plan.blueprint.workload
     console.print(
         f"{plan.blueprint.config.model.name_or_path}: {counts['all'] / 1e6:,.1f} million "
-        "parameters, "
-        f"{counts['trained'] / 1e6:,.1f} trained, {counts['scored'] / 1e6:,.1f} scored. "
-        f"{plan.blueprint.sharding.ranks} ranks, ZeRO stage {plan.blueprint.sharding.stage}; a "
-        "rank's step has "
+        f"parameters, {counts['trained'] / 1e6:,.1f} trained, {counts['scored'] / 1e6:,.1f} "
+        f"scored. {plan.blueprint.sharding.ranks} ranks, ZeRO stage "
+        f"{plan.blueprint.sharding.stage}; a rank's step has "
         f"{plural(work.micro_batches, 'micro-batch')} of {work.rows} x {work.row_tokens} tokens, "
         f"{work.responses} of them responses.",
         highlight=False,

@@ -282,8 +282,7 @@ class Tracer:
         except RuntimeError as error:
             raise UserError(
                 f"{type(self._decoder.model).__name__} cannot be planned: its layers look at "
-                "values, and a plan has "
-                f"shapes only ({str(error).splitlines()[0]})"
+                f"values, and a plan has shapes only ({str(error).splitlines()[0]})"
             ) from None
 
     @contextmanager

@@ -56,8 +56,7 @@ class CachedLosses:
         except FileNotFoundError:
             raise UserError(
                 f"{path} is not there for rank {collectives.rank()}, which did not write it: set "
-                "reference.cache to a "
-                "folder that all nodes see"
+                "reference.cache to a folder that all nodes see"
             ) from None
         except (OSError, pa.ArrowException) as error:
             raise UserError(
@@ -122,8 +121,8 @@ class CacheFolder:
                 return
             if any(path.suffix != PARTIAL for path in self.path.iterdir()):
                 raise UserError(
-                    f"reference.cache: {self.path} holds other files; choose an empty or a "
-                    "new folder"
+                    f"reference.cache: {self.path} holds other files; choose an empty or a new "
+                    "folder"
                 )
             publish_text(file, json.dumps(settings, indent=1))
         except OSError as error:

@@ -200,9 +200,8 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
     if vocabulary != tokenizer.get_vocab():
         raise UserError(
             f"reference.model={name} has another vocabulary ({size} tokens) than "
-            f"{config.model.name_or_path} "
-            f"({own_size} tokens), so losses of tokens cannot be compared; choose a reference of "
-            "the same family"
+            f"{config.model.name_or_path} ({own_size} tokens), so losses of tokens cannot be "
+            "compared; choose a reference of the same family"
         )
 
 

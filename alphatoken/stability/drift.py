@@ -46,8 +46,8 @@ class Drift:
                 importance = self._own_slice(fisher, name, "Fisher")
                 if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
                     raise UserError(
-                        f"the Fisher of {name} has negative or non-finite entries; estimate "
-                        "it again"
+                        f"the Fisher of {name} has negative or non-finite entries; estimate it "
+                        "again"
                     )
                 self._fisher[name] = importance
                 if reference is not None:
@@ -118,8 +118,8 @@ class Drift:
         where = f"{what} {tensors}" if isinstance(tensors, TensorFile) else what
         if name not in tensors:
             raise UserError(
-                f"the {where} has no tensor {name}, which is scored; was it made for another "
-                "model or depth?"
+                f"the {where} has no tensor {name}, which is scored; was it made for another model "
+                "or depth?"
             )
         if isinstance(tensors, TensorFile):
             found = tensors.shape(name)

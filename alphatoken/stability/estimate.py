@@ -161,9 +161,8 @@ def prepare_estimate(config: RunConfig) -> Prepared:
         raise UserError("the Fisher needs prompts: set fisher.prompts, or data.validation")
     if config.valuation.reference is not None:
         raise UserError(
-            "the Fisher is of the reference: set "
-            f"model.name_or_path={config.valuation.reference} and leave out "
-            "valuation.reference"
+            f"the Fisher is of the reference: set model.name_or_path={config.valuation.reference} "
+            "and leave out valuation.reference"
         )
     device = initialise_ranks()
     deepspeed_values = inference_config(config)

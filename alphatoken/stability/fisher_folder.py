@@ -92,9 +92,8 @@ class EstimateFolder:
             if faulty:
                 shutil.rmtree(self._partial, ignore_errors=True)  # no use going on from there
                 raise UserError(
-                    f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on "
-                    "these prompts; try "
-                    "model.dtype=float32"
+                    f"the Fisher of {', '.join(faulty)} is not finite: gradients overflow on these "
+                    "prompts; try model.dtype=float32"
                 )
 
         collectives.agree(check)
@@ -131,6 +130,6 @@ class EstimateFolder:
         if changed:
             raise UserError(
                 f"{found} holds a Fisher with other settings; remove it, set fisher.output to "
-                "another folder, "
-                f"{otherwise}:\n  " + "\n  ".join(changed)
+                f"another folder, {otherwise}:\n"
+                "  " + "\n  ".join(changed)
             )

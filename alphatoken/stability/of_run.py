@@ -47,13 +47,13 @@ def build_drift(
         )
     if not file.header["finished"]:
         raise UserError(
-            f"{file} holds the sums of an unfinished estimate; run recipes/fisher.py again "
-            "to finish it"
+            f"{file} holds the sums of an unfinished estimate; run recipes/fisher.py again to "
+            "finish it"
         )
     if file.header["settings"]["lora"] != lora_settings(config):
         raise UserError(
-            f"the Fisher {file} was estimated with "
-            f"model.lora={file.header['settings']['lora']}, not {lora_settings(config)}"
+            f"the Fisher {file} was estimated with model.lora={file.header['settings']['lora']}, "
+            f"not {lora_settings(config)}"
         )
     if reference_file is None:
         expected, (found, _) = (
@@ -68,8 +68,7 @@ def build_drift(
     if not same:
         raise UserError(
             f"the Fisher {file} was estimated for {file.header['model']} with other weights than "
-            f"those of {whose}; "
-            "estimate it again for this reference"
+            f"those of {whose}; estimate it again for this reference"
             + (
                 ""
                 if config.model.lora is None

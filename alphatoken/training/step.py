@@ -181,8 +181,7 @@ class OptimizerStep:
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"step {step + 1}: the gradient norm is {norm}, so the weights are spoiled. "
-                "Continue from the last "
-                "checkpoint with train.resume=auto, a lower optim.lr and "
+                "Continue from the last checkpoint with train.resume=auto, a lower optim.lr and "
                 "train.resume_allow=[optim.lr]"
             )
         return float(norm)
@@ -215,8 +214,6 @@ class OptimizerStep:
             found = "\n  ".join(statistics.describe_faults(named, faulty))
             raise NonFiniteError(
                 f"step {step + 1}: {error}; the optimizer step was not taken. Rows concerned:\n"
-                f"  {found}\n"
-                "Look at them, or continue from the last checkpoint with train.resume=auto, a "
-                "lower optim.lr and "
-                "train.resume_allow=[optim.lr]"
+                f"  {found}\nLook at them, or continue from the last checkpoint with "
+                "train.resume=auto, a lower optim.lr and train.resume_allow=[optim.lr]"
             ) from None

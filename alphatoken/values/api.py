@@ -84,8 +84,8 @@ def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
             raise UserError(
-                f"{name} has no {key!r}; it needs input_ids, attention_mask and labels, (B, "
-                "T) int64 each"
+                f"{name} has no {key!r}; it needs input_ids, attention_mask and labels, (B, T) "
+                "int64 each"
             )
     for key in ("input_ids", "attention_mask", "labels", "position_ids", "document_ids"):
         if key in batch:
@@ -107,8 +107,8 @@ def _row_groups(
     if documents is not None:
         if decoder.architecture.recurrent:
             raise UserError(
-                f"{type(decoder.model).__name__} carries a state along the row: packed rows "
-                "are not possible"
+                f"{type(decoder.model).__name__} carries a state along the row: packed rows are "
+                "not possible"
             )
         starts = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
         inputs["position_ids"] = _since(starts)

@@ -50,10 +50,10 @@ def shopping(rng: random.Random) -> Problem:
     cost = count * price
     paid = (cost // 50 + 1) * 50
     return (
-        f"{name} buys {count} {item}s at {price} dollars each and pays with {paid} dollars. "
-        "How much change is left?",
-        f"The {item}s cost {count} * {price} = {cost} dollars. "
-        f"The change is {paid} - {cost} = {paid - cost} dollars. The answer is {paid - cost}.",
+        f"{name} buys {count} {item}s at {price} dollars each and pays with {paid} dollars. How "
+        "much change is left?",
+        f"The {item}s cost {count} * {price} = {cost} dollars. The change is {paid} - {cost} = "
+        f"{paid - cost} dollars. The answer is {paid - cost}.",
     )
 
 
@@ -63,10 +63,9 @@ def sharing(rng: random.Random) -> Problem:
     total = friends * each + kept
     return (
         f"{name} has {total} {item}s, keeps {kept} and shares the rest equally among {friends} "
-        "friends. "
-        f"How many does each friend get?",
-        f"After keeping {kept}, {total} - {kept} = {total - kept} {item}s are left. "
-        f"Each friend gets {total - kept} / {friends} = {each}. The answer is {each}.",
+        "friends. How many does each friend get?",
+        f"After keeping {kept}, {total} - {kept} = {total - kept} {item}s are left. Each friend "
+        f"gets {total - kept} / {friends} = {each}. The answer is {each}.",
     )
 
 
@@ -80,11 +79,10 @@ def journey(rng: random.Random) -> Problem:
     )
     first, second = speed * hours, slow * more
     return (
-        f"{name} drives {hours} hours at {speed} km/h and then {more} hours at {slow} km/h. "
-        "How far is that in total?",
+        f"{name} drives {hours} hours at {speed} km/h and then {more} hours at {slow} km/h. How "
+        "far is that in total?",
         f"The first part is {speed} * {hours} = {first} km. The second part is {slow} * {more} = "
-        f"{second} km. "
-        f"Together that is {first} + {second} = {first + second} km. The answer is "
+        f"{second} km. Together that is {first} + {second} = {first + second} km. The answer is "
         f"{first + second}.",
     )
 
@@ -95,11 +93,10 @@ def saving(rng: random.Random) -> Problem:
     saved = weekly * weeks
     return (
         f"{name} has {start} dollars and saves {weekly} dollars a week. How much is there after "
-        f"{weeks} weeks to buy "
-        f"a {item}?",
-        f"In {weeks} weeks {name} saves {weekly} * {weeks} = {saved} dollars. "
-        f"With the first {start} dollars that makes {start} + {saved} = {start + saved}. "
-        f"The answer is {start + saved}.",
+        f"{weeks} weeks to buy a {item}?",
+        f"In {weeks} weeks {name} saves {weekly} * {weeks} = {saved} dollars. With the first "
+        f"{start} dollars that makes {start} + {saved} = {start + saved}. The answer is "
+        f"{start + saved}.",
     )
 
 
@@ -115,11 +112,10 @@ def harvest(rng: random.Random) -> Problem:
     total = plants * fruit
     return (
         f"{name} picks {fruit} pears from each tree of an orchard with {rows} rows of {trees} "
-        f"trees; {spoiled} pears "
-        f"are spoiled. How many good pears are there?",
+        f"trees; {spoiled} pears are spoiled. How many good pears are there?",
         f"There are {rows} * {trees} = {plants} trees with {plants} * {fruit} = {total} pears. "
-        f"Without the spoiled ones {total} - {spoiled} = {total - spoiled} are good. The answer "
-        f"is {total - spoiled}.",
+        f"Without the spoiled ones {total} - {spoiled} = {total - spoiled} are good. The answer is "
+        f"{total - spoiled}.",
     )
 
 

@@ -60,8 +60,8 @@ class ExactScorer(Scorer):
         super().__init__(decoder, config)
         if config.preconditioner == "adam" and adam_scale is None:
             raise UserError(
-                "valuation.preconditioner=adam needs the optimizer of a training run; here "
-                "it must be none"
+                "valuation.preconditioner=adam needs the optimizer of a training run; here it must "
+                "be none"
             )
         self._scale = adam_scale if config.preconditioner == "adam" else None
         self._drift = drift
