@@ -20,8 +20,8 @@ def main() -> None:
             RunConfig, description, with_section={"preference": PreferenceRunConfig}
         )
 
-        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
-        # not wait for them.
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration
+        # should not wait for them.
         from alphatoken.stability.estimate import run_fisher
 
         run_fisher(config)

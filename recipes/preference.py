@@ -19,8 +19,8 @@ def main() -> None:
         )
         config = parse_arguments(PreferenceRunConfig, description)
 
-        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
-        # not wait for them.
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration
+        # should not wait for them.
         from alphatoken.objectives.preference import PreferenceObjective
         from alphatoken.training.setup import build_run
         from alphatoken.training.trainer import Trainer

@@ -16,8 +16,8 @@ def main() -> None:
             RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed."
         )
 
-        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration should
-        # not wait for them.
+        # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration
+        # should not wait for them.
         from alphatoken.objectives.supervised import SupervisedObjective
         from alphatoken.training.setup import build_run
         from alphatoken.training.trainer import Trainer

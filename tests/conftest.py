@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from recipes.quickstart.get_model import save_tiny
 
-# The tensors of tests are tiny: a second thread only waits, and takes a core from another process.
+# The tensors of tests are tiny: a second thread only waits, and takes a core from another
+# process.
 torch.set_num_threads(1)
 
 # Launchers call python and deepspeed by name: those of this environment, also where it is not

@@ -23,8 +23,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 _context = multiprocessing.get_context("forkserver")
-# Ports that the system gives to nobody who asks for any port (Linux: 32768 and above): one that was
-# free a moment ago is still free when rank 0 listens on it. Every test process begins elsewhere.
+# Ports that the system gives to nobody who asks for any port (Linux: 32768 and above): one that
+# was free a moment ago is still free when rank 0 listens on it. Every test process begins
+# elsewhere.
 PORTS = range(12000, 32000)
 _ports = itertools.count(7919 * os.getpid() % len(PORTS))
 

@@ -156,8 +156,9 @@ def stage(number: int) -> dict[str, Any]:
     return {"config": {"zero_optimization": {"stage": number}}}
 
 
-# Three ranks have slices of uneven length: all variants. Two ranks: those whose messages differ, by
-# what is gathered, summed or compared between ranks. One rank: those whose state lies differently.
+# Three ranks have slices of uneven length: all variants. Two ranks: those whose messages
+# differ, by what is gathered, summed or compared between ranks. One rank: those whose state
+# lies differently.
 ON_TWO_RANKS = (
     *("with stability", "composite only, ghost", "streamed", "packed, eager, streamed"),
     *("global batch", "stage 1", "stage 2, streamed", "exact, all", "exact, global batch"),

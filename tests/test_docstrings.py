@@ -14,8 +14,8 @@ import pytest
 
 LIBRARY = Path(__file__).parent.parent / "alphatoken"
 SHORT = 8  # lines of a body that may speak for themselves
-# Beginnings that need the name, or the docstring before, to be understood: hover and help() show
-# neither.
+# Beginnings that need the name, or the docstring before, to be understood: hover and help()
+# show neither.
 FRAGMENTS = ("The same", "Of ", "As ", "What of ", "Like ", "See ", "Ditto")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

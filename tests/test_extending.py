@@ -156,8 +156,8 @@ def test_the_objective_of_the_page_trains_from_a_configuration_file(
     assert ran.returncode == 0, ran.stderr
     metrics = last_metrics(values)
     assert metrics["step"] == 2
-    # Warmup has rate 0 in the first step, so the model is still its own reference in the second:
-    # the loss is that of equal log-ratios, and omega is beta / 2.
+    # Warmup has rate 0 in the first step, so the model is still its own reference in the
+    # second: the loss is that of equal log-ratios, and omega is beta / 2.
     assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-3)
     assert "kl_estimate" in metrics, "it has a reference"
 

@@ -1,5 +1,5 @@
-"""Packages import only those above them, and the mathematics knows nothing of ranks, engines or
-files."""
+"""Packages import only those before them in one order, and the mathematics knows nothing of
+ranks, engines or files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the bottom up: a package may import those above it in this list, never those below.
+# In order: a package may import those earlier in this list, never those later.
 PACKAGES = (
     "errors",
     "util",

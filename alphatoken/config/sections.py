@@ -31,8 +31,8 @@ Scope = Literal["sequence", "micro_batch", "global_batch"]
 Weights = Literal["hard", "sigmoid"]
 """Whether tokens are kept or dropped, or all are weighed."""
 
-# Marks a key, or a section with all its keys, that a run and its continuation may have different
-# values of, as it does not change what is computed (`config.file.may_change`).
+# Marks a key, or a section with all its keys, that a run and its continuation may have
+# different values of, as it does not change what is computed (`config.file.may_change`).
 MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
 
 

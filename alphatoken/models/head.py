@@ -1,5 +1,5 @@
-"""Token losses and objectives: loss positions, the head with its cross-entropy in row blocks, and
-what is summed.
+"""The head of a causal LM with its cross-entropy, in blocks of rows: losses, their gradients and
+forward derivatives, and tokens drawn from its predictions.
 
 Shape legend: B sequences, T positions, R selected loss positions, H hidden size, V vocabulary.
 """

@@ -17,8 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from alphatoken.passes.attention import AttentionCall, Visibility, blocked_attention
 
 CAPTURING_ATTENTION = "alphatoken_capture"
-
-
 """The attention implementation that layers are configured with to run inside `AttentionCapture`."""
 
 AttentionConsumer = Callable[[int, AttentionCall], None]

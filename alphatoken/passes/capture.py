@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from alphatoken.models.decoder import Decoder
 
-SignalConsumer = Callable[[str, Tensor, Tensor], None]
+HookConsumer = Callable[[str, Tensor, Tensor], None]
 
 
 class _HookOwner(AbstractContextManager[Any]):
@@ -41,7 +41,7 @@ class SignalCapture(_HookOwner):
     no gradient become the leaves of the graph, and the backward pass stops there.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], consume: SignalConsumer) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], consume: HookConsumer) -> None:
         super().__init__()
         self._modules = modules
         self._consume = consume

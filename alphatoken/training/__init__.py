@@ -1,4 +1,5 @@
 """The loop: one optimizer step, what is reported of it, and being stopped.
 
-A new number is one `add` where it is computed and one entry in the table of metrics.
+A new number is a `declare` and an entry in the dict where it is computed (a sum over ranks: an
+`add` and a line in `statistics.StepStatistics.reduce`); then `make metrics`.
 """

@@ -92,8 +92,8 @@ class OptimizerStep:
         rows = self._feed.training(step)
         tokens = count_tokens(run.model.selections, rows.batches)
         denominator = run.objective.denominator(tokens.kept, rows.rows)
-        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and micro-batches,
-        # divided here.
+        # DeepSpeed averages gradients over ranks; ours are sums over all ranks and
+        # micro-batches, divided here.
         scale = collectives.world_size() / denominator if denominator else 0.0
 
         statistics = self._bring_up_to_date(step, tokens.own_response)
@@ -162,7 +162,8 @@ class OptimizerStep:
         """Lets the running scales observe the step; returns how far the weights have drifted."""
         run = self._run
         scorer = run.model.scorer
-        # Before Adam's first step its scale is 1, so values are in another unit than ever after.
+        # Before Adam's first step its scale is 1, so values are in another unit than ever
+        # after.
         comparable = run.config.valuation.preconditioner == "none" or step > 0
         if scorer is not None and "stability_std" in means and comparable:
             scorer.scales.observe((means["adaptation_std"], means["stability_std"]))

@@ -1,11 +1,24 @@
 """Estimator `ghost`, the paper's: signals of the last layers' linears, contracted with the held-out
-ones and the drift.
+gradient and the drift.
 
 To follow a value from beginning to end, read in this order:
 
 - `scorer`: drives; `refresh` takes in held-out rows, `score` values a batch.
 - `tower`: runs the last layers forward and backward, apart from the training graph.
 - `signals`: what each linear saw, (h, d), and d mixed by the attention band.
-- `contract`: the equation, one linear at a time, and the sum over linears.
 - `held_out`: the held-out signals (h_v, d_v), and G in the form each linear needs.
+- `contract`: the equation, one linear at a time, and the sum over linears.
+
+What calls what, for one micro-batch:
+
+    GhostScorer.score                                    one consumer per layer, which adds up terms
+      Tower.run                                          chunks of whole sequences
+        forward:   ChunkSignals.on_attention             A, from queries and keys
+        backward:  SignalCapture -> ChunkSignals.signals_of     (h, d) and sum_k A[k,t] d_k
+                     consumer -> TermSums.add -> contract       d^T G h, d^T V h
+      TermSums.values                                    lambda; the sum over linears is complete
+
+Factors that arise elsewhere: the products themselves (`values.algebra`), the hooks
+(`passes.capture`), the top of the backward pass (`passes.chunks`), the attention band
+(`passes.attention`), V (`stability.drift`).
 """

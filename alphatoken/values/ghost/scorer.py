@@ -139,7 +139,9 @@ class GhostScorer(Scorer):
         for batch in batches:
             with self.capture() as capture:
                 self.decoder.hidden_states(batch)
-            losses.append(self.tower.run(capture.entry, batch, collecting))
+            # G holds the direct signals only (Eq. 8): no causal path is followed through
+            # held-out rows.
+            losses.append(self.tower.run(capture.entry, batch, collecting, window=0))
         if self._resident:
             for layer in self.tower.layers:
                 self._held_out.reduce(self._names(layer))
@@ -160,6 +162,8 @@ class GhostScorer(Scorer):
             drift_OI = drift.T if self.tower.linears[name].transposed else drift
             target = targets[name]
             if isinstance(target, FromMatrix) and not self.config.split_terms:
+                # lambda itself, not the part weights: `split_terms: false` is refused with
+                # `balance: std`.
                 fused_OI = target.matrix_OI.float() + weight * drift_OI
                 products[name] = Products(FromMatrix(fused_OI.to(self._dtype)), proxy=None)
             else:

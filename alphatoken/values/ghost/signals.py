@@ -59,7 +59,7 @@ class ChunkSignals:
         if self._window:
             self._bands[layer] = attention_band(call, self._window)
 
-    def on_backward(
+    def signals_of(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
     ) -> LinearSignals:
         """Takes h and d of a linear, once the backward pass has reached its output."""
@@ -71,8 +71,8 @@ class ChunkSignals:
         """sum_k A[k, t] d_k for every position, (B, T, O); zero in output rows that are no
         values."""
         if linear.feeds is not None:
-            # What flows back into an adapter's A came through its B, which the backward pass has
-            # met before, and of that only the value rows count.
+            # What flows back into an adapter's A came through its B, which the backward pass
+            # has met before, and of that only the value rows count.
             return self._mixed[linear.layer] @ self._weight_of(linear.layer, linear.feeds)
         band_BTW, value_rows = self._bands[linear.layer], linear.value_rows
         if value_rows is None:

@@ -159,7 +159,7 @@ class Tower:
 
         def on_backward(name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
             linear = self.linears[name]
-            consumers[linear.layer](signals.on_backward(linear, act_BTI, outgrad_BTO))
+            consumers[linear.layer](signals.signals_of(linear, act_BTI, outgrad_BTO))
 
         modules = {
             name: self._streamer.module(linear.layer).get_submodule(linear.path)
