@@ -28,7 +28,7 @@ declare(
 )
 declare(
     "{direct_target,causal_target,direct_proxy,causal_proxy,composite}_{mean,std}_{chosen,rejected}",
-    "the same of one branch (preference runs)",
+    "mean and standard deviation of a term or of the value over one branch's response tokens",
     "value",
 )
 declare("{adaptation,stability}_std", "standard deviation of the part before any weight", "value")
