@@ -103,9 +103,11 @@ def convert(
 @app.command()
 def plan(
     config: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--config", help="Configuration of a run; section `preference` makes it pairs."
+            "--config",
+            help="Configuration of a run; section `preference` makes it pairs. Several: keys of "
+            "later files count.",
         ),
     ],
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
@@ -170,7 +172,10 @@ def plan(
 
 @app.command()
 def doctor(
-    config: Annotated[Path, typer.Option(help="The configuration of a run.")],
+    config: Annotated[
+        list[Path],
+        typer.Option(help="The configuration of a run. Several: keys of later files count."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value ...]")
     ] = None,

@@ -59,8 +59,47 @@ def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )
-def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
-    load_config(RunConfig, path, with_section={"preference": PreferenceRunConfig})
+def test_every_configuration_of_the_repository_is_valid(path: Path, file: Path) -> None:
+    # A preset is a part: the file of the run has the rest.
+    files = [path, file] if path.parent.name == "presets" else [path]
+    load_config(RunConfig, files, with_section={"preference": PreferenceRunConfig})
+
+
+def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path) -> None:
+    preset, run = tmp_path / "preset.yaml", tmp_path / "run.yaml"
+    preset.write_text("optim: {lr: 1.0e-3, clip: 0.5}\nvaluation: {layers: 2}\n")
+    run.write_text("optim: {lr: 2.0e-3}\n")
+    arguments = ["--config", str(preset), "--config", str(file), "--config", str(run)]
+    config = parse_arguments(RunConfig, "A recipe.", [*arguments, "valuation.window=7"])
+    assert config.optim.lr == 2e-3
+    assert config.optim.clip == 0.5
+    assert config.valuation.layers == 2
+    assert config.valuation.window == 7
+    assert config.model.name_or_path == "some/model"
+
+
+def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:
+    """Appendix of arXiv 2606.01635; defaults may be others, the preset may not."""
+    config = load_config(RunConfig, [CONFIGS / "presets" / "paper.yaml", file])
+    valuation, fisher, selection = config.valuation, config.fisher, config.selection
+    assert (valuation.estimator, valuation.layers, valuation.window) == ("ghost", 3, 32)
+    assert (valuation.stability_weight, valuation.validation_sequences) == (1.5, 32)
+    assert (selection.policy, selection.keep_ratio, selection.scope) == (
+        "top_value",
+        0.5,
+        "micro_batch",
+    )
+    assert (fisher.num_prompts, fisher.max_prompt_tokens, fisher.max_new_tokens) == (1000, 256, 128)
+    assert (config.optim.lr, config.train.global_batch_size, config.train.epochs) == (2e-5, 64, 3)
+
+
+def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("optim: {lr: -1}\n")
+    with pytest.raises(UserError) as failure:
+        load_config(RunConfig, [file, wrong])
+    assert f"{file} + {wrong}" in str(failure.value)
+    assert "optim.lr: input should be greater than 0" in str(failure.value)
 
 
 @pytest.mark.parametrize(

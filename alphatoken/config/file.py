@@ -46,34 +46,25 @@ _Loader.add_implicit_resolver(
 
 def load_config(
     config_class: type[ConfigT],
-    file: Path,
+    files: Path | Sequence[Path],
     overrides: Sequence[str] = (),
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """Reads `file`, applies `section.key=value` overrides (values are YAML), validates. Raises
-    UserError.
+    """Reads one file, or several of which each overrides keys of those before it, applies
+    `section.key=value` overrides (values are YAML), validates. Raises UserError.
 
     Values with a section named in `with_section` are of the class given there.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{file} must hold sections like 'model:' and 'data:', but holds "
-            f"{type(values).__name__}"
-        )
+    files = [files] if isinstance(files, Path) else files
+    values: dict[str, Any] = {}
+    for file in files:
+        values = _merged(values, _sections_of(file))
     for override in overrides:
         _apply_override(values, override)
     for section, other_class in (with_section or {}).items():
         if section in values:
             config_class = other_class
-    return validate(config_class, values, str(file))
+    return validate(config_class, values, " + ".join(map(str, files)))
 
 
 def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
@@ -117,6 +108,31 @@ def may_change(config_class: type[BaseModel], key: str) -> bool:
     if isinstance(section, type) and issubclass(section, BaseModel):
         return may_change(section, rest)
     return False
+
+
+def _sections_of(file: Path) -> dict[str, Any]:
+    """The sections that a file holds, as plain values."""
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file} must hold sections like 'model:' and 'data:', but holds "
+            f"{type(values).__name__}"
+        )
+    return values
+
+
+def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of `over` in their place, section by section; lists are replaced."""
+    both = values | over
+    for key in values.keys() & over.keys():
+        if isinstance(values[key], dict) and isinstance(over[key], dict):
+            both[key] = _merged(values[key], over[key])
+    return both
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -25,14 +25,14 @@ def parse_arguments(
     arguments: Sequence[str] | None = None,
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """The command line of a recipe: `--config FILE [section.key=value ...]`. `--help` explains
-    every field.
+    """The command line of a recipe: `--config FILE ... [section.key=value ...]`, where keys of a
+    later file count. `--help` explains every field.
 
     `with_section` as in `load_config`.
     """
     parser = argparse.ArgumentParser(description=description, add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, action="append")
     parser.add_argument(
         "--local_rank",
         "--local-rank",
@@ -54,7 +54,10 @@ def parse_arguments(
 def print_fields(config_class: type[Section], description: str) -> None:
     """Every key with its default and its one-line why."""
     console = Console()
-    usage = "Usage: --config FILE [section.key=value ...]   (values are YAML)"
+    usage = (
+        "Usage: --config FILE [--config FILE ...] [section.key=value ...]   "
+        "(values are YAML; later files override earlier ones)"
+    )
     console.print(f"{description}\n\n{usage}\n", highlight=False, markup=False)
     for section, info in config_class.model_fields.items():
         section_class = info.annotation

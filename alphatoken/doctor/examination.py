@@ -29,7 +29,9 @@ from alphatoken.util.wording import plural
 T = TypeVar("T")
 
 
-def examine(file: Path, overrides: Sequence[str], *, as_json: bool, patience: float) -> int:
+def examine(
+    files: Sequence[Path], overrides: Sequence[str], *, as_json: bool, patience: float
+) -> int:
     """Checks everything and reports on rank 0. Returns the exit status, 1 where a check failed.
     Every rank must call it.
 
@@ -51,7 +53,7 @@ def examine(file: Path, overrides: Sequence[str], *, as_json: bool, patience: fl
         output.report([meeting.failure], [arrival.node])
         meeting.dismiss(is_host=output.is_first, patience=patience)
         output.end(1)
-    examination = Examination(file, overrides, arrival, output)
+    examination = Examination(files, overrides, arrival, output)
     examination.join_ranks(2 * patience)
     examination.run()
     output.report(examination.findings, examination.nodes)
@@ -66,11 +68,11 @@ class Examination:
     0's to tell."""
 
     def __init__(
-        self, file: Path, overrides: Sequence[str], arrival: Arrival, output: Output
+        self, files: Sequence[Path], overrides: Sequence[str], arrival: Arrival, output: Output
     ) -> None:
         self.findings: list[Finding] = []
         self.nodes = [arrival.node]
-        self._file, self._overrides = file, overrides
+        self._files, self._overrides = files, overrides
         self._arrival = arrival
         self._output = output
         self._device = torch.device("cpu")
@@ -170,7 +172,7 @@ class Examination:
     def _compare_ranks(self) -> RunConfig | None:
         """Compares what ranks are made of; the configuration, where all have read one."""
         sections = {"preference": PreferenceRunConfig}
-        read = on_every_rank(lambda: load_config(RunConfig, self._file, self._overrides, sections))
+        read = on_every_rank(lambda: load_config(RunConfig, self._files, self._overrides, sections))
         values = {} if read.own is None else flat(read.own.model_dump(mode="json"))
         own_facts = facts.gather_facts(self._arrival, device_memory(self._device), values)
         everyone = collectives.gather_objects(own_facts)
@@ -180,7 +182,8 @@ class Examination:
             comparing.compare_accelerators(everyone),
         ]
         if not read.everywhere:
-            fix = f"correct {self._file} and the overrides on the command line"
+            named = " + ".join(map(str, self._files))
+            fix = f"correct {named} and the overrides on the command line"
             self.findings.append(verdict("configuration", read, self.nodes, "", fix))
             return None
         self.findings.append(comparing.compare_configs(everyone))
