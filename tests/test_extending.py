@@ -92,7 +92,7 @@ def test_the_policy_of_the_page_sorts_as_it_says() -> None:
         values={"composite": torch.tensor([[9.0, 1.0, 3.0, 2.0]])},
     )
     weighed = select([Selection("unlearned_value", Fraction(1, 2))], facts)
-    assert weighed.weight_R.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert weighed.choice.weight_R.tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.usefixtures("tables")

@@ -76,7 +76,7 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
         batch=batch, nll_BT=nll_BT, weight_BT=weight_BT, kept_nll_R=nll_BT[weight_BT > 0]
     )
     assert objective.total(losses) == 6.0
-    assert objective.denominator(kept_tokens=4, rows=9) == 4
+    assert objective.denominator(counted_tokens=4, rows=9) == 4
     assert objective.coefficients(losses).equal(torch.ones(1, 3))
 
 

@@ -75,7 +75,7 @@ class PreferenceObjective:
         kept = self._pairs(losses.batch, losses.weight_BT, losses.kept_nll_R)
         return self.loss(kept=kept, full=self._full(losses)).sum().float()
 
-    def denominator(self, kept_tokens: int, rows: int) -> int:
+    def denominator(self, counted_tokens: int, rows: int) -> int:
         return rows
 
     def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:

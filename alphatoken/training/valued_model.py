@@ -18,7 +18,7 @@ from alphatoken.models.head import HeadLoss
 from alphatoken.models.token_losses import token_losses
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
-from alphatoken.selection.facts import TokenFacts, WeighedTokens
+from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
 from alphatoken.selection.select import Selection, select
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.estimator import Scorer
@@ -28,7 +28,7 @@ class StepOutput(TypedDict):
     """One micro-batch of training.
 
     Only `total` carries a graph. ZeRO-3's hooks look for such tensors in dicts, not in dataclasses:
-    what is in `facts` must not need them.
+    what is in `facts` and `choice` must not need them.
     """
 
     total: Tensor
@@ -41,6 +41,8 @@ class StepOutput(TypedDict):
     """What the objective reports, a number per row each."""
     facts: TokenFacts
     """What was known of the tokens when they were selected."""
+    choice: Choice
+    """What the selections made of them."""
 
 
 class ValuedModel(nn.Module):
@@ -66,6 +68,8 @@ class ValuedModel(nn.Module):
         self.lm = decoder.model
         self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
         self.selections = selections
+        self.scores_tokens = True
+        """Whether tokens are valued, where there is a scorer."""
         self._decoder = decoder
         self._objective = objective
         self._eos_token_ids = eos_token_ids
@@ -85,7 +89,7 @@ class ValuedModel(nn.Module):
         """
         if ahead is not None:
             return self._trained_on_kept(self._decoder.hidden_states(batch), ahead)
-        if self.scorer is None:
+        if self.scorer is None or not self.scores_tokens:
             return self._without_scorer(batch)
         with self.scorer.capture() as capture:
             hidden_BTH = self._decoder.hidden_states(batch)
@@ -136,14 +140,14 @@ class ValuedModel(nn.Module):
         nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
         nll_BT[response_BT] = nll_R.detach()
         weighed = select(self.selections, self._facts(batch, nll_BT=nll_BT, values={}))
-        return self._output(weighed, kept_nll_R=nll_R[weighed.weight_R > 0])
+        return self._output(weighed, kept_nll_R=nll_R[weighed.choice.weight_R > 0])
 
     def _trained_on_kept(self, hidden_BTH: Tensor, weighed: WeighedTokens) -> StepOutput:
         """The objective where the head runs on the kept tokens only."""
         facts = weighed.facts
         targets_BT = facts.batch["targets"]
         kept_BT = torch.zeros_like(facts.response_BT)
-        kept_BT[facts.response_BT] = weighed.weight_R > 0
+        kept_BT[facts.response_BT] = weighed.choice.weight_R > 0
         kept_nll_R = self.head_loss(hidden_BTH[kept_BT], targets_BT[kept_BT])
         return self._output(weighed, kept_nll_R=kept_nll_R)
 
@@ -152,7 +156,7 @@ class ValuedModel(nn.Module):
         not zero, with their graph."""
         facts = weighed.facts
         weight_BT = torch.zeros_like(facts.nll_BT)
-        weight_BT[facts.response_BT] = weighed.weight_R
+        weight_BT[facts.response_BT] = weighed.choice.weight_R
         losses = KeptLosses(
             batch=facts.batch,
             nll_BT=facts.nll_BT,
@@ -165,4 +169,5 @@ class ValuedModel(nn.Module):
             weight_BT=weight_BT,
             kept_nll_R=kept_nll_R.detach(),
             facts=facts,
+            choice=weighed.choice,
         )
