@@ -518,6 +518,12 @@ class SelectionConfig(Section):
                 f"selection.weight_parameters has {', '.join(unknown)}; those of "
                 f"selection.weights={self.weights}: {known}"
             )
+        for name, least in traits.at_least.items():
+            if self.weight_parameters.get(name, least) < least:
+                raise ValueError(
+                    f"selection.weight_parameters.{name}={self.weight_parameters[name]}: "
+                    f"selection.weights={self.weights} needs at least {least:g}"
+                )
         return self
 
     @model_validator(mode="after")

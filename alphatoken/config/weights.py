@@ -20,6 +20,8 @@ class WeightTraits:
     needs: frozenset[Need] = frozenset()
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Names that `selection.weight_parameters` may hold, with their defaults."""
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    """The smallest value of some of them."""
     grades: bool = False
     """Whether weights are made of the policy's sort keys, which must then say by how much one token
     is better than another."""
@@ -30,7 +32,11 @@ class WeightTraits:
 WEIGHT_TRAITS: dict[str, WeightTraits] = {
     "hard": WeightTraits(),
     "sigmoid": WeightTraits(grades=True, weighs_all=True),
-    "softmax": WeightTraits(grades=True, parameters={"temperature": 1.0, "cap": 2.0}),
+    "softmax": WeightTraits(
+        grades=True,
+        parameters={"temperature": 1.0, "cap": 2.0},
+        at_least={"temperature": 0.01, "cap": 1.0},
+    ),
 }
 
 WeightsName = Annotated[str, OneOf(WEIGHT_TRAITS)]

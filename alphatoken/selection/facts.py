@@ -20,6 +20,8 @@ class TokenFacts(ResponseLosses):
     """Whether a target ends a turn."""
     values: dict[str, Tensor]
     """The terms and the composite; empty where tokens are not valued."""
+    contrast: float = 0.0
+    """What the contrast terms are multiplied by in adaptation, and subtracted."""
 
     @property
     def composite_BT(self) -> Tensor:
@@ -33,7 +35,12 @@ class TokenFacts(ResponseLosses):
         """The value without stability. Raises LookupError where tokens are not valued."""
         if "direct_target" not in self.values:
             raise _missing("adaptation_BT", needs=("terms",))
-        return self.values["direct_target"] + self.values["causal_target"]
+        adaptation_BT = self.values["direct_target"] + self.values["causal_target"]
+        if self.contrast:
+            adaptation_BT = adaptation_BT - self.contrast * (
+                self.values["direct_contrast"] + self.values["causal_contrast"]
+            )
+        return adaptation_BT
 
     @property
     def spread_BT(self) -> Tensor:

@@ -45,16 +45,10 @@ def softmax(tokens: KeptTokens) -> Tensor:
     that the weights of a group have mean 1: whatever the keys are, a group weighs as much as the
     number of its kept tokens, and no token more than `cap`.
 
-    Tokens that are exempt weigh 1 and are left out. Raises ValueError for a cap below 1, which no
-    mean of 1 fits under, and for a temperature that is not positive.
+    Tokens that are exempt are left out, and weigh 1.
     """
-    temperature, cap = tokens.parameters["temperature"], tokens.parameters["cap"]
-    if temperature <= 0 or cap < 1:
-        raise ValueError(
-            f"selection.weight_parameters has temperature={temperature} and cap={cap}: softmax "
-            "needs a temperature above 0 and a cap of at least 1"
-        )
-    logit_R = _standardised(tokens.key_R, tokens.group_R) / temperature
+    cap = tokens.parameters["cap"]
+    logit_R = _standardised(tokens.key_R, tokens.group_R) / tokens.parameters["temperature"]
     weight_R = torch.ones_like(logit_R)
     for group in tokens.group_R.unique().tolist():
         own_R = (tokens.group_R == group) & ~tokens.exempt_R
@@ -76,15 +70,20 @@ def register_weight_rule(
     reads: Mapping[str, SortKey] | None = None,
     needs: Iterable[Need] = (),
     parameters: Mapping[str, float] | None = None,
+    at_least: Mapping[str, float] | None = None,
     grades: bool = False,
 ) -> None:
     """Makes a weight rule known as `selection.weights: name`, in this process.
 
-    `weigh` and `reads` are as in `WeightRule`; `needs`, `parameters` and `grades` as in
-    `WeightTraits`. Every rank must register it before the configuration is read. Raises ValueError
-    where the name is taken.
+    `weigh` and `reads` are as in `WeightRule`, the other arguments as in `WeightTraits`. Every rank
+    must register it before the configuration is read. Raises ValueError where the name is taken.
     """
-    traits = WeightTraits(needs=frozenset(needs), parameters=dict(parameters or {}), grades=grades)
+    traits = WeightTraits(
+        needs=frozenset(needs),
+        parameters=dict(parameters or {}),
+        at_least=dict(at_least or {}),
+        grades=grades,
+    )
     register(WEIGHT_TRAITS, name, traits, notion="weight rule")
     WEIGHT_RULES[name] = WeightRule(weigh=weigh, reads=dict(reads or {}))
 
