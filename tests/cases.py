@@ -12,16 +12,19 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
+from alphatoken.batch import Batch
 from alphatoken.checkpoints import saving
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -43,7 +46,9 @@ from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.reference.cache import CacheFolder
-from alphatoken.selection.step import count_tokens
+from alphatoken.selection.facts import TokenFacts
+from alphatoken.selection.select import Cut, Selection
+from alphatoken.selection.step import count_tokens, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.training.report import Report
@@ -152,6 +157,59 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
             result["gradients"] = full_gradients(trainer)
         trainer.run.engine.step()
     return result
+
+
+def chosen_globally(folder: Path) -> tuple[int, dict[int, dict[str, Tensor]]]:
+    """The choice among six micro-batches of pairs, dealt to the ranks: how many tokens are kept,
+    and by micro-batch what became of its own. The third one has no response token."""
+    initialise_ranks()
+    ranks, batches = collectives.world_size(), 6
+    noise = Cut(by="agreement", threshold=-0.5, in_noise=True)
+    selections = (
+        Selection(
+            "top_value",
+            Fraction(1),
+            "global_batch",
+            protect_eos=True,
+            floor=noise,
+            weights="softmax",
+        ),
+        Selection(
+            "top_value",
+            Fraction("0.6"),
+            "global_batch",
+            min_keep=1,
+            veto=Cut(by="low_perplexity", share=Fraction("0.3")),
+        ),
+    )
+    own = list(range(collectives.rank(), batches, ranks))
+    step = weigh_globally(selections, [random_facts(number) for number in own])
+    return step.kept, {
+        number: {each.name: getattr(weighed.choice, each.name) for each in fields(weighed.choice)}
+        for number, weighed in zip(own, step.micro_batches, strict=True)
+    }
+
+
+def random_facts(number: int) -> TokenFacts:
+    """A micro-batch of two pairs with losses and values that depend on its number only; their sort
+    keys tie often."""
+    generator = torch.Generator().manual_seed(number)
+    shape = (4, 5 + 3 * number)
+    response = torch.rand(shape, generator=generator) < (0.0 if number == 2 else 0.6)
+    batch = {
+        "response": response,
+        "document_ids": torch.arange(4)[:, None].expand(shape),
+        "rows": torch.arange(4),
+    }
+    return TokenFacts(
+        batch=cast(Batch, batch),
+        nll_BT=torch.randint(0, 9, shape, generator=generator).float(),
+        protected_BT=torch.rand(shape, generator=generator) < 0.1,
+        values={
+            "composite": torch.randint(-9, 9, shape, generator=generator).float(),
+            "spread": torch.randn(shape, generator=generator),
+        },
+    )
 
 
 def long_gathers(folder: Path, lengths: list[int], message_bytes: int) -> list[Tensor]:
