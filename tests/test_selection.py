@@ -31,6 +31,7 @@ from alphatoken.selection.select import (
     select,
 )
 from alphatoken.selection.weights import WEIGHT_RULES
+from alphatoken.training.dropped import DroppedTokens, counts_of
 
 counts_of_rows = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 cuts = st.builds(
@@ -356,6 +357,51 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
         for need in traits.needs:
             with pytest.raises(LookupError, match=f"must state need .*'{need}'"):
                 sort_key(traits.needs - {need})
+
+
+def test_what_was_dropped_is_counted_by_branch_and_said() -> None:
+    value, spread = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    documents = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 3, 3, -1]])
+    response = documents >= 0
+    columns = {"document_ids": documents, "response": response}
+    known = facts({"composite": value, "spread": spread}, torch.rand(2, 5), columns)
+    chosen = Selection("top_value", Fraction(1), floor=Cut(by="top_value", threshold=0.0))
+    share = Fraction("0.5")
+    rejected = Selection("top_value", share, veto=Cut(by="probability", share=share))
+    selections = [chosen, rejected]
+    choice = select(selections, known).choice
+    counts = counts_of(known, choice, branches=2)
+    dropped = DroppedTokens(counts, selections, ("chosen", "rejected"), has_spread=True)
+
+    values, spreads = value[response].tolist(), spread[response].tolist()
+    branches = (documents[response] % 2).tolist()
+    below = [v < 0 and branch == 0 for v, branch in zip(values, branches, strict=True)]
+    harmful = [v + abs(s) < 0 for v, s in zip(values, spreads, strict=True)]
+    kept = 5 - sum(below) + 2  # of 4 rejected tokens 2 are vetoed, and the other 2 are kept
+    assert dropped.metrics() == pytest.approx(
+        {
+            "kept_tokens": kept,
+            "vetoed_tokens": 2,
+            "vetoed_share": 2 / 9,
+            "vetoed_share_chosen": 0,
+            "vetoed_share_rejected": 2 / 4,
+            "below_threshold_share": sum(below) / 9,
+            "below_threshold_share_chosen": sum(below) / 5,
+            "below_threshold_share_rejected": 0,
+            "noise_scale": math.sqrt(sum(each**2 for each in spreads) / 9),
+            "harmful_share": sum(harmful) / 9,
+            **{
+                f"harmful_share_{name}": sum(
+                    each for each, own in zip(harmful, branches, strict=True) if own == branch
+                )
+                / branches.count(branch)
+                for branch, name in enumerate(("chosen", "rejected"))
+            },
+        }
+    )
+    reasons = dropped.reasons()
+    assert reasons["vetoed"] == "vetoed 2 of 9 response tokens: the lowest 50.0% by probability"
+    assert reasons["below"] == f"dropped {sum(below)} of 9 response tokens: top_value below 0"
 
 
 def test_weight_rules_are_there_twice() -> None:
