@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from alphatoken.config.choices import OneOf
 
-Need = Literal["values", "terms", "spread", "noise", "reference", "start"]
+Need = Literal["values", "terms", "spread", "noise", "reference", "start", "entropy"]
 """Token values (`valuation.enabled`), the terms they are made of (`valuation.split_terms`), how
-reliable they are (`valuation.reliability`), reproducible noise, the losses of `reference.model`, or
-those of the starting model where no `reference.model` is given."""
+reliable they are (`valuation.reliability`), reproducible noise, the losses of `reference.model`,
+those of the starting model where no `reference.model` is given, or the entropy of the model's
+predictions, at the price of the head once more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,11 @@ class RunConfig(Section):
         return any("noise" in needs for _, needs in self._needs())
 
     @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the model's predictions is needed."""
+        return any("entropy" in needs for _, needs in self._needs())
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the token losses of a reference model are needed."""
         return any({"reference", "start"} & needs for _, needs in self._needs())

@@ -22,6 +22,8 @@ class TokenFacts(ResponseLosses):
     """The terms and the composite; empty where tokens are not valued."""
     contrast: float = 0.0
     """What the contrast terms are multiplied by in adaptation, and subtracted."""
+    entropy: Tensor | None = None
+    """Entropy of the predictions, zero off the response; None where nothing of the run needs it."""
 
     @property
     def composite_BT(self) -> Tensor:
@@ -49,6 +51,15 @@ class TokenFacts(ResponseLosses):
         if "spread" not in self.values:
             raise _missing("spread_BT", needs=("spread",))
         return self.values["spread"]
+
+    @property
+    def entropy_BT(self) -> Tensor:
+        """Entropy of the model's prediction over its 20 likeliest tokens, in nats, as
+        `models.head.head_entropy` computes it. Raises LookupError where nothing of the run needs
+        it."""
+        if self.entropy is None:
+            raise _missing("entropy_BT", needs=("entropy",))
+        return self.entropy
 
     @property
     def noise_BT(self) -> Tensor:

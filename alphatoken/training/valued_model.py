@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
-from alphatoken.models.token_losses import token_losses
+from alphatoken.models.token_losses import losses_of, token_losses
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
 from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
@@ -63,6 +63,7 @@ class ValuedModel(nn.Module):
         selections: Sequence[Selection],
         eos_token_ids: list[int],
         stopwatch: Stopwatch,
+        needs_entropy: bool = False,
     ) -> None:
         super().__init__()
         self.lm = decoder.model
@@ -74,6 +75,7 @@ class ValuedModel(nn.Module):
         self._objective = objective
         self._eos_token_ids = eos_token_ids
         self._stopwatch = stopwatch
+        self._needs_entropy = needs_entropy
         self.attach(None)
 
     def attach(self, scorer: Scorer | None) -> None:
@@ -93,7 +95,7 @@ class ValuedModel(nn.Module):
             return self._without_scorer(batch)
         with self.scorer.capture() as capture:
             hidden_BTH = self._decoder.hidden_states(batch)
-        facts = self._score(batch, self.scorer, capture.entry)
+        facts = self._score(batch, self.scorer, capture.entry, hidden_BTH)
         return self._trained_on_kept(hidden_BTH, select(self.selections, facts))
 
     @torch.no_grad()
@@ -102,16 +104,19 @@ class ValuedModel(nn.Module):
         of its own."""
         if self.scorer is not None:
             with self.scorer.capture() as capture:
-                self._decoder.hidden_states(batch)
-            return self._score(batch, self.scorer, capture.entry)
-        return self._facts(batch, nll_BT=self.token_losses(batch), values={})
+                hidden_BTH = self._decoder.hidden_states(batch)
+            return self._score(batch, self.scorer, capture.entry, hidden_BTH)
+        hidden_BTH = self._decoder.hidden_states(batch)
+        nll_BT = losses_of(hidden_BTH, self.head_loss, batch)
+        return self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Losses of response tokens, (B, T) float32, without training or scoring."""
         return token_losses(self._decoder, self.head_loss, batch)
 
-    def _score(self, batch: Batch, scorer: Scorer, entry: Entry) -> TokenFacts:
-        """What is known of tokens, values included, from the states that entered scored layers."""
+    def _score(self, batch: Batch, scorer: Scorer, entry: Entry, hidden_BTH: Tensor) -> TokenFacts:
+        """What is known of tokens, values included, from the states that entered scored layers;
+        `hidden_BTH` are those that enter the head."""
         with self._stopwatch.phase("score"):
             scores = scorer.score(entry, batch)
             # Values are linear in their own sequence's gradient, so it may be scaled
@@ -119,9 +124,11 @@ class ValuedModel(nn.Module):
             losses = ResponseLosses(batch=batch, nll_BT=scores.nll_BT)
             coefficient_BT = self._objective.coefficients(losses)
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
-            return self._facts(batch, nll_BT=scores.nll_BT, values=values)
+            return self._facts(batch, nll_BT=scores.nll_BT, values=values, hidden_BTH=hidden_BTH)
 
-    def _facts(self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor]) -> TokenFacts:
+    def _facts(
+        self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor
+    ) -> TokenFacts:
         targets_BT = batch["targets"]
         end_of_turn = torch.tensor(self._eos_token_ids, device=targets_BT.device)
         return TokenFacts(
@@ -129,7 +136,16 @@ class ValuedModel(nn.Module):
             nll_BT=nll_BT,
             protected_BT=torch.isin(targets_BT, end_of_turn),
             values=values,
+            entropy=self._entropy(batch, hidden_BTH) if self._needs_entropy else None,
         )
+
+    @torch.no_grad()
+    def _entropy(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
+        """Entropy of the predictions of response tokens, (B, T) float32, zero off the response."""
+        response_BT = batch["response"]
+        entropy_BT = torch.zeros(response_BT.shape, device=response_BT.device)
+        entropy_BT[response_BT] = self.head_loss(hidden_BTH[response_BT])
+        return entropy_BT
 
     def _without_scorer(self, batch: Batch) -> StepOutput:
         """The objective where the training graph itself gives the losses that policies see, as
@@ -139,7 +155,8 @@ class ValuedModel(nn.Module):
         nll_R = self.head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
         nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
         nll_BT[response_BT] = nll_R.detach()
-        weighed = select(self.selections, self._facts(batch, nll_BT=nll_BT, values={}))
+        facts = self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
+        weighed = select(self.selections, facts)
         return self._output(weighed, kept_nll_R=nll_R[weighed.choice.weight_R > 0])
 
     def _trained_on_kept(self, hidden_BTH: Tensor, weighed: WeighedTokens) -> StepOutput:
