@@ -69,6 +69,13 @@ class PreferenceConfig(Section):
         "gradient "
         "when all are kept) or take their mean (the published code).",
     )
+    length_decay: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Count tokens beyond the length of the pair's shorter response so much in "
+        "the model's log-probability (LD-DPO's alpha); 1 counts them in full.",
+    )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="Longest prompt of a pair; longer ones lose their start."
     )
@@ -87,6 +94,16 @@ class PreferenceConfig(Section):
                     f"preference.{key}={value}: only preference.objective={' or '.join(readers)} "
                     f"reads this, not {self.objective}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _length_decay_has_no_mean_beside_it(self) -> PreferenceConfig:
+        if self.length_decay != 1 and self.chosen_nll_weight:
+            raise ValueError(
+                f"preference.length_decay={self.length_decay} and preference.nll_weight="
+                f"{self.chosen_nll_weight} do not go together: the mean loss would be of decayed "
+                "losses; set nll_weight=0"
+            )
         return self
 
     @property
