@@ -56,6 +56,7 @@ from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
+from tests.published import LOSSES
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:
@@ -502,9 +503,11 @@ def drifts(
     return results
 
 
-def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> dict[str, Any]:
+def plain_deepspeed_loop(
+    folder: Path, values: dict[str, Any], steps: int, token_loss: str = "cross_entropy"
+) -> dict[str, Any]:
     """Ordinary ZeRO-3 fine-tuning: the model's own logits, the mean loss of the global batch's
-    response tokens."""
+    response tokens, which `tests.published` names."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -547,11 +550,9 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
         for batch_of_rows in batches:
             attention = (batch_of_rows["input_ids"] != -1).long()
             logits = engine(input_ids=batch_of_rows["input_ids"], attention_mask=attention).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1),
-                batch_of_rows["labels"][:, 1:].flatten(),
-                reduction="sum",
-            )
+            labels = batch_of_rows["labels"][:, 1:]
+            counts = labels != -100
+            loss = LOSSES[token_loss](logits[:, :-1][counts], labels[counts]).sum()
             step_loss += loss.detach() / counted
             # DeepSpeed averages over ranks and accumulation steps; the loss is already a mean
             # over the global batch.

@@ -90,7 +90,8 @@ def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
             "selection.rejected={policy: top_vlaue}",
             "selection.rejected.policy: input should be 'top_value', 'adaptation', "
             "'agreement', 'random', 'loss', 'low_perplexity', 'probability', "
-            "'reference_probability', 'excess_loss' or 'all', not 'top_vlaue'",
+            "'reference_probability', 'excess_loss', 'retrospective_excess_loss', "
+            "'below_mean_probability' or 'all', not 'top_vlaue'",
         ),
         (
             "selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}",

@@ -311,7 +311,11 @@ def test_policies_sort_by_what_they_say() -> None:
     direct, causal, contrast, spread = torch.randn(4, 2, 4)
     values = {"composite": value, "direct_target": direct, "causal_target": causal}
     values |= {"direct_contrast": contrast, "causal_contrast": 2 * contrast, "spread": spread}
-    columns = {"noise": noise, "reference_nll": reference}
+    everywhere = torch.ones(2, 4, dtype=torch.bool)
+    columns = {"noise": noise, "reference_nll": reference, "response": everywhere}
+    columns["document_ids"] = torch.arange(2)[:, None].expand(2, 4)
+    probability = torch.exp(-loss.double())
+    below = (probability.mean(1, keepdim=True) - probability).float()
     known = replace(facts(values, loss, columns), contrast=0.5)
     expected = {
         "top_value": value,
@@ -323,6 +327,8 @@ def test_policies_sort_by_what_they_say() -> None:
         "probability": torch.exp(-loss),
         "reference_probability": torch.exp(-reference),
         "excess_loss": loss - reference,
+        "retrospective_excess_loss": reference - loss,
+        "below_mean_probability": torch.where(below > 0, below, -torch.inf),
         "all": loss,
     }
     assert expected.keys() == SORT_KEYS.keys()
@@ -347,7 +353,8 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
 
         def sort_key(needs: Iterable[Need], policy: str = policy) -> Tensor:
             values: dict[str, Tensor] = {}
-            batch: dict[str, Tensor] = {}
+            ones = torch.ones(2, 3, dtype=torch.int64)
+            batch: dict[str, Tensor] = {"response": ones.bool(), "document_ids": ones}
             for need in needs:
                 values |= given[need][0]
                 batch |= given[need][1]

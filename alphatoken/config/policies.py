@@ -41,6 +41,9 @@ POLICY_TRAITS: dict[str, PolicyTraits] = {
     "probability": PolicyTraits(),
     "reference_probability": PolicyTraits(needs=frozenset({"start"})),
     "excess_loss": PolicyTraits(needs=frozenset({"reference"})),
+    "retrospective_excess_loss": PolicyTraits(needs=frozenset({"start"})),
+    # Minus infinity has no standard deviation.
+    "below_mean_probability": PolicyTraits(grades=False),
     "all": PolicyTraits(keeps_all=True, grades=False),
 }
 

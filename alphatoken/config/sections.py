@@ -378,8 +378,9 @@ class SelectionConfig(Section):
         description="What is kept: highest value, its adaptation part alone, highest value in the "
         "kinder half of the held-out rows (agreement), a random choice, highest or lowest loss, "
         "highest probability under the model or the reference, highest loss above that of "
-        "reference.model (Rho-1), or everything; default: top_value, or all where valuation is "
-        "off.",
+        "reference.model (Rho-1), or below that of reference.model or the start (retrospective), "
+        "lowest probability of those below their response's mean (ConfPO), or everything; "
+        "default: top_value, or all where valuation is off.",
     )
     veto: VetoConfig | None = Field(
         None,
@@ -426,11 +427,13 @@ class SelectionConfig(Section):
     weights: WeightsName = Field(
         "hard",
         description="How kept tokens are weighed: all alike, by the sigmoid of their standardised "
-        "value, by its softmax with mean 1, or by another rule.",
+        "value, by its softmax with mean 1, by a power of the probability (DFT; TALR with its own "
+        "temperature), by entropy (EAFT), or by a softmax of the values of each sequence (gibbs).",
     )
     weight_parameters: dict[str, float] = Field(
         default_factory=dict,
-        description="Numbers of the rule of weights, as in {temperature: 0.5} of softmax.",
+        description="Numbers of the rule of weights, as in {temperature: 0.5} of softmax or "
+        "{power: 1.0} of dft.",
     )
     normalise: Normalise | None = Field(
         None,

@@ -37,6 +37,14 @@ WEIGHT_TRAITS: dict[str, WeightTraits] = {
         parameters={"temperature": 1.0, "cap": 2.0},
         at_least={"temperature": 0.01, "cap": 1.0},
     ),
+    "dft": WeightTraits(parameters={"power": 1.0}, at_least={"power": 0.0}),
+    "talr": WeightTraits(),
+    "eaft": WeightTraits(needs=frozenset({"entropy"})),
+    "gibbs": WeightTraits(
+        needs=frozenset({"values"}),
+        parameters={"temperature": 1.0},
+        at_least={"temperature": 0.01},
+    ),
 }
 
 WeightsName = Annotated[str, OneOf(WEIGHT_TRAITS)]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from alphatoken.config.choices import register
 from alphatoken.config.policies import POLICY_TRAITS, Need, PolicyTraits
+from alphatoken.selection import rules
 from alphatoken.selection.facts import TokenFacts
 
 SortKey = Callable[[TokenFacts], Tensor]
@@ -28,10 +30,21 @@ SORT_KEYS: dict[str, SortKey] = {
     # Thresholds read better in these than in losses.
     "probability": lambda facts: (-facts.nll_BT).exp(),
     "reference_probability": lambda facts: (-facts.reference_nll_BT).exp(),
-    # Rho-1, Lin et al., arXiv 2404.07965, Eq. 3.
-    "excess_loss": lambda facts: facts.nll_BT - facts.reference_nll_BT,
+    "excess_loss": lambda facts: rules.excess_loss(facts.nll_BT, facts.reference_nll_BT),
+    "retrospective_excess_loss": lambda facts: rules.retrospective_excess_loss(
+        facts.nll_BT, facts.reference_nll_BT
+    ),
+    "below_mean_probability": lambda facts: _below_mean_probability(facts),
     "all": lambda facts: facts.nll_BT,
 }
+
+
+def _below_mean_probability(facts: TokenFacts) -> Tensor:
+    key_BT = torch.full_like(facts.nll_BT, -torch.inf)
+    response_BT, document_BT = facts.response_BT, facts.batch["document_ids"]
+    key_R = rules.below_mean_probability(facts.nll_BT[response_BT], document_BT[response_BT])
+    key_BT[response_BT] = key_R.float()
+    return key_BT
 
 
 def register_policy(

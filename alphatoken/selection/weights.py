@@ -16,6 +16,7 @@ from torch import Tensor
 from alphatoken.config.choices import register
 from alphatoken.config.policies import Need
 from alphatoken.config.weights import WEIGHT_TRAITS, WeightTraits
+from alphatoken.selection import rules
 from alphatoken.selection.facts import KeptTokens
 from alphatoken.selection.policy import SortKey
 
@@ -60,6 +61,28 @@ WEIGHT_RULES: dict[str, WeightRule] = {
     "hard": WeightRule(weigh=hard),
     "sigmoid": WeightRule(weigh=sigmoid),
     "softmax": WeightRule(weigh=softmax),
+    "dft": WeightRule(
+        weigh=lambda tokens: rules.power_weights(tokens.facts["nll"], tokens.parameters["power"]),
+        reads={"nll": lambda facts: facts.nll_BT},
+    ),
+    "talr": WeightRule(
+        weigh=lambda tokens: rules.talr_weights(
+            tokens.facts["nll"], sequence_R=tokens.sequence_R, group_R=tokens.group_R
+        ),
+        reads={"nll": lambda facts: facts.nll_BT},
+    ),
+    "eaft": WeightRule(
+        weigh=lambda tokens: rules.entropy_weights(tokens.facts["entropy"]),
+        reads={"entropy": lambda facts: facts.entropy_BT},
+    ),
+    "gibbs": WeightRule(
+        weigh=lambda tokens: rules.gibbs_weights(
+            tokens.facts["value"],
+            sequence_R=tokens.sequence_R,
+            temperature=tokens.parameters["temperature"],
+        ),
+        reads={"value": lambda facts: facts.composite_BT},
+    ),
 }
 
 
