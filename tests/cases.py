@@ -12,16 +12,19 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
+from alphatoken.batch import Batch
 from alphatoken.checkpoints import saving
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -43,7 +46,9 @@ from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.reference.cache import CacheFolder
-from alphatoken.selection.step import count_tokens
+from alphatoken.selection.facts import TokenFacts
+from alphatoken.selection.select import Cut, Selection
+from alphatoken.selection.step import count_tokens, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.training.report import Report
@@ -51,6 +56,7 @@ from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
+from tests.published import LOSSES
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:
@@ -152,6 +158,59 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
             result["gradients"] = full_gradients(trainer)
         trainer.run.engine.step()
     return result
+
+
+def chosen_globally(folder: Path) -> tuple[int, dict[int, dict[str, Tensor]]]:
+    """The choice among six micro-batches of pairs, dealt to the ranks: how many tokens are kept,
+    and by micro-batch what became of its own. The third one has no response token."""
+    initialise_ranks()
+    ranks, batches = collectives.world_size(), 6
+    noise = Cut(by="agreement", threshold=-0.5, in_noise=True)
+    selections = (
+        Selection(
+            "top_value",
+            Fraction(1),
+            "global_batch",
+            protect_eos=True,
+            floor=noise,
+            weights="softmax",
+        ),
+        Selection(
+            "top_value",
+            Fraction("0.6"),
+            "global_batch",
+            min_keep=1,
+            veto=Cut(by="low_perplexity", share=Fraction("0.3")),
+        ),
+    )
+    own = list(range(collectives.rank(), batches, ranks))
+    step = weigh_globally(selections, [random_facts(number) for number in own])
+    return step.kept, {
+        number: {each.name: getattr(weighed.choice, each.name) for each in fields(weighed.choice)}
+        for number, weighed in zip(own, step.micro_batches, strict=True)
+    }
+
+
+def random_facts(number: int) -> TokenFacts:
+    """A micro-batch of two pairs with losses and values that depend on its number only; their sort
+    keys tie often."""
+    generator = torch.Generator().manual_seed(number)
+    shape = (4, 5 + 3 * number)
+    response = torch.rand(shape, generator=generator) < (0.0 if number == 2 else 0.6)
+    batch = {
+        "response": response,
+        "document_ids": torch.arange(4)[:, None].expand(shape),
+        "rows": torch.arange(4),
+    }
+    return TokenFacts(
+        batch=cast(Batch, batch),
+        nll_BT=torch.randint(0, 9, shape, generator=generator).float(),
+        protected_BT=torch.rand(shape, generator=generator) < 0.1,
+        values={
+            "composite": torch.randint(-9, 9, shape, generator=generator).float(),
+            "spread": torch.randn(shape, generator=generator),
+        },
+    )
 
 
 def long_gathers(folder: Path, lengths: list[int], message_bytes: int) -> list[Tensor]:
@@ -444,9 +503,11 @@ def drifts(
     return results
 
 
-def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> dict[str, Any]:
+def plain_deepspeed_loop(
+    folder: Path, values: dict[str, Any], steps: int, token_loss: str = "cross_entropy"
+) -> dict[str, Any]:
     """Ordinary ZeRO-3 fine-tuning: the model's own logits, the mean loss of the global batch's
-    response tokens."""
+    response tokens, which `tests.published` names."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -489,11 +550,9 @@ def plain_deepspeed_loop(folder: Path, values: dict[str, Any], steps: int) -> di
         for batch_of_rows in batches:
             attention = (batch_of_rows["input_ids"] != -1).long()
             logits = engine(input_ids=batch_of_rows["input_ids"], attention_mask=attention).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1),
-                batch_of_rows["labels"][:, 1:].flatten(),
-                reduction="sum",
-            )
+            labels = batch_of_rows["labels"][:, 1:]
+            counts = labels != -100
+            loss = LOSSES[token_loss](logits[:, :-1][counts], labels[counts]).sum()
             step_loss += loss.detach() / counted
             # DeepSpeed averages over ranks and accumulation steps; the loss is already a mean
             # over the global batch.

@@ -119,6 +119,7 @@ def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path
             "selection.chosen.scope=sequence",
             "selection.chosen.scope: unknown key; did you mean selection.scope?",
         ),
+        ("selection.normalise=kept", "the losses of pairs are divided by the number of pairs"),
         ("selection.rejected.schedule=cosine", "selection.rejected: selection.schedule=cosine and"),
         (
             "selection.rejected={policy: excess_loss}",
@@ -126,8 +127,10 @@ def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path
         ),
         (
             "selection.rejected={policy: top_vlaue}",
-            "selection.rejected.policy: input should be 'top_value', 'random', 'loss', "
-            "'low_perplexity', 'excess_loss' or 'all', not 'top_vlaue'",
+            "selection.rejected.policy: input should be 'top_value', 'adaptation', "
+            "'agreement', 'random', 'loss', 'low_perplexity', 'probability', "
+            "'reference_probability', 'excess_loss', 'retrospective_excess_loss', "
+            "'below_mean_probability' or 'all', not 'top_vlaue'",
         ),
         (
             "selection.chosen={policy: random, weights: sigmoid, keep_ratio: 1.0}",
@@ -161,6 +164,25 @@ def test_branches_inherit_what_they_do_not_override(file: Path, tmp_path: Path) 
     assert config.reference.mode == "online"
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(PreferenceRunConfig, tmp_path / "resolved.yaml") == config
+
+
+def test_a_branch_may_decide_how_many_are_kept_in_another_way(file: Path) -> None:
+    shared = [
+        "selection.schedule=linear",
+        "selection.keep_ratio_start=1.0",
+        "selection.weights=softmax",
+        "selection.weight_parameters={cap: 3}",
+        "selection.veto={by: loss, share: 0.1}",
+    ]
+    chosen = "selection.chosen={threshold: 0, veto: {by: probability, threshold: 0.1}}"
+    rejected = "selection.rejected={weights: hard}"
+    first, second = load_config(PreferenceRunConfig, file, [*shared, chosen, rejected]).selections
+    assert (first.threshold, first.keep_ratio, first.schedule) == (0, None, "constant")
+    assert (first.veto.by, first.veto.share) == ("probability", None)  # type: ignore[union-attr]
+    assert (first.weights, first.weight_parameters) == ("softmax", {"cap": 3})
+    assert (second.threshold, second.keep_ratio, second.schedule) == (None, 0.5, "linear")
+    assert second.veto.by == "loss"  # type: ignore[union-attr]
+    assert (second.weights, second.weight_parameters) == ("hard", {})
 
 
 def test_a_branch_may_be_constant_where_the_rest_follows_a_schedule(file: Path) -> None:
@@ -290,6 +312,141 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_config(RunConfig, file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["selection.veto={by: loss}"], "threshold=None and share=None: set exactly one of them"),
+        (
+            ["selection.veto={by: loss, threshold: 1, share: 0.1}"],
+            "threshold=1.0 and share=0.1: set exactly one of them",
+        ),
+        (
+            ["selection.veto={by: loss, treshold: 1}"],
+            "selection.veto.treshold: unknown key; did you mean selection.veto.threshold?",
+        ),
+        (["selection.veto={by: random, share: 0.1}"], "selection.veto.by=random says nothing of"),
+        (["selection.veto={by: all, threshold: 0}"], "selection.veto.by=all says nothing of"),
+        (
+            ["selection.veto={by: loss, share: 0.1, unit: noise}"],
+            "only selection.veto.threshold has a unit",
+        ),
+        (
+            ["selection.veto={by: loss, threshold: -1, unit: noise}"],
+            "selection.veto.unit=noise needs a policy that sorts by values, not loss",
+        ),
+        (
+            ["selection.veto={by: top_value, threshold: -1, unit: noise}"],
+            "selection.veto.unit=noise needs to know how reliable values are: "
+            "valuation.reliability=true",
+        ),
+        (
+            ["selection.veto={by: adaptation, threshold: 0}", "valuation.split_terms=false"],
+            "selection.veto.by=adaptation needs the terms of values: valuation.split_terms=true",
+        ),
+        (
+            ["selection.veto={by: excess_loss, threshold: 0}"],
+            "selection.veto.by=excess_loss needs reference.model",
+        ),
+        (
+            ["selection.veto={by: top_value, threshold: 0}", "valuation.enabled=false"],
+            "selection.veto.by=top_value needs valuation.enabled=true",
+        ),
+        (["selection.policy=agreement"], "selection.policy=agreement needs to know how reliable"),
+        (["selection.keep_ratio=auto"], "selection.keep_ratio=auto needs to know how reliable"),
+        (
+            ["selection={keep_ratio: auto, policy: loss}", "valuation.reliability=true"],
+            "selection.keep_ratio=auto drops harmful tokens: it needs selection.policy=top_value",
+        ),
+        (
+            ["selection={keep_ratio: auto, schedule: linear, keep_ratio_start: 1.0}"],
+            "selection.schedule=linear moves a share, but selection.keep_ratio=auto",
+        ),
+        (["selection.keep_ratio=most"], "selection.keep_ratio: input should be a valid number"),
+        (["selection.auto_margin=2"], "selection.auto_margin=2.0: only selection.keep_ratio=auto"),
+        (
+            ["selection={threshold: 0, keep_ratio: 0.5}"],
+            "selection.keep_ratio=0.5 and selection.threshold=0.0: set one of them",
+        ),
+        (
+            ["selection.keep_ratio=null"],
+            "selection.keep_ratio=None and selection.threshold=None: set one of them",
+        ),
+        (
+            ["selection={threshold: 0, policy: random}"],
+            "selection.threshold=0.0 needs a policy whose sort key says something of a token",
+        ),
+        (
+            ["selection={threshold: 0, threshold_unit: noise, policy: loss}"],
+            "selection.threshold_unit=noise needs a policy that sorts by values, not loss",
+        ),
+        (
+            ["selection={threshold: -1, threshold_unit: noise}"],
+            "selection.threshold_unit=noise needs to know how reliable values are",
+        ),
+        (["selection.threshold_unit=noise"], "selection.threshold_unit=noise, but there is no"),
+        (
+            ["selection={weights: softmax, weight_parameters: {heat: 1}}"],
+            "selection.weight_parameters has heat; those of selection.weights=softmax: "
+            "temperature, cap",
+        ),
+        (
+            ["selection={weights: softmax, weight_parameters: {cap: 0.5}}"],
+            "selection.weight_parameters.cap=0.5: selection.weights=softmax needs at least 1",
+        ),
+        (["selection.weight_parameters={cap: 2}"], "those of selection.weights=hard: none"),
+        (
+            ["selection={weights: softmax, policy: all}"],
+            "selection.weights=softmax needs a policy that ranks tokens, not all",
+        ),
+        (
+            ["selection={normalise: kept, veto: {by: loss, share: 0.1}, threshold: 0}"],
+            "selection.normalise=kept with selection.veto and selection.threshold: how many tokens "
+            "are kept is not known before the first backward pass; set "
+            "selection.normalise=response or selection.scope=global_batch",
+        ),
+        (
+            ["valuation={start_step: 3, refresh_every: 2}"],
+            "valuation.start_step=3 is not a multiple of valuation.refresh_every=2",
+        ),
+    ],
+)
+def test_what_does_not_go_together_in_a_selection(
+    file: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as failure:
+        load_config(RunConfig, file, overrides)
+    assert message in str(failure.value)
+
+
+def test_a_threshold_takes_the_place_of_the_ratio(file: Path, tmp_path: Path) -> None:
+    config = load_config(RunConfig, file, ["selection.threshold=0"])
+    assert (config.selection.keep_ratio, config.selection.ratio) == (None, 1.0)
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("{}", "kept"),
+        ("{weights: softmax}", "kept"),
+        ("{normalise: response}", "response"),
+        ("{veto: {by: loss, share: 0.1}}", "response"),
+        ("{threshold: 0}", "response"),
+        ("{threshold: 0, scope: global_batch, normalise: kept}", "kept"),
+        ("{veto: {by: reference_probability, threshold: 0.4}, policy: all}", "response"),
+    ],
+)
+def test_what_the_losses_are_divided_by(file: Path, selection: str, expected: str) -> None:
+    assert load_config(RunConfig, file, [f"selection={selection}"]).normalise == expected
+
+
+def test_the_starting_model_is_a_reference_where_none_is_given(file: Path) -> None:
+    veto = "selection.veto={by: reference_probability, threshold: 0.4}"
+    assert load_config(RunConfig, file, [veto]).needs_reference
+    assert not load_config(RunConfig, file, []).needs_reference
 
 
 def test_every_mistake_is_reported_at_once(file: Path) -> None:

@@ -73,23 +73,41 @@ class PlainStep:
         groups = [by_length[start : start + size] for start in range(0, GLOBAL_BATCH, size)]
         self.weight = torch.zeros_like(self.values.composite)
         batch = collate([train[row] for row in chosen])
-        for group in groups:
-            tokens = [
-                (float(self.values.composite[place, t]), place, t)
-                for place in group
-                for t in range(batch["labels"].shape[1] - 1)
-                if batch["labels"][place, t + 1] != -100
-            ]
-            for _, place, t in sorted(tokens, reverse=True)[: math.ceil(KEEP * len(tokens))]:
-                self.weight[place, t] = 1
+        response = batch["labels"][:, 1:] != -100
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
             :, :-1
         ]
         targets = batch["input_ids"][:, 1:]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        for group in groups:
+            tokens = [
+                (int(place), t) for place in group for t in response[place].nonzero()[:, 0].tolist()
+            ]
+            for place, t in self._kept(tokens, nll, values["selection"]):
+                self.weight[place, t] = 1
         kept = self.weight[:, :-1] > 0
-        (nll[kept].sum() / kept.sum()).backward()
+        counted = response if normalises_by_response(values["selection"]) else kept
+        (nll[kept].sum() / counted.sum()).backward()
         self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    def _kept(
+        self, tokens: list[tuple[int, int]], nll: Tensor, selection: dict[str, Any]
+    ) -> list[tuple[int, int]]:
+        """What is kept of one group of (place, position): the share of highest losses is vetoed,
+        and of the rest the best are kept, or those whose value is above the threshold."""
+        share = selection.get("veto", {}).get("share", 0.0)
+        by_loss = sorted(tokens, key=lambda token: -float(nll[token].detach()))
+        left = by_loss[math.floor(share * len(tokens)) :]
+        if "threshold" in selection:
+            limit = selection["threshold"]
+            return [token for token in left if float(self.values.composite[token]) >= limit]
+        left.sort(key=lambda token: (float(self.values.composite[token]), token), reverse=True)
+        return left[: math.ceil(KEEP * len(tokens))]
+
+
+def normalises_by_response(selection: dict[str, Any]) -> bool:
+    cuts = {"veto", "threshold"} & selection.keys()
+    return bool(cuts) and selection.get("normalise") != "kept"
 
 
 def stability_tensors(
@@ -162,7 +180,7 @@ def stage(number: int) -> dict[str, Any]:
 ON_TWO_RANKS = (
     *("with stability", "composite only, ghost", "streamed", "packed, eager, streamed"),
     *("global batch", "stage 1", "stage 2, streamed", "exact, all", "exact, global batch"),
-    "exact, stage 2",
+    *("exact, stage 2", "veto, global batch", "veto and threshold, packed"),
 )
 ON_ONE_RANK = ("with stability", "stage 0", "stage 2, streamed", "exact, all")
 
@@ -193,6 +211,23 @@ def test_values_masks_and_gradient_equal_one_process(
         },
         "sequence": {"selection": {"scope": "sequence"}, "valuation": unstable},
         "global batch": {"selection": {"scope": "global_batch"}, "valuation": unstable},
+        "veto, global batch": {
+            "selection": {
+                "scope": "global_batch",
+                "veto": {"by": "low_perplexity", "share": 0.25},
+                "normalise": "kept",
+            },
+            "valuation": unstable,
+        },
+        "veto and threshold, packed": {
+            "selection": {
+                "veto": {"by": "low_perplexity", "share": 0.25},
+                "threshold": 0.0,
+                "keep_ratio": None,
+            },
+            "valuation": unstable,
+            "data": {"packing": True},
+        },
         "global batch, streamed, packed": {
             "selection": {"scope": "global_batch"},
             "valuation": streamed,
@@ -237,7 +272,7 @@ def test_values_masks_and_gradient_equal_one_process(
     plain: dict[str, PlainStep] = {}
     for name, values in configs.items():
         chosen = [values["valuation"].get(key) for key in SCORED_BY]
-        key = json.dumps(["fisher" in values["valuation"], values["selection"]["scope"], *chosen])
+        key = json.dumps(["fisher" in values["valuation"], values["selection"], *chosen])
         if key not in plain:
             plain[key] = PlainStep(values)
             assert plain[key].values.direct_proxy.any() == ("fisher" in values["valuation"])
@@ -247,6 +282,30 @@ def test_values_masks_and_gradient_equal_one_process(
             plain[key],
             TERMS if values["valuation"].get("split_terms", True) else ("composite",),
         )
+
+
+@pytest.mark.slow
+def test_a_choice_among_the_whole_step_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Of pairs whose branches have different vetoes, `keep_ratio: auto` and soft weights, with
+    unequally many tokens on each rank and none at all on one."""
+    results = {
+        ranks: run_ranks("chosen_globally", ranks, tmp_path / str(ranks)) for ranks in (1, 2, 3)
+    }
+    ((kept, alone),) = results[1]
+    assert kept == sum(int(found["kept_R"].sum()) for found in alone.values())
+    fates = {
+        name: torch.cat([found[name] for found in alone.values()])
+        for name in ("kept_R", "vetoed_R", "below_R", "weight_R")
+    }
+    assert all(fate_R.any() for fate_R in fates.values())
+    assert not fates["kept_R"].all()
+    for ranks, by_rank in results.items():
+        found = {number: choice for _, own in by_rank for number, choice in own.items()}
+        assert found.keys() == alone.keys()
+        assert {kept for kept, _ in by_rank} == {kept}
+        for number, choice in found.items():
+            for name, fate_R in alone[number].items():
+                assert choice[name].equal(fate_R), (ranks, number, name)
 
 
 @pytest.mark.slow

@@ -21,11 +21,13 @@ from alphatoken.batch import Batch
 from alphatoken.config.objectives import OBJECTIVE_TRAITS
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceConfig
+from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.objectives.pair_losses import PAIR_OBJECTIVES, Branch, Pairs, dpo
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import Selection, select
+from alphatoken.selection.weights import WEIGHT_RULES
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"
@@ -72,7 +74,10 @@ def last_metrics(values: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """Takes what a test registers out of the tables again."""
-    tables: list[dict[str, Any]] = [POLICY_TRAITS, SORT_KEYS, OBJECTIVE_TRAITS, PAIR_OBJECTIVES]
+    tables: list[dict[str, Any]] = [
+        *(POLICY_TRAITS, SORT_KEYS, WEIGHT_TRAITS, WEIGHT_RULES),
+        *(OBJECTIVE_TRAITS, PAIR_OBJECTIVES),
+    ]
     before = [set(table) for table in tables]
     yield
     for table, names in zip(tables, before, strict=True):
@@ -92,7 +97,23 @@ def test_the_policy_of_the_page_sorts_as_it_says() -> None:
         values={"composite": torch.tensor([[9.0, 1.0, 3.0, 2.0]])},
     )
     weighed = select([Selection("unlearned_value", Fraction(1, 2))], facts)
-    assert weighed.weight_R.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert weighed.choice.weight_R.tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.usefixtures("tables")
+def test_the_weight_rule_of_the_page_weighs_as_it_says() -> None:
+    names_of(python_block("A weight rule"))
+    response = torch.tensor([[True, True, False, True]])
+    facts = TokenFacts(
+        batch=cast(Batch, {"document_ids": response.long() - 1, "response": response}),
+        nll_BT=torch.tensor([[0.0, math.log(2), 0.0, math.log(4)]]),
+        protected_BT=~response,
+        values={},
+    )
+    selection = Selection("all", Fraction(1), weights="focal", parameters={"gamma": 3.0})
+    assert torch.allclose(
+        select([selection], facts).choice.weight_R, torch.tensor([0.0, 0.5**3, 0.75**3])
+    )
 
 
 @pytest.mark.usefixtures("tables")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
         batch=batch, nll_BT=nll_BT, weight_BT=weight_BT, kept_nll_R=nll_BT[weight_BT > 0]
     )
     assert objective.total(losses) == 6.0
-    assert objective.denominator(kept_tokens=4, rows=9) == 4
+    assert objective.denominator(counted_tokens=4, rows=9) == 4
     assert objective.coefficients(losses).equal(torch.ones(1, 3))
 
 
@@ -123,3 +125,29 @@ def test_the_heads_derivatives_equal_autograds(
     assert found.shape == (rows, vocabulary)
     if rows:
         assert relative_error(found, torch.stack(by_row)) <= 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocabulary", [13, 50])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_the_entropy_is_that_of_the_twenty_likeliest_tokens(
+    monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int, bias: bool, softcap: float | None
+) -> None:
+    """Also where the vocabulary has fewer, and over several blocks of rows."""
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", 3 * vocabulary)
+    torch.manual_seed(0)
+    head = nn.Linear(6, vocabulary, bias=bias)
+    hidden = torch.randn(rows, 6)
+    expected = []
+    for logits in head(hidden).double().tolist():
+        capped = [
+            each if softcap is None else softcap * math.tanh(each / softcap) for each in logits
+        ]
+        odds = sorted((math.exp(each) for each in capped), reverse=True)[:20]
+        shares = [each / sum(odds) for each in odds]
+        expected.append(-sum(share * math.log(share) for share in shares))
+    actual = HeadLoss(head, softcap)(hidden)
+    assert actual.shape == (rows,)
+    assert not actual.requires_grad
+    assert torch.allclose(actual.double(), torch.tensor(expected).double(), atol=1e-5)

@@ -42,6 +42,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.4},
     "cpo": {"nll_weight": 0.3},
     "dpo, with nll": {"nll_weight": 0.5},
+    "dpo, length decayed": {"length_decay": 0.3},
+    "ipo, length decayed": {"length_decay": 0.0},
+    "alpha_dpo, length decayed": {"length_decay": 0.6},
 }
 
 
@@ -92,6 +95,13 @@ def test_values_computed_by_hand(loss: Callable[[], Tensor], expected: float) ->
     assert float(loss()) == pytest.approx(expected, rel=1e-6)
 
 
+def length_decayed(name: str, chosen: Tensor, rejected: Tensor) -> list[Tensor]:
+    """The model's numbers of both responses, of which those beyond the shorter one's length count
+    less: log of prod_{t <= l} p_t prod_{t > l} p_t^alpha, term by term."""
+    decay, shorter = OBJECTIVES[name].get("length_decay", 1.0), min(len(chosen), len(rejected))
+    return [torch.cat([each[:shorter], decay * each[shorter:]]) for each in (chosen, rejected)]
+
+
 def standard(
     name: str, chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor]
 ) -> Tensor:
@@ -103,6 +113,7 @@ def standard(
     margin: float = options.get("margin", 0.5)
     nll_weight: float = options.get("nll_weight", 0.0)
     sigmoid = torch.nn.functional.sigmoid
+    chosen, rejected = length_decayed(name, chosen, rejected)
     ratio = (chosen.sum() - reference[0].sum()) - (rejected.sum() - reference[1].sum())
     log_p = chosen.mean(), rejected.mean()
     match name.split(",")[0]:
@@ -150,6 +161,8 @@ def masked_loss(name: str, chosen: Side, rejected: Side) -> Tensor:
     smoothing: float = options.get("label_smoothing", 0.0)
     margin: float = options.get("margin", 0.5)
     nll_weight: float = options.get("nll_weight", 0.0)
+    decayed = length_decayed(name, chosen[0], rejected[0])
+    chosen, rejected = (decayed[0], *chosen[1:]), (decayed[1], *rejected[1:])
     (nll, reference, tokens), (rejected_nll, rejected_reference, rejected_tokens) = (
         sums(chosen),
         sums(rejected),
@@ -284,6 +297,13 @@ def test_with_all_tokens_kept_it_is_the_standard_definition(name: str) -> None:
             tokens.of_document(coefficient_BT, document), ours, rtol=1e-4, atol=1e-7
         )
     assert not coefficient_BT[~tokens.response_BT].any()
+
+
+def test_the_length_decay_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(ValueError, match=r"length_decay=0.5: only preference.objective=alpha_dpo"):
+        PreferenceConfig(objective="simpo", length_decay=0.5)
+    with pytest.raises(ValueError, match=r"length_decay=0.5 and preference.nll_weight=1.0"):
+        PreferenceConfig(objective="dpo", length_decay=0.5, nll_weight=1.0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import cast
 
@@ -13,19 +15,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.config.policies import POLICY_TRAITS
+from alphatoken.config.policies import POLICY_TRAITS, Need
+from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.data.noise import uniform_noise
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import (
+    Cut,
+    ResponseTokens,
     Selection,
     among_first,
     lexsort,
+    response_tokens,
     scheduled_ratio,
-    sort_keys,
+    select,
 )
+from alphatoken.selection.weights import WEIGHT_RULES
+from alphatoken.training.dropped import DroppedTokens, counts_of
 
 counts_of_rows = st.lists(st.integers(0, 12), min_size=1, max_size=5)
+cuts = st.builds(
+    Cut,
+    by=st.just("loss"),
+    threshold=st.one_of(st.none(), st.sampled_from([-0.5, 0.0, 1.0, 1.7])),
+    in_noise=st.booleans(),
+    share=st.sampled_from(["0.1", "0.3", "0.5", "0.9"]).map(Fraction),
+)
 selections = st.builds(
     Selection,
     policy=st.sampled_from(["top_value", "all"]),
@@ -33,34 +48,78 @@ selections = st.builds(
     scope=st.sampled_from(["sequence", "micro_batch"]),
     protect_eos=st.booleans(),
     min_keep=st.integers(0, 3),
+    veto=st.one_of(st.none(), cuts),
+    floor=st.one_of(st.none(), cuts.filter(lambda cut: cut.threshold is not None)),
 )
 
 
-def expected_keep(
-    selection: Selection, key: Tensor, sequence: Tensor, protected: Tensor
+@dataclass
+class Expected:
+    """What becomes of the tokens of one group, token by token."""
+
+    kept: set[int]
+    vetoed: set[int]
+    below: set[int]
+
+
+def expected_cut(
+    cut: Cut | None, key: Tensor, spread: Tensor, group: list[int], exempt: set[int]
 ) -> set[int]:
-    """The definition, token by token."""
+    """The definition. NaN is lowest; of equal keys the later is lower."""
+    if cut is None:
+        return set()
+    known = {token: -math.inf if key[token].isnan() else float(key[token]) for token in group}
+    ranked = [token for token in group if token not in exempt]
+    if cut.threshold is None:  # a share of the group, taken from those that are not exempt
+        worst_first = sorted(ranked, key=lambda token: (known[token], -token))
+        return set(worst_first[: math.floor(cut.share * len(group))])
+    scale = math.sqrt(sum(float(spread[token]) ** 2 for token in group) / max(len(group), 1))
+    limit = cut.threshold * (scale if cut.in_noise else 1)
+    return {token for token in ranked if known[token] < limit}
+
+
+def expected_choice(selection: Selection, tokens: ResponseTokens) -> Expected:
+    """The definition, group by group."""
+    key, sequence = tokens.columns["key"], tokens.sequence_R
+    everything = Expected(kept=set(), vetoed=set(), below=set())
+
+    def is_exempt(token: int) -> bool:
+        return selection.protect_eos and bool(tokens.protected_R[token])
 
     def order(token: int) -> tuple[bool, float, int]:
-        unprotected = not (selection.protect_eos and bool(protected[token]))
-        return unprotected, math.inf if key[token].isnan() else -float(key[token]), token
+        return not is_exempt(token), math.inf if key[token].isnan() else -float(key[token]), token
 
-    kept: set[int] = set()
-    tokens = list(range(len(key)))
-    sequences = [
-        [token for token in tokens if sequence[token] == number] for number in sequence.unique()
-    ]
-    forced = {
-        token for tokens in sequences for token in sorted(tokens, key=order)[: selection.min_keep]
-    }
-    for group in sequences if selection.scope == "sequence" else [tokens]:
-        budget = max(math.ceil(selection.keep_ratio * len(group)), len(forced & set(group)))
+    every = list(range(len(key)))
+    sequences = [[token for token in every if sequence[token] == n] for n in sequence.unique()]
+    for group in sequences if selection.scope == "sequence" else [every]:
+        exempt = {token for token in group if is_exempt(token)}
+        vetoed = expected_cut(
+            selection.veto, tokens.columns["veto"], tokens.columns["spread"], group, exempt
+        )
+        forced = {
+            token
+            for own in sequences
+            for token in sorted(set(own) & set(group) - vetoed, key=order)[: selection.min_keep]
+        }
+        below = expected_cut(
+            selection.floor, tokens.columns["floor"], tokens.columns["spread"], group, exempt
+        )
+        below -= forced | vetoed
+        left = [token for token in group if token not in vetoed | below]
+        budget = max(math.ceil(selection.keep_ratio * len(group)), len(forced))
         budget = len(group) if selection.policy == "all" else budget
-        kept |= set(sorted(group, key=lambda token: (token not in forced, *order(token)))[:budget])
-    return kept
+        best = sorted(left, key=lambda token: (token not in forced, *order(token)))
+        everything.kept |= set(best[:budget])
+        everything.vetoed |= vetoed
+        everything.below |= below
+    return everything
 
 
-@settings(deadline=None, max_examples=300)
+def marked(mask_R: Tensor) -> set[int]:
+    return set(mask_R.nonzero()[:, 0].tolist())
+
+
+@settings(deadline=None, max_examples=400)
 @given(
     selection=selections,
     counts=counts_of_rows,
@@ -78,17 +137,32 @@ def test_the_kept_tokens_are_the_best_ones(
     sequence = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     if shuffled:
         sequence = sequence[torch.randperm(len(sequence), generator=generator)]
-    key = torch.randint(0, levels, sequence.shape, generator=generator).float()  # 2 levels tie
-    if extremes:
-        extreme = torch.rand(sequence.shape, generator=generator)
-        key[extreme < 0.1], key[extreme > 0.8], key[extreme > 0.9] = math.nan, math.inf, -math.inf
-    protected = torch.rand(sequence.shape, generator=generator) < 0.2
-    weight = selection.weigh(key_R=key, sequence_R=sequence, protected_R=protected)
-    assert set(weight.tolist()) <= {0.0, 1.0}
-    assert set(weight.nonzero()[:, 0].tolist()) == expected_keep(
-        selection, key, sequence, protected
+
+    def column() -> Tensor:
+        key = torch.randint(-1, levels, sequence.shape, generator=generator).double()  # 2 tie
+        if extremes:
+            extreme = torch.rand(sequence.shape, generator=generator)
+            key[extreme < 0.1], key[extreme > 0.8] = math.nan, math.inf
+            key[extreme > 0.9] = -math.inf
+        return key
+
+    tokens = ResponseTokens(
+        sequence_R=sequence,
+        protected_R=torch.rand(sequence.shape, generator=generator) < 0.2,
+        columns={
+            **{name: column() for name in ("key", "veto", "floor")},
+            "spread": torch.randn(sequence.shape, generator=generator).double(),
+        },
     )
-    assert int(weight.sum()) == selection.kept_count(counts)
+    choice, expected = selection.choose(tokens), expected_choice(selection, tokens)
+    assert choice.weight_R.equal(choice.kept_R.float())
+    assert marked(choice.kept_R) == expected.kept
+    assert marked(choice.vetoed_R) == expected.vetoed
+    assert marked(choice.below_R) == expected.below
+    if selection.veto is None and selection.floor is None:
+        assert len(expected.kept) == selection.kept_count(counts)
+    else:
+        assert len(expected.kept) <= selection.kept_count(counts)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1))
@@ -121,12 +195,21 @@ def test_schedules_go_from_start_to_end() -> None:
     )
 
 
+def tokens_of(
+    key: Tensor, sequence: Tensor | None = None, protected: Tensor | None = None, **columns: Tensor
+) -> ResponseTokens:
+    """Response tokens with these sort keys; of one response, and none protected, unless given."""
+    return ResponseTokens(
+        sequence_R=torch.zeros(len(key), dtype=torch.int64) if sequence is None else sequence,
+        protected_R=torch.zeros(len(key), dtype=torch.bool) if protected is None else protected,
+        columns={"key": key.double(), **{name: each.double() for name, each in columns.items()}},
+    )
+
+
 def test_not_a_number_is_kept_last() -> None:
     key = torch.tensor([torch.nan, -5.0, -5.0])
-    weight = Selection("top_value", Fraction("0.6")).weigh(
-        key_R=key, sequence_R=torch.zeros(3, dtype=torch.int64), protected_R=key > 0
-    )
-    assert weight.tolist() == [0.0, 1.0, 1.0]
+    choice = Selection("top_value", Fraction("0.6")).choose(tokens_of(key))
+    assert choice.weight_R.tolist() == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
@@ -134,15 +217,86 @@ def test_soft_weights_are_sigmoids_of_standardised_values(scope: str) -> None:
     key = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0])
     sequence = torch.tensor([0, 0, 0, 1, 1])
     protected = torch.tensor([False, False, False, True, False])
-    selection = Selection("top_value", Fraction(1), scope, protect_eos=True, soft=True)  # type: ignore[arg-type]
+    selection = Selection("top_value", Fraction(1), scope, protect_eos=True, weights="sigmoid")  # type: ignore[arg-type]
     groups = [key[:3], key[3:]] if scope == "sequence" else [key]
     standard = torch.cat(
         [(part - part.mean()) / part.std(correction=0).clamp_min(1e-9) for part in groups]
     )
     expected = torch.where(protected, 1.0, torch.sigmoid(standard))
-    weight = selection.weigh(key_R=key, sequence_R=sequence, protected_R=protected)
+    weight = selection.choose(tokens_of(key, sequence, protected)).weight_R
     assert torch.allclose(weight, expected)
     assert selection.kept_count([3, 2]) == 5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_softmax_weights_have_mean_1_and_none_is_above_the_cap(seed: int) -> None:
+    """By bisection: the scale at which the capped weights add up to the number of kept tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randn(30, generator=generator)
+    sequence = torch.repeat_interleave(torch.arange(3), 10)
+    protected = torch.rand(30, generator=generator) < 0.1
+    temperature, cap = [(1.0, 2.0), (0.1, 3.0), (0.01, 1.0), (5.0, 1.1)][seed % 4]
+    selection = Selection(
+        "top_value",
+        Fraction("0.7"),
+        scope="sequence",
+        protect_eos=seed % 2 == 0,
+        weights="softmax",
+        parameters={"temperature": temperature, "cap": cap},
+    )
+    choice = selection.choose(tokens_of(key, sequence, protected))
+    assert int(choice.kept_R.sum()) == selection.kept_count([10, 10, 10])
+    for number in range(3):
+        kept = choice.kept_R & (sequence == number)
+        standard = (key[kept] - key[kept].mean()) / key[kept].std(correction=0)
+        exempt = protected[kept] & selection.protect_eos
+        logit = (standard.double() / temperature)[~exempt]
+        low, high = -1000.0, 1000.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            total = float((logit + middle).clamp_max(math.log(cap)).exp().sum())
+            low, high = (middle, high) if total < len(logit) else (low, middle)
+        weight = choice.weight_R[kept]
+        assert weight[exempt].equal(torch.ones(int(exempt.sum())))
+        expected = (logit + high).clamp_max(math.log(cap)).exp().float()
+        assert torch.allclose(weight[~exempt], expected, atol=1e-5)
+        assert float(weight.sum()) == pytest.approx(int(kept.sum()), rel=1e-5)
+        assert float(weight.max()) <= cap + 1e-6
+
+
+def test_reliability_drops_what_both_halves_call_harmful_beyond_the_noise() -> None:
+    """`keep_ratio: auto` as equations: value + |spread| < -z rms(spread) is dropped."""
+    value, spread = torch.tensor([3.0, -1.0, -3.0, -4.0, -9.0]), torch.tensor([1.0, 2, -2, 0, 1])
+    noise = math.sqrt((1 + 4 + 4 + 0 + 1) / 5)
+    floor = Cut(by="agreement", threshold=-1.0, in_noise=True)
+    tokens = tokens_of(value, floor=value + spread.abs(), spread=spread)
+    choice = Selection("top_value", Fraction(1), floor=floor).choose(tokens)
+    kept = [float(v + abs(s)) >= -noise for v, s in zip(value, spread, strict=True)]
+    assert kept == [True, True, True, False, False]
+    assert choice.kept_R.tolist() == kept
+    # Two tokens of every response are kept all the same, and a protected one as well.
+    forced = Selection("top_value", Fraction(1), floor=floor, min_keep=4).choose(tokens)
+    assert forced.kept_R.tolist() == [True, True, True, True, False]
+    last = torch.tensor([False] * 4 + [True])
+    protected = tokens_of(value, protected=last, floor=value + spread.abs(), spread=spread)
+    choice = Selection("top_value", Fraction(1), floor=floor, protect_eos=True).choose(protected)
+    assert choice.kept_R.tolist() == [True, True, True, False, True]
+    # Nothing is dropped where nothing is harmful.
+    harmless = tokens_of(value.abs(), floor=value.abs() + spread.abs(), spread=spread)
+    assert Selection("top_value", Fraction(1), floor=floor).choose(harmless).kept_R.all()
+
+
+def test_branches_with_different_cuts_and_rules_are_weighed_each_by_its_own() -> None:
+    loss = torch.tensor([[0.1, 2.0, 0.5, 3.0, 0.2, 1.0]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    known = facts({}, loss, {"document_ids": documents, "response": documents >= 0})
+    chosen = Selection("low_perplexity", Fraction("0.7"), veto=Cut(by="probability", threshold=0.2))
+    rejected = Selection("loss", Fraction(1), weights="sigmoid")
+    choice = select([chosen, rejected], known).choice
+    standard = (loss[0, 3:] - loss[0, 3:].mean()) / loss[0, 3:].std(correction=0)
+    assert choice.weight_R[:3].tolist() == [1.0, 0.0, 1.0]
+    assert choice.vetoed_R.tolist() == [False, True, False, False, False, False]
+    assert torch.allclose(choice.weight_R[3:], torch.sigmoid(standard))
 
 
 def facts(values: dict[str, Tensor], nll: Tensor, columns: dict[str, Tensor]) -> TokenFacts:
@@ -154,48 +308,121 @@ def facts(values: dict[str, Tensor], nll: Tensor, columns: dict[str, Tensor]) ->
 
 def test_policies_sort_by_what_they_say() -> None:
     value, loss, noise, reference = torch.rand(4, 2, 4)
-    known = facts({"composite": value}, loss, {"noise": noise, "reference_nll": reference})
+    direct, causal, contrast, spread = torch.randn(4, 2, 4)
+    values = {"composite": value, "direct_target": direct, "causal_target": causal}
+    values |= {"direct_contrast": contrast, "causal_contrast": 2 * contrast, "spread": spread}
+    everywhere = torch.ones(2, 4, dtype=torch.bool)
+    columns = {"noise": noise, "reference_nll": reference, "response": everywhere}
+    columns["document_ids"] = torch.arange(2)[:, None].expand(2, 4)
+    probability = torch.exp(-loss.double())
+    below = (probability.mean(1, keepdim=True) - probability).float()
+    known = replace(facts(values, loss, columns), contrast=0.5)
     expected = {
         "top_value": value,
+        "adaptation": direct + causal - 0.5 * 3 * contrast,
+        "agreement": torch.maximum(value + spread, value - spread),
         "random": noise,
         "loss": loss,
         "low_perplexity": -loss,
+        "probability": torch.exp(-loss),
+        "reference_probability": torch.exp(-reference),
         "excess_loss": loss - reference,
+        "retrospective_excess_loss": reference - loss,
+        "below_mean_probability": torch.where(below > 0, below, -torch.inf),
         "all": loss,
     }
     assert expected.keys() == SORT_KEYS.keys()
     for policy, key in expected.items():
-        assert SORT_KEYS[policy](known).equal(key), policy
+        assert torch.allclose(SORT_KEYS[policy](known), key), policy
     assert Selection("all", Fraction("0.1")).kept_count([4, 6]) == 10
 
 
 def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
     """Of every policy with one of its needs not stated: the fact is missing, and the error names
     it."""
-    given = {
+    given: dict[Need, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
         "values": ({"composite": torch.rand(2, 3)}, {}),
+        "terms": (dict.fromkeys(("direct_target", "causal_target"), torch.rand(2, 3)), {}),
+        "spread": ({"spread": torch.rand(2, 3)}, {}),
         "noise": ({}, {"noise": torch.rand(2, 3)}),
         "reference": ({}, {"reference_nll": torch.rand(2, 3)}),
+        "start": ({}, {"reference_nll": torch.rand(2, 3)}),
     }
     assert SORT_KEYS.keys() == POLICY_TRAITS.keys()
     for policy, traits in POLICY_TRAITS.items():
-        values: dict[str, Tensor] = {}
-        batch: dict[str, Tensor] = {}
+
+        def sort_key(needs: Iterable[Need], policy: str = policy) -> Tensor:
+            values: dict[str, Tensor] = {}
+            ones = torch.ones(2, 3, dtype=torch.int64)
+            batch: dict[str, Tensor] = {"response": ones.bool(), "document_ids": ones}
+            for need in needs:
+                values |= given[need][0]
+                batch |= given[need][1]
+            return SORT_KEYS[policy](facts(values, torch.rand(2, 3), batch))
+
+        sort_key(traits.needs)
         for need in traits.needs:
-            values |= given[need][0]
-            batch |= given[need][1]
-        SORT_KEYS[policy](facts(values, torch.rand(2, 3), batch))
-        for need in traits.needs:
-            with pytest.raises(LookupError, match=f"must state need '{need}'"):
-                SORT_KEYS[policy](facts({}, torch.rand(2, 3), {}))
+            with pytest.raises(LookupError, match=f"must state need .*'{need}'"):
+                sort_key(traits.needs - {need})
+
+
+def test_what_was_dropped_is_counted_by_branch_and_said() -> None:
+    value, spread = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    documents = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 3, 3, -1]])
+    response = documents >= 0
+    columns = {"document_ids": documents, "response": response}
+    known = facts({"composite": value, "spread": spread}, torch.rand(2, 5), columns)
+    chosen = Selection("top_value", Fraction(1), floor=Cut(by="top_value", threshold=0.0))
+    share = Fraction("0.5")
+    rejected = Selection("top_value", share, veto=Cut(by="probability", share=share))
+    selections = [chosen, rejected]
+    choice = select(selections, known).choice
+    counts = counts_of(known, choice, branches=2)
+    dropped = DroppedTokens(counts, selections, ("chosen", "rejected"), has_spread=True)
+
+    values, spreads = value[response].tolist(), spread[response].tolist()
+    branches = (documents[response] % 2).tolist()
+    below = [v < 0 and branch == 0 for v, branch in zip(values, branches, strict=True)]
+    harmful = [v + abs(s) < 0 for v, s in zip(values, spreads, strict=True)]
+    kept = 5 - sum(below) + 2  # of 4 rejected tokens 2 are vetoed, and the other 2 are kept
+    assert dropped.metrics() == pytest.approx(
+        {
+            "kept_tokens": kept,
+            "vetoed_tokens": 2,
+            "vetoed_share": 2 / 9,
+            "vetoed_share_chosen": 0,
+            "vetoed_share_rejected": 2 / 4,
+            "below_threshold_share": sum(below) / 9,
+            "below_threshold_share_chosen": sum(below) / 5,
+            "below_threshold_share_rejected": 0,
+            "noise_scale": math.sqrt(sum(each**2 for each in spreads) / 9),
+            "harmful_share": sum(harmful) / 9,
+            **{
+                f"harmful_share_{name}": sum(
+                    each for each, own in zip(harmful, branches, strict=True) if own == branch
+                )
+                / branches.count(branch)
+                for branch, name in enumerate(("chosen", "rejected"))
+            },
+        }
+    )
+    reasons = dropped.reasons()
+    assert reasons["vetoed"] == "vetoed 2 of 9 response tokens: the lowest 50.0% by probability"
+    assert reasons["below"] == f"dropped {sum(below)} of 9 response tokens: top_value below 0"
+
+
+def test_weight_rules_are_there_twice() -> None:
+    assert WEIGHT_RULES.keys() == WEIGHT_TRAITS.keys()
 
 
 def test_each_branch_is_sorted_by_its_own_policy() -> None:
     loss = torch.rand(2, 3)
-    known = facts({}, loss, {"document_ids": torch.tensor([[0, 1, 1], [2, 2, 3]])})
+    documents = torch.tensor([[0, 1, 1], [2, 2, 3]])
+    known = facts({}, loss, {"document_ids": documents, "response": documents >= 0})
     selections = (Selection("loss", Fraction(1)), Selection("low_perplexity", Fraction(1)))
-    sign = torch.tensor([[1, -1, -1], [1, 1, -1]])
-    assert sort_keys(selections, known).equal(sign * loss)
+    sign = torch.tensor([1, -1, -1, 1, 1, -1])
+    tokens = response_tokens(selections, known)
+    assert tokens.columns["key"].equal((sign * loss.flatten()).double())
 
 
 def test_noise_depends_on_seed_step_and_row_only() -> None:

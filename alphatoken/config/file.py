@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -204,5 +204,6 @@ def _nearest(config_class: type[Section], location: list[str]) -> str:
 def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in config_class.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        for section in (field.annotation, *get_args(field.annotation)):  # one may be optional
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from _keys(section, f"{prefix}{name}.")

@@ -23,13 +23,13 @@ class ObjectiveTraits:
     """Those of section `preference`'s keys that only some objectives read (`OPTIONAL_KEYS`)."""
 
 
-OPTIONAL_KEYS = ("label_smoothing", "margin", "normalisation")
+OPTIONAL_KEYS = ("label_smoothing", "margin", "normalisation", "length_decay")
 
 OBJECTIVE_TRAITS: dict[str, ObjectiveTraits] = {
-    "alpha_dpo": ObjectiveTraits(reads=frozenset({"normalisation"})),
-    "dpo": ObjectiveTraits(reads=frozenset({"label_smoothing"})),
-    "ipo": ObjectiveTraits(),
-    "hinge": ObjectiveTraits(),
+    "alpha_dpo": ObjectiveTraits(reads=frozenset({"normalisation", "length_decay"})),
+    "dpo": ObjectiveTraits(reads=frozenset({"label_smoothing", "length_decay"})),
+    "ipo": ObjectiveTraits(reads=frozenset({"length_decay"})),
+    "hinge": ObjectiveTraits(reads=frozenset({"length_decay"})),
     "simpo": ObjectiveTraits(needs_reference=False, default_beta=2.0, reads=frozenset({"margin"})),
     "orpo": ObjectiveTraits(needs_reference=False, default_nll_weight=1.0),
     "cpo": ObjectiveTraits(needs_reference=False, default_nll_weight=1.0),

@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 
 from alphatoken.config.choices import OneOf
 
-Need = Literal["values", "noise", "reference"]
-"""Token values (`valuation.enabled`), reproducible noise, or the losses of `reference.model`."""
+Need = Literal["values", "terms", "spread", "noise", "reference", "start", "entropy"]
+"""Token values (`valuation.enabled`), the terms they are made of (`valuation.split_terms`), how
+reliable they are (`valuation.reliability`), reproducible noise, the losses of `reference.model`,
+those of the starting model where no `reference.model` is given, or the entropy of the model's
+predictions, at the price of the head once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +27,23 @@ class PolicyTraits:
     grades: bool = True
     """Whether sort keys say by how much one token is better than another, so that soft weights can
     be made of them."""
+    in_value: bool = False
+    """Whether sort keys are values, so that thresholds can be in units of the values' noise."""
 
 
 POLICY_TRAITS: dict[str, PolicyTraits] = {
-    "top_value": PolicyTraits(needs=frozenset({"values"})),
+    "top_value": PolicyTraits(needs=frozenset({"values"}), in_value=True),
+    "adaptation": PolicyTraits(needs=frozenset({"terms"}), in_value=True),
+    "agreement": PolicyTraits(needs=frozenset({"values", "spread"}), in_value=True),
     "random": PolicyTraits(needs=frozenset({"noise"}), grades=False),
     "loss": PolicyTraits(),
     "low_perplexity": PolicyTraits(),
+    "probability": PolicyTraits(),
+    "reference_probability": PolicyTraits(needs=frozenset({"start"})),
     "excess_loss": PolicyTraits(needs=frozenset({"reference"})),
+    "retrospective_excess_loss": PolicyTraits(needs=frozenset({"start"})),
+    # Minus infinity has no standard deviation.
+    "below_mean_probability": PolicyTraits(grades=False),
     "all": PolicyTraits(keeps_all=True, grades=False),
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,7 +15,15 @@ from alphatoken.config.objectives import (
 )
 from alphatoken.config.policies import PolicyName
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import Schedule, Section, SelectionConfig, Weights
+from alphatoken.config.sections import (
+    KeepRatio,
+    Schedule,
+    Section,
+    SelectionConfig,
+    ThresholdUnit,
+    VetoConfig,
+)
+from alphatoken.config.weights import WeightsName
 
 BranchName = Literal["chosen", "rejected"]
 BRANCHES: tuple[BranchName, ...] = ("chosen", "rejected")
@@ -60,6 +69,13 @@ class PreferenceConfig(Section):
         "gradient "
         "when all are kept) or take their mean (the published code).",
     )
+    length_decay: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Count tokens beyond the length of the pair's shorter response so much in "
+        "the model's log-probability (LD-DPO's alpha); 1 counts them in full.",
+    )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="Longest prompt of a pair; longer ones lose their start."
     )
@@ -78,6 +94,16 @@ class PreferenceConfig(Section):
                     f"preference.{key}={value}: only preference.objective={' or '.join(readers)} "
                     f"reads this, not {self.objective}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _length_decay_has_no_mean_beside_it(self) -> PreferenceConfig:
+        if self.length_decay != 1 and self.chosen_nll_weight:
+            raise ValueError(
+                f"preference.length_decay={self.length_decay} and preference.nll_weight="
+                f"{self.chosen_nll_weight} do not go together: the mean loss would be of decayed "
+                "losses; set nll_weight=0"
+            )
         return self
 
     @property
@@ -104,8 +130,18 @@ class BranchSelectionConfig(Section):
     """Overrides of `selection` for one branch of the pairs; keys that are not set are inherited."""
 
     policy: PolicyName | None = Field(None, description="As selection.policy, for this branch.")
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    veto: VetoConfig | None = Field(
+        None, description="As selection.veto, for this branch; replaces it as a whole."
+    )
+    keep_ratio: KeepRatio | None = Field(
         None, description="As selection.keep_ratio, for this branch."
+    )
+    auto_margin: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="As selection.auto_margin, for this branch."
+    )
+    threshold: float | None = Field(None, description="As selection.threshold, for this branch.")
+    threshold_unit: ThresholdUnit | None = Field(
+        None, description="As selection.threshold_unit, for this branch."
     )
     schedule: Schedule | None = Field(None, description="As selection.schedule, for this branch.")
     keep_ratio_start: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -114,7 +150,10 @@ class BranchSelectionConfig(Section):
     schedule_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="As selection.schedule_steps, for this branch."
     )
-    weights: Weights | None = Field(None, description="As selection.weights, for this branch.")
+    weights: WeightsName | None = Field(None, description="As selection.weights, for this branch.")
+    weight_parameters: dict[str, float] | None = Field(
+        None, description="As selection.weight_parameters, for this branch."
+    )
     protect_eos: bool | None = Field(None, description="As selection.protect_eos, for this branch.")
     min_keep: Annotated[int, Field(ge=0)] | None = Field(
         None, description="As selection.min_keep, for this branch."
@@ -134,6 +173,15 @@ class PairSelectionConfig(SelectionConfig):
     )
 
     @model_validator(mode="after")
+    def _pairs_are_counted(self) -> PairSelectionConfig:
+        if self.normalise is not None:
+            raise ValueError(
+                f"selection.normalise={self.normalise}: the losses of pairs are divided by the "
+                "number of pairs; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _overrides_go_with_the_rest(self) -> PairSelectionConfig:
         for name in BRANCHES:
             try:
@@ -149,9 +197,25 @@ class PairSelectionConfig(SelectionConfig):
         """The complete settings of one branch."""
         shared = self.model_dump(exclude={"chosen", "rejected"})
         overrides = getattr(self, name).model_dump(exclude_none=True)
-        if overrides.get("schedule") == "constant":
-            shared |= {"keep_ratio_start": None, "schedule_steps": None}
+        for key in _replaced_by(overrides):
+            shared.pop(key)
         return SelectionConfig.model_validate({**shared, **overrides})
+
+
+def _replaced_by(overrides: Mapping[str, Any]) -> set[str]:
+    """Keys of the shared selection that mean nothing beside a branch's own settings."""
+    replaced: set[str] = set()
+    if "keep_ratio" in overrides:
+        replaced |= {"threshold", "threshold_unit"}
+        if overrides["keep_ratio"] != "auto":
+            replaced.add("auto_margin")
+    if "threshold" in overrides:
+        replaced |= {"keep_ratio", "auto_margin", "schedule"}
+    if "threshold" in overrides or overrides.get("schedule") == "constant":
+        replaced |= {"keep_ratio_start", "schedule_steps"}
+    if "weights" in overrides:
+        replaced.add("weight_parameters")
+    return replaced
 
 
 class PreferenceRunConfig(RunConfig):

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from alphatoken.config.policies import POLICY_TRAITS
+from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
     MAY_CHANGE,
     DataConfig,
     FilePath,
     FisherConfig,
     ModelConfig,
+    Normalise,
     Pair,
     ReferenceConfig,
     Section,
@@ -22,6 +23,7 @@ from alphatoken.config.sections import (
     ValuationConfig,
     as_reference,
 )
+from alphatoken.config.weights import WEIGHT_TRAITS
 
 
 class OptimConfig(Section):
@@ -198,14 +200,47 @@ class RunConfig(Section):
         return tuple(selection.policy or default for selection in self.selections)
 
     @property
+    def normalise(self) -> Normalise:
+        """Which tokens' number the sum of losses is divided by."""
+        known = all(selection.count_follows_from_labels for selection in self.selections)
+        return self.selection.normalise or ("kept" if known else "response")
+
+    @property
     def needs_noise(self) -> bool:
-        """Whether a policy needs noise with every batch."""
-        return any("noise" in POLICY_TRAITS[policy].needs for policy in self.policies)
+        """Whether a selection needs noise with every batch."""
+        return any("noise" in needs for _, needs in self._needs())
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the model's predictions is needed."""
+        return any("entropy" in needs for _, needs in self._needs())
 
     @property
     def needs_reference(self) -> bool:
         """Whether the token losses of a reference model are needed."""
-        return any("reference" in POLICY_TRAITS[policy].needs for policy in self.policies)
+        return any({"reference", "start"} & needs for _, needs in self._needs())
+
+    def selects_at(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) values and selects tokens."""
+        return step >= self.valuation.start_step
+
+    def _needs(self) -> list[tuple[str, frozenset[Need]]]:
+        """The settings of all selections that need something of the run, and what."""
+        found: list[tuple[str, frozenset[Need]]] = []
+        for selection, policy in zip(self.selections, self.policies, strict=True):
+            found.append((f"selection.policy={policy}", POLICY_TRAITS[policy].needs))
+            weights = selection.weights
+            found.append((f"selection.weights={weights}", WEIGHT_TRAITS[weights].needs))
+            if selection.veto is not None:
+                by = selection.veto.by
+                found.append((f"selection.veto.by={by}", POLICY_TRAITS[by].needs))
+                if selection.veto.unit == "noise":
+                    found.append(("selection.veto.unit=noise", SPREAD))
+            if selection.threshold_unit == "noise":
+                found.append(("selection.threshold_unit=noise", SPREAD))
+            if selection.keep_ratio == "auto":
+                found.append(("selection.keep_ratio=auto", SPREAD))
+        return found
 
     @model_validator(mode="after")
     def _valuation_has_data(self) -> RunConfig:
@@ -238,16 +273,53 @@ class RunConfig(Section):
                 "valuation.parameters=norms, but model.lora trains no norms: use linears or all"
             )
         for selection, policy in zip(self.selections, self.policies, strict=True):
-            traits = POLICY_TRAITS[policy]
-            if "values" in traits.needs and not self.valuation.enabled:
-                raise ValueError(f"selection.policy={policy} needs valuation.enabled=true")
-            if selection.weights == "sigmoid" and not traits.grades:
-                raise ValueError(
-                    f"selection.weights=sigmoid needs a policy that ranks tokens, not {policy}"
-                )
-            if "reference" in traits.needs and self.reference.model is None:
-                raise ValueError(
-                    f"selection.policy={policy} needs reference.model, trained on data that is "
-                    "wanted"
-                )
+            _check_selection(selection, policy)
+        for setting, needs in self._needs():
+            self._check_needs(setting, needs)
         return self
+
+    def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:
+        """Raises ValueError where the run does not provide what a setting needs."""
+        if needs & {"values", "terms", "spread"} and not self.valuation.enabled:
+            raise ValueError(f"{setting} needs valuation.enabled=true")
+        if "terms" in needs and not self.valuation.split_terms:
+            raise ValueError(f"{setting} needs the terms of values: valuation.split_terms=true")
+        if "spread" in needs and not self.valuation.reliability:
+            raise ValueError(
+                f"{setting} needs to know how reliable values are: valuation.reliability=true"
+            )
+        if "reference" in needs and self.reference.model is None:
+            raise ValueError(f"{setting} needs reference.model, trained on data that is wanted")
+
+
+SPREAD: frozenset[Need] = frozenset({"values", "spread"})
+
+
+def _check_selection(selection: SelectionConfig, policy: str) -> None:
+    """Raises ValueError where a setting cannot be used with the policy it is used with."""
+    traits, weights = POLICY_TRAITS[policy], selection.weights
+    if WEIGHT_TRAITS[weights].grades and not traits.grades:
+        raise ValueError(
+            f"selection.weights={weights} needs a policy that ranks tokens, not {policy}"
+        )
+    if selection.keep_ratio == "auto" and policy != "top_value":
+        raise ValueError(
+            "selection.keep_ratio=auto drops harmful tokens: it needs selection.policy=top_value, "
+            f"not {policy}"
+        )
+    if selection.threshold is not None and (traits.keeps_all or "noise" in traits.needs):
+        raise ValueError(
+            f"selection.threshold={selection.threshold} needs a policy whose sort key says "
+            f"something of a token, not {policy}"
+        )
+    in_noise = {}
+    if selection.threshold_unit == "noise":
+        in_noise["selection.threshold_unit"] = policy
+    if selection.veto is not None and selection.veto.unit == "noise":
+        in_noise["selection.veto.unit"] = selection.veto.by
+    for key, name in in_noise.items():
+        if not POLICY_TRAITS[name].in_value:
+            raise ValueError(
+                f"{key}=noise needs a policy that sorts by values, not {name}: its threshold has "
+                "another unit"
+            )

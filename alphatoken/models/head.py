@@ -1,5 +1,5 @@
 """The head of a causal LM with its cross-entropy, in blocks of rows: losses, their gradients and
-forward derivatives, and tokens drawn from its predictions.
+forward derivatives, the entropy of its predictions, and tokens drawn from them.
 
 Shape legend: B sequences, T positions, R selected loss positions, H hidden size, V vocabulary.
 """
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 # The head works on as many rows at once as keep one float32 block of logits within 256 MiB.
 LOGIT_BLOCK_ELEMENTS = 2**26
+ENTROPY_TOKENS = 20
+"""Of how many of the likeliest tokens `head_entropy` is the entropy."""
 
 
 def block_rows(vocabulary: int) -> int:
@@ -102,6 +104,29 @@ def head_jvp(
             tangent_RV += weight_tangents["bias"]
         derivative_R[block] = torch.linalg.vecdot(grad_RV, tangent_RV.float())
     return nll_R, derivative_R
+
+
+@torch.no_grad()
+def head_entropy(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Entropy of each row's prediction over its 20 likeliest tokens, whose probabilities are scaled
+    to sum to one; in nats, (R,) float32, no graph, one block of logits at a time.
+
+    `softcap`: logits are c tanh(logits / c). With a smaller vocabulary it is over all of it.
+    """
+    entropy_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
+    count, rows = min(ENTROPY_TOKENS, weight_VH.shape[0]), block_rows(weight_VH.shape[0])
+    for start in range(0, hidden_RH.shape[0], rows):
+        block = slice(start, start + rows)
+        logits_RV = F.linear(hidden_RH[block], weight_VH, bias_V).float()
+        # The cap keeps the order, so it need only reach the likeliest.
+        logits_RK = logits_RV.topk(count, dim=-1).values
+        if softcap is not None:
+            logits_RK = softcap * torch.tanh(logits_RK / softcap)
+        log_p_RK = logits_RK.log_softmax(dim=-1)
+        entropy_R[block] = -(log_p_RK.exp() * log_p_RK).sum(-1)
+    return entropy_R
 
 
 def draw_tokens(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
@@ -218,6 +243,9 @@ class HeadLoss(nn.Module):
         self.bias = head.bias
         self._softcap = softcap
 
-    def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-        """Negative log likelihood of each row, (R,) float32, as `head_nll` computes it."""
+    def forward(self, hidden_RH: Tensor, targets_R: Tensor | None = None) -> Tensor:
+        """Negative log likelihood of each row, (R,) float32, as `head_nll` computes it; without
+        targets the entropy of each row's prediction, as `head_entropy` does."""
+        if targets_R is None:
+            return head_entropy(hidden_RH, self.weight, self.bias, self._softcap)
         return head_nll(hidden_RH, self.weight, self.bias, targets_R, self._softcap)

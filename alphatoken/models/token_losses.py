@@ -29,8 +29,14 @@ class TokenLosses(nn.Module):
 @torch.no_grad()
 def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
     """Losses of a batch's response tokens, (B, T) float32, zero off the response."""
+    return losses_of(decoder.hidden_states(batch), head_loss, batch)
+
+
+@torch.no_grad()
+def losses_of(hidden_BTH: Tensor, head_loss: HeadLoss, batch: Batch) -> Tensor:
+    """Losses of a batch's response tokens, (B, T) float32, zero off the response, from what enters
+    the head, (B, T, H)."""
     response_BT, targets_BT = batch["response"], batch["targets"]
-    hidden_BTH = decoder.hidden_states(batch)
     nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
     nll_BT[response_BT] = head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
     return nll_BT

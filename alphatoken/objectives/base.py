@@ -50,9 +50,9 @@ class Objective(Protocol):
         """The objective of the kept tokens, with the graph of `kept_nll_R`. Scalar."""
         ...
 
-    def denominator(self, kept_tokens: int, rows: int) -> int:
-        """What the step's sum is divided by; the counts are of the whole optimizer step, over all
-        ranks."""
+    def denominator(self, counted_tokens: int, rows: int) -> int:
+        """What the step's sum is divided by. `counted_tokens` are those that `selection.normalise`
+        names; the counts are of the whole optimizer step, over all ranks."""
         ...
 
     def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:

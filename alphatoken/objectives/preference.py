@@ -16,7 +16,7 @@ from torch import Tensor
 from alphatoken.batch import Batch
 from alphatoken.config.preference import BRANCHES, BranchName, PreferenceConfig
 from alphatoken.objectives.base import KeptLosses, ResponseLosses
-from alphatoken.objectives.pair_losses import PAIR_OBJECTIVES, Branch, Pairs
+from alphatoken.objectives.pair_losses import PAIR_OBJECTIVES, Branch, Pairs, length_weights
 from alphatoken.util.metrics import declare
 
 declare(
@@ -69,19 +69,21 @@ class PreferenceObjective:
         response_BT, document_BT = losses.response_BT, losses.batch["document_ids"]
         coefficient_BT = torch.zeros_like(losses.nll_BT)
         coefficient_BT[response_BT] = coefficient_PB.flatten().float()[document_BT[response_BT]]
-        return coefficient_BT
+        return coefficient_BT * self._length_weights(losses)
 
     def total(self, losses: KeptLosses) -> Tensor:
-        kept = self._pairs(losses.batch, losses.weight_BT, losses.kept_nll_R)
+        counted_R = self._length_weights(losses)[losses.weight_BT > 0]
+        kept = self._pairs(losses.batch, losses.weight_BT, counted_R * losses.kept_nll_R)
         return self.loss(kept=kept, full=self._full(losses)).sum().float()
 
-    def denominator(self, kept_tokens: int, rows: int) -> int:
+    def denominator(self, counted_tokens: int, rows: int) -> int:
         return rows
 
     def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
         """Rewards, omega, divergence, lengths and kept shares of the pairs, each (P,)."""
         full = self._full(losses)
-        kept_nll_R = losses.nll_BT[losses.weight_BT > 0]
+        counted_BT = self._length_weights(losses) * losses.nll_BT
+        kept_nll_R = counted_BT[losses.weight_BT > 0]
         kept = self._pairs(losses.batch, losses.weight_BT, kept_nll_R)
         metrics = {
             **self._rewards(full),
@@ -116,7 +118,19 @@ class PreferenceObjective:
     def _full(self, losses: ResponseLosses) -> Pairs:
         """Sums over all response tokens."""
         weight_BT = losses.response_BT.to(losses.nll_BT.dtype)
-        return self._pairs(losses.batch, weight_BT, losses.nll_BT[losses.response_BT])
+        counted_BT = self._length_weights(losses) * losses.nll_BT
+        return self._pairs(losses.batch, weight_BT, counted_BT[losses.response_BT])
+
+    def _length_weights(self, losses: ResponseLosses) -> Tensor:
+        """What each token's loss counts in its response's sum, (B, T) float32, 1 off the
+        response."""
+        weight_BT = torch.ones_like(losses.nll_BT)
+        if self._settings.length_decay != 1:
+            document_R = losses.batch["document_ids"][losses.response_BT]
+            weight_BT[losses.response_BT] = length_weights(
+                document_R, len(losses.batch["rows"]), self._settings.length_decay
+            )
+        return weight_BT
 
     def _pairs(self, batch: Batch, weight_BT: Tensor, nll_R: Tensor) -> Pairs:
         """Sums over the tokens whose weight is not zero; `nll_R` are their losses."""

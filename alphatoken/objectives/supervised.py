@@ -10,7 +10,7 @@ from alphatoken.objectives.base import KeptLosses, ResponseLosses
 
 class SupervisedObjective:
     """Masked SFT (Eq. 13): the weighted sum of kept token losses over the number of kept tokens of
-    the step."""
+    the step, or of its response tokens."""
 
     branches: tuple[str, ...] = ()
 
@@ -21,8 +21,8 @@ class SupervisedObjective:
         weight_R = losses.weight_BT[losses.weight_BT > 0]
         return (weight_R * losses.kept_nll_R).sum()
 
-    def denominator(self, kept_tokens: int, rows: int) -> int:
-        return kept_tokens
+    def denominator(self, counted_tokens: int, rows: int) -> int:
+        return counted_tokens
 
     def metrics(self, losses: KeptLosses) -> dict[str, Tensor]:
         return {}

@@ -82,7 +82,8 @@ class Workload:
 
 def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
     """The step that `config` describes, on one of so many ranks, which must divide it."""
-    selections = selections_at(config, 1, 1)  # where a schedule ends
+    # Where a schedule ends.
+    selections = selections_at(config, max(1, config.valuation.start_step), 1)
     micro_rows = config.train.micro_batch_size
     size = min(
         config.train.micro_batch_size, math.ceil(config.valuation.validation_sequences / ranks)

@@ -1,5 +1,5 @@
-"""From sort keys to token weights. How many are kept follows from labels alone, so normalisers are
-known beforehand.
+"""From what is known of tokens to their weights. Unless a veto or a floor rules tokens out, how
+many are kept follows from labels alone.
 
 Shape legend: B rows, T loss positions, R response positions in order of (row, position), S
 sequences (documents) in order of their first position.
@@ -8,8 +8,8 @@ sequences (documents) in order of their first position.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -17,8 +17,75 @@ from torch import Tensor
 
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.sections import Schedule, Scope
-from alphatoken.selection.facts import TokenFacts, WeighedTokens
-from alphatoken.selection.policy import SORT_KEYS
+from alphatoken.config.weights import WEIGHT_TRAITS
+from alphatoken.selection.facts import Choice, KeptTokens, TokenFacts, WeighedTokens
+from alphatoken.selection.policy import SORT_KEYS, SortKey
+from alphatoken.selection.weights import WEIGHT_RULES
+
+KEY, SPREAD, VETO, FLOOR = "key", "spread", "veto", "floor"
+"""Names of the columns that selections read; what a weight rule reads has a prefix."""
+RULE = "rule "
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseTokens:
+    """Response tokens of one micro-batch, or of a whole step, (R,) each."""
+
+    sequence_R: Tensor
+    """Number of the token's response, int64; ascending."""
+    protected_R: Tensor
+    """Whether the target ends a turn, bool."""
+    columns: Mapping[str, Tensor]
+    """What selections read of each token, by name; float64."""
+
+    def where(self, own_R: Tensor) -> ResponseTokens:
+        """Those that a mask marks."""
+        return ResponseTokens(
+            sequence_R=self.sequence_R[own_R],
+            protected_R=self.protected_R[own_R],
+            columns={name: column_R[own_R] for name, column_R in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Rules tokens out by a policy's sort key: those below a threshold, or the lowest share of each
+    group."""
+
+    by: str
+    threshold: float | None = None
+    """NaN is below every threshold. None: the share decides."""
+    in_noise: bool = False
+    """Whether the threshold is multiplied by the noise scale of its group: the root mean square of
+    `spread` over the group's tokens."""
+    share: Fraction = Fraction(0)
+    """floor(share n) tokens of a group of n are ruled out, of equal ones the later."""
+
+    def __str__(self) -> str:
+        if self.threshold is None:
+            return f"the lowest {float(self.share):.1%} by {self.by}"
+        noise = " times the noise of values" if self.in_noise else ""
+        return f"{self.by} below {self.threshold:g}{noise}"
+
+    def marks(
+        self, key_R: Tensor, *, spread_R: Tensor | None, group_R: Tensor, exempt_R: Tensor
+    ) -> Tensor:
+        """The tokens that are ruled out, (R,) bool; exempt ones never are. `spread_R` is read for
+        `in_noise` only."""
+        if self.threshold is None:
+            return self._lowest(key_R, group_R, exempt_R) & ~exempt_R
+        if not self.in_noise:
+            return (key_R < self.threshold) & ~exempt_R
+        assert spread_R is not None
+        return (key_R < self.threshold * noise_scale(spread_R, group_R)[group_R]) & ~exempt_R
+
+    def _lowest(self, key_R: Tensor, group_R: Tensor, exempt_R: Tensor) -> Tensor:
+        """The lowest share of each group, exempt tokens last."""
+        later_first_R = torch.arange(len(key_R), 0, -1, device=key_R.device)
+        worst_first_R = lexsort(group_R, exempt_R.int(), key_R, later_first_R)
+        counts = [math.floor(self.share * total) for total in group_R.bincount().tolist()]
+        limit_G = torch.tensor(counts, dtype=torch.int64, device=group_R.device)
+        return among_first(group_R, worst_first_R, limit_G[group_R])
 
 
 @dataclass(frozen=True)
@@ -26,11 +93,11 @@ class Selection:
     """Keeps the best tokens of each group: of each sequence, of a micro-batch, or of all
     micro-batches of a step.
 
-    A group of n response tokens keeps exactly max(ceil(keep_ratio n), sum over its sequences of
-    min(min_keep, n_s)). First come the `min_keep` best of every sequence, then protected tokens if
-    `protect_eos`, then the best of the rest; ties go to the earlier position. With `soft` weights
-    every token is kept and weighed by the sigmoid of its sort key, standardised over its group;
-    protected tokens weigh 1.
+    Of a group of n response tokens max(ceil(keep_ratio n), sum over its sequences of
+    min(min_keep, n_s)) are kept, or as many as `veto` and `floor` leave. First come the `min_keep`
+    best of every sequence, then protected tokens if `protect_eos`, then the best of the rest; ties
+    go to the earlier position. Protected tokens are never ruled out, the `min_keep` best only by
+    `veto`. `weights` says how kept tokens are weighed; protected ones weigh 1.
     """
 
     policy: str
@@ -38,11 +105,15 @@ class Selection:
     scope: Scope = "micro_batch"
     protect_eos: bool = False
     min_keep: int = 0
-    soft: bool = False
+    veto: Cut | None = None
+    floor: Cut | None = None
+    weights: str = "hard"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Those of the weight rule."""
 
     def kept_count(self, counts: Sequence[int]) -> int:
         """Tokens that will be kept of a micro-batch (or step) whose sequences have `counts`
-        response tokens."""
+        response tokens; at most, where there is a veto or a floor."""
         groups = [[count] for count in counts] if self.scope == "sequence" else [list(counts)]
         return sum(self.budget(sum(group), self.forced_count(group)) for group in groups)
 
@@ -56,26 +127,62 @@ class Selection:
             return total
         return max(math.ceil(self.keep_ratio * total), forced)
 
-    def weigh(self, *, key_R: Tensor, sequence_R: Tensor, protected_R: Tensor) -> Tensor:
-        """Weights of the tokens of one micro-batch (or, for `global_batch`, of a whole step), (R,)
-        float32.
+    def columns(self) -> dict[str, SortKey]:
+        """What it reads of every token, by the names that `choose` finds it under."""
+        found: dict[str, SortKey] = {KEY: SORT_KEYS[self.policy]}
+        for name, cut in ((VETO, self.veto), (FLOOR, self.floor)):
+            if cut is not None:
+                found[name] = SORT_KEYS[cut.by]
+                if cut.in_noise:
+                    found[SPREAD] = lambda facts: facts.spread_BT
+        reads = WEIGHT_RULES[self.weights].reads
+        return found | {RULE + name: read for name, read in reads.items()}
 
-        `key_R` is the policy's sort key, higher first, NaN last; `sequence_R` int64 numbers the
-        sequences in ascending order; `protected_R` bool marks end-of-turn targets.
-        """
-        key_R = key_R.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        protected_R = protected_R & self.protect_eos
+    def choose(self, tokens: ResponseTokens) -> Choice:
+        """What becomes of the tokens of one micro-batch (or, for `global_batch`, of a whole
+        step)."""
+        sequence_R, key_R = tokens.sequence_R, _ranked(tokens.columns[KEY])
         group_R = sequence_R if self.scope == "sequence" else torch.zeros_like(sequence_R)
-        if self.soft:
-            return torch.where(protected_R, 1.0, torch.sigmoid(_standardised(key_R, group_R)))
-        best_first = ((~protected_R).int(), -key_R)
+        exempt_R = tokens.protected_R & self.protect_eos
+        best_first = ((~exempt_R).int(), -key_R)
+
+        vetoed_R = self._marked(VETO, self.veto, tokens, group_R)
         # `min_keep` is owed to sequences, the budget to groups, which may span several of them.
-        by_sequence_R = lexsort(sequence_R, *best_first)
-        forced_R = among_first(
-            sequence_R, by_sequence_R, torch.full_like(sequence_R, self.min_keep)
+        by_sequence_R = lexsort(sequence_R, vetoed_R.int(), *best_first)
+        min_keep_R = torch.full_like(sequence_R, self.min_keep)
+        forced_R = among_first(sequence_R, by_sequence_R, min_keep_R) & ~vetoed_R
+        below_R = self._marked(FLOOR, self.floor, tokens, group_R) & ~forced_R & ~vetoed_R
+
+        out_R = vetoed_R | below_R
+        by_group_R = lexsort(group_R, out_R.int(), (~forced_R).int(), *best_first)
+        budget_R = self._budgets(group_R, forced_R)[group_R]
+        kept_R = among_first(group_R, by_group_R, budget_R) & ~out_R
+
+        rule = WEIGHT_RULES[self.weights]
+        kept = KeptTokens(
+            facts={name: tokens.columns[RULE + name][kept_R] for name in rule.reads},
+            key_R=key_R[kept_R],
+            group_R=group_R[kept_R],
+            sequence_R=sequence_R[kept_R],
+            exempt_R=exempt_R[kept_R],
+            parameters={**WEIGHT_TRAITS[self.weights].parameters, **self.parameters},
         )
-        by_group_R = lexsort(group_R, (~forced_R).int(), *best_first)
-        return among_first(group_R, by_group_R, self._budgets(group_R, forced_R)[group_R]).float()
+        weight_R = torch.zeros(kept_R.shape, device=kept_R.device)
+        weight_R[kept_R] = torch.where(kept.exempt_R, 1.0, rule.weigh(kept)).float()
+        return Choice(weight_R=weight_R, kept_R=kept_R, vetoed_R=vetoed_R, below_R=below_R)
+
+    def _marked(
+        self, name: str, cut: Cut | None, tokens: ResponseTokens, group_R: Tensor
+    ) -> Tensor:
+        """Tokens that a cut rules out, (R,) bool."""
+        if cut is None:
+            return torch.zeros_like(tokens.protected_R)
+        return cut.marks(
+            _ranked(tokens.columns[name]),
+            spread_R=tokens.columns.get(SPREAD),
+            group_R=group_R,
+            exempt_R=tokens.protected_R & self.protect_eos,
+        )
 
     def _budgets(self, group_R: Tensor, forced_R: Tensor) -> Tensor:
         """How many tokens are kept of each group 0, 1, ..., (G,) int64."""
@@ -84,6 +191,13 @@ class Selection:
         counts = zip(total_G.tolist(), forced_G.tolist(), strict=True)
         budgets = [self.budget(total, forced) for total, forced in counts]
         return torch.tensor(budgets, dtype=torch.int64, device=group_R.device)
+
+
+def noise_scale(spread_R: Tensor, group_R: Tensor) -> Tensor:
+    """The root mean square of the spread over each group 0, 1, ..., (G,)."""
+    count_G = group_R.bincount().clamp_min(1)
+    square_G = torch.zeros(len(count_G), dtype=spread_R.dtype, device=spread_R.device)
+    return (square_G.index_add_(0, group_R, spread_R.square()) / count_G).sqrt()
 
 
 def lexsort(*keys: Tensor) -> Tensor:
@@ -121,59 +235,50 @@ def scheduled_ratio(
 
 
 def select(selections: Sequence[Selection], facts: TokenFacts) -> WeighedTokens:
-    """The tokens of one micro-batch with the weights of its selections, one per branch."""
-    response_BT = facts.response_BT
-    weight_R = weigh_branches(
-        selections,
-        key_R=sort_keys(selections, facts)[response_BT],
-        sequence_R=facts.batch["document_ids"][response_BT],
-        protected_R=facts.protected_BT[response_BT],
+    """The tokens of one micro-batch with what its selections, one per branch, make of them."""
+    return WeighedTokens(
+        facts=facts, choice=choose_by_branch(selections, response_tokens(selections, facts))
     )
-    return WeighedTokens(facts=facts, weight_R=weight_R)
 
 
-def sort_keys(selections: Sequence[Selection], facts: TokenFacts) -> Tensor:
-    """What tokens are sorted by, each by its branch's policy, (B, T).
+def response_tokens(selections: Sequence[Selection], facts: TokenFacts) -> ResponseTokens:
+    """A micro-batch's response tokens with what selections read of them, each by its branch's.
 
-    With n selections sequence s is of branch s mod n. Raises LookupError where a policy reads a
-    fact that it does not state among its needs.
+    With n selections sequence s is of branch s mod n. A column that a branch does not read is zero
+    there. Raises LookupError where a policy or a weight rule reads a fact that it does not state
+    among its needs.
     """
-    branch_BT = facts.batch["document_ids"] % len(selections)
-    key_BT = torch.zeros_like(facts.nll_BT)
+    response_BT = facts.response_BT
+    sequence_R = facts.batch["document_ids"][response_BT]
+    zero_R = torch.zeros(sequence_R.shape, dtype=torch.float64, device=sequence_R.device)
+    columns: dict[str, Tensor] = {}
     for branch, selection in enumerate(selections):
-        own_key_BT = SORT_KEYS[selection.policy](facts)
-        key_BT = torch.where(branch_BT == branch, own_key_BT, key_BT)
-    return key_BT
+        own_R = sequence_R % len(selections) == branch
+        for name, read in selection.columns().items():
+            column_R = columns.get(name, zero_R)
+            columns[name] = torch.where(own_R, read(facts)[response_BT].double(), column_R)
+    return ResponseTokens(
+        sequence_R=sequence_R, protected_R=facts.protected_BT[response_BT], columns=columns
+    )
 
 
-def weigh_branches(
-    selections: Sequence[Selection], *, key_R: Tensor, sequence_R: Tensor, protected_R: Tensor
-) -> Tensor:
-    """Weights as of `Selection.weigh`, (R,) float32, each branch's by its own selection.
+def choose_by_branch(selections: Sequence[Selection], tokens: ResponseTokens) -> Choice:
+    """What becomes of tokens, each branch's by its own selection.
 
     Sequences are numbered row by row, so with n selections sequence s is of branch s mod n.
     """
-    weight_R = torch.empty(key_R.shape, device=key_R.device)
+    if len(selections) == 1:
+        return selections[0].choose(tokens)
+    choice = Choice.nothing(len(tokens.sequence_R), tokens.sequence_R.device)
     for branch, selection in enumerate(selections):
-        own_R = sequence_R % len(selections) == branch
-        weight_R[own_R] = selection.weigh(
-            key_R=key_R[own_R],
-            sequence_R=sequence_R[own_R],
-            protected_R=protected_R[own_R],
-        )
-    return weight_R
+        own_R = tokens.sequence_R % len(selections) == branch
+        choice.put(own_R, selection.choose(tokens.where(own_R)))
+    return choice
 
 
-def _standardised(key_R: Tensor, group_R: Tensor) -> Tensor:
-    """(key - mean) / standard deviation within each group; 0 where a group has one key only."""
-    count_G = group_R.bincount().clamp_min(1).double()
-    mean_G = torch.zeros_like(count_G).index_add_(0, group_R, key_R.double()) / count_G
-    centred_R = key_R.double() - mean_G[group_R]
-    deviation_G = (
-        torch.zeros_like(count_G).index_add_(0, group_R, centred_R.square()) / count_G
-    ).sqrt()
-    scale_R = deviation_G[group_R]
-    return torch.where(scale_R > 0, centred_R / scale_R, 0.0).float()
+def _ranked(key_R: Tensor) -> Tensor:
+    """A sort key without NaN, which comes last."""
+    return key_R.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _place_in_group(group_R: Tensor) -> Tensor:

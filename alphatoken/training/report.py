@@ -185,12 +185,13 @@ def _in_short(metrics: Metrics) -> str:
     if "loss_kept" not in metrics:
         return _evaluated(metrics)
     kept = 100 * metrics["kept_tokens"] / max(metrics["response_tokens"], 1)
+    vetoed = f"  vetoed {100 * metrics['vetoed_share']:.1f}%" if "vetoed_share" in metrics else ""
     objective = f"loss {metrics['loss_kept']:.4f}"
     if "rewards_margin" in metrics:
         objective = (
             f"margin {metrics['rewards_margin']:.4f}  accuracy {metrics['rewards_accuracy']:.3f}"
         )
-    return f"{objective}  kept {kept:.1f}%  {metrics['tokens_per_second']:.0f} tokens/s"
+    return f"{objective}  kept {kept:.1f}%{vetoed}  {metrics['tokens_per_second']:.0f} tokens/s"
 
 
 def _in_full(metrics: Metrics) -> str:

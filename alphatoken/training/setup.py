@@ -98,6 +98,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         selections=selections_at(config, 0, total_steps),
         eos_token_ids=eos_token_ids(tokenizer, lm.generation_config),
         stopwatch=stopwatch,
+        needs_entropy=config.needs_entropy,
     )
     engine = build_engine(model, config, engine_config, total_steps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +15,8 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
-from alphatoken.selection.step import TokenCounts
+from alphatoken.selection.select import Selection
+from alphatoken.training.dropped import DroppedTokens, counts_of
 from alphatoken.training.moments import (
     COLUMNS,
     PARTS,
@@ -25,7 +27,7 @@ from alphatoken.training.moments import (
     variance_shares,
 )
 from alphatoken.training.valued_model import StepOutput
-from alphatoken.util.metrics import declare
+from alphatoken.util.metrics import Metrics, declare
 
 LOSS_KEPT = declare("loss_kept", "mean loss of the tokens trained on", "nats")
 LOSS_RESPONSE = declare("loss_response", "mean loss of all response tokens", "nats")
@@ -37,6 +39,7 @@ CORRELATION = declare(
 
 # What the objective reports is summed beside our own sums, under names that cannot collide.
 OBJECTIVE = "objective/"
+COUNTS = "counts"
 
 
 class Located(Protocol):
@@ -47,12 +50,20 @@ class Located(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSums:
+    """What a step's statistics come to, over all ranks."""
+
+    metrics: Metrics
+    dropped: DroppedTokens
+
+
 class StepStatistics:
     """Collects on the device, without making the host wait, until `reduce`.
 
     `part_weights` are what adaptation and stability are multiplied by in the composite of this
-    step; `has_drift` says whether there is any stability; `branches` names the responses of each
-    row where there are several.
+    step; `has_drift` says whether there is any stability; `selections` are those of the step, and
+    `branches` names the responses of each row where there are several.
     """
 
     def __init__(
@@ -61,11 +72,14 @@ class StepStatistics:
         device: torch.device,
         part_weights: tuple[float, float],
         has_drift: bool,
+        selections: Sequence[Selection],
         branches: Sequence[str] = (),
     ) -> None:
         self._part_weights = part_weights
         self._has_drift = has_drift
+        self._selections = selections
         self._branches = branches
+        self._has_spread = False
         self._sums = NamedSums(device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._parts = [torch.zeros(0, len(PARTS), device=device)]
@@ -77,6 +91,8 @@ class StepStatistics:
     def add(self, batch: Batch, output: StepOutput) -> None:
         """Takes in one training micro-batch."""
         facts = output["facts"]
+        self._sums.add(COUNTS, counts_of(facts, output["choice"], len(self._branches) or 1))
+        self._has_spread |= "spread" in facts.values
         self._sums.add(LOSS_KEPT, output["kept_nll_R"].double().sum())
         self._sums.add(LOSS_RESPONSE, facts.nll_BT.double().sum())
         self._sums.add(LOSS, output["total"])
@@ -85,18 +101,22 @@ class StepStatistics:
             self._add_values(batch, facts.values, facts.response_BT)
         self._check("data.train", batch, _everything(batch, output))
 
-    def reduce(self, tokens: TokenCounts, denominator: int) -> dict[str, float]:
-        """Means over all ranks, by one all-reduce; the token counts and what the objective is
-        divided by are of the whole step.
+    def reduce(self, denominator: int) -> StepSums:
+        """Means over all ranks, by one all-reduce; what the objective is divided by is of the whole
+        step.
 
         Raises NonFiniteError on every rank if any rank saw something that is not finite.
         """
         sums = self._sums.reduce()
         if float(sums["faults"]) > 0:
             raise NonFiniteError("a loss or signal is not finite")
-        metrics = {
-            LOSS_KEPT: float(sums[LOSS_KEPT]) / max(tokens.kept, 1),
-            LOSS_RESPONSE: float(sums[LOSS_RESPONSE]) / max(tokens.response, 1),
+        dropped = DroppedTokens(
+            sums[COUNTS], self._selections, self._branches, has_spread=self._has_spread
+        )
+        metrics: Metrics = {
+            LOSS_KEPT: float(sums[LOSS_KEPT]) / max(dropped.count("trained"), 1),
+            LOSS_RESPONSE: float(sums[LOSS_RESPONSE]) / max(dropped.count("response"), 1),
+            **dropped.metrics(),
         }
         if self._branches:
             metrics[LOSS] = float(sums[LOSS]) / max(denominator, 1)
@@ -105,7 +125,7 @@ class StepStatistics:
                 metrics[name.removeprefix(OBJECTIVE)] = mean(sum_and_count)
         if "gram" in sums:
             metrics |= self._value_metrics(sums["gram"])
-        return metrics
+        return StepSums(metrics=metrics, dropped=dropped)
 
     def describe_faults(
         self, parts: Mapping[str, Located], faulty_parts: Sequence[str]

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.errors import NonFiniteError
-from alphatoken.selection.facts import WeighedTokens
-from alphatoken.selection.step import TokenCounts, count_tokens, selections_at, weigh_globally
+from alphatoken.selection.step import (
+    TokenCounts,
+    WeighedStep,
+    count_tokens,
+    selections_at,
+    weigh_globally,
+)
 from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.setup import Run
-from alphatoken.training.statistics import StepStatistics
+from alphatoken.training.statistics import StepStatistics, StepSums
 from alphatoken.training.stopping import StopRequest
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.training.valued_text import ValuedText, valued_text
@@ -27,7 +32,6 @@ declare("step", "optimizer steps taken; 0 is the evaluation before training")
 declare("lr", "learning rate of the step")
 declare("grad_norm", "norm of the gradient before clipping; absent where DeepSpeed keeps none")
 declare("response_tokens", "response tokens of the global batch", "tokens")
-declare("kept_tokens", "tokens of the global batch that were trained on", "tokens")
 declare("drift_norm", "|W - W_ref| over the scored weights after the step")
 declare(
     "fisher_weighted_drift",
@@ -78,6 +82,8 @@ class OptimizerStep:
         self._watchdog = watchdog
         self.under_way = 0
         """The step that is being taken, or was taken last, from 0."""
+        self._told: set[str] = set()
+        """What the user was told about what selections rule out."""
 
     def take(self, step: int, *, evaluates: bool) -> StepResult:
         """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows.
@@ -89,16 +95,18 @@ class OptimizerStep:
         self.under_way = step
         run.stopwatch.read()  # what an evaluation took is no part of the step
         run.model.selections = selections_at(run.config, step, run.total_steps)
+        run.model.scores_tokens = run.config.selects_at(step)
         rows = self._feed.training(step)
         tokens = count_tokens(run.model.selections, rows.batches)
-        denominator = run.objective.denominator(tokens.kept, rows.rows)
+        statistics = self._bring_up_to_date(step, tokens.own_response)
+        ahead = self._weighed_ahead(rows.batches)
+        denominator = run.objective.denominator(self._counted(tokens, ahead), rows.rows)
         # DeepSpeed averages gradients over ranks; ours are sums over all ranks and
         # micro-batches, divided here.
         scale = collectives.world_size() / denominator if denominator else 0.0
 
-        statistics = self._bring_up_to_date(step, tokens.own_response)
-        ahead = self._weighed_ahead(rows.batches)
-        for number, (batch, weighed) in enumerate(zip(rows.batches, ahead, strict=True), start=1):
+        chosen = [None] * len(rows.batches) if ahead is None else ahead.micro_batches
+        for number, (batch, weighed) in enumerate(zip(rows.batches, chosen, strict=True), start=1):
             left = len(rows.batches) - number
             self._stop.drop_if_short(left + 1, evaluates=evaluates)
             pass_began = time.perf_counter()
@@ -110,12 +118,12 @@ class OptimizerStep:
             statistics.add(batch, output)
             self._stop.took("micro-batch", time.perf_counter() - pass_began)
             if left == 0:  # looked at before the engine takes the step
-                means = self._reduce(statistics, step, tokens, denominator)
+                sums = self._reduce(statistics, step, denominator)
                 learning_rate = run.engine.get_lr()[0]
             with run.stopwatch.phase("optimizer"):
                 run.engine.step()
 
-        means |= self._after_update(step, means)
+        means = sums.metrics | self._after_update(step, sums.metrics)
         norm = self._finite_norm(step)
         metrics: Metrics = {
             "step": step + 1,
@@ -123,13 +131,11 @@ class OptimizerStep:
             "lr": learning_rate,
             **({} if norm is None else {"grad_norm": norm}),
             "response_tokens": tokens.response,
-            "kept_tokens": tokens.kept,
             **self._speed(rows, began),
             "peak_memory_bytes": peak_memory(run.device),
         }
         sample = valued_text(run.tokenizer, output["facts"])
-        nothing = f"step {step + 1}: no token to train on, so the loss of this step is zero"
-        return StepResult(metrics, sample, () if denominator else (nothing,))
+        return StepResult(metrics, sample, self._notes(step, sums))
 
     def _bring_up_to_date(self, step: int, own_tokens: int) -> StepStatistics:
         """Refreshes the scorer, and starts the step's statistics with what that showed."""
@@ -139,6 +145,7 @@ class OptimizerStep:
             device=run.device,
             part_weights=(1.0, 0.0) if scorer is None else scorer.part_weights,
             has_drift=run.drift is not None,
+            selections=run.model.selections,
             branches=run.objective.branches,
         )
         self._watchdog.moved(f"step {step + 1}, refresh")
@@ -148,15 +155,32 @@ class OptimizerStep:
                     statistics.add_validation(seen.batch, seen.nll_BT)
         return statistics
 
-    def _weighed_ahead(self, batches: Sequence[Batch]) -> Sequence[WeighedTokens | None]:
+    def _weighed_ahead(self, batches: Sequence[Batch]) -> WeighedStep | None:
         """The tokens of each micro-batch, weighed ahead of its pass: with scope `global_batch` all
         are assessed first and the tokens of all ranks weighed together. None with other scopes."""
         run = self._run
-        if run.config.selection.scope != "global_batch":
-            return [None] * len(batches)
+        if run.model.selections[0].scope != "global_batch":
+            return None
         with run.stopwatch.phase("ahead"):
             facts = [run.model.assess(batch) for batch in batches]
             return weigh_globally(run.model.selections, facts)
+
+    def _counted(self, tokens: TokenCounts, ahead: WeighedStep | None) -> int:
+        """The tokens that `selection.normalise` names."""
+        if self._run.config.normalise == "response":
+            return tokens.response
+        return tokens.kept if ahead is None else ahead.kept
+
+    def _notes(self, step: int, sums: StepSums) -> tuple[str, ...]:
+        """That there was nothing to train on, and what selections rule out when they first do."""
+        notes = []
+        if not sums.dropped.count("trained"):
+            notes.append("no token to train on, so the loss of this step is zero")
+        for name, sentence in sums.dropped.reasons().items():
+            if name not in self._told:
+                self._told.add(name)
+                notes.append(sentence)
+        return tuple(f"step {step + 1}: {note}" for note in notes)
 
     def _after_update(self, step: int, means: Metrics) -> Metrics:
         """Lets the running scales observe the step; returns how far the weights have drifted."""
@@ -201,13 +225,12 @@ class OptimizerStep:
         self,
         statistics: StepStatistics,
         step: int,
-        tokens: TokenCounts,
         denominator: int,
-    ) -> Metrics:
-        """The step's means. Raises NonFiniteError on every rank, naming rows and linears, if
-        anything is not finite."""
+    ) -> StepSums:
+        """The step's means and counts. Raises NonFiniteError on every rank, naming rows and
+        linears, if anything is not finite."""
         try:
-            return {**statistics.reduce(tokens, denominator)}
+            return statistics.reduce(denominator)
         except NonFiniteError as error:
             scorer = self._run.model.scorer
             faulty = [] if scorer is None else scorer.nonfinite_parts()

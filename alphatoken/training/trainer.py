@@ -46,6 +46,7 @@ class Trainer:
                 scorer=run.model.scorer,
                 draw=self.feed.held_out,
                 every=config.valuation.refresh_every,
+                start=config.valuation.start_step,
                 adam_scale=run.adam_scale,
             )
         self.stop = StopRequest(run.device, config.train.grace_seconds)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
-from alphatoken.models.token_losses import token_losses
+from alphatoken.models.token_losses import losses_of, token_losses
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
-from alphatoken.selection.facts import TokenFacts, WeighedTokens
+from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
 from alphatoken.selection.select import Selection, select
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.estimator import Scorer
@@ -28,7 +28,7 @@ class StepOutput(TypedDict):
     """One micro-batch of training.
 
     Only `total` carries a graph. ZeRO-3's hooks look for such tensors in dicts, not in dataclasses:
-    what is in `facts` must not need them.
+    what is in `facts` and `choice` must not need them.
     """
 
     total: Tensor
@@ -41,6 +41,8 @@ class StepOutput(TypedDict):
     """What the objective reports, a number per row each."""
     facts: TokenFacts
     """What was known of the tokens when they were selected."""
+    choice: Choice
+    """What the selections made of them."""
 
 
 class ValuedModel(nn.Module):
@@ -61,15 +63,19 @@ class ValuedModel(nn.Module):
         selections: Sequence[Selection],
         eos_token_ids: list[int],
         stopwatch: Stopwatch,
+        needs_entropy: bool = False,
     ) -> None:
         super().__init__()
         self.lm = decoder.model
         self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
         self.selections = selections
+        self.scores_tokens = True
+        """Whether tokens are valued, where there is a scorer."""
         self._decoder = decoder
         self._objective = objective
         self._eos_token_ids = eos_token_ids
         self._stopwatch = stopwatch
+        self._needs_entropy = needs_entropy
         self.attach(None)
 
     def attach(self, scorer: Scorer | None) -> None:
@@ -85,11 +91,11 @@ class ValuedModel(nn.Module):
         """
         if ahead is not None:
             return self._trained_on_kept(self._decoder.hidden_states(batch), ahead)
-        if self.scorer is None:
+        if self.scorer is None or not self.scores_tokens:
             return self._without_scorer(batch)
         with self.scorer.capture() as capture:
             hidden_BTH = self._decoder.hidden_states(batch)
-        facts = self._score(batch, self.scorer, capture.entry)
+        facts = self._score(batch, self.scorer, capture.entry, hidden_BTH)
         return self._trained_on_kept(hidden_BTH, select(self.selections, facts))
 
     @torch.no_grad()
@@ -98,16 +104,19 @@ class ValuedModel(nn.Module):
         of its own."""
         if self.scorer is not None:
             with self.scorer.capture() as capture:
-                self._decoder.hidden_states(batch)
-            return self._score(batch, self.scorer, capture.entry)
-        return self._facts(batch, nll_BT=self.token_losses(batch), values={})
+                hidden_BTH = self._decoder.hidden_states(batch)
+            return self._score(batch, self.scorer, capture.entry, hidden_BTH)
+        hidden_BTH = self._decoder.hidden_states(batch)
+        nll_BT = losses_of(hidden_BTH, self.head_loss, batch)
+        return self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Losses of response tokens, (B, T) float32, without training or scoring."""
         return token_losses(self._decoder, self.head_loss, batch)
 
-    def _score(self, batch: Batch, scorer: Scorer, entry: Entry) -> TokenFacts:
-        """What is known of tokens, values included, from the states that entered scored layers."""
+    def _score(self, batch: Batch, scorer: Scorer, entry: Entry, hidden_BTH: Tensor) -> TokenFacts:
+        """What is known of tokens, values included, from the states that entered scored layers;
+        `hidden_BTH` are those that enter the head."""
         with self._stopwatch.phase("score"):
             scores = scorer.score(entry, batch)
             # Values are linear in their own sequence's gradient, so it may be scaled
@@ -115,9 +124,11 @@ class ValuedModel(nn.Module):
             losses = ResponseLosses(batch=batch, nll_BT=scores.nll_BT)
             coefficient_BT = self._objective.coefficients(losses)
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
-            return self._facts(batch, nll_BT=scores.nll_BT, values=values)
+            return self._facts(batch, nll_BT=scores.nll_BT, values=values, hidden_BTH=hidden_BTH)
 
-    def _facts(self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor]) -> TokenFacts:
+    def _facts(
+        self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor
+    ) -> TokenFacts:
         targets_BT = batch["targets"]
         end_of_turn = torch.tensor(self._eos_token_ids, device=targets_BT.device)
         return TokenFacts(
@@ -125,7 +136,16 @@ class ValuedModel(nn.Module):
             nll_BT=nll_BT,
             protected_BT=torch.isin(targets_BT, end_of_turn),
             values=values,
+            entropy=self._entropy(batch, hidden_BTH) if self._needs_entropy else None,
         )
+
+    @torch.no_grad()
+    def _entropy(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
+        """Entropy of the predictions of response tokens, (B, T) float32, zero off the response."""
+        response_BT = batch["response"]
+        entropy_BT = torch.zeros(response_BT.shape, device=response_BT.device)
+        entropy_BT[response_BT] = self.head_loss(hidden_BTH[response_BT])
+        return entropy_BT
 
     def _without_scorer(self, batch: Batch) -> StepOutput:
         """The objective where the training graph itself gives the losses that policies see, as
@@ -135,15 +155,16 @@ class ValuedModel(nn.Module):
         nll_R = self.head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
         nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
         nll_BT[response_BT] = nll_R.detach()
-        weighed = select(self.selections, self._facts(batch, nll_BT=nll_BT, values={}))
-        return self._output(weighed, kept_nll_R=nll_R[weighed.weight_R > 0])
+        facts = self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
+        weighed = select(self.selections, facts)
+        return self._output(weighed, kept_nll_R=nll_R[weighed.choice.weight_R > 0])
 
     def _trained_on_kept(self, hidden_BTH: Tensor, weighed: WeighedTokens) -> StepOutput:
         """The objective where the head runs on the kept tokens only."""
         facts = weighed.facts
         targets_BT = facts.batch["targets"]
         kept_BT = torch.zeros_like(facts.response_BT)
-        kept_BT[facts.response_BT] = weighed.weight_R > 0
+        kept_BT[facts.response_BT] = weighed.choice.weight_R > 0
         kept_nll_R = self.head_loss(hidden_BTH[kept_BT], targets_BT[kept_BT])
         return self._output(weighed, kept_nll_R=kept_nll_R)
 
@@ -152,7 +173,7 @@ class ValuedModel(nn.Module):
         not zero, with their graph."""
         facts = weighed.facts
         weight_BT = torch.zeros_like(facts.nll_BT)
-        weight_BT[facts.response_BT] = weighed.weight_R
+        weight_BT[facts.response_BT] = weighed.choice.weight_R
         losses = KeptLosses(
             batch=facts.batch,
             nll_BT=facts.nll_BT,
@@ -165,4 +186,5 @@ class ValuedModel(nn.Module):
             weight_BT=weight_BT,
             kept_nll_R=kept_nll_R.detach(),
             facts=facts,
+            choice=weighed.choice,
         )

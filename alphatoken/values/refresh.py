@@ -22,8 +22,8 @@ class HeldOutLosses:
 
 
 class HeldOutRefresh:
-    """Gives a scorer the current weights and drift before every optimizer step, and new held-out
-    signals before every `every`-th.
+    """Gives a scorer the current weights and drift before every optimizer step from `start` on, and
+    new held-out signals before every `every`-th; `start` is a multiple of it.
 
     `draw` returns this rank's micro-batches of a draw of held-out rows, counted from 0. Every rank
     must make the same calls.
@@ -35,11 +35,13 @@ class HeldOutRefresh:
         scorer: Scorer,
         draw: Callable[[int], Sequence[Batch]],
         every: int,
+        start: int,
         adam_scale: AdamScale | None,
     ) -> None:
         self._scorer = scorer
         self._draw = draw
         self._every = every
+        self._start = start
         self._adam_scale = adam_scale
 
     def before(self, step: int, own_tokens: int) -> list[HeldOutLosses]:
@@ -48,6 +50,8 @@ class HeldOutRefresh:
         `own_tokens`: response tokens that this rank will score in the step; it helps to choose the
         cheaper contraction. Returns the losses of held-out rows where new ones were drawn.
         """
+        if step < self._start:
+            return []
         if self._adam_scale is not None:
             self._adam_scale.after(step)
         draw, waited = divmod(step, self._every)
@@ -61,4 +65,4 @@ class HeldOutRefresh:
     def can_be_rebuilt_after(self, done: int) -> bool:
         """Whether a run continued after `done` steps would draw new signals at once: held-out
         signals are no part of a checkpoint."""
-        return done % self._every == 0
+        return done < self._start or done % self._every == 0
