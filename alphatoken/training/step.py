@@ -139,6 +139,7 @@ class OptimizerStep:
             device=run.device,
             part_weights=(1.0, 0.0) if scorer is None else scorer.part_weights,
             has_drift=run.drift is not None,
+            contrast=run.config.valuation.contrast,
             branches=run.objective.branches,
         )
         self._watchdog.moved(f"step {step + 1}, refresh")

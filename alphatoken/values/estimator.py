@@ -75,15 +75,22 @@ class Scorer(ABC):
         """Wrap the model's forward pass in this, then hand its `.entry` to `score`."""
 
     @abstractmethod
-    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+    def refresh(
+        self,
+        batches: Sequence[Batch] | None,
+        scored_tokens: int = 0,
+        contrast: Sequence[Batch] | None = None,
+    ) -> list[Tensor]:
         """Takes over the current weights and drift and, from `batches`, new held-out signals (None
         keeps the old ones).
 
         `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels`
         and, unless all padding is on the right, `attention_mask`), equally many on every rank; one
         without response positions is a placeholder. `scored_tokens`, about as many as this rank
-        will score with them, helps to choose contractions. Returns the batches' token losses, (B,
-        T) float32 each.
+        will score with them, helps to choose contractions. `contrast` is this rank's share of the
+        training rows that B is the mean gradient of, likewise; an estimator that does not read
+        `valuation.contrast` is never given any. Returns the losses of `batches`, (B, T) float32
+        each.
         """
 
     @abstractmethod
