@@ -202,6 +202,61 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
     return results
 
 
+def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Whole runs: per step (by number) the weights before it, whole, and what each document was
+    worth.
+
+    Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    results: dict[str, Any] = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        steps: dict[int, dict[str, Any]] = {}
+        model, branches = trainer.run.model, len(trainer.run.model.selections)
+        weights = {
+            key.removeprefix("lm."): each
+            for key, each in model.named_parameters()
+            if key.startswith("lm.")
+        }
+
+        def remember(
+            _module: Any,
+            args: tuple[Any, ...],
+            output: Any,
+            trainer: Trainer = trainer,
+            steps: dict[int, dict[str, Any]] = steps,
+            branches: int = branches,
+        ) -> None:
+            rows = steps[trainer.step.under_way]["rows"]
+            for number, row in enumerate(args[0]["rows"].tolist()):
+                inside = args[0]["document_ids"] == number
+                found = {term: each[inside] for term, each in output["facts"].values.items()}
+                rows[branches * row + number % branches] = found
+
+        model.register_forward_hook(remember)
+        take = trainer.step.take
+
+        def keep_weights(
+            step: int,
+            *,
+            evaluates: bool,
+            take: Any = take,
+            steps: dict[int, dict[str, Any]] = steps,
+            weights: dict[str, Any] = weights,
+        ) -> Any:
+            whole = {key: safe_get_full_fp32_param(each).clone() for key, each in weights.items()}
+            steps[step] = {"weights": whole, "rows": {}}
+            return take(step, evaluates=evaluates)
+
+        trainer.step.take = keep_weights  # type: ignore[method-assign]
+        trainer.train()
+        results[name] = steps
+        trainer.run.engine.destroy()
+    return results
+
+
 def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Forward, vjp and jvp of the last layers under ZeRO, on rows and directions of this rank's
     own."""

@@ -250,24 +250,33 @@ class ExactScorer(Scorer):
         for scored in self._scored[segment]:
             path = scored.path
             scale = 1.0 if self._scale is None else self._scale(parameters[path])
-            own = self._own_directions(scored.name)
+            own = self._own_directions(scored.name, parameters[path])
             for direction, name in zip(directions, self._directions, strict=True):
                 direction[path] = (scale * own[name]).to(self._dtype)
         return DirectionSlices(parameters=parameters, directions=directions)
 
-    def _own_directions(self, name: str) -> dict[str, Tensor]:
+    @property
+    def needs_contrast_rows(self) -> bool:
+        return super().needs_contrast_rows or (
+            self.first_moment is not None and self.first_moment.is_empty
+        )
+
+    def _own_directions(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's slice of a parameter's directions, by what they are for."""
         contrast, weight = self.config.contrast, self.config.stability_weight
+        moment = self.first_moment
+        if moment is not None and moment.is_empty:
+            moment = None  # before the optimizer's first step rows stand in for it
         own = {"target": self._gradient.own(name)}
         if contrast:
-            own["contrast"] = self._contrast.own(name)
+            own["contrast"] = self._contrast.own(name) if moment is None else moment(parameter)
         if self._drift is not None:
             own["proxy"] = torch.zeros_like(own["target"])
             if name in self._drift:
                 own["proxy"] = self._drift.own(name)
         if self.config.reliability:
             own["spread"] = self._gradient.own(name, signed=True)
-            if contrast:
+            if contrast and moment is None:  # a moment has no halves
                 own["spread"] = own["spread"] - contrast * self._contrast.own(name, signed=True)
         if not self.config.split_terms:
             own["direction"] = own["target"]

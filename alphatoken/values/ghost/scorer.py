@@ -15,16 +15,17 @@ from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
-from alphatoken.passes.chunks import Chunk
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
 from alphatoken.values.estimator import Scorer, Scores, SliceScale
 from alphatoken.values.ghost.contract import Products, TermSums
 from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
+from alphatoken.values.ghost.scored_mean import ScoredMean
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
 
@@ -50,6 +51,11 @@ class GhostScorer(Scorer):
         self._features = {name: self._features_of(linear) for name, linear in linears.items()}
         self._held_out = self._no_signals(device)
         self._contrast_rows = self._no_signals(device)
+        self._scored: ScoredMean | None = None
+        if config.contrast_source == "scored":
+            self._scored = ScoredMean(
+                self._features, config.contrast_memory, device, signed=config.reliability
+            )
         self._kept_products: dict[int, dict[str, Products]] = {}
         """By layer and linear, where everything is resident; a streamed layer's are gathered while
         it is in memory."""
@@ -90,6 +96,23 @@ class GhostScorer(Scorer):
         self._nonfinite.zero_()
         return [name for name, flag in zip(self.tower.linears, flags, strict=True) if flag]
 
+    @property
+    def needs_contrast_rows(self) -> bool:
+        return super().needs_contrast_rows or (self._scored is not None and self._scored.is_empty)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._scored is not None:
+            whole = self.tower.layers if self._resident else ()
+            self._scored.fold([self._names(layer) for layer in whole])
+
+    def state(self) -> EqualSlices | None:
+        return None if self._scored is None else self._scored.state()
+
+    def restore(self, saved: TensorFile) -> None:
+        if self._scored is not None:
+            self._scored.restore(saved)
+
     @torch.no_grad()
     def refresh(
         self,
@@ -128,8 +151,15 @@ class GhostScorer(Scorer):
                 name = signals.linear.name
                 finite = sums.add(signals, products[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
+                if self._scored is not None:
+                    _add_response(self._scored, signals, batch)
 
             yield add
+            if self._scored is not None and not self._resident:
+                self._scored.reduce(self._names(layer))
+
+        if self._scored is not None:
+            self._scored.count(batch["response"])
 
         nll_BT = self.tower.run(entry, batch, contracting, window=self.config.window)
         return Scores(sums.values(self.part_weights), nll_BT)
@@ -152,16 +182,7 @@ class GhostScorer(Scorer):
 
         @contextmanager
         def collecting(layer: int) -> Iterator[SignalConsumer]:
-            def add(signals: LinearSignals) -> None:
-                response_BT = signals.chunk.response_BT
-                into.add(
-                    signals.linear.name,
-                    signals.outgrad_BTO[response_BT],
-                    signals.act_BTI[response_BT],
-                    _half_signs(batch, signals.chunk),
-                )
-
-            yield add
+            yield lambda signals: _add_response(into, signals, batch)
             if not self._resident:  # so that one layer's matrices are whole at a time
                 into.reduce(self._names(layer))
 
@@ -222,8 +243,10 @@ class GhostScorer(Scorer):
 
     @property
     def _contrast_mean(self) -> MeanMatrices:
-        """Where B comes from."""
-        return self._contrast_rows
+        """Where B comes from: what was scored, once there is any; or rows."""
+        if self._scored is None or self._scored.is_empty:
+            return self._contrast_rows
+        return self._scored
 
     def _no_signals(self, device: torch.device) -> HeldOutSignals:
         return HeldOutSignals(
@@ -240,9 +263,16 @@ class GhostScorer(Scorer):
         return (columns, rows) if linear.transposed else (rows, columns)
 
 
-def _half_signs(batch: Batch, chunk: Chunk) -> Tensor | None:
-    """The sign of the half that each response position of a chunk is in, (R,); None where halves
-    are not told apart."""
-    if "half_sign" not in batch:
-        return None
-    return batch["half_sign"][chunk.rows][chunk.response_BT]
+def _add_response(into: HeldOutSignals | ScoredMean, signals: LinearSignals, batch: Batch) -> None:
+    """Adds the signals of the response positions of a chunk of `batch`, and the half each is in
+    where halves are told apart."""
+    chunk, response_BT = signals.chunk, signals.chunk.response_BT
+    sign_R = None
+    if "half_sign" in batch:
+        sign_R = batch["half_sign"][chunk.rows][response_BT]
+    into.add(
+        signals.linear.name,
+        signals.outgrad_BTO[response_BT],
+        signals.act_BTI[response_BT],
+        sign_R,
+    )
