@@ -29,7 +29,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
-from alphatoken.distributed import collectives, process
+from alphatoken.distributed import collectives, process, zero3
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.doctor import storage
 from alphatoken.doctor.examination import Examination
@@ -203,12 +203,12 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
 
 
 def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Whole runs: per step (by number) the weights before it, whole, and what each document was
-    worth.
+    """Whole runs: per step (by number) the weights before it, whole, Adam's first moments after it,
+    and what each document was worth.
 
     Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results: dict[str, Any] = {}
     for name, values in configs.items():
@@ -243,12 +243,19 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
             *,
             evaluates: bool,
             take: Any = take,
+            trainer: Trainer = trainer,
             steps: dict[int, dict[str, Any]] = steps,
             weights: dict[str, Any] = weights,
         ) -> Any:
             whole = {key: safe_get_full_fp32_param(each).clone() for key, each in weights.items()}
             steps[step] = {"weights": whole, "rows": {}}
-            return take(step, evaluates=evaluates)
+            result = take(step, evaluates=evaluates)
+            zero3.link_moments(trainer.run.engine)
+            steps[step]["moments"] = {
+                key: safe_get_full_optimizer_state(each, "exp_avg").clone()
+                for key, each in weights.items()
+            }
+            return result
 
         trainer.step.take = keep_weights  # type: ignore[method-assign]
         trainer.train()

@@ -137,6 +137,7 @@ def merged(results: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]
     return {
         step: {
             "weights": found["weights"],
+            "moments": found["moments"],
             "rows": {
                 number: each
                 for result in results
@@ -168,61 +169,113 @@ def check(
 GHOST_TERMS = ("direct_target", "causal_target", "direct_contrast", "causal_contrast")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_every_source_of_b_is_what_it_says(
-    world_size: int, run_values: dict[str, Any], tmp_path: Path
-) -> None:
+VALUATIONS: dict[str, dict[str, Any]] = {
+    "scored": {"contrast_memory": MEMORY},
+    "streamed": {
+        "contrast_memory": MEMORY,
+        "residency": "streamed",
+        "contraction": "ghost",
+        "chunk_tokens": 40,
+    },
+    "fused": {"contrast_memory": MEMORY, "split_terms": False, "contraction": "materialised"},
+    "drawn": {"contrast_from": "drawn", "contraction": "materialised"},
+    "exact": {"estimator": "exact", "window": 32},
+    "exact fused": {
+        "estimator": "exact",
+        "window": 32,
+        "split_terms": False,
+        "residency": "resident",
+    },
+}
+
+
+def terms_of(valuation: dict[str, Any]) -> tuple[str, ...]:
+    """The terms that are known with these settings and not zero."""
+    if not valuation.get("split_terms", True):
+        return ("composite", "spread")
+    own = GHOST_TERMS[::2] if valuation.get("estimator") == "exact" else GHOST_TERMS
+    return (*own, "composite", "spread")
+
+
+def three_steps(
+    run_values: dict[str, Any], names: list[str], world_size: int, folder: Path
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Three steps with each of the named settings, on so many ranks."""
     values = changed(run_values, valuation=CONTRAST, train={"max_steps": 3})
-    valuations: dict[str, dict[str, Any]] = {
-        "scored": {"contrast_memory": MEMORY},
-        "streamed": {
-            "contrast_memory": MEMORY,
-            "residency": "streamed",
-            "contraction": "ghost",
-            "chunk_tokens": 40,
-        },
-        "fused": {"contrast_memory": MEMORY, "split_terms": False, "contraction": "materialised"},
-        "drawn": {"contrast_from": "drawn"},
-        "exact": {"estimator": "exact", "window": 32},
-        "exact fused": {
-            "estimator": "exact",
-            "window": 32,
-            "split_terms": False,
-            "residency": "resident",
-        },
-    }
     configs = {
         name: changed(
             values,
-            valuation=valuation,
-            train={"output_dir": str(tmp_path / name)},
+            valuation=VALUATIONS[name],
+            train={"output_dir": str(folder / name)},
             data={"packing": name == "streamed"},
         )
-        for name, valuation in valuations.items()
+        for name in names
     }
-    results = run_ranks("valued_run", world_size, tmp_path / "ranks", configs=configs)
-    for name, valuation in valuations.items():
-        steps = merged(results, name)
-        truth = Truth(values, steps)
-        is_exact = valuation.get("estimator") == "exact"
-        terms: tuple[str, ...] = (*GHOST_TERMS[::2], "composite", "spread")
-        if not is_exact:
-            terms = (*terms, *GHOST_TERMS[1::2])
-        if not valuation.get("split_terms", True):
-            terms = ("composite", "spread")
-        for step in range(3):
-            expected = (
-                truth.exact(step)
-                if is_exact
-                else truth.ghost(step, scored=valuation.get("contrast_from") != "drawn")
-            )
-            where = f"{name} on {world_size} ranks"
-            check(steps, step, expected, terms, where)
-    first = metrics_of(tmp_path / "scored")[0]
-    shares = [share for key, share in first.items() if key.endswith("_share")]
-    assert len(shares) == 6
-    assert sum(shares) == pytest.approx(1)
+    results = run_ranks("valued_run", world_size, folder / "ranks", configs=configs)
+    return {name: merged(results, name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VALUATIONS)
+def test_every_source_of_b_is_what_it_says(
+    name: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = three_steps(run_values, [name], 1, tmp_path)[name]
+    valuation, truth = VALUATIONS[name], Truth(run_values, steps)
+    for step in (0, 2):
+        if valuation.get("estimator") == "exact":
+            expected = truth.exact(step)
+        else:
+            expected = truth.ghost(step, scored=valuation.get("contrast_from") != "drawn")
+        check(steps, step, expected, terms_of(valuation), name)
+    shares = [
+        share for key, share in metrics_of(tmp_path / name)[-1].items() if key.endswith("_share")
+    ]
+    assert len(shares) == (6 if valuation.get("split_terms", True) else 0)
+    assert sum(shares) == pytest.approx(1 if shares else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adams_first_moment_is_b(stage: int, run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Drawn rows before the first step; then the moment without its bias. It has no halves."""
+    valuation = {"estimator": "exact", "window": 32, "contrast_from": "moment"}
+    values = changed(
+        run_values,
+        valuation={**CONTRAST, **valuation},
+        train={"max_steps": 3},
+        deepspeed={"config": {"zero_optimization": {"stage": stage}}},
+    )
+    steps = merged(run_ranks("valued_run", 2, tmp_path / "ranks", configs={"run": values}), "run")
+    truth = Truth(run_values, steps)
+    check(steps, 0, truth.exact(0), terms_of(valuation), "before the first step")
+    twin, moments = truth.at(2), steps[1]["moments"]
+    moment = {name: moments[name].double() / (1 - 0.9**2) for name in truth.scored.linears}
+    found = exact_values(
+        truth.model,
+        truth.documents(rows_of(2)),
+        [truth.held_out[row] for row in held_out_of(2)],
+        list(moment),
+        fisher={name: torch.ones_like(each) for name, each in moment.items()},
+        reference={name: twin.get_parameter(name).detach() - each for name, each in moment.items()},
+    )
+    for row in found:  # a drift as large as the moment
+        row["direct_contrast"] = row["direct_proxy"]
+        row["composite"] = row["direct_target"] - C * row["direct_contrast"]
+    expected = dict(zip(truth.numbers(2), found, strict=True))
+    check(steps, 2, expected, terms_of(valuation), "after two steps")
+
+
+@pytest.mark.slow
+def test_ranks_do_not_matter(run_values: dict[str, Any], tmp_path: Path) -> None:
+    names = list(VALUATIONS)
+    alone = three_steps(run_values, names, 1, tmp_path / "1")
+    for world_size in (2, 3):
+        shared = three_steps(run_values, names, world_size, tmp_path / f"{world_size}")
+        for name in names:
+            for step, tolerance in ((0, 1e-5), (1, 1e-4), (2, 1e-4)):
+                expected, where = alone[name][step]["rows"], f"{name} on {world_size} ranks"
+                check(shared[name], step, expected, terms_of(VALUATIONS[name]), where, tolerance)
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ class Trainer:
             folder=run.folder,
             engine=run.engine,
             config=config,
-            needed=checkpoint_bytes(run.model, trains_in_16_bit=in_16_bit),
+            needed=checkpoint_bytes(run.model, trains_in_16_bit=in_16_bit)
+            + (0 if run.model.scorer is None else run.model.scorer.saved_bytes),
         )
         self.first_step = 0
         """Optimizer steps that were taken before this run."""

@@ -111,6 +111,11 @@ class Scorer(ABC):
         """What a checkpoint must hold besides weights, optimizer and `scales`; None if nothing."""
         return None
 
+    @property
+    def saved_bytes(self) -> int:
+        """What `state` takes on disk, of all ranks."""
+        return 0
+
     def restore(self, saved: TensorFile) -> None:
         """Takes over what `state` gave, on any number of ranks."""
         return

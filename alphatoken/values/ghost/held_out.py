@@ -69,6 +69,11 @@ class HeldOutSignals(MeanMatrices):
         self._formed.begin([name for name, form in chosen.items() if form == "matrix"])
         self._rows = {name: _Rows() for name, form in chosen.items() if form == "signals"}
 
+    def clear(self) -> None:
+        """Forgets all signals, which take no memory any more."""
+        self._formed.begin(())
+        self._rows = {}
+
     def add(
         self, name: str, outgrad_NO: Tensor, act_NI: Tensor, sign_N: Tensor | None = None
     ) -> None:

@@ -50,10 +50,11 @@ class OuterSums:
         if self._signed:
             assert sign_N is not None, "signed sums need the half of each position"
             parts.append(algebra.target_matrix(sign_N[:, None] * outgrad_NO.float(), act_NI))
-        before = self._pending.get(name)
-        self._pending[name] = (
-            parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
-        )
+        if name not in self._pending:
+            self._pending[name] = parts
+            return
+        for total_OI, part_OI in zip(self._pending[name], parts, strict=True):
+            total_OI += part_OI
 
     def reduce(self, names: Sequence[str]) -> None:
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of

@@ -98,6 +98,14 @@ class ScoredMean(MeanMatrices):
             header={COUNT: self._count},
         )
 
+    @property
+    def saved_bytes(self) -> int:
+        """What `state` takes on disk, of all ranks."""
+        numels = [
+            out_features * in_features for out_features, in_features in self._features.values()
+        ]
+        return 4 * len(self._kinds) * sum(numels)
+
     def restore(self, saved: TensorFile) -> None:
         """Takes over what `state` gave on any number of ranks."""
         ranks, rank = collectives.world_size(), collectives.rank()

@@ -105,9 +105,15 @@ class GhostScorer(Scorer):
         if self._scored is not None:
             whole = self.tower.layers if self._resident else ()
             self._scored.fold([self._names(layer) for layer in whole])
+            if not self._scored.is_empty:
+                self._contrast_rows.clear()
 
     def state(self) -> EqualSlices | None:
         return None if self._scored is None else self._scored.state()
+
+    @property
+    def saved_bytes(self) -> int:
+        return 0 if self._scored is None else self._scored.saved_bytes
 
     def restore(self, saved: TensorFile) -> None:
         if self._scored is not None:
