@@ -37,6 +37,9 @@ class Batch(TypedDict):
     """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
     rows: NotRequired[Tensor]
     """(D,) int64, the dataset row of each document."""
+    half_sign: NotRequired[Tensor]
+    """(B, T) float32, which half of a draw a position's row is in: 1 for rows with an even number
+    in the draw, -1 for odd ones, 0 on padding. Where values under halves are asked for."""
     noise: NotRequired[Tensor]
     """(B, T) float32, uniform in [0, 1), where a policy needs it."""
     reference_nll: NotRequired[Tensor]

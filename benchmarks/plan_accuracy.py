@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ghost, all layers, streamed": {"valuation": {"layers": "all", "residency": "streamed"}},
     "ghost, stage 2": {"deepspeed": {"config": {"zero_optimization": {"stage": 2}}}},
     "exact": {"valuation": {"estimator": "exact"}},
+    "ghost, contrast": {"valuation": {"contrast": 1.0, "reliability": True}},
+    "exact, contrast": {"valuation": {"estimator": "exact", "contrast": 1.0, "reliability": True}},
     "pairs, reference cached": {"preference": {}},
 }
 

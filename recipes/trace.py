@@ -24,7 +24,7 @@ from alphatoken import ValuationConfig, score_tokens
 from alphatoken.batch import Batch, make_batch
 from alphatoken.data.chat import Encoded, Encoder
 from alphatoken.models.decoder import Decoder, decoder_of
-from alphatoken.values.algebra import TERMS, FromMatrix, target_matrix
+from alphatoken.values.algebra import FromMatrix, target_matrix
 from alphatoken.values.ghost.contract import Products, contract
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
@@ -38,6 +38,8 @@ PLACE = 6
 """Which response token is followed, from 0: the one that predicts the 4 of 42."""
 SHOWN = "model.layers.3.self_attn.v_proj.weight"
 """The linear whose signals are printed: the value projection of the last layer."""
+TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
+"""The terms of the published value, which has no contrast."""
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
-from alphatoken.distributed import collectives, process
+from alphatoken.distributed import collectives, process, zero3
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.doctor import storage
 from alphatoken.doctor.examination import Examination
@@ -257,6 +257,68 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
                 for key, each in parameters.items()
             },
         }
+        trainer.run.engine.destroy()
+    return results
+
+
+def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Whole runs: per step (by number) the weights before it, whole, Adam's first moments after it,
+    and what each document was worth.
+
+    Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    results: dict[str, Any] = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        steps: dict[int, dict[str, Any]] = {}
+        model, branches = trainer.run.model, len(trainer.run.model.selections)
+        weights = {
+            key.removeprefix("lm."): each
+            for key, each in model.named_parameters()
+            if key.startswith("lm.")
+        }
+
+        def remember(
+            _module: Any,
+            args: tuple[Any, ...],
+            output: Any,
+            trainer: Trainer = trainer,
+            steps: dict[int, dict[str, Any]] = steps,
+            branches: int = branches,
+        ) -> None:
+            rows = steps[trainer.step.under_way]["rows"]
+            for number, row in enumerate(args[0]["rows"].tolist()):
+                inside = args[0]["document_ids"] == number
+                found = {term: each[inside] for term, each in output["facts"].values.items()}
+                rows[branches * row + number % branches] = found
+
+        model.register_forward_hook(remember)
+        take = trainer.step.take
+
+        def keep_weights(
+            step: int,
+            *,
+            evaluates: bool,
+            take: Any = take,
+            trainer: Trainer = trainer,
+            steps: dict[int, dict[str, Any]] = steps,
+            weights: dict[str, Any] = weights,
+        ) -> Any:
+            whole = {key: safe_get_full_fp32_param(each).clone() for key, each in weights.items()}
+            steps[step] = {"weights": whole, "rows": {}}
+            result = take(step, evaluates=evaluates)
+            zero3.link_moments(trainer.run.engine)
+            steps[step]["moments"] = {
+                key: safe_get_full_optimizer_state(each, "exp_avg").clone()
+                for key, each in weights.items()
+            }
+            return result
+
+        trainer.step.take = keep_weights  # type: ignore[method-assign]
+        trainer.train()
+        results[name] = steps
         trainer.run.engine.destroy()
     return results
 

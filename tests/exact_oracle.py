@@ -34,7 +34,26 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def exact_values(
+def halves(
+    model: PreTrainedModel, rows: Sequences, parameters: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The mean gradient of the rows' losses, and half the difference between those of even and odd
+    rows, each 2/N times its sum."""
+    losses = [token_losses(model, ids, labels) for ids, labels in rows]
+    count = sum(map(len, losses))
+    sums = []
+    for half in (losses[::2], losses[1::2]):
+        total = sum((loss for row in half for loss in row.values()), torch.zeros(()).double())
+        sums.append(
+            gradients(total, parameters)
+            if total.requires_grad
+            else [torch.zeros_like(each) for each in parameters]
+        )
+    mean = [(a + b) / count for a, b in zip(*sums, strict=True)]
+    return mean, [(2 * a / count - 2 * b / count) / 2 for a, b in zip(*sums, strict=True)]
+
+
+def exact_values(  # noqa: PLR0913 - all that the definition reads
     model: PreTrainedModel,
     sequences: Sequences,
     validation: Sequences,
@@ -43,18 +62,22 @@ def exact_values(
     fisher: Mapping[str, Tensor] | None = None,
     reference: Mapping[str, Tensor] | None = None,
     scale: Mapping[str, Tensor] | None = None,
+    contrast: Sequences = (),
+    contrast_weight: float = 0.0,
 ) -> list[dict[str, Tensor]]:
-    """`direct_target` = <grad l_t, G> and `direct_proxy` = <grad l_t, V> per position of every
-    sequence, (T,) float64.
+    """`direct_target` = <grad l_t, G>, `direct_contrast` = <grad l_t, B>, `direct_proxy` = <grad
+    l_t, V> and `spread` = <grad l_t, D> per position of every sequence, (T,) float64.
 
-    `scale` multiplies both directions, elementwise.
+    `scale` multiplies all directions, elementwise. B is the mean gradient of the rows `contrast`; D
+    is half the difference of G - c B between rows of even and odd number.
     """
     model = oracle_copy(model)
     parameters = [model.get_parameter(name) for name in names]
-    held_out = [token_losses(model, ids, labels) for ids, labels in validation]
-    total = sum(loss for losses in held_out for loss in losses.values())
-    assert isinstance(total, Tensor)
-    target = [each / sum(map(len, held_out)) for each in gradients(total, parameters)]
+    target, spread = halves(model, validation, parameters)
+    other = [torch.zeros_like(each) for each in target]
+    if contrast:
+        other, difference = halves(model, contrast, parameters)
+        spread = [a - contrast_weight * b for a, b in zip(spread, difference, strict=True)]
     drift = [torch.zeros_like(parameter) for parameter in parameters]
     if fisher is not None and reference is not None:
         drift = [
@@ -63,20 +86,22 @@ def exact_values(
         ]
     if scale is not None:
         scales = [scale[name].double() for name in names]
-        target, drift = (
-            [a * b for a, b in zip(each, scales, strict=True)] for each in (target, drift)
+        target, other, drift, spread = (
+            [a * b for a, b in zip(each, scales, strict=True)]
+            for each in (target, other, drift, spread)
         )
+    directions = {
+        "direct_target": target,
+        "direct_contrast": other,
+        "direct_proxy": drift,
+        "spread": spread,
+    }
     results = []
     for ids, labels in sequences:
-        values = {
-            term: torch.zeros(len(ids), dtype=torch.float64)
-            for term in ("direct_target", "direct_proxy")
-        }
+        values = {term: torch.zeros(len(ids), dtype=torch.float64) for term in directions}
         for t, loss in token_losses(model, ids, labels).items():
             own = gradients(loss, parameters)
-            values["direct_target"][t] = sum(
-                (a * b).sum() for a, b in zip(own, target, strict=True)
-            )
-            values["direct_proxy"][t] = sum((a * b).sum() for a, b in zip(own, drift, strict=True))
+            for term, direction in directions.items():
+                values[term][t] = sum((a * b).sum() for a, b in zip(own, direction, strict=True))
         results.append(values)
     return results

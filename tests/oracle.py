@@ -113,6 +113,26 @@ def mean_gradients(
     return mean
 
 
+def half_differences(model: PreTrainedModel, scored: Scored, rows: Sequences) -> dict[str, Tensor]:
+    """(G_a - G_b) / 2 per linear, where G_h = 2/N sum over the positions of half h: the rows with
+    an even number are a, the others b."""
+    halves = [[sequence_signals(model, scored, *row) for row in rows[half::2]] for half in (0, 1)]
+    count = sum(len(signals.response) for half in halves for signals in half)
+    differences = {}
+    for name in scored.linears:
+        outers = [
+            [
+                2 / count * torch.outer(signals.outgrad[name][v], signals.act[name][v])
+                for signals in half
+                for v in signals.response
+            ]
+            for half in halves
+        ]
+        first, second = (torch.stack(half).sum(0) for half in outers)
+        differences[name] = (first - second) / 2
+    return differences
+
+
 def causal_outgrad(
     model: PreTrainedModel, scored: Scored, signals: SequenceSignals, name: str, k: int
 ) -> Tensor:
@@ -139,11 +159,19 @@ def token_values(  # noqa: PLR0913 - all that the equation reads
     fisher: Mapping[str, Tensor] | None = None,
     reference: Mapping[str, Tensor] | None = None,
     coefficients: Sequence[float] | None = None,
+    contrast_weight: float = 0.0,
+    contrast: Mapping[str, Tensor] | None = None,
+    spread: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """The four terms and the composite of every position of every sequence, each (T,) float64, 0
-    off the response."""
+    """The six terms, the spread and the composite of every position of every sequence, each (T,)
+    float64, 0 off the response.
+
+    contrast: B per linear. spread: D per linear.
+    """
     model = oracle_copy(model)
     target = mean_gradients(model, scored, validation)
+    nothing = {name: torch.zeros_like(matrix) for name, matrix in target.items()}
+    contrast, spread = contrast or nothing, spread or nothing
     drift = {name: torch.zeros_like(matrix) for name, matrix in target.items()}
     if fisher is not None and reference is not None:
         for name in scored.linears:
@@ -162,9 +190,12 @@ def token_values(  # noqa: PLR0913 - all that the equation reads
             for term in (
                 "direct_target",
                 "causal_target",
+                "direct_contrast",
+                "causal_contrast",
                 "direct_proxy",
                 "causal_proxy",
                 "composite",
+                "spread",
             )
         }
         for t in signals.response:
@@ -172,16 +203,21 @@ def token_values(  # noqa: PLR0913 - all that the equation reads
                 act = signals.act[name]
                 outer = scale * torch.outer(signals.outgrad[name][t], act[t])
                 terms["direct_target"][t] += (outer * target[name]).sum()
+                terms["direct_contrast"][t] += (outer * contrast[name]).sum()
                 terms["direct_proxy"][t] += (outer * drift[name]).sum()
+                terms["spread"][t] += (outer * spread[name]).sum()
                 if (name in scored.values or name in scored.through) and layer in signals.attention:
                     for k in range(t + 1, min(t + window, length - 1) + 1):
                         outgrad = scale * causal_outgrad(model, scored, signals, name, k)
                         path = signals.attention[layer][k, t] * torch.outer(outgrad, act[t])
                         terms["causal_target"][t] += (path * target[name]).sum()
+                        terms["causal_contrast"][t] += (path * contrast[name]).sum()
                         terms["causal_proxy"][t] += (path * drift[name]).sum()
+                        terms["spread"][t] += (path * spread[name]).sum()
         terms["composite"] = (
             terms["direct_target"]
             + terms["causal_target"]
+            - contrast_weight * (terms["direct_contrast"] + terms["causal_contrast"])
             + stability_weight * (terms["direct_proxy"] + terms["causal_proxy"])
         )
         results.append(terms)

@@ -340,8 +340,13 @@ def test_a_collator_that_masks_the_padding_takes_the_end_of_turn_with_it(
 ) -> None:
     collate = batches.collate
 
-    def masking(dataset: TokenDataset, rows: batches.Indices, layout: batches.Layout) -> Batch:
-        batch = collate(dataset, rows, layout)
+    def masking(
+        dataset: TokenDataset,
+        rows: batches.Indices,
+        layout: batches.Layout,
+        numbers: batches.Indices,
+    ) -> Batch:
+        batch = collate(dataset, rows, layout, numbers)
         batch["labels"][batch["input_ids"] == layout.pad_token] = -100
         return batch
 

@@ -79,7 +79,12 @@ class Setting:
             zip(("fisher", "reference"), stability(self.model, names), strict=True)
         )
         self.expected = exact_values(
-            self.model, self.sequences, self.validation, names, **self.stability
+            self.model,
+            self.sequences,
+            self.validation,
+            names,
+            fisher=self.stability["fisher"],
+            reference=self.stability["reference"],
         )
 
     def score(

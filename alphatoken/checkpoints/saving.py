@@ -21,11 +21,14 @@ from alphatoken.checkpoints.files import (
     write_description,
 )
 from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.universal import UNIVERSAL
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives, zero3
+from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush, publish_text
 
+SCORER = "scorer"  # the folder of a checkpoint with what its scorer keeps in slices
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
 PACKAGES = ("alphatoken", "torch", "deepspeed", "transformers")
 
@@ -62,8 +65,9 @@ class Checkpoints:
         not fit beside the others."""
         collectives.on_rank_0(self._check_space)
 
-    def save(self, done: int, state: TrainingState) -> Path:
-        """Saves the engine's complete state and `state` after `done` optimizer steps.
+    def save(self, done: int, state: TrainingState, scorer: EqualSlices | None = None) -> Path:
+        """Saves the engine's complete state, `state` and the scorer's slices after `done` optimizer
+        steps.
 
         All ranks write their shards, then each hashes and flushes its share of the files, and
         rank 0 makes the checkpoint valid and removes those that `train.keep_last` does not keep.
@@ -75,6 +79,8 @@ class Checkpoints:
         try:
             collectives.on_rank_0(lambda: partial.mkdir(parents=True))
             self._write_shards(partial, state)
+            if scorer is not None:
+                _write_slices(partial / SCORER, scorer)
             files = _hash_together(partial)
             collectives.on_rank_0(lambda: self._publish(partial, final, files))
         except (OSError, RuntimeError) as error:
@@ -101,6 +107,12 @@ class Checkpoints:
         zero3.set_optimizer_options(self._engine, options)
         self.newest = step
         return TrainingState(**client_state[STATE])
+
+    def scorer_slices(self, checkpoint: Path) -> TensorFile | None:
+        """What the scorer of a checkpoint kept in slices, if anything; of one that was converted
+        for another number of ranks, as it was written."""
+        folder = checkpoint.with_name(checkpoint.name.removesuffix(UNIVERSAL)) / SCORER
+        return TensorFile(folder) if folder.is_dir() else None
 
     def _check_space(self) -> None:
         folder = self._folder.checkpoints
@@ -173,6 +185,16 @@ def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
+
+
+def _write_slices(folder: Path, slices: EqualSlices) -> None:
+    """Has every rank write its slices. Raises on every rank what any rank's disk refused."""
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        slices.save(folder)
+
+    collectives.agree(write)
 
 
 def _hash_together(partial: Path) -> dict[str, dict[str, Any]]:

@@ -31,16 +31,18 @@ class Estimator:
     """Whether `valuation.residency: auto` keeps scored weights and directions on every rank."""
 
 
+CONTRAST_KEYS = ("contrast", "contrast_from", "reliability")
+
 ESTIMATORS: dict[str, Estimator] = {
     "ghost": Estimator(
         scorer="alphatoken.values.ghost.scorer:GhostScorer",
         cost="alphatoken.planner.costs.ghost:COST",
-        keys=("window", "contraction"),
+        keys=("window", "contraction", *CONTRAST_KEYS, "contrast_memory"),
     ),
     "exact": Estimator(
         scorer="alphatoken.values.exact.scorer:ExactScorer",
         cost="alphatoken.planner.costs.exact:COST",
-        keys=("parameters", "preconditioner"),
+        keys=("parameters", "preconditioner", *CONTRAST_KEYS),
         is_resident=False,
     ),
 }

@@ -195,6 +195,33 @@ class ValuationConfig(Section):
     stability_weight: float = Field(
         1.5, ge=0, description="Weight of stability against adaptation (lambda)."
     )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        description="Weight (c) of the mean gradient of other training rows, B, which is "
+        "subtracted from the held-out one: a value is then the effect on the held-out loss less c "
+        "times that on the training loss. 0 is the published value.",
+    )
+    contrast_from: Literal["auto", "scored", "drawn", "moment"] = Field(
+        "auto",
+        description="Where B comes from: scored is the mean over the tokens that earlier steps "
+        "have scored (estimator ghost; nearly free), drawn a pass over as many training rows as "
+        "validation_sequences, those of the next steps, at every refresh, and moment Adam's first "
+        "moment, which is of the kept tokens' objective alone, after clipping (estimator exact). "
+        "auto is scored for ghost and drawn for exact.",
+    )
+    contrast_memory: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="Decay per optimizer step of the exponential mean over scored tokens "
+        "(contrast_from scored).",
+    )
+    reliability: bool = Field(
+        False,
+        description="Value tokens under two halves of the held-out rows as well, so that "
+        "selections know how reliable a value is.",
+    )
     validation_sequences: int = Field(
         32, ge=1, description="Held-out sequences per refresh, over all ranks together."
     )
@@ -210,11 +237,6 @@ class ValuationConfig(Section):
         description="How target terms are contracted; auto takes the cheaper per linear. The "
         "values are "
         "the same.",
-    )
-    reliability: bool = Field(
-        False,
-        description="Value tokens under two halves of the held-out rows as well, so that "
-        "selections know how reliable a value is.",
     )
     start_step: int = Field(
         0,
@@ -264,6 +286,41 @@ class ValuationConfig(Section):
         return self.residency == "resident" or (
             self.residency == "auto" and ESTIMATORS[self.estimator].is_resident
         )
+
+    @property
+    def contrast_source(self) -> Literal["scored", "drawn", "moment"] | None:
+        """Where a run's B comes from; None without contrast."""
+        if self.contrast == 0:
+            return None
+        if self.contrast_from == "auto":
+            return "scored" if "contrast_memory" in ESTIMATORS[self.estimator].keys else "drawn"
+        return self.contrast_from
+
+    @model_validator(mode="after")
+    def _contrast_is_complete(self) -> ValuationConfig:
+        memory = type(self).model_fields["contrast_memory"].default
+        if self.contrast == 0 and (self.contrast_from, self.contrast_memory) != ("auto", memory):
+            raise ValueError(
+                f"valuation.contrast_from={self.contrast_from} and "
+                f"valuation.contrast_memory={self.contrast_memory} are read with contrast only: "
+                f"set valuation.contrast above 0, or leave them out (auto and {memory})"
+            )
+        if self.contrast_source == "scored" and self.estimator != "ghost":
+            raise ValueError(
+                f"valuation.contrast_from=scored needs valuation.estimator=ghost, whose signals it "
+                f"adds up; with {self.estimator} use drawn"
+            )
+        if self.contrast_source == "moment" and self.estimator != "exact":
+            raise ValueError(
+                f"valuation.contrast_from=moment needs valuation.estimator=exact; with "
+                f"{self.estimator} use scored"
+            )
+        if self.contrast_source != "scored" and self.contrast_memory != memory:
+            raise ValueError(
+                f"valuation.contrast_memory={self.contrast_memory} is read with "
+                f"contrast_from=scored only, not with {self.contrast_source}; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_with_a_refresh(self) -> ValuationConfig:

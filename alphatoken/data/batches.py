@@ -7,7 +7,7 @@ The rows of step s depend on (seed, s) alone. They are sorted by length and cut 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -56,6 +56,18 @@ class Order:
             [self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
         )
 
+    def following(self, position: int, count: int, without: Collection[int]) -> Indices:
+        """The first `count` different rows from a position of the sequence on that are not in
+        `without`; fewer where two epochs have no more."""
+        found: dict[int, None] = {}
+        for place in range(position, position + 2 * self.epoch_rows):
+            row = int(self.step(place, 1)[0])
+            if row not in without:
+                found[row] = None
+            if len(found) == count:
+                break
+        return np.array(list(found), dtype=np.int64)
+
     def _shuffled_epoch(self, epoch: int) -> Indices:
         starts = np.cumsum([0, *self._sizes])
         drawn = [
@@ -93,13 +105,15 @@ class Layout:
     size: dataset rows per micro-batch. row_tokens: None puts each dataset row (document) into a row
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
     tokens as first-fit finds. noise_key: (seed, step) adds noise, for policies that need it.
-    reference: by dataset row, another model's losses of its response tokens, (R,) float32.
+    halves: adds which half of the draw each position's row is in. reference: by dataset row,
+    another model's losses of its response tokens, (R,) float32.
     """
 
     size: int
     pad_token: int
     row_tokens: int | None = None
     noise_key: tuple[int, int] | None = None
+    halves: bool = False
     reference: ByRow | None = None
 
 
@@ -123,24 +137,31 @@ def micro_batches(
 
     Rows are padded on the right, so no attention mask is needed. Documents are numbered row by row,
     so that those of pair i are 2 i and 2 i + 1. `position_ids` are there where documents are
-    packed, `noise` and `reference_nll` where the layout asks for them. Every rank gets equally many
-    micro-batches: where they run out, a placeholder with one padding token and no label.
+    packed, `noise`, `half_sign` and `reference_nll` where the layout asks for them. Every rank gets
+    equally many micro-batches: where they run out, a placeholder with one padding token and no
+    label.
     """
-    by_length = rows[np.argsort(-dataset.lengths[rows], kind="stable")]
+    by_length = np.argsort(-dataset.lengths[rows], kind="stable")
     groups = [
         by_length[start : start + layout.size] for start in range(0, len(by_length), layout.size)
     ]
     groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world_size)
-    return [collate(dataset, group, layout) for group in groups[rank::world_size]]
+    return [collate(dataset, rows[group], layout, group) for group in groups[rank::world_size]]
 
 
 FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
 """What padding holds, where it is not zero (or the padding token)."""
 
 
-def collate(dataset: TokenDataset, rows: Indices, layout: Layout) -> Batch:
-    """Lays the documents of the given dataset rows into one micro-batch."""
+def collate(dataset: TokenDataset, rows: Indices, layout: Layout, numbers: Indices) -> Batch:
+    """Lays the documents of the given dataset rows into one micro-batch; `numbers` are those of the
+    rows in their draw, which tell its halves."""
     of_rows = [_documents(dataset, int(row), layout) for row in rows]
+    if layout.halves:
+        for number, of_row in zip(numbers, of_rows, strict=True):
+            for document in of_row:
+                sign = -1.0 if number % 2 else 1.0
+                document["half_sign"] = torch.full((len(document["labels"]),), sign)
     documents = [document for of_row in of_rows for document in of_row]
     for number, document in enumerate(documents):
         document["document_ids"] = torch.full_like(document["labels"], number)
@@ -173,6 +194,8 @@ def _columns(layout: Layout) -> dict[str, torch.dtype]:
     columns = dict.fromkeys(("input_ids", "labels", "document_ids"), torch.int64)
     if layout.noise_key is not None:
         columns["noise"] = torch.float32
+    if layout.halves:
+        columns["half_sign"] = torch.float32
     if layout.reference is not None:
         columns["reference_nll"] = torch.float32
     return columns

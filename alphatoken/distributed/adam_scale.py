@@ -1,4 +1,4 @@
-"""What Adam multiplies a gradient by."""
+"""What Adam knows of gradients: what it multiplies them by, and their running mean."""
 
 from __future__ import annotations
 
@@ -37,6 +37,37 @@ class AdamScale:
             return 1.0
         moment = zero3.second_moment_slice(parameter, self._device)
         return adam_scale(moment, self._steps, self._beta2, self._eps)
+
+
+class FirstMoment:
+    """Adam's first moment of a parameter, on this rank's slice: the running mean of the gradients
+    it was given, so of the kept tokens' objective, after clipping.
+
+    `after` must be called before each use that follows an optimizer step, on every rank.
+    """
+
+    def __init__(self, *, engine: Any, optim: OptimConfig, device: torch.device) -> None:
+        self._engine = engine
+        self._beta1 = optim.betas[0]
+        self._device = device
+        self._steps = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the optimizer has not taken a step yet."""
+        return self._steps == 0
+
+    def after(self, steps: int) -> None:
+        """Takes over the first moments as they are after `steps` optimizer steps."""
+        self._steps = steps
+        if steps > 0:
+            zero3.link_moments(self._engine)
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor:
+        """The moment of this rank's slice of `parameter`, flat float32, without the bias towards
+        the zero it started at: m / (1 - beta1^steps). Only after the first step."""
+        moment = zero3.first_moment_slice(parameter, self._device)
+        return moment / (1 - self._beta1**self._steps)
 
 
 def adam_scale(second_moment: Tensor, steps: int, beta2: float, eps: float) -> Tensor:

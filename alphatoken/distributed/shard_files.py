@@ -50,17 +50,51 @@ def save_slices(
     input gives the same bytes. Every rank must call it; they do not wait for each other. Raises
     OSError when the disk refuses.
     """
-    rank, ranks = collectives.rank(), collectives.world_size()
-    own, places = {}, {}
+    rank, own, places = collectives.rank(), {}, {}
     for name, flat in slices.items():
         start, end = zero3.slice_range(parameters[name])
         if start < end and (rank == 0 or zero3.is_sharded(parameters[name])):
-            own[name] = flat[: end - start].detach().cpu().contiguous()
+            own[name] = flat[: end - start]
             places[name] = {"shape": list(zero3.full_shape(parameters[name])), "start": start}
+    _write(folder, own, places, header)
+
+
+@dataclass(frozen=True)
+class EqualSlices:
+    """This rank's slices of some tensors, flat and padded as `collectives.sum_to_slices` cuts
+    them."""
+
+    own: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    """Of the whole tensors."""
+    header: dict[str, Any]
+    """What else belongs to them, as JSON has it."""
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's file. Every rank must call it; they do not wait for each other. Raises
+        OSError when the disk refuses."""
+        rank, own, places = collectives.rank(), {}, {}
+        for name, flat in self.own.items():
+            start, numel = rank * len(flat), math.prod(self.shapes[name])
+            if start < numel:
+                own[name] = flat[: numel - start]
+                places[name] = {"shape": list(self.shapes[name]), "start": start}
+        _write(folder, own, places, self.header)
+
+
+def _write(
+    folder: Path,
+    own: Mapping[str, Tensor],
+    places: Mapping[str, dict[str, Any]],
+    header: Mapping[str, Any],
+) -> None:
+    """Writes this rank's file of a folder: its elements of each tensor, and where they belong."""
+    rank, ranks = collectives.rank(), collectives.world_size()
+    tensors = {name: flat.detach().cpu().contiguous() for name, flat in own.items()}
     text = json.dumps({**header, "tensors": places}, sort_keys=True)
     file = folder / f"slices-{rank:05}-of-{ranks:05}.safetensors"
     try:
-        save_file(own, file, {HEADER: text})
+        save_file(tensors, file, {HEADER: text})
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from None
     flush(file)

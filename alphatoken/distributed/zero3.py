@@ -249,7 +249,8 @@ def set_optimizer_options(engine: Any, options: Options) -> None:
 
 
 def link_moments(engine: Any) -> None:
-    """Lets `second_moment_slice` find Adam's moments; to be called after an optimizer step.
+    """Lets `first_moment_slice` and `second_moment_slice` find Adam's moments; to be called after
+    an optimizer step.
 
     At stages 1 and 2 DeepSpeed (0.19.8) links them to parameters once the first parameter group has
     been stepped, when the others have none yet, and never again.
@@ -260,7 +261,11 @@ def link_moments(engine: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-@torch.no_grad()
+def first_moment_slice(parameter: Parameter, device: torch.device) -> Tensor:
+    """This rank's slice of Adam's first moment, as `second_moment_slice` gives the second."""
+    return _moment_slice(parameter, "exp_avg", device)
+
+
 def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor:
     """This rank's slice of Adam's second moment, float32, laid out like `master_slice`; after
     `link_moments`.
@@ -268,12 +273,17 @@ def second_moment_slice(parameter: Parameter, device: torch.device) -> Tensor:
     At stages 1 and 2 the whole of it, gathered from the ranks that hold its parts, so every rank
     must ask.
     """
+    return _moment_slice(parameter, "exp_avg_sq", device)
+
+
+@torch.no_grad()
+def _moment_slice(parameter: Parameter, key: str, device: torch.device) -> Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     read = (
         safe_get_local_optimizer_state if is_sharded(parameter) else safe_get_full_optimizer_state
     )
-    moment: Tensor = read(parameter, "exp_avg_sq").detach().flatten()
+    moment: Tensor = read(parameter, key).detach().flatten()
     return moment.to(device=device, dtype=torch.float32)
 
 

@@ -101,6 +101,17 @@ class Blueprint:
             valuation.fisher is not None or valuation.stability_weight > 0
         )
 
+    @property
+    def steering_passes(self) -> int:
+        """How many draws of rows a refresh takes in: held-out ones, and those for B."""
+        return 2 if self.config.valuation.contrast_source == "drawn" else 1
+
+    @property
+    def halves(self) -> int:
+        """How many sums are formed of a draw's gradients: their sum, and the signed one where
+        halves are told apart."""
+        return 2 if self.config.valuation.reliability else 1
+
     @cached_property
     def numels(self) -> list[tuple[int, bool]]:
         """Elements of every parameter, and whether it is trained."""

@@ -190,6 +190,9 @@ def _disk(blueprint: Blueprint) -> list[Part]:
     """A checkpoint, an export, and the reference's losses."""
     weight = blueprint.sharding.weight_bytes
     checkpoint = checkpoint_bytes(blueprint.decoder.model, trains_in_16_bit=weight == 2)
+    valuation = blueprint.config.valuation
+    if valuation.enabled:
+        checkpoint += cost_of(valuation.estimator).saved_bytes(blueprint)
     parts = [Part("one checkpoint", checkpoint, "disk")]
     parts.append(Part("export", sum(numel for numel, _ in blueprint.numels) * weight, "disk"))
     if blueprint.config.needs_reference and blueprint.config.reference.mode == "cached":

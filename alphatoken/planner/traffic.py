@@ -57,7 +57,9 @@ def _engine(blueprint: Blueprint) -> list[Message]:
     gathers = blueprint.gathers
     refreshes = 1 / blueprint.config.valuation.refresh_every
     return [
-        gathered("weights, for held-out rows", gathers.held_out, refreshes),
+        gathered(
+            "weights, for held-out rows", gathers.held_out, refreshes * blueprint.steering_passes
+        ),
         gathered("weights, for training", gathers.training),
         gathered("small weights, after the step", gathers.persistent),
         Message(

@@ -12,6 +12,7 @@ from alphatoken.batch import Batch, to_device
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.distributed import collectives
+from alphatoken.errors import UserError
 from alphatoken.training.setup import Run
 
 # Streams of random numbers, so that draws of different parts are kept apart.
@@ -33,12 +34,15 @@ class StepRows:
 class Feed:
     """Makes this rank's micro-batches of training steps, held-out draws and evaluations.
 
-    Each is a pure function of the seed and its number. Every rank must ask for the same.
+    Each is a pure function of the seed and its number. Every rank must ask for the same. Building
+    it raises UserError where contrast finds no training rows.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._train_order = self._order(run.splits.train, TRAINING)
+        if run.config.valuation.enabled and run.config.valuation.contrast:
+            self._contrast_rows(0)  # raises before training if there are none
 
     def training(self, step: int) -> StepRows:
         """The rows of optimizer step `step` (from 0)."""
@@ -58,6 +62,11 @@ class Feed:
         rows = order.step(draw, self._run.config.valuation.validation_sequences)
         return self._micro_batches(validation, rows, draw)
 
+    def contrast(self, step: int) -> list[Batch]:
+        """Training rows for B at the refresh before optimizer step `step`: the next ones of the
+        order that are not scored before the next refresh, as many as held-out rows."""
+        return self._micro_batches(self._run.splits.train, self._contrast_rows(step), step)
+
     def first_held_out(self, count: int) -> list[Batch]:
         """The first `count` validation rows in the order of the file, for benchmarks."""
         validation = self._run.splits.validation
@@ -68,6 +77,25 @@ class Feed:
         """All rows of `data.eval`; nothing where there are none."""
         rows = self._run.splits.eval
         return iter([] if rows is None else self._micro_batches(rows, np.arange(len(rows)), 0))
+
+    def _contrast_rows(self, step: int) -> Indices:
+        config, train = self._run.config, self._run.splits.train
+        size, window = config.train.global_batch_size, config.valuation.refresh_every
+        scored = {
+            int(row)
+            for each in range(step, step + window)
+            for row in self._train_order.step(each, size)
+        }
+        count = config.valuation.validation_sequences
+        rows = self._train_order.following((step + window) * size, count, without=scored)
+        if not len(rows):
+            raise UserError(
+                f"valuation.contrast={config.valuation.contrast} needs training rows other than "
+                f"those being scored, but data.train has {len(train)}, and the "
+                f"{window} optimizer steps between refreshes (valuation.refresh_every) take "
+                f"{size} each (train.global_batch_size): lower these, or add rows"
+            )
+        return rows
 
     def _order(self, part: TokenDataset, stream: int) -> Order:
         return Order(part.sizes, part.weights, (self._run.config.train.seed, stream))
@@ -81,6 +109,7 @@ class Feed:
             pad_token=run.tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if config.needs_noise else None,
+            halves=config.valuation.reliability,
             reference=None if reference is None else reference.cached(part),
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)

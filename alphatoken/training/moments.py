@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,16 +11,10 @@ from torch import Tensor
 from alphatoken.util.metrics import declare
 from alphatoken.values.algebra import TERMS
 
-# The Gram matrix of these columns gives all means, deviations and covariances.
-COLUMNS = ("one", *TERMS, "composite")
-PARTS = {
-    "adaptation": ("direct_target", "causal_target"),
-    "stability": ("direct_proxy", "causal_proxy"),
-}
-"""The terms that each part of the value is the sum of."""
+CONTRAST = ("direct_contrast", "causal_contrast")
 
 declare(
-    "{direct,causal}_{target,proxy}_{mean,std}",
+    "{direct,causal}_{target,contrast,proxy}_{mean,std}",
     "mean and standard deviation of a term over all response tokens",
     "value",
 )
@@ -27,63 +22,86 @@ declare(
     "composite_{mean,std}", "mean and standard deviation of the value of response tokens", "value"
 )
 declare(
-    "{direct_target,causal_target,direct_proxy,causal_proxy,composite}_{mean,std}_{chosen,rejected}",
+    "{direct_target,causal_target,direct_contrast,causal_contrast,direct_proxy,causal_proxy,composite}"
+    "_{mean,std}_{chosen,rejected}",
     "mean and standard deviation of a term or of the value over one branch's response tokens",
     "value",
 )
 declare("{adaptation,stability}_std", "standard deviation of the part before any weight", "value")
 declare(
-    "{direct,causal}_{target,proxy}_share",
-    "share of a term in the composite's variance (its covariance with it); the four add up to 1",
+    "{direct,causal}_{target,contrast,proxy}_share",
+    "share of a term in the composite's variance (its weighted covariance with it); they add up "
+    "to 1. Contrast is there with `valuation.contrast` only",
 )
 
 
-def columns_of(names: tuple[str, ...]) -> list[int]:
-    """Places of columns in the Gram matrix."""
-    return [COLUMNS.index(name) for name in names]
+class ValueColumns:
+    """The columns whose Gram matrix gives all means, deviations and covariances of values: a one,
+    the terms that a run has, and the composite. `contrast` (c) is what the contrast terms count
+    negatively in adaptation."""
 
+    def __init__(self, contrast: float) -> None:
+        self.terms = tuple(name for name in TERMS if contrast or name not in CONTRAST)
+        self.names = ("one", *self.terms, "composite")
+        signs = {name: -contrast if name in CONTRAST else 1.0 for name in self.terms}
+        proxies = [name for name in self.terms if name.endswith("proxy")]
+        self.parts = {
+            "adaptation": {name: signs[name] for name in self.terms if name not in proxies},
+            "stability": {name: signs[name] for name in proxies},
+        }
+        """By part of the value, what each of its terms counts in it."""
 
-def moments(moment_CC: Tensor) -> dict[str, float]:
-    """Means and deviations of the terms, from the Gram matrix over the number of tokens.
+    def part_sums(self, table_RC: Tensor) -> Tensor:
+        """Adaptation and stability of every token, before any weight: (R, 2)."""
+        sums = []
+        for terms in self.parts.values():
+            weight_P = table_RC.new_tensor(list(terms.values()))
+            sums.append((table_RC[:, self._places(terms)] * weight_P).sum(1))
+        return torch.stack(sums, dim=1)
 
-    A term that was not computed is NaN there and absent here.
-    """
-    metrics: dict[str, float] = {}
-    for name in COLUMNS[1:]:
-        index = COLUMNS.index(name)
-        mean = float(moment_CC[0, index])
-        if not math.isnan(mean):
-            variance = float(moment_CC[index, index]) - mean**2
-            metrics |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(variance, 0.0))}
-    return metrics
+    def moments(self, moment_CC: Tensor) -> dict[str, float]:
+        """Means and deviations of the terms, from the Gram matrix over the number of tokens.
 
+        A term that was not computed is NaN there and absent here.
+        """
+        metrics: dict[str, float] = {}
+        for index, name in enumerate(self.names[1:], start=1):
+            mean = float(moment_CC[0, index])
+            if not math.isnan(mean):
+                variance = float(moment_CC[index, index]) - mean**2
+                metrics |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(variance, 0.0))}
+        return metrics
 
-def part_deviations(moment_CC: Tensor) -> dict[str, float]:
-    """Standard deviations of adaptation and stability."""
-    covariance_CC = _covariance(moment_CC)
-    deviations = {}
-    for part, names in PARTS.items():
-        own = columns_of(names)
-        variance = covariance_CC[own][:, own].sum().clamp_min(0)
-        deviations[f"{part}_std"] = float(variance.sqrt())
-    return deviations
+    def part_deviations(self, moment_CC: Tensor) -> dict[str, float]:
+        """Standard deviations of adaptation and stability."""
+        covariance_CC = _covariance(moment_CC)
+        deviations = {}
+        for part, terms in self.parts.items():
+            own, weight_P = self._places(terms), moment_CC.new_tensor(list(terms.values()))
+            weighted_PP = covariance_CC[own][:, own] * torch.outer(weight_P, weight_P)
+            deviations[f"{part}_std"] = float(weighted_PP.sum().clamp_min(0).sqrt())
+        return deviations
 
+    def variance_shares(
+        self, moment_CC: Tensor, part_weights: tuple[float, float]
+    ) -> dict[str, float]:
+        """Each term's share in the variance of the composite.
 
-def variance_shares(moment_CC: Tensor, part_weights: tuple[float, float]) -> dict[str, float]:
-    """Each term's share in the variance of the composite.
+        The composite is the sum of the terms times their weights, so their weighted covariances
+        with it add up to its variance. Shares are 0 where the composite does not vary.
+        """
+        covariance_CC = _covariance(moment_CC)
+        variance = float(covariance_CC[-1, -1])
+        shares = {}
+        for part_weight, terms in zip(part_weights, self.parts.values(), strict=True):
+            for name, weight in terms.items():
+                covariance = float(covariance_CC[self.names.index(name), -1])
+                share = part_weight * weight * covariance / variance if variance > 0 else 0.0
+                shares[f"{name}_share"] = share
+        return shares
 
-    The composite is the sum of the terms times their part's weight, so their weighted covariances
-    with it add up to its variance. Shares are 0 where the composite does not vary.
-    """
-    covariance_CC = _covariance(moment_CC)
-    composite = COLUMNS.index("composite")
-    variance = float(covariance_CC[composite, composite])
-    shares = {}
-    for weight, names in zip(part_weights, PARTS.values(), strict=True):
-        for name in names:
-            covariance = float(covariance_CC[COLUMNS.index(name), composite])
-            shares[f"{name}_share"] = weight * covariance / variance if variance > 0 else 0.0
-    return shares
+    def _places(self, names: Iterable[str]) -> list[int]:
+        return [self.names.index(name) for name in names]
 
 
 def rank_correlation(first_R: Tensor, second_R: Tensor) -> float:

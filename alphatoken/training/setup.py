@@ -15,7 +15,7 @@ from alphatoken.config.sections import FisherConfig
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
 from alphatoken.distributed import collectives
-from alphatoken.distributed.adam_scale import AdamScale
+from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
@@ -111,7 +111,10 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         drift = _build_drift(config, decoder, tokenizer, prompts, device, notes)
         if config.valuation.preconditioner == "adam":
             adam_scale = AdamScale(engine=engine, optim=config.optim, device=device)
-        model.attach(build_scorer(decoder, config.valuation, device, drift, adam_scale))
+        scorer = build_scorer(decoder, config.valuation, device, drift, adam_scale)
+        if config.valuation.contrast_source == "moment":
+            scorer.first_moment = FirstMoment(engine=engine, optim=config.optim, device=device)
+        model.attach(scorer)
     reference = None
     if config.needs_reference:
         wanted = ("data.train", "data.eval") if objective.branches else ("data.train",)

@@ -17,15 +17,7 @@ from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
 from alphatoken.selection.select import Selection
 from alphatoken.training.dropped import DroppedTokens, counts_of
-from alphatoken.training.moments import (
-    COLUMNS,
-    PARTS,
-    columns_of,
-    moments,
-    part_deviations,
-    rank_correlation,
-    variance_shares,
-)
+from alphatoken.training.moments import ValueColumns, rank_correlation
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.util.metrics import Metrics, declare
 
@@ -62,8 +54,9 @@ class StepStatistics:
     """Collects on the device, without making the host wait, until `reduce`.
 
     `part_weights` are what adaptation and stability are multiplied by in the composite of this
-    step; `has_drift` says whether there is any stability; `selections` are those of the step, and
-    `branches` names the responses of each row where there are several.
+    step, `contrast` is how much the contrast terms count against adaptation; `has_drift` says
+    whether there is any stability; `selections` are those of the step, and `branches` names the
+    responses of each row where there are several.
     """
 
     def __init__(
@@ -73,8 +66,10 @@ class StepStatistics:
         part_weights: tuple[float, float],
         has_drift: bool,
         selections: Sequence[Selection],
+        contrast: float = 0.0,
         branches: Sequence[str] = (),
     ) -> None:
+        self._columns = ValueColumns(contrast)
         self._part_weights = part_weights
         self._has_drift = has_drift
         self._selections = selections
@@ -82,7 +77,7 @@ class StepStatistics:
         self._has_spread = False
         self._sums = NamedSums(device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
-        self._parts = [torch.zeros(0, len(PARTS), device=device)]
+        self._parts = [torch.zeros(0, len(self._columns.parts), device=device)]
 
     def add_validation(self, batch: Batch, nll_BT: Tensor) -> None:
         """Takes in the losses of held-out rows at a refresh."""
@@ -153,7 +148,7 @@ class StepStatistics:
 
     def _add_values(self, batch: Batch, values: Mapping[str, Tensor], response_BT: Tensor) -> None:
         """Adds each branch's Gram matrix, and keeps adaptation and stability of every token."""
-        terms_R = [values[name][response_BT].double() for name in COLUMNS[1:]]
+        terms_R = [values[name][response_BT].double() for name in self._columns.names[1:]]
         table_RC = torch.stack([torch.ones_like(terms_R[0]), *terms_R], dim=1)
         branches = len(self._branches) or 1
         branch_R = batch["document_ids"][response_BT] % branches
@@ -162,8 +157,7 @@ class StepStatistics:
             own_RC = table_RC[branch_R == branch]
             grams.append(own_RC.T @ own_RC)
         self._sums.add("gram", torch.stack(grams))
-        parts = [table_RC[:, columns_of(names)].sum(1) for names in PARTS.values()]
-        self._parts.append(torch.stack(parts, dim=1).float())
+        self._parts.append(self._columns.part_sums(table_RC).float())
 
     def _value_metrics(self, gram_NCC: Tensor) -> dict[str, float]:
         """Metrics of all values, and of each branch's; nothing where no token was valued."""
@@ -171,14 +165,14 @@ class StepStatistics:
         gram_CC = gram_NCC.sum(0)
         if gram_CC[0, 0] > 0:
             moment_CC = gram_CC / gram_CC[0, 0]
-            metrics |= moments(moment_CC)
+            metrics |= self._columns.moments(moment_CC)
             if not math.isnan(moment_CC[0, 1]):  # the terms were computed
-                metrics |= part_deviations(moment_CC)
-                metrics |= variance_shares(moment_CC, self._part_weights)
+                metrics |= self._columns.part_deviations(moment_CC)
+                metrics |= self._columns.variance_shares(moment_CC, self._part_weights)
                 metrics |= self._correlation()
         for branch, own_CC in zip(self._branches, gram_NCC, strict=False):
             if own_CC[0, 0] > 0:
-                for name, number in moments(own_CC / own_CC[0, 0]).items():
+                for name, number in self._columns.moments(own_CC / own_CC[0, 0]).items():
                     metrics[f"{name}_{branch}"] = number
         return metrics
 

@@ -146,6 +146,7 @@ class OptimizerStep:
             part_weights=(1.0, 0.0) if scorer is None else scorer.part_weights,
             has_drift=run.drift is not None,
             selections=run.model.selections,
+            contrast=run.config.valuation.contrast,
             branches=run.objective.branches,
         )
         self._watchdog.moved(f"step {step + 1}, refresh")
@@ -189,8 +190,11 @@ class OptimizerStep:
         # Before Adam's first step its scale is 1, so values are in another unit than ever
         # after.
         comparable = run.config.valuation.preconditioner == "none" or step > 0
-        if scorer is not None and "stability_std" in means and comparable:
-            scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
+        if scorer is not None:
+            if "stability_std" in means and comparable:
+                scorer.scales.observe((means["adaptation_std"], means["stability_std"]))
+            with run.stopwatch.phase("refresh"):
+                scorer.after_step()
         if run.drift is None:
             return {}
         with run.stopwatch.phase("refresh"):

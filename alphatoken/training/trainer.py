@@ -45,9 +45,11 @@ class Trainer:
             self.refresh = HeldOutRefresh(
                 scorer=run.model.scorer,
                 draw=self.feed.held_out,
+                draw_contrast=self.feed.contrast,
                 every=config.valuation.refresh_every,
                 start=config.valuation.start_step,
                 adam_scale=run.adam_scale,
+                first_moment=run.model.scorer.first_moment,
             )
         self.stop = StopRequest(run.device, config.train.grace_seconds)
         self.watchdog = Watchdog(
@@ -68,7 +70,8 @@ class Trainer:
             folder=run.folder,
             engine=run.engine,
             config=config,
-            needed=checkpoint_bytes(run.model, trains_in_16_bit=in_16_bit),
+            needed=checkpoint_bytes(run.model, trains_in_16_bit=in_16_bit)
+            + (0 if run.model.scorer is None else run.model.scorer.saved_bytes),
         )
         self.first_step = 0
         """Optimizer steps that were taken before this run."""
@@ -124,7 +127,8 @@ class Trainer:
             inputs=self.run.inputs,
             random=collectives.gather_objects(random_state(self.run.device)),
         )
-        saved = self.checkpoints.save(done, state)
+        slices = None if scorer is None else scorer.state()
+        saved = self.checkpoints.save(done, state, slices)
         self.stop.took("save", time.perf_counter() - began)
         return saved
 
@@ -135,8 +139,11 @@ class Trainer:
         state = self.checkpoints.load(checkpoint, continuation.step)
         allowed = run.config.train.resume_allow
         changed = changed_inputs(state.inputs, run.inputs, allowed, checkpoint.name)
-        if run.model.scorer is not None and state.scales is not None:
-            run.model.scorer.scales.state = state.scales
+        scorer, slices = run.model.scorer, self.checkpoints.scorer_slices(checkpoint)
+        if scorer is not None and state.scales is not None:
+            scorer.scales.state = state.scales
+        if scorer is not None and slices is not None:
+            scorer.restore(slices)
         if len(state.random) == collectives.world_size():
             set_random_state(state.random[collectives.rank()], run.device)
         self.first_step = continuation.step

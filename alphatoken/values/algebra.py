@@ -9,7 +9,7 @@ contractions of the target term are exact; they differ in cost only (see `cheape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
@@ -21,7 +21,14 @@ ContractionName = Literal["signals", "matrix"]
 product G."""
 CONTRACTIONS: dict[str, ContractionName] = {"ghost": "signals", "materialised": "matrix"}
 """What `valuation.contraction` names, besides `auto`."""
-TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
+TERMS = (
+    "direct_target",
+    "causal_target",
+    "direct_contrast",
+    "causal_contrast",
+    "direct_proxy",
+    "causal_proxy",
+)
 
 
 @dataclass(frozen=True)
@@ -29,29 +36,65 @@ class TokenValues:
     """Values of every loss position, (B, T) float32 each, zero off the response; positive is worth
     training on.
 
-    `composite` is Eq. 12. When only the composite was computed (`split_terms: false`) the four
-    terms are NaN on the response. Estimator `exact` does not tell causal from direct paths: the
-    direct terms hold both.
+    The terms are products with G, the mean gradient of the held-out rows (target), with B, that of
+    other training rows (contrast; zero without), and with V, the weighted drift (proxy; zero
+    without). `composite` = target - c contrast + lambda proxy, which is Eq. 12 where c is 0. When
+    only the composite was computed (`split_terms: false`) the terms are NaN on the response.
+    Estimator `exact` does not tell causal from direct paths: the direct terms hold both.
     """
 
     direct_target: Tensor
     causal_target: Tensor
+    direct_contrast: Tensor
+    causal_contrast: Tensor
     direct_proxy: Tensor
     causal_proxy: Tensor
     composite: Tensor
+    spread: Tensor | None = None
+    """How much of the value depends on which rows are held out: under either half of them (and of
+    the rows of B) alone it is `composite` plus, or minus, this. None unless it was asked for
+    (`reliability`)."""
 
     @classmethod
-    def from_terms(cls, terms: Sequence[Tensor], weights: tuple[float, float]) -> TokenValues:
-        """`terms` in the order of TERMS. `weights` multiply adaptation and stability: (1, lambda)
-        in Eq. 12."""
-        direct_target, causal_target, direct_proxy, causal_proxy = terms
-        composite = weights[0] * (direct_target + causal_target) + weights[1] * (
-            direct_proxy + causal_proxy
+    def from_terms(
+        cls,
+        terms: Mapping[str, Tensor],
+        weights: tuple[float, float],
+        *,
+        contrast: float = 0.0,
+        spread: Tensor | None = None,
+    ) -> TokenValues:
+        """`terms` by the names of TERMS; those left out are zero, and one at least must be there.
+
+        `weights` multiply adaptation (target - `contrast` times contrast, and `spread`) and
+        stability (proxy): (1, lambda) in Eq. 12.
+        """
+        zero_BT = torch.zeros_like(next(iter(terms.values())))
+        every = {name: terms.get(name, zero_BT) for name in TERMS}
+        adaptation = every["direct_target"] + every["causal_target"]
+        if contrast:
+            adaptation = adaptation - contrast * (
+                every["direct_contrast"] + every["causal_contrast"]
+            )
+        stability = every["direct_proxy"] + every["causal_proxy"]
+        return cls(
+            **every,
+            composite=weights[0] * adaptation + weights[1] * stability,
+            spread=None if spread is None else weights[0] * spread,
         )
-        return cls(direct_target, causal_target, direct_proxy, causal_proxy, composite)
+
+    @classmethod
+    def from_composite(
+        cls, composite: Tensor, response_BT: Tensor, spread: Tensor | None = None
+    ) -> TokenValues:
+        """Values of which no term is known: those are NaN on the response."""
+        unknown_BT = torch.zeros_like(composite).masked_fill(response_BT, torch.nan)
+        return cls(**dict.fromkeys(TERMS, unknown_BT), composite=composite, spread=spread)
 
     def items(self) -> list[tuple[str, Tensor]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        """Name and tensor of all that was computed."""
+        every = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value_BT) for name, value_BT in every if value_BT is not None]
 
 
 def target_matrix(val_outgrad_NO: Tensor, val_act_NI: Tensor) -> Tensor:
@@ -69,17 +112,21 @@ def ghost_product(
     val_act_NI: Tensor,
     val_count: int,
     block: int = 8192,
+    *,
+    sign_N: Tensor | None = None,
 ) -> Tensor:
-    """1/N sum_v <d_t, d_v> <h_t, h_v> for every scored position t (Eq. 8), without forming G.
-    Returns (R,) float32.
+    """1/N sum_v s_v <d_t, d_v> <h_t, h_v> for every scored position t, without forming G: Eq. 8,
+    where every sign s_v is 1. Returns (R,) float32.
 
     `val_count` is N over all ranks. Never more than (R, `block`) products are held at once.
     """
     total_R = torch.zeros(act_RI.shape[0], device=act_RI.device)
     for start in range(0, val_act_NI.shape[0], block):
-        grad_dots_RN = outgrad_RO @ val_outgrad_NO[start : start + block].T
-        act_dots_RN = act_RI @ val_act_NI[start : start + block].T
-        total_R += (grad_dots_RN.float() * act_dots_RN.float()).sum(-1)
+        held = slice(start, start + block)
+        grad_dots_RN = outgrad_RO @ val_outgrad_NO[held].T
+        act_dots_RN = act_RI @ val_act_NI[held].T
+        dots_RN = grad_dots_RN.float() * act_dots_RN.float()
+        total_R += dots_RN.sum(-1) if sign_N is None else dots_RN @ sign_N[held]
     return total_R / max(val_count, 1)
 
 
@@ -90,14 +137,15 @@ def bilinear_product(outgrad_RO: Tensor, matrix_OI: Tensor, act_RI: Tensor) -> T
 
 
 class Contraction(Protocol):
-    """1/N sum_v <d_t, d_v> <h_t, h_v>, or d_t^T V h_t, of every scored position: (R,) float32."""
+    """<d_t h_t^T, M> of every scored position, with M one of G, B, V or a sum of them: (R,)
+    float32."""
 
     def __call__(self, outgrad_RO: Tensor, act_RI: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class FromMatrix:
-    """Contraction with a matrix: G, V, or a sum of both."""
+    """Contraction with a matrix: G, B, V, or a sum of them."""
 
     matrix_OI: Tensor
 
@@ -107,14 +155,36 @@ class FromMatrix:
 
 @dataclass(frozen=True)
 class FromSignals:
-    """Contraction with the held-out signals themselves; `val_count` is N over all ranks."""
+    """Contraction with signals themselves; `val_count` is N over all ranks, and `sign_N` counts
+    some of them negatively."""
 
     outgrad_NO: Tensor
     act_NI: Tensor
     val_count: int
+    sign_N: Tensor | None = None
 
     def __call__(self, outgrad_RO: Tensor, act_RI: Tensor) -> Tensor:
-        return ghost_product(outgrad_RO, act_RI, self.outgrad_NO, self.act_NI, self.val_count)
+        return ghost_product(
+            outgrad_RO,
+            act_RI,
+            self.outgrad_NO,
+            self.act_NI,
+            self.val_count,
+            sign_N=self.sign_N,
+        )
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A weighted sum of contractions, for what cannot be added before it is contracted."""
+
+    parts: Sequence[tuple[float, Contraction]]
+
+    def __call__(self, outgrad_RO: Tensor, act_RI: Tensor) -> Tensor:
+        total_R = torch.zeros(act_RI.shape[0], device=act_RI.device)
+        for weight, contraction in self.parts:
+            total_R += weight * contraction(outgrad_RO, act_RI)
+        return total_R
 
 
 # What moving a byte between ranks costs, in floating-point operations: about an accelerator's

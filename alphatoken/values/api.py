@@ -24,6 +24,7 @@ def score_tokens(
     batch: Mapping[str, Tensor],
     validation: Mapping[str, Tensor],
     *,
+    contrast: Mapping[str, Tensor] | None = None,
     fisher: Mapping[str, Tensor] | None = None,
     reference: Mapping[str, Tensor] | None = None,
     config: ValuationConfig | None = None,
@@ -33,24 +34,30 @@ def score_tokens(
 
     `batch` and `validation` hold `input_ids`, `attention_mask` and `labels`, (B, T) int64 each,
     labels -100 off the response; padding on either side. Packed rows also hold `document_ids` (a
-    number per document) or `position_ids` that start anew with each document. `fisher` and
-    `reference` map full parameter names to tensors of the weight's shape; both or neither must be
-    given, and without them the proxy terms are zero; so they are for parameters whose Fisher
-    `recipes/fisher.py` does not estimate (experts, say) unless it is given. The model runs in eval
-    mode and is left as it was. The four terms are always computed separately, each (B, T) float32
-    at the position that predicts the token. Raises UserError for an unsupported model, wrong
-    shapes, a missing tensor, or a validation batch without response.
+    number per document) or `position_ids` that start anew with each document. `contrast`, likewise,
+    is what `ValuationConfig(contrast=c)` with c > 0 needs and nothing else takes: training rows
+    other than those of `batch`, whose mean gradient B is subtracted, so that a value is the effect
+    on the held-out loss less c times that on the training loss; where its gradient comes from in a
+    run (`contrast_from`) is not read. `fisher` and `reference` map full parameter names to tensors
+    of the weight's shape; both or neither must be given, and without them the proxy terms are zero;
+    so they are for parameters whose Fisher `recipes/fisher.py` does not estimate (experts, say)
+    unless it is given. The model runs in eval mode and is left as it was. The terms are always
+    computed separately, each (B, T) float32 at the position that predicts the token; `spread` is
+    there with `ValuationConfig(reliability=True)`, where documents with an even and with an odd
+    number are the halves. Raises UserError for an unsupported model, wrong shapes, a missing
+    tensor, or rows without response.
     """
-    config = (config or ValuationConfig()).model_copy(update={"split_terms": True})
+    config = config or ValuationConfig()
+    _check_contrast(config, contrast)
+    config = config.model_copy(update={"split_terms": True, "contrast_from": "drawn"})
     decoder = decoder_of(model)
     device = next(model.parameters()).device
     depth = scored_depth(config.layers, len(decoder.layers))
     _check_batch("batch", batch)
-    _check_batch("validation", validation)
-    if not bool(loss_positions(validation["labels"])[0].any()):
-        raise UserError(
-            "validation has no response token: every label is -100 (position 0 predicts token 1)"
-        )
+    for name, rows in {"validation": validation, "contrast": contrast}.items():
+        if rows is not None:
+            _check_batch(name, rows)
+            _check_response(name, rows)
     if (fisher is None) != (reference is None):
         given, missing = ("fisher", "reference") if reference is None else ("reference", "fisher")
         raise UserError(f"{given} is given without {missing}; stability needs both")
@@ -61,22 +68,53 @@ def score_tokens(
             stable = decoder.stable_parameters(depth, config.parameters, also=fisher)
             drift = Drift(stable, fisher, reference, device)
         scorer = build_scorer(decoder, config, device, drift)
-        held_out = list(_row_groups(decoder, validation, config.chunk_tokens, device))
-        scorer.refresh(held_out, scored_tokens=int(loss_positions(batch["labels"])[0].sum()))
+        scored_tokens = int(loss_positions(batch["labels"])[0].sum())
+        held_out = list(_row_groups(decoder, validation, config, device))
+        if contrast is None:
+            scorer.refresh(held_out, scored_tokens)
+        else:
+            others = list(_row_groups(decoder, contrast, config, device))
+            scorer.refresh(held_out, scored_tokens, others)
         scored, responses = [], []
-        for rows in _row_groups(decoder, batch, config.chunk_tokens, device):
+        for group in _row_groups(decoder, batch, config, device):
             with scorer.capture() as capture:
-                decoder.hidden_states(rows)
-            scored.append(scorer.score(capture.entry, rows).values)
-            responses.append(rows["response"])
-    terms = [torch.cat([getattr(values, name) for values in scored]) for name in TERMS]
+                decoder.hidden_states(group)
+            scored.append(dict(scorer.score(capture.entry, group).values.items()))
+            responses.append(group["response"])
+    columns = {name: torch.cat([values[name] for values in scored]) for name in scored[0]}
+    terms, spread_BT = {name: columns[name] for name in TERMS}, columns.get("spread")
     if config.balance == "std":
         response_BT = torch.cat(responses)
-        parts = terms[0] + terms[1], terms[2] + terms[3]
+        parts = [
+            TokenValues.from_terms(terms, weights, contrast=config.contrast).composite
+            for weights in ((1.0, 0.0), (0.0, 1.0))
+        ]
         scorer.scales.observe(
             [float(part_BT[response_BT].double().std(correction=0)) for part_BT in parts]
         )
-    return TokenValues.from_terms(terms, scorer.part_weights)
+    return TokenValues.from_terms(
+        terms, scorer.part_weights, contrast=config.contrast, spread=spread_BT
+    )
+
+
+def _check_contrast(config: ValuationConfig, contrast: Mapping[str, Tensor] | None) -> None:
+    if config.contrast > 0 and contrast is None:
+        raise UserError(
+            f"ValuationConfig(contrast={config.contrast}) needs `contrast`: training rows other "
+            "than those that are scored, like `validation`"
+        )
+    if config.contrast == 0 and contrast is not None:
+        raise UserError(
+            "`contrast` rows are given, but ValuationConfig(contrast=0) subtracts nothing: set "
+            "contrast=1.0, or leave the rows out"
+        )
+
+
+def _check_response(name: str, rows: Mapping[str, Tensor]) -> None:
+    if not bool(loss_positions(rows["labels"])[0].any()):
+        raise UserError(
+            f"{name} has no response token: every label is -100 (position 0 predicts token 1)"
+        )
 
 
 def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
@@ -95,15 +133,17 @@ def _check_batch(name: str, batch: Mapping[str, Tensor]) -> None:
 
 
 def _row_groups(
-    decoder: Decoder, batch: Mapping[str, Tensor], chunk_tokens: int, device: torch.device
+    decoder: Decoder, batch: Mapping[str, Tensor], config: ValuationConfig, device: torch.device
 ) -> Iterator[Batch]:
-    """Cuts a caller's batch into micro-batches of at most `chunk_tokens` tokens (whole rows, at
-    least one)."""
+    """Cuts a caller's batch into micro-batches of at most `config.chunk_tokens` tokens (whole rows,
+    at least one)."""
     batch = {key: value.to(device) for key, value in batch.items()}
     mask = batch["attention_mask"]
-    rows = max(1, chunk_tokens // mask.shape[1])
+    rows = max(1, config.chunk_tokens // mask.shape[1])
     inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
     documents = _documents(batch)
+    if config.reliability:
+        inputs["half_sign"] = _half_signs(mask, documents)
     if documents is not None:
         if decoder.architecture.recurrent:
             raise UserError(
@@ -142,6 +182,18 @@ def _documents(batch: Mapping[str, Tensor]) -> Tensor | None:
     else:
         return None
     return torch.where(mask.bool(), documents, documents.min() - 1)
+
+
+def _half_signs(mask_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+    """1 on documents with an even number, -1 on odd ones, 0 on padding: (B, T) float32. Documents
+    are counted row by row; without `documents_BT` a row is one."""
+    starts_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
+    starts_BT[:, 0] = True
+    if documents_BT is not None:
+        starts_BT[:, 1:] = documents_BT.diff(dim=1) != 0
+        starts_BT &= mask_BT.bool()  # a stretch of padding is no document
+    number_BT = starts_BT.flatten().cumsum(0).view(starts_BT.shape) - 1
+    return torch.where(mask_BT.bool(), 1.0 - 2.0 * (number_BT % 2), 0.0)
 
 
 def _since(starts: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed.adam_scale import FirstMoment
+from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
@@ -39,6 +41,8 @@ class Scorer(ABC):
         self.decoder = decoder
         self.config = config
         self.scales = RunningScales()
+        self.first_moment: FirstMoment | None = None
+        """The optimizer's, where `valuation.contrast_from` is moment; set once it is built."""
 
     @classmethod
     @abstractmethod
@@ -75,16 +79,46 @@ class Scorer(ABC):
         """Wrap the model's forward pass in this, then hand its `.entry` to `score`."""
 
     @abstractmethod
-    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+    def refresh(
+        self,
+        batches: Sequence[Batch] | None,
+        scored_tokens: int = 0,
+        contrast: Sequence[Batch] | None = None,
+    ) -> list[Tensor]:
         """Takes over the current weights and drift and, from `batches`, new held-out signals (None
         keeps the old ones).
 
         `batches` is this rank's share of the validation sequences (dicts of `input_ids`, `labels`
         and, unless all padding is on the right, `attention_mask`), equally many on every rank; one
         without response positions is a placeholder. `scored_tokens`, about as many as this rank
-        will score with them, helps to choose contractions. Returns the batches' token losses, (B,
-        T) float32 each.
+        will score with them, helps to choose contractions. `contrast` is this rank's share of the
+        training rows that B is the mean gradient of, likewise; an estimator that does not read
+        `valuation.contrast` is never given any. Returns the losses of `batches`, (B, T) float32
+        each.
         """
+
+    @property
+    def needs_contrast_rows(self) -> bool:
+        """Whether the next `refresh` with held-out rows must be given training rows for B."""
+        return self.config.contrast_source == "drawn"
+
+    def after_step(self) -> None:
+        """Takes over, after an optimizer step, what later steps are to know of the tokens scored in
+        it. Every rank must call it."""
+        return
+
+    def state(self) -> EqualSlices | None:
+        """What a checkpoint must hold besides weights, optimizer and `scales`; None if nothing."""
+        return None
+
+    @property
+    def saved_bytes(self) -> int:
+        """What `state` takes on disk, of all ranks."""
+        return 0
+
+    def restore(self, saved: TensorFile) -> None:
+        """Takes over what `state` gave, on any number of ranks."""
+        return
 
     @abstractmethod
     def score(self, entry: Entry, batch: Batch) -> Scores:

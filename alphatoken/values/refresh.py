@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.distributed.adam_scale import AdamScale
+from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.values.estimator import Scorer
 
 
@@ -25,8 +25,9 @@ class HeldOutRefresh:
     """Gives a scorer the current weights and drift before every optimizer step from `start` on, and
     new held-out signals before every `every`-th; `start` is a multiple of it.
 
-    `draw` returns this rank's micro-batches of a draw of held-out rows, counted from 0. Every rank
-    must make the same calls.
+    `draw` returns this rank's micro-batches of a draw of held-out rows, counted from 0;
+    `draw_contrast` those of other training rows than an optimizer step scores. Every rank must make
+    the same calls.
     """
 
     def __init__(
@@ -34,15 +35,18 @@ class HeldOutRefresh:
         *,
         scorer: Scorer,
         draw: Callable[[int], Sequence[Batch]],
+        draw_contrast: Callable[[int], Sequence[Batch]],
         every: int,
         start: int,
         adam_scale: AdamScale | None,
+        first_moment: FirstMoment | None,
     ) -> None:
         self._scorer = scorer
         self._draw = draw
+        self._draw_contrast = draw_contrast
         self._every = every
         self._start = start
-        self._adam_scale = adam_scale
+        self._moments = [each for each in (adam_scale, first_moment) if each is not None]
 
     def before(self, step: int, own_tokens: int) -> list[HeldOutLosses]:
         """Refreshes the scorer before optimizer step `step` (from 0).
@@ -52,14 +56,18 @@ class HeldOutRefresh:
         """
         if step < self._start:
             return []
-        if self._adam_scale is not None:
-            self._adam_scale.after(step)
+        for moment in self._moments:
+            moment.after(step)
         draw, waited = divmod(step, self._every)
         if waited:
             self._scorer.refresh(None)
             return []
         batches = self._draw(draw)
-        losses = self._scorer.refresh(batches, own_tokens * self._every)
+        scored_tokens = own_tokens * self._every
+        if self._scorer.needs_contrast_rows:
+            losses = self._scorer.refresh(batches, scored_tokens, self._draw_contrast(step))
+        else:
+            losses = self._scorer.refresh(batches, scored_tokens)
         return [HeldOutLosses(batch, nll_BT) for batch, nll_BT in zip(batches, losses, strict=True)]
 
     def can_be_rebuilt_after(self, done: int) -> bool:

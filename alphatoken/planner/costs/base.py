@@ -21,7 +21,8 @@ class ScoringCost(ABC):
 
     @abstractmethod
     def refresh_flops(self, blueprint: Blueprint) -> int:
-        """Floating-point operations of forming signals from one held-out micro-batch."""
+        """Floating-point operations of forming signals from one held-out micro-batch, and from one
+        of rows for B where a refresh draws such."""
 
     @abstractmethod
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
@@ -38,6 +39,10 @@ class ScoringCost(ABC):
     @abstractmethod
     def messages(self, blueprint: Blueprint) -> list[Message]:
         """Messages of one optimizer step: scored weights, and what they are contracted with."""
+
+    def saved_bytes(self, blueprint: Blueprint) -> int:
+        """What a checkpoint holds of the scorer, of all ranks."""
+        return 0
 
     def drift_uses(self, blueprint: Blueprint) -> int:
         """How often a step needs the drift V of every scored weight, where it is on."""

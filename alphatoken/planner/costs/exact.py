@@ -36,7 +36,22 @@ def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> int:
 
 def _directions(blueprint: Blueprint) -> int:
     """How many directions are differentiated in."""
-    return 2 if blueprint.has_drift and blueprint.config.valuation.split_terms else 1
+    valuation = blueprint.config.valuation
+    terms = 1 + (valuation.contrast > 0) + blueprint.has_drift
+    return (terms if valuation.split_terms else 1) + valuation.reliability
+
+
+def _sums(blueprint: Blueprint) -> int:
+    """How many sums of gradients a refresh forms, each by a pass back of its own: of G, of B where
+    its rows are drawn, and the signed ones where halves are told apart."""
+    return blueprint.steering_passes * blueprint.halves
+
+
+def _reads_moment(blueprint: Blueprint) -> bool:
+    """Whether B is gathered from the ranks that hold Adam's moments; at stage 3 every rank has its
+    own slices."""
+    from_moment = blueprint.config.valuation.contrast_source == "moment"
+    return from_moment and blueprint.sharding.stage in (1, 2)
 
 
 class ExactCost(ScoringCost):
@@ -57,14 +72,16 @@ class ExactCost(ScoringCost):
         again = tokens > block_rows(head.weight.shape[0])
         products = 2 + ("head" in blueprint.scored_numels) + again
         tower = sum(each.forward + each.backward for each in layers)
-        return blueprint.held_out.forward + tower + products * tokens * blueprint.head_flops
+        back = tower + products * tokens * blueprint.head_flops
+        one_draw = blueprint.held_out.forward + blueprint.halves * back
+        return blueprint.steering_passes * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
         weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)
         scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
         own = blueprint.sliced(scored)
         parts = [
-            Part("slices of G", own * FLOAT32),
+            Part("slices of G", own * FLOAT32 * _sums(blueprint)),
             Part("slices of the directions", own * weight * directions),
         ]
         if blueprint.resident:
@@ -94,7 +111,8 @@ class ExactCost(ScoringCost):
     def messages(self, blueprint: Blueprint) -> list[Message]:
         weight, passes = blueprint.sharding.weight_bytes, blueprint.workload.micro_batches
         refreshes = 1 / blueprint.config.valuation.refresh_every
-        fills = 1.0 if blueprint.resident else refreshes + passes
+        sums = refreshes * _sums(blueprint)
+        fills = 1.0 if blueprint.resident else sums + passes
         uses = 1.0 if blueprint.resident else passes
         messages = [
             gather(blueprint, "scored weights", blueprint.segment_numels(segment), weight, fills)
@@ -103,9 +121,12 @@ class ExactCost(ScoringCost):
         for numels in blueprint.scored_numels.values():
             moved = numels * _directions(blueprint)
             messages += [
-                reduce(blueprint, "held-out gradient G", numels, refreshes),
+                reduce(blueprint, "held-out gradient G", numels, sums),
                 gather(blueprint, "directions G and V", moved, weight, uses),
             ]
+            if _reads_moment(blueprint):
+                size = sum(numels) * FLOAT32
+                messages.append(Message("first moment B", "all_reduce", len(numels), size))
         return merged(messages)
 
 

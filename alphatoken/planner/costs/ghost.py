@@ -140,43 +140,70 @@ class GhostCost(ScoringCost):
     """The paper's estimator: signals of the last layers, contracted with the held-out ones."""
 
     def score_flops(self, blueprint: Blueprint) -> int:
-        work, valuation = blueprint.workload, blueprint.config.valuation
+        work = blueprint.workload
         tower = sum(
             each.forward + each.band + each.backward + each.mixing
             for each in _tower(blueprint, rows=work.rows)
         )
-        products = 0
-        for linear in _contracted(blueprint):
-            paths = 2 if linear.is_value and valuation.window and valuation.split_terms else 1
-            bilinear = linear.numel
-            target = bilinear
-            if not linear.is_formed:
-                target = blueprint.held_out_count * (linear.out_features + linear.in_features)
-            fused = not valuation.split_terms and linear.is_formed
-            products += paths * (target + (bilinear if blueprint.has_drift and not fused else 0))
+        products = sum(self._products(blueprint, linear) for linear in _contracted(blueprint))
         return tower + 2 * work.responses * (products + blueprint.head_flops)
+
+    def _products(self, blueprint: Blueprint, linear: Contracted) -> int:
+        """Multiplications that one scored position takes in a linear: contractions, and what it
+        adds to B."""
+        valuation, matrix = blueprint.config.valuation, linear.numel
+        paths = 2 if linear.is_value and valuation.window and valuation.split_terms else 1
+        by_rows = blueprint.held_out_count * (linear.out_features + linear.in_features)
+        target = matrix if linear.is_formed else by_rows
+        scores = valuation.contrast_source == "scored"
+        contrast = 0
+        if valuation.contrast:
+            contrast = matrix if scores else target
+        drift = matrix if blueprint.has_drift else 0
+        spread = target
+        if contrast and not linear.is_formed:
+            spread += contrast
+        if not valuation.split_terms and linear.is_formed:  # one matrix for all
+            contrast = drift = 0
+        added = blueprint.halves * matrix if scores else 0
+        return paths * (target + contrast + drift) + valuation.reliability * spread + added
 
     def refresh_flops(self, blueprint: Blueprint) -> int:
         layers = _tower(blueprint, rows=blueprint.workload.held_out_rows)
         tower = sum(each.forward + each.backward for each in layers)
         formed = sum(linear.numel for linear in _contracted(blueprint) if linear.is_formed)
-        tokens = blueprint.workload.held_out_responses
-        return blueprint.held_out.forward + tower + 2 * tokens * (formed + blueprint.head_flops)
+        tokens, formed = blueprint.workload.held_out_responses, blueprint.halves * formed
+        one_draw = blueprint.held_out.forward + tower
+        one_draw += 2 * tokens * (formed + blueprint.head_flops)
+        return blueprint.steering_passes * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
         linears = _contracted(blueprint)
         formed = [linear.numel for linear in linears if linear.is_formed]
         # Below stage 3 too, G is kept in slices.
+        passes, halves = blueprint.steering_passes, blueprint.halves
         slices = sum(map(blueprint.sharding.slice_of, formed)) * FLOAT32
         parts = [
-            Part("slices of G", slices),
-            Part("held-out signals", self._signal_bytes(blueprint, linears)),
+            Part("slices of G", slices * passes * halves),
+            Part("held-out signals", passes * self._signal_bytes(blueprint, linears)),
         ]
+        every = [linear.numel for linear in linears]
+        if blueprint.config.valuation.contrast_source == "scored":
+            # Of the steps before, and of the step under way.
+            own = sum(map(blueprint.sharding.slice_of, every))
+            parts.append(Part("slices of B", 2 * own * halves * FLOAT32))
+            if blueprint.resident:
+                parts.append(Part("B of the step, whole", sum(every) * halves * FLOAT32))
         if blueprint.resident:
-            scored = sum(linear.numel for linear in linears)
-            whole = self._matrix_bytes(blueprint, formed=sum(formed), scored=scored)
+            whole = self._matrix_bytes(blueprint, formed=sum(formed), scored=sum(every))
             parts.append(Part("G and V, whole", whole))
         return parts
+
+    def saved_bytes(self, blueprint: Blueprint) -> int:
+        if blueprint.config.valuation.contrast_source != "scored":
+            return 0
+        scored = sum(linear.numel for linear in _contracted(blueprint))
+        return scored * blueprint.halves * FLOAT32
 
     def _signal_bytes(self, blueprint: Blueprint, linears: list[Contracted]) -> int:
         """Held-out signals of this rank, and where they stay of all ranks."""
@@ -191,9 +218,25 @@ class GhostCost(ScoringCost):
     def _matrix_bytes(self, blueprint: Blueprint, *, formed: int, scored: int) -> int:
         """Whole matrices that signals are contracted with: G where it is formed, and V; or their
         sum. Both arguments are elements."""
-        fused = not blueprint.config.valuation.split_terms
-        drift = (scored - formed if fused else scored) if blueprint.has_drift else 0
-        return (formed + drift) * blueprint.sharding.weight_bytes
+        drift = (
+            (scored - formed if self._fuses(blueprint) else scored) if blueprint.has_drift else 0
+        )
+        gathered = self._gathered(blueprint, formed=formed, scored=scored)
+        return (gathered + drift) * blueprint.sharding.weight_bytes
+
+    def _fuses(self, blueprint: Blueprint) -> bool:
+        return not blueprint.config.valuation.split_terms
+
+    def _gathered(self, blueprint: Blueprint, *, formed: int, scored: int) -> int:
+        """Elements of the matrices that are added in slices and then made whole: of G, B and D, or
+        of their sum and D."""
+        valuation = blueprint.config.valuation
+        contrast = 0
+        if valuation.contrast:
+            contrast = scored if valuation.contrast_source == "scored" else formed
+        either = max(formed, contrast)  # where one of G and B is a matrix
+        terms = either if self._fuses(blueprint) else formed + contrast
+        return terms + valuation.reliability * either
 
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         work, share = blueprint.workload, chunk_share(blueprint)
@@ -210,7 +253,14 @@ class GhostCost(ScoringCost):
         )
         if blueprint.resident:
             return parts
-        return (*parts, *scored_layer(blueprint, matrices=1 + blueprint.has_drift, working=0))
+        valuation = blueprint.config.valuation
+        matrices = 1 + blueprint.has_drift + (valuation.contrast > 0) + valuation.reliability
+        layer = scored_layer(blueprint, matrices=matrices, working=0)
+        if valuation.contrast_source != "scored":
+            return (*parts, *layer)
+        scored = max(sum(each.numel for each in linears) for _, linears in _by_layer(blueprint))
+        whole = Part("B of one layer, whole", 2 * scored * blueprint.halves * FLOAT32)
+        return (*parts, *layer, whole)
 
     def refresh_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         traced = _tower(blueprint, rows=blueprint.workload.held_out_rows)
@@ -223,14 +273,18 @@ class GhostCost(ScoringCost):
         activations = sum(held) if blueprint.resident else max(held)
         return (
             Part("activations of scoring", activations),
-            Part("G before it is divided", (pending + max(formed_by_layer)) * FLOAT32),
+            Part(
+                "G before it is divided",
+                (pending + max(formed_by_layer)) * blueprint.halves * FLOAT32,
+            ),
             logits(blueprint, blueprint.workload.held_out_responses),
         )
 
     def messages(self, blueprint: Blueprint) -> list[Message]:
         work, sharding = blueprint.workload, blueprint.sharding
-        weight, refreshes = sharding.weight_bytes, 1 / blueprint.config.valuation.refresh_every
-        runs = refreshes * work.held_out_batches + work.micro_batches
+        valuation, passes = blueprint.config.valuation, blueprint.steering_passes
+        weight, refreshes = sharding.weight_bytes, 1 / valuation.refresh_every
+        runs = refreshes * work.held_out_batches * passes + work.micro_batches
         # How often scored weights are gathered, and what they are contracted with.
         fills = 1.0 if blueprint.resident else runs
         uses = 1.0 if blueprint.resident else work.micro_batches
@@ -241,20 +295,27 @@ class GhostCost(ScoringCost):
             rows = [linear for linear in linears if not linear.is_formed]
             numels = blueprint.segment_numels(layer)
             messages.append(gather(blueprint, "scored weights", numels, weight, fills))
+            # Gathered from slices at every stage; below 3 they were cut all the same.
+            own = sum(map(sharding.slice_of, formed))
+            every = sum(sharding.slice_of(linear.numel) for linear in linears)
             if formed:
-                # Gathered from slices at every stage; below 3 they were cut all the same.
-                own = sum(map(sharding.slice_of, formed))
-                sums = refreshes * (1 if blueprint.resident else work.held_out_batches)
-                whole = sums * own * sharding.ranks * FLOAT32
-                messages += [
-                    Message("held-out gradient G", "reduce_scatter", sums, whole),
-                    Message("held-out gradient G", "all_gather", uses, uses * own * weight),
-                ]
+                sums = passes * refreshes * (1 if blueprint.resident else work.held_out_batches)
+                whole = sums * own * blueprint.halves * sharding.ranks * FLOAT32
+                messages.append(Message("held-out gradient G", "reduce_scatter", sums, whole))
+            if valuation.contrast_source == "scored":
+                sums = 1 if blueprint.resident else work.micro_batches
+                whole = sums * every * blueprint.halves * sharding.ranks * FLOAT32
+                messages.append(Message("contrast B", "reduce_scatter", sums, whole))
+            gathered = self._gathered(blueprint, formed=own, scored=every)
+            if gathered:
+                size = uses * gathered * weight
+                messages.append(Message("held-out gradient G", "all_gather", uses, size))
             features = sum(linear.out_features + linear.in_features for linear in rows)
-            signals = uses * work.held_out_batches * work.held_out_responses * features * weight
-            messages.append(
-                Message("held-out signals", "all_gather", uses * 2 * len(rows), signals)
-            )
+            own_rows = passes * work.held_out_batches * work.held_out_responses
+            signs = valuation.reliability * len(rows) * FLOAT32
+            signals = uses * own_rows * (features * weight + signs)
+            count = uses * passes * (2 + valuation.reliability) * len(rows)
+            messages.append(Message("held-out signals", "all_gather", count, signals))
             if blueprint.has_drift:
                 scored = [linear.numel for linear in linears]
                 messages.append(gather(blueprint, "drift V", scored, FLOAT32, uses))

@@ -1,4 +1,5 @@
-"""The directions in which estimator `exact` moves the weights: G, V, or their weighted sum."""
+"""The directions in which estimator `exact` moves the weights: G, B, V and D, or the weighted sum
+of the first three, and D."""
 
 from __future__ import annotations
 

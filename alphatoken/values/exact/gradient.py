@@ -1,5 +1,5 @@
-"""The full gradient of the validation loss, G = grad(sum of response losses) / N_val, computed
-outside of the engine.
+"""The full gradient of some rows' mean loss, such as G = grad(sum of held-out response losses) /
+N_val, computed outside of the engine.
 
 The model runs forward under whatever hooks it has; then one segment after the other, from the last,
 is filled, run again and differentiated, its weight gradients summed over the ranks and cut into
@@ -23,9 +23,10 @@ from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
 
 
-class ValidationGradient:
-    """Keeps this rank's slices of G, float32, by parameter name. Every rank must call `refresh` and
-    `own` alike."""
+class MeanGradient:
+    """Keeps this rank's slices of the mean gradient of some rows' response losses, float32, by
+    parameter name; with `signed` also those of 1/N grad(sum of s_v l_v), where s_v is 1 in one half
+    of the rows and -1 in the other. Every rank must call `refresh` and `own` alike."""
 
     def __init__(
         self,
@@ -33,48 +34,72 @@ class ValidationGradient:
         scored: Sequence[ScoredParameter],
         streamer: LayerStreamer,
         device: torch.device,
+        *,
+        signed: bool = False,
     ) -> None:
+        self._signed = signed
         self._decoder = decoder
         self._scored = scored
         self._streamer = streamer
         self._device = device
         self._sums: dict[str, Tensor] = {}
+        self._signed_sums: dict[str, Tensor] = {}
         self._count = 1
 
-    def own(self, name: str) -> Tensor:
-        """This rank's slice of the named parameter's G, flat and padded like
-        `zero3.master_slice`."""
-        return self._sums[name] / self._count
+    def own(self, name: str, *, signed: bool = False) -> Tensor:
+        """This rank's slice of the named parameter's gradient, or signed gradient, flat and padded
+        like `zero3.master_slice`."""
+        return (self._signed_sums if signed else self._sums)[name] / self._count
 
     @torch.no_grad()
     def refresh(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Takes in this rank's share of the validation sequences, as `Scorer.refresh` wants it;
-        returns token losses.
+        """Takes in this rank's share of the sequences, as `Scorer.refresh` wants it; returns token
+        losses.
 
         Memory besides the weights of one segment: the state between any two scored layers for all
         sequences, and one segment's gradients in float32. Communication per segment: one
-        all-gather, one reduce-scatter.
+        all-gather, one reduce-scatter; with signed gradients twice that, and another pass back.
         """
         count = torch.tensor(sum(int(batch["response"].sum()) for batch in batches))
         self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
-        self._sums = {}
-        layers, entries = self._streamer.indices, []
+        self._sums, self._signed_sums = {}, {}
+        entries = []
         for batch in batches:
-            with EntryCapture(self._decoder, layers.start, keep="every") as capture:
+            with EntryCapture(self._decoder, self._streamer.indices.start, keep="every") as capture:
                 self._decoder.hidden_states(batch)
             entries.append(capture.entry)
+        losses = self._back(batches, entries, self._sums, weights=None)
+        if self._signed:
+            signs = [batch["half_sign"] for batch in batches]
+            self._back(batches, entries, self._signed_sums, weights=signs)
+        return losses
 
-        losses, outgrads = self._top(batches, entries)
-        for place, index in reversed(list(enumerate(layers))):
-            outgrads = self._layer(index, place, entries, outgrads)
+    def _back(
+        self,
+        batches: Sequence[Batch],
+        entries: Sequence[Entry],
+        sums: dict[str, Tensor],
+        *,
+        weights: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        """Adds the gradients of the summed losses, each times its weight, (B, T) per batch; returns
+        the losses without weights."""
+        losses, outgrads = self._top(batches, entries, sums, weights)
+        for place, index in reversed(list(enumerate(self._streamer.indices))):
+            outgrads = self._layer(index, place, entries, outgrads, sums)
         if self._paths("embeddings"):
-            self._embeddings(batches, outgrads)
+            self._embeddings(batches, outgrads, sums)
         return losses
 
     def _layer(
-        self, index: int, place: int, entries: Sequence[Entry], outgrads: Sequence[Tensor]
+        self,
+        index: int,
+        place: int,
+        entries: Sequence[Entry],
+        outgrads: Sequence[Tensor],
+        sums: dict[str, Tensor],
     ) -> list[Tensor]:
-        """Takes in a layer's gradients; returns those at its input, (B, T, H) per batch."""
+        """Adds a layer's gradients; returns those at its input, (B, T, H) per batch."""
         paths, gradients, below = self._paths(index), self._zeros(index), []
         with self._streamer.segment(index) as module:
             for entry, outgrad_BTH in zip(entries, outgrads, strict=True):
@@ -85,17 +110,21 @@ class ValidationGradient:
                 below.append(ingrad_BTH)
                 for path, gradient in found.items():
                     gradients[path] += gradient
-        self._reduce(index, gradients)
+        self._reduce(index, gradients, sums)
         return below
 
     def _top(
-        self, batches: Sequence[Batch], entries: Sequence[Entry]
+        self,
+        batches: Sequence[Batch],
+        entries: Sequence[Entry],
+        sums: dict[str, Tensor],
+        weights: Sequence[Tensor] | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Token losses of each batch, and the gradient at the last layer's output, (B, T, H)."""
         losses, outgrads = [], []
         norm_gradients, head_gradients = self._zeros("norm"), self._zeros("head")
         with self._streamer.top() as (norm, head), torch.enable_grad():
-            for batch, entry in zip(batches, entries, strict=True):
+            for number, (batch, entry) in enumerate(zip(batches, entries, strict=True)):
                 response_BT, targets_BT = batch["response"], batch["targets"]
                 hidden_RH = entry.out[response_BT].requires_grad_()
                 norm_weights = {
@@ -116,7 +145,8 @@ class ValidationGradient:
                     normed_RH, weight_VH, bias_V, targets_R, self._decoder.logit_softcap
                 )
                 leaves = [hidden_RH, *norm_weights.values(), *head_weights.values()]
-                outgrad_RH, *found = torch.autograd.grad(nll_R.sum(), leaves)
+                weight_R = 1.0 if weights is None else weights[number][response_BT]
+                outgrad_RH, *found = torch.autograd.grad((weight_R * nll_R).sum(), leaves)
                 for total, gradient in zip(
                     [*norm_gradients.values(), *head_gradients.values()], found, strict=True
                 ):
@@ -125,11 +155,13 @@ class ValidationGradient:
                 losses[-1][response_BT] = nll_R.detach()
                 outgrads.append(torch.zeros_like(entry.out))
                 outgrads[-1][response_BT] = outgrad_RH
-        self._reduce("norm", norm_gradients)
-        self._reduce("head", head_gradients)
+        self._reduce("norm", norm_gradients, sums)
+        self._reduce("head", head_gradients, sums)
         return losses, outgrads
 
-    def _embeddings(self, batches: Sequence[Batch], outgrads: Sequence[Tensor]) -> None:
+    def _embeddings(
+        self, batches: Sequence[Batch], outgrads: Sequence[Tensor], sums: dict[str, Tensor]
+    ) -> None:
         gradients = self._zeros("embeddings")
         # What is linear in its weights has the same gradient whatever they are, so they need
         # not be gathered.
@@ -146,7 +178,7 @@ class ValidationGradient:
             )
             for path, gradient in zip(weights, found, strict=True):
                 gradients[path] += gradient
-        self._reduce("embeddings", gradients)
+        self._reduce("embeddings", gradients, sums)
 
     def _paths(self, segment: Segment) -> dict[str, str]:
         """Names of a segment's scored parameters by path."""
@@ -159,7 +191,9 @@ class ValidationGradient:
         }
         return {path: torch.zeros(shape, device=self._device) for path, shape in shapes.items()}
 
-    def _reduce(self, segment: Segment, gradients: Mapping[str, Tensor]) -> None:
+    def _reduce(
+        self, segment: Segment, gradients: Mapping[str, Tensor], sums: dict[str, Tensor]
+    ) -> None:
         """Adds a segment's gradients, of all ranks, to the slices; tied weights get theirs from two
         segments."""
         parameters = [self._decoder.segment_parameters(segment)[path] for path in gradients]
@@ -168,4 +202,4 @@ class ValidationGradient:
             gradients, zero3.sum_to_slices(list(gradients.values()), parameters), strict=True
         ):
             name = names[path]
-            self._sums[name] = self._sums[name] + own if name in self._sums else own
+            sums[name] = sums[name] + own if name in sums else own

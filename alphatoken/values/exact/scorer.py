@@ -1,5 +1,5 @@
-"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G + lambda
-V, in forward mode.
+"""Estimator `exact`: the true first-order effect of every token, <grad l_t, u> with u = G - c B +
+lambda V, in forward mode.
 
 All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a forward pass
 through the scored layers in dual numbers, one layer at a time, without a backward pass, and with
@@ -27,10 +27,10 @@ from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.chunks import Chunk, chunks_of
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
-from alphatoken.values.algebra import TERMS, TokenValues
+from alphatoken.values.algebra import TokenValues
 from alphatoken.values.estimator import Scorer, Scores, SliceScale
 from alphatoken.values.exact.directions import Direction, DirectionSlices
-from alphatoken.values.exact.gradient import ValidationGradient
+from alphatoken.values.exact.gradient import MeanGradient
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class _Dual:
 class ExactScorer(Scorer):
     """Values response tokens on the chosen parameters of the last K layers.
 
-    With `split_terms` and drift there are two directions, G and V, and a layer runs once for each;
-    otherwise one, the weighted sum. `balance` and `stability_weight` then work as in `ghost`.
+    With `split_terms` G, B and V are directions of their own, and a layer runs once for each that
+    there is; otherwise one, the weighted sum. D, for the spread, is one more. `balance` and
+    `stability_weight` then work as in `ghost`.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class ExactScorer(Scorer):
         self._streamer = LayerStreamer(
             decoder, first, device, resident=config.is_resident, forward_mode=True
         )
-        self._gradient = ValidationGradient(decoder, scored, self._streamer, device)
+        signed = config.reliability
+        self._gradient = MeanGradient(decoder, scored, self._streamer, device, signed=signed)
+        self._contrast = MeanGradient(decoder, scored, self._streamer, device, signed=signed)
+        self._directions = self._names_of_directions()
         self._device = device
         self._dtype = next(decoder.model.parameters()).dtype
         self._embeds = any(each.segment == "embeddings" for each in scored)
@@ -99,10 +103,6 @@ class ExactScorer(Scorer):
     ) -> ExactScorer:
         return cls(decoder, config, device, drift, adam_scale)
 
-    @property
-    def _splits(self) -> bool:
-        return self.config.split_terms and self._drift is not None
-
     def capture(self) -> EntryCapture:
         return EntryCapture(self.decoder, self._streamer.indices.start, keep="first")
 
@@ -116,10 +116,17 @@ class ExactScorer(Scorer):
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     @torch.no_grad()
-    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+    def refresh(
+        self,
+        batches: Sequence[Batch] | None,
+        scored_tokens: int = 0,
+        contrast: Sequence[Batch] | None = None,
+    ) -> list[Tensor]:
         self._slices, self._kept = {}, {}  # the old ones go before the new are formed
         self._streamer.refresh()
         losses = [] if batches is None else self._gradient.refresh(batches)
+        if contrast is not None:
+            self._contrast.refresh(contrast)
         self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}
@@ -137,7 +144,7 @@ class ExactScorer(Scorer):
         """What enters the first scored layer: with embeddings among the scored it moves, else it
         stands still."""
         chunks = chunks_of(entry, batch, self.config.chunk_tokens)
-        count = 2 if self._splits else 1
+        count = len(self._directions)
         if not self._embeds:
             still = [torch.zeros_like(chunk.entry.first_BTH) for chunk in chunks]
             pairs = zip(chunks, still, strict=True)
@@ -145,7 +152,7 @@ class ExactScorer(Scorer):
                 _Dual(chunk, chunk.entry.first_BTH, (zero_BTH,) * count)
                 for chunk, zero_BTH in pairs
             ]
-        directions = self._directions("embeddings")
+        directions = self._whole("embeddings")
         duals = []
         for chunk in chunks:
             inputs = {"input_ids": batch["input_ids"][chunk.rows]}
@@ -158,7 +165,7 @@ class ExactScorer(Scorer):
     def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
         """All chunks at the output of one layer. Weights and directions are dropped before the next
         are gathered."""
-        directions = self._directions(index)
+        directions = self._whole(index)
         with self._streamer.segment(index) as module:
             return [
                 self._layer(module, dual, place, directions) if dual.chunk.has_response else dual
@@ -183,8 +190,8 @@ class ExactScorer(Scorer):
         """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
         response."""
         nll_BT = torch.zeros(batch["response"].shape, device=self._device)
-        effects = [torch.zeros_like(nll_BT) for _ in range(2 if self._splits else 1)]
-        norms, heads = self._directions("norm"), self._directions("head")
+        effects = [torch.zeros_like(nll_BT) for _ in self._directions]
+        norms, heads = self._whole("norm"), self._whole("head")
         with self._streamer.top() as (norm, head):
             for dual, number in product(duals, range(len(effects))):
                 rows, response = dual.chunk.rows, dual.chunk.response_BT
@@ -205,16 +212,28 @@ class ExactScorer(Scorer):
         return nll_BT, effects
 
     def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
-        if self.config.split_terms:
-            nothing_BT = torch.zeros_like(effects[0])
-            target_BT, proxy_BT = effects if self._splits else (effects[0], nothing_BT)
-            return TokenValues.from_terms(
-                [target_BT, nothing_BT, proxy_BT, nothing_BT], self.part_weights
-            )
-        unknown_BT = torch.zeros_like(effects[0]).masked_fill(response_BT, torch.nan)
-        return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=effects[0])
+        found = dict(zip(self._directions, effects, strict=True))
+        spread_BT = found.pop("spread", None)
+        if not self.config.split_terms:
+            return TokenValues.from_composite(found["direction"], response_BT, spread_BT)
+        return TokenValues.from_terms(
+            {f"direct_{name}": effect_BT for name, effect_BT in found.items()},
+            self.part_weights,
+            contrast=self.config.contrast,
+            spread=spread_BT,
+        )
 
-    def _directions(self, segment: Segment) -> list[Direction]:
+    def _names_of_directions(self) -> tuple[str, ...]:
+        """What layers are run for, in order: the terms' directions or their sum, and the
+        spread's."""
+        names = ["direction"]
+        if self.config.split_terms:
+            names = ["target"]
+            names += ["contrast"] if self.config.contrast else []
+            names += [] if self._drift is None else ["proxy"]
+        return (*names, "spread") if self.config.reliability else tuple(names)
+
+    def _whole(self, segment: Segment) -> list[Direction]:
         """A segment's directions, whole; gathered now unless everything is resident."""
         return self._kept[segment] if self.config.is_resident else self._slices[segment].gather()
 
@@ -227,28 +246,45 @@ class ExactScorer(Scorer):
         """
         in_segment = self.decoder.segment_parameters(segment)
         parameters = {scored.path: in_segment[scored.path] for scored in self._scored[segment]}
-        targets, drifts = {}, {}
+        directions: list[Direction] = [{} for _ in self._directions]
         for scored in self._scored[segment]:
             path = scored.path
             scale = 1.0 if self._scale is None else self._scale(parameters[path])
-            targets[path] = scale * self._gradient.own(scored.name)
-            if self._drift is not None:
-                moved = scored.name in self._drift
-                own = self._drift.own(scored.name) if moved else torch.zeros_like(targets[path])
-                drifts[path] = scale * own
-        directions = [targets]
-        if self._splits:
-            directions = [targets, drifts]
-        elif self._drift is not None:
-            weight = self.config.stability_weight
-            directions = [{path: targets[path] + weight * drifts[path] for path in targets}]
-        return DirectionSlices(
-            parameters=parameters,
-            directions=[
-                {path: own.to(self._dtype) for path, own in direction.items()}
-                for direction in directions
-            ],
+            own = self._own_directions(scored.name, parameters[path])
+            for direction, name in zip(directions, self._directions, strict=True):
+                direction[path] = (scale * own[name]).to(self._dtype)
+        return DirectionSlices(parameters=parameters, directions=directions)
+
+    @property
+    def needs_contrast_rows(self) -> bool:
+        return super().needs_contrast_rows or (
+            self.first_moment is not None and self.first_moment.is_empty
         )
+
+    def _own_directions(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's slice of a parameter's directions, by what they are for."""
+        contrast, weight = self.config.contrast, self.config.stability_weight
+        moment = self.first_moment
+        if moment is not None and moment.is_empty:
+            moment = None  # before the optimizer's first step rows stand in for it
+        own = {"target": self._gradient.own(name)}
+        if contrast:
+            own["contrast"] = self._contrast.own(name) if moment is None else moment(parameter)
+        if self._drift is not None:
+            own["proxy"] = torch.zeros_like(own["target"])
+            if name in self._drift:
+                own["proxy"] = self._drift.own(name)
+        if self.config.reliability:
+            own["spread"] = self._gradient.own(name, signed=True)
+            if contrast and moment is None:  # a moment has no halves
+                own["spread"] = own["spread"] - contrast * self._contrast.own(name, signed=True)
+        if not self.config.split_terms:
+            own["direction"] = own["target"]
+            if contrast:
+                own["direction"] = own["direction"] - contrast * own["contrast"]
+            if "proxy" in own:
+                own["direction"] = own["direction"] + weight * own["proxy"]
+        return own
 
     def _watch(self, segment: Segment, derivative: Tensor) -> None:
         self._nonfinite[self._segments.index(segment)] |= ~torch.isfinite(derivative).all()

@@ -1,10 +1,12 @@
-"""The value of a token, in one place: the signals of one linear contracted with G and V, and the
-sum over linears (Eqs. 8 to 12 of arXiv 2606.01635).
+"""The value of a token, in one place: the signals of one linear contracted with G, B and V, and the
+sum over linears (Eqs. 8 to 12 of arXiv 2606.01635, which know no B: there c is 0).
 
     value(t) =   d_t^T G h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T G h_t              adaptation
+               - c      ( d_t^T B h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T B h_t )
                + lambda ( d_t^T V h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T V h_t )   stability
 
-summed over the scored linears; the sums over k over value projections only.
+summed over the scored linears; the sums over k over value projections only. The spread is the same
+with D, half the difference of G - c B under two halves of the rows, in place of G - c B + lambda V.
 
 Shape legend: B sequences and T positions of a batch, R response positions of one chunk, I and O the
 features of a linear.
@@ -30,56 +32,87 @@ class Products:
     proxy: Contraction | None
     """With V = F * (W - W_ref), the Fisher-weighted drift: (d, h) -> d^T V h. None without drift,
     and where `target` is with G + lambda V already."""
+    contrast: Contraction | None = None
+    """With B, the mean gradient of other training rows. None without contrast, and where `target`
+    is with G - c B already."""
+    spread: Contraction | None = None
+    """With D = (G_a - G_b) / 2 - c (B_a - B_b) / 2, where a and b are halves of the rows. None
+    unless it is asked for."""
 
 
 def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
-    """Contracts one linear's signals: its share of the four terms, by name, (R,) float32 each.
+    """Contracts one linear's signals: its share of the terms, by name, (R,) float32 each.
 
     Absent terms are zero: the causal ones of a linear that no causal path is followed through, the
-    proxy ones without drift.
+    contrast ones without contrast, the proxy ones without drift.
     """
     response_BT = signals.chunk.response_BT
-    h_RI, d_RO = signals.act_BTI[response_BT], signals.outgrad_BTO[response_BT]
-    terms = {"direct_target": products.target(d_RO, h_RI)}
-    if products.proxy is not None:
-        terms["direct_proxy"] = products.proxy(d_RO, h_RI)
+    h_RI = signals.act_BTI[response_BT]
+    paths = {"direct": signals.outgrad_BTO[response_BT]}
     if signals.mixed_BTO is not None:
-        mixed_RO = signals.mixed_BTO[response_BT]  # sum_k A[k,t] d_k
-        terms["causal_target"] = products.target(mixed_RO, h_RI)
-        if products.proxy is not None:
-            terms["causal_proxy"] = products.proxy(mixed_RO, h_RI)
-    return terms
+        paths["causal"] = signals.mixed_BTO[response_BT]  # sum_k A[k,t] d_k
+    directions = {
+        "target": products.target,
+        "contrast": products.contrast,
+        "proxy": products.proxy,
+    }
+    return {
+        f"{path}_{direction}": contraction(d_RO, h_RI)
+        for direction, contraction in directions.items()
+        if contraction is not None
+        for path, d_RO in paths.items()
+    }
 
 
-def contract_at_once(signals: LinearSignals, products: Products, stability_weight: float) -> Tensor:
+def contract_at_once(
+    signals: LinearSignals, products: Products, stability_weight: float, contrast: float = 0.0
+) -> Tensor:
     """Contracts one linear's signals to its share of the value, (R,) float32, without the terms.
 
     Every term is linear in d, so direct and causal paths may be added before the contraction:
-    value = (d + mixed)^T (G + lambda V) h. That halves the work on value projections, and more
-    where `products.target` is with G + lambda V.
+    value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
+    more where `products.target` is with the sum of the three.
     """
-    response_BT = signals.chunk.response_BT
-    h_RI, d_RO = signals.act_BTI[response_BT], signals.outgrad_BTO[response_BT]
-    if signals.mixed_BTO is not None:
-        d_RO = d_RO + signals.mixed_BTO[response_BT]
+    h_RI, d_RO = _of_all_paths(signals)
     value_R = products.target(d_RO, h_RI)
+    if products.contrast is not None:
+        value_R = value_R - contrast * products.contrast(d_RO, h_RI)
     if products.proxy is not None:
         value_R = value_R + stability_weight * products.proxy(d_RO, h_RI)
     return value_R
 
 
+def contract_spread(signals: LinearSignals, spread: Contraction) -> Tensor:
+    """Contracts one linear's signals to its share of the spread, (R,) float32, over all paths."""
+    h_RI, d_RO = _of_all_paths(signals)
+    return spread(d_RO, h_RI)
+
+
+def _of_all_paths(signals: LinearSignals) -> tuple[Tensor, Tensor]:
+    """h_t, and d_t with what comes by the causal path, of response positions: (R, I), (R, O)."""
+    response_BT = signals.chunk.response_BT
+    h_RI, d_RO = signals.act_BTI[response_BT], signals.outgrad_BTO[response_BT]
+    if signals.mixed_BTO is not None:
+        d_RO = d_RO + signals.mixed_BTO[response_BT]
+    return h_RI, d_RO
+
+
 class TermSums:
     """Sums over linears, (B, T) float32 per term, zero off the response.
 
-    split: whether the four terms are kept apart, or only their weighted sum is computed.
+    split: whether the terms are kept apart, or only their weighted sum is computed. contrast: what
+    the contrast terms are multiplied by (c). spread: whether that is computed as well.
     """
 
-    def __init__(self, response_BT: Tensor, *, split: bool) -> None:
+    def __init__(
+        self, response_BT: Tensor, *, split: bool, contrast: float = 0.0, spread: bool = False
+    ) -> None:
         self._response_BT = response_BT
         self._split = split
+        self._contrast = contrast
+        names = [*(TERMS if split else ("composite",)), *(["spread"] if spread else [])]
         self._sums = {
-            name: torch.zeros(response_BT.shape, device=response_BT.device)
-            for name in (TERMS if split else ("composite",))
+            name: torch.zeros(response_BT.shape, device=response_BT.device) for name in names
         }
 
     def add(self, signals: LinearSignals, products: Products, stability_weight: float) -> Tensor:
@@ -88,7 +121,10 @@ class TermSums:
         if self._split:
             shares = contract(signals, products)
         else:
-            shares = {"composite": contract_at_once(signals, products, stability_weight)}
+            value_R = contract_at_once(signals, products, stability_weight, self._contrast)
+            shares = {"composite": value_R}
+        if products.spread is not None:
+            shares["spread"] = contract_spread(signals, products.spread)
         for name, share_R in shares.items():
             chunk_BT = self._sums[name][signals.chunk.rows]
             chunk_BT[signals.chunk.response_BT] += share_R
@@ -97,8 +133,10 @@ class TermSums:
     def values(self, part_weights: tuple[float, float]) -> TokenValues:
         """The sums as values. `part_weights` multiply adaptation and stability where the terms were
         kept apart; otherwise the terms are NaN on the response."""
-        if self._split:
-            return TokenValues.from_terms([self._sums[term] for term in TERMS], part_weights)
-        composite_BT = self._sums["composite"]
-        unknown_BT = torch.zeros_like(composite_BT).masked_fill(self._response_BT, torch.nan)
-        return TokenValues(**dict.fromkeys(TERMS, unknown_BT), composite=composite_BT)
+        spread_BT = self._sums.get("spread")
+        if not self._split:
+            return TokenValues.from_composite(self._sums["composite"], self._response_BT, spread_BT)
+        terms = {term: self._sums[term] for term in TERMS}
+        return TokenValues.from_terms(
+            terms, part_weights, contrast=self._contrast, spread=spread_BT
+        )

@@ -1,4 +1,4 @@
-"""The held-out signals of the scored linears, divided over the ranks, in the form each linear's
+"""The signals of rows that steer values, divided over the ranks, in the form each linear's
 contraction needs."""
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ from torch import Tensor
 
 from alphatoken.distributed import collectives
 from alphatoken.values import algebra
-from alphatoken.values.algebra import (
-    CONTRACTIONS,
-    Contraction,
-    ContractionName,
-    FromMatrix,
-    FromSignals,
-)
+from alphatoken.values.algebra import CONTRACTIONS, Contraction, ContractionName, FromSignals
+from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
+from alphatoken.values.ghost.outer_sums import OuterSums
 
 
 @dataclass
-class _Signals:
-    """One linear's signals. matrix: this rank's slice of the sum of d_v h_v^T. signals: this rank's
-    own rows."""
+class _Rows:
+    """One linear's signals of this rank's own positions, where no matrix is formed of them."""
 
-    contraction: ContractionName
-    slice: Tensor
-    pending_OI: Tensor | None = None
     acts: list[Tensor] = field(default_factory=list)
     outgrads: list[Tensor] = field(default_factory=list)
+    signs: list[Tensor] = field(default_factory=list)
 
 
-class HeldOutSignals:
-    """Collects (h_v, d_v) per linear and hands out contractions with them.
+class HeldOutSignals(MeanMatrices):
+    """Collects (h_v, d_v) per linear and hands out contractions with their mean outer product.
 
     `features` maps names to (out, in). `choice` is `valuation.contraction`. Contractions are in
-    `dtype`. Every rank must call `begin`, `reduce` and `contractions` in the same order.
+    `dtype`. With `signed` the halves of the rows are told apart. Every rank must call `begin`,
+    `reduce` and `contractions` in the same order.
     """
 
     def __init__(
@@ -45,12 +39,16 @@ class HeldOutSignals:
         choice: str,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        signed: bool = False,
     ) -> None:
         self._features = features
         self._choice = choice
         self._dtype = dtype
         self._device = device
-        self._signals: dict[str, _Signals] = {}
+        self._signed = signed
+        self._formed = OuterSums(features, device, signed=signed)
+        self._rows: dict[str, _Rows] = {}
         self._val_count = 0
 
     def begin(self, own_val_count: int, own_scored_tokens: int) -> None:
@@ -61,66 +59,61 @@ class HeldOutSignals:
             int(count) for count in collectives.sum_over_ranks(counts).tolist()
         )
         ranks = collectives.world_size()
-        self._signals = {}
+        chosen: dict[str, ContractionName] = {}
         for name, (out_features, in_features) in self._features.items():
-            contraction: ContractionName = algebra.cheaper_contraction(
+            chosen[name] = algebra.cheaper_contraction(
                 self._val_count, scored_tokens // ranks, in_features, out_features, ranks
             )
             if self._choice != "auto":
-                contraction = CONTRACTIONS[self._choice]
-            length = -(-out_features * in_features // ranks) if contraction == "matrix" else 0
-            self._signals[name] = _Signals(contraction, torch.zeros(length, device=self._device))
+                chosen[name] = CONTRACTIONS[self._choice]
+        self._formed.begin([name for name, form in chosen.items() if form == "matrix"])
+        self._rows = {name: _Rows() for name, form in chosen.items() if form == "signals"}
 
-    def add(self, name: str, outgrad_NO: Tensor, act_NI: Tensor) -> None:
-        """Signals of some validation positions of this rank."""
-        signals = self._signals[name]
-        if signals.contraction == "signals":
-            signals.acts.append(act_NI)
-            signals.outgrads.append(outgrad_NO)
-        else:
-            matrix_OI = algebra.target_matrix(outgrad_NO, act_NI)
-            signals.pending_OI = (
-                matrix_OI if signals.pending_OI is None else signals.pending_OI + matrix_OI
-            )
+    def clear(self) -> None:
+        """Forgets all signals, which take no memory any more."""
+        self._formed.begin(())
+        self._rows = {}
+
+    def add(
+        self, name: str, outgrad_NO: Tensor, act_NI: Tensor, sign_N: Tensor | None = None
+    ) -> None:
+        """Signals of some validation positions of this rank; with `signed` also 1 or -1 for the
+        half that each is in."""
+        if name in self._formed:
+            self._formed.add(name, outgrad_NO, act_NI, sign_N)
+            return
+        rows = self._rows[name]
+        rows.acts.append(act_NI)
+        rows.outgrads.append(outgrad_NO)
+        if self._signed:
+            assert sign_N is not None, "signed sums need the half of each position"
+            rows.signs.append(sign_N)
 
     def reduce(self, names: Sequence[str]) -> None:
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of
         them."""
-        formed = [name for name in names if self._signals[name].contraction == "matrix"]
-        if not formed:
-            return
-        nothing = {name: torch.zeros(self._features[name], device=self._device) for name in formed}
-        pending = [self._signals[name].pending_OI for name in formed]
-        whole = [
-            nothing[name] if part is None else part
-            for name, part in zip(formed, pending, strict=True)
-        ]
-        for name, own in zip(formed, collectives.sum_to_slices(whole), strict=True):
-            self._signals[name].slice += own
-            self._signals[name].pending_OI = None
+        self._formed.reduce(names)
 
     def contractions(self, names: Sequence[str]) -> dict[str, Contraction]:
         """The target contraction of each named linear; gathers matrices (one message) or rows (two
         per linear)."""
-        formed = [name for name in names if self._signals[name].contraction == "matrix"]
-        slices = [
-            (self._signals[name].slice / max(self._val_count, 1)).to(self._dtype) for name in formed
-        ]
-        shapes = [torch.Size(self._features[name]) for name in formed]
-        contractions: dict[str, Contraction] = {
-            name: FromMatrix(matrix_OI)
-            for name, matrix_OI in zip(
-                formed, collectives.gather_slices(slices, shapes), strict=True
-            )
-        }
-        for name in names:
-            if name not in contractions:
-                signals, (out_features, in_features) = self._signals[name], self._features[name]
-                outgrad_NO = self._all_rows(signals.outgrads, out_features)
-                contractions[name] = FromSignals(
-                    outgrad_NO, self._all_rows(signals.acts, in_features), self._val_count
-                )
-        return contractions
+        directions = {"target": [Weighted(1.0, self)]}
+        return contractions_with(directions, names, self._features, self._dtype)["target"]
+
+    def own_slice(self, name: str, *, signed: bool = False) -> Tensor | None:
+        if name not in self._formed:
+            return None
+        return self._formed.own(name, signed=signed) / max(self._val_count, 1)
+
+    def all_signals(self, name: str) -> FromSignals:
+        rows, (out_features, in_features) = self._rows[name], self._features[name]
+        outgrad_NO = self._all_rows(rows.outgrads, out_features)
+        act_NI = self._all_rows(rows.acts, in_features)
+        sign_N = None
+        if self._signed:
+            none = torch.zeros(0, device=self._device)
+            sign_N = collectives.gather_rows(torch.cat([none, *rows.signs]))
+        return FromSignals(outgrad_NO, act_NI, self._val_count, sign_N)
 
     def _all_rows(self, parts: list[Tensor], features: int) -> Tensor:
         own = torch.cat([torch.zeros(0, features, dtype=self._dtype, device=self._device), *parts])

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.config.sections import ValuationConfig
+from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
@@ -21,7 +23,9 @@ from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
 from alphatoken.values.estimator import Scorer, Scores, SliceScale
 from alphatoken.values.ghost.contract import Products, TermSums
+from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
+from alphatoken.values.ghost.scored_mean import ScoredMean
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
 
@@ -44,8 +48,14 @@ class GhostScorer(Scorer):
         )
         self._dtype = next(decoder.model.parameters()).dtype
         linears = self.tower.linears
-        features = {name: self._features(linear) for name, linear in linears.items()}
-        self._held_out = HeldOutSignals(features, config.contraction, self._dtype, device)
+        self._features = {name: self._features_of(linear) for name, linear in linears.items()}
+        self._held_out = self._no_signals(device)
+        self._contrast_rows = self._no_signals(device)
+        self._scored: ScoredMean | None = None
+        if config.contrast_source == "scored":
+            self._scored = ScoredMean(
+                self._features, config.contrast_memory, device, signed=config.reliability
+            )
         self._kept_products: dict[int, dict[str, Products]] = {}
         """By layer and linear, where everything is resident; a streamed layer's are gathered while
         it is in memory."""
@@ -86,10 +96,42 @@ class GhostScorer(Scorer):
         self._nonfinite.zero_()
         return [name for name, flag in zip(self.tower.linears, flags, strict=True) if flag]
 
+    @property
+    def needs_contrast_rows(self) -> bool:
+        return super().needs_contrast_rows or (self._scored is not None and self._scored.is_empty)
+
     @torch.no_grad()
-    def refresh(self, batches: Sequence[Batch] | None, scored_tokens: int = 0) -> list[Tensor]:
+    def after_step(self) -> None:
+        if self._scored is not None:
+            whole = self.tower.layers if self._resident else ()
+            self._scored.fold([self._names(layer) for layer in whole])
+            if not self._scored.is_empty:
+                self._contrast_rows.clear()
+
+    def state(self) -> EqualSlices | None:
+        return None if self._scored is None else self._scored.state()
+
+    @property
+    def saved_bytes(self) -> int:
+        return 0 if self._scored is None else self._scored.saved_bytes
+
+    def restore(self, saved: TensorFile) -> None:
+        if self._scored is not None:
+            self._scored.restore(saved)
+
+    @torch.no_grad()
+    def refresh(
+        self,
+        batches: Sequence[Batch] | None,
+        scored_tokens: int = 0,
+        contrast: Sequence[Batch] | None = None,
+    ) -> list[Tensor]:
         self.tower.refresh()
-        losses = [] if batches is None else self._take_in(batches, scored_tokens)
+        losses = []
+        if batches is not None:
+            losses = self._take_in(batches, self._held_out, scored_tokens)
+        if contrast is not None:
+            self._take_in(contrast, self._contrast_rows, scored_tokens)
         if self._resident:
             self._kept_products = {}  # the old ones go before the new are gathered
             for layer in self.tower.layers:
@@ -98,7 +140,12 @@ class GhostScorer(Scorer):
 
     @torch.no_grad()
     def score(self, entry: Entry, batch: Batch) -> Scores:
-        sums = TermSums(batch["response"], split=self.config.split_terms)
+        sums = TermSums(
+            batch["response"],
+            split=self.config.split_terms,
+            contrast=self.config.contrast,
+            spread=self.config.reliability,
+        )
 
         @contextmanager
         def contracting(layer: int) -> Iterator[SignalConsumer]:
@@ -110,67 +157,128 @@ class GhostScorer(Scorer):
                 name = signals.linear.name
                 finite = sums.add(signals, products[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
+                if self._scored is not None:
+                    _add_response(self._scored, signals, batch)
 
             yield add
+            if self._scored is not None and not self._resident:
+                self._scored.reduce(self._names(layer))
+
+        if self._scored is not None:
+            self._scored.count(batch["response"])
 
         nll_BT = self.tower.run(entry, batch, contracting, window=self.config.window)
         return Scores(sums.values(self.part_weights), nll_BT)
 
-    def _take_in(self, batches: Sequence[Batch], scored_tokens: int) -> list[Tensor]:
-        """Collects the held-out signals of this rank's batches; returns their token losses."""
+    def _take_in(
+        self, batches: Sequence[Batch], into: HeldOutSignals, scored_tokens: int
+    ) -> list[Tensor]:
+        """Collects the signals of this rank's batches, in place of those that were there; returns
+        their token losses."""
+        own_count = sum(int(batch["response"].sum()) for batch in batches)
+        into.begin(own_count, scored_tokens)
+        losses = [self._signals_of(batch, into) for batch in batches]
+        if self._resident:
+            for layer in self.tower.layers:
+                into.reduce(self._names(layer))
+        return losses
+
+    def _signals_of(self, batch: Batch, into: HeldOutSignals) -> Tensor:
+        """Adds the signals of a batch; returns its token losses."""
 
         @contextmanager
         def collecting(layer: int) -> Iterator[SignalConsumer]:
-            def add(signals: LinearSignals) -> None:
-                response_BT = signals.chunk.response_BT
-                self._held_out.add(
-                    signals.linear.name,
-                    signals.outgrad_BTO[response_BT],
-                    signals.act_BTI[response_BT],
-                )
-
-            yield add
+            yield lambda signals: _add_response(into, signals, batch)
             if not self._resident:  # so that one layer's matrices are whole at a time
-                self._held_out.reduce(self._names(layer))
+                into.reduce(self._names(layer))
 
-        own_val_count = sum(int(batch["response"].sum()) for batch in batches)
-        self._held_out.begin(own_val_count, scored_tokens)
-        losses = []
-        for batch in batches:
-            with self.capture() as capture:
-                self.decoder.hidden_states(batch)
-            # G holds the direct signals only (Eq. 8): no causal path is followed through
-            # held-out rows.
-            losses.append(self.tower.run(capture.entry, batch, collecting, window=0))
-        if self._resident:
-            for layer in self.tower.layers:
-                self._held_out.reduce(self._names(layer))
-        return losses
+        with self.capture() as capture:
+            self.decoder.hidden_states(batch)
+        # G holds the direct signals only (Eq. 8): no causal path is followed through held-out
+        # rows.
+        return self.tower.run(capture.entry, batch, collecting, window=0)
 
     def _names(self, layer: int) -> list[str]:
         return [name for name, linear in self.tower.linears.items() if linear.layer == layer]
 
     def _gather_products(self, layer: int) -> dict[str, Products]:
         """What a layer's signals are contracted with, by linear, from all ranks' slices; one
-        message for G, one for V."""
+        message for G, B and D, one for V."""
         names, weight = self._names(layer), self.config.stability_weight
-        targets = self._held_out.contractions(names)
+        found = contractions_with(self._directions(), names, self._features, self._dtype)
+        products = {
+            name: Products(
+                target=found["target"][name],
+                proxy=None,
+                contrast=found["contrast"][name] if "contrast" in found else None,
+                spread=found["spread"][name] if "spread" in found else None,
+            )
+            for name in names
+        }
         if self._drift is None:
-            return {name: Products(targets[name], proxy=None) for name in names}
-        products = {}
+            return products
         for name, drift in zip(names, self._drift.matrices(names), strict=True):
             drift_OI = drift.T if self.tower.linears[name].transposed else drift
-            target = targets[name]
+            target = products[name].target
             if isinstance(target, FromMatrix) and not self.config.split_terms:
                 # lambda itself, not the part weights: `split_terms: false` is refused with
                 # `balance: std`.
                 fused_OI = target.matrix_OI.float() + weight * drift_OI
-                products[name] = Products(FromMatrix(fused_OI.to(self._dtype)), proxy=None)
+                changed = {"target": FromMatrix(fused_OI.to(self._dtype))}
             else:
-                products[name] = Products(target, FromMatrix(drift_OI.to(self._dtype)))
+                changed = {"proxy": FromMatrix(drift_OI.to(self._dtype))}
+            products[name] = replace(products[name], **changed)
         return products
 
-    def _features(self, linear: ScoredLinear) -> tuple[int, int]:
+    def _directions(self) -> dict[str, list[Weighted]]:
+        """What the directions besides V are made of: G and B, or where only the composite is wanted
+        their sum; and D."""
+        held_out, contrast = self._held_out, -self.config.contrast
+        directions = {"target": [Weighted(1.0, held_out)]}
+        if self.config.reliability:
+            directions["spread"] = [Weighted(1.0, held_out, signed=True)]
+        if not contrast:
+            return directions
+        if self.config.split_terms:
+            directions["contrast"] = [Weighted(1.0, self._contrast_mean)]
+        else:
+            directions["target"].append(Weighted(contrast, self._contrast_mean))
+        if self.config.reliability:
+            directions["spread"].append(Weighted(contrast, self._contrast_mean, signed=True))
+        return directions
+
+    @property
+    def _contrast_mean(self) -> MeanMatrices:
+        """Where B comes from: what was scored, once there is any; or rows."""
+        if self._scored is None or self._scored.is_empty:
+            return self._contrast_rows
+        return self._scored
+
+    def _no_signals(self, device: torch.device) -> HeldOutSignals:
+        return HeldOutSignals(
+            self._features,
+            self.config.contraction,
+            self._dtype,
+            device,
+            signed=self.config.reliability,
+        )
+
+    def _features_of(self, linear: ScoredLinear) -> tuple[int, int]:
         """(out, in) features of a linear, however its weight is stored."""
         rows, columns = self.tower.weight(linear.layer, linear.path).shape
         return (columns, rows) if linear.transposed else (rows, columns)
+
+
+def _add_response(into: HeldOutSignals | ScoredMean, signals: LinearSignals, batch: Batch) -> None:
+    """Adds the signals of the response positions of a chunk of `batch`, and the half each is in
+    where halves are told apart."""
+    chunk, response_BT = signals.chunk, signals.chunk.response_BT
+    sign_R = None
+    if "half_sign" in batch:
+        sign_R = batch["half_sign"][chunk.rows][response_BT]
+    into.add(
+        signals.linear.name,
+        signals.outgrad_BTO[response_BT],
+        signals.act_BTI[response_BT],
+        sign_R,
+    )

@@ -1,0 +1,347 @@
+"""Contrast in training runs: where B comes from, on any number of ranks and after resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from alphatoken.data.batches import Order
+from alphatoken.errors import UserError
+from tests.cases import trainer_of
+from tests.exact_oracle import exact_values
+from tests.oracle import (
+    Sequences,
+    half_differences,
+    mean_gradients,
+    oracle_copy,
+    relative_error,
+    sequence_signals,
+    token_values,
+)
+from tests.ranks import run_ranks
+from tests.runs import changed, metrics_of
+from tests.test_pairs import documents_of
+from tests.test_valuation import scored_set
+from tests.tiny import CASES, tokenised
+
+C, MEMORY, BATCH, HELD_OUT, ROWS = 0.7, 0.6, 12, 5, 30
+CONTRAST = {"contrast": C, "reliability": True, "stability_weight": 0.0}
+Directions = dict[str, Tensor]
+
+
+def rows_of(step: int) -> list[int]:
+    return [int(row) for row in Order([ROWS], None, (0, 0)).step(step, BATCH)]
+
+
+def others_of(step: int) -> list[int]:
+    """The next rows of the order that are not among the step's, in order, each once."""
+    found: list[int] = []
+    for later in range(step + 1, step + 5):
+        found += [row for row in rows_of(later) if row not in rows_of(step) and row not in found]
+    return found[:HELD_OUT]
+
+
+def held_out_of(step: int) -> list[int]:
+    return [int(row) for row in Order([7], None, (0, 1)).step(step, HELD_OUT)]
+
+
+class Truth:
+    """What every step's values must be, in float64, from the weights before each step."""
+
+    def __init__(self, values: dict[str, Any], steps: dict[int, dict[str, Any]]) -> None:
+        folder = values["model"]["name_or_path"]
+        self.model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.train = [[row] for row in tokenised(tokenizer, values["data"]["train"])]
+        self.held_out = tokenised(tokenizer, values["data"]["validation"])
+        self.scored = scored_set(CASES["llama"], self.model, depth=2)
+        self.steps = steps
+
+    def at(self, step: int) -> PreTrainedModel:
+        self.model.load_state_dict(self.steps[step]["weights"], strict=False)
+        return oracle_copy(self.model)
+
+    def documents(self, rows: list[int]) -> Sequences:
+        return [document for row in rows for document in self.train[row]]
+
+    def scored_mean(self, step: int) -> tuple[Directions, Directions]:
+        """B and half the difference of its halves: an exponential mean of the steps before."""
+        sums = {name: torch.zeros(()).double() for name in self.scored.linears}
+        signed, count = dict(sums), 0.0
+        for earlier in range(step):
+            twin, decay = self.at(earlier), MEMORY ** (step - 1 - earlier)
+            for number, row in enumerate(rows_of(earlier)):
+                for ids, labels in self.train[row]:
+                    signals = sequence_signals(twin, self.scored, ids, labels)
+                    count += decay * len(signals.response)
+                    for name in sums:
+                        for t in signals.response:
+                            outer = torch.outer(signals.outgrad[name][t], signals.act[name][t])
+                            sums[name] = sums[name] + decay * outer
+                            signed[name] = signed[name] + (-1) ** number * decay * outer
+        return (
+            {name: each / count for name, each in sums.items()},
+            {name: each / count for name, each in signed.items()},
+        )
+
+    def drawn_mean(self, step: int) -> tuple[Directions, Directions]:
+        twin, rows = self.at(step), self.documents(others_of(step))
+        return mean_gradients(twin, self.scored, rows), half_differences(twin, self.scored, rows)
+
+    def ghost(self, step: int, *, scored: bool) -> dict[int, dict[str, Tensor]]:
+        """Values of the documents of a step, by number."""
+        contrast, difference = (
+            self.scored_mean(step) if scored and step > 0 else self.drawn_mean(step)
+        )
+        held_out = [self.held_out[row] for row in held_out_of(step)]
+        halves = half_differences(self.at(step), self.scored, held_out)
+        found = token_values(
+            self.model,
+            self.documents(rows_of(step)),
+            held_out,
+            scored=self.scored,
+            window=4,
+            stability_weight=0.0,
+            contrast_weight=C,
+            contrast=contrast,
+            spread={name: halves[name] - C * difference[name] for name in halves},
+        )
+        return dict(zip(self.numbers(step), found, strict=True))
+
+    def exact(self, step: int) -> dict[int, dict[str, Tensor]]:
+        self.at(step)
+        found = exact_values(
+            self.model,
+            self.documents(rows_of(step)),
+            [self.held_out[row] for row in held_out_of(step)],
+            list(self.scored.linears),
+            contrast=self.documents(others_of(step)),
+            contrast_weight=C,
+        )
+        for row in found:
+            row["composite"] = row["direct_target"] - C * row["direct_contrast"]
+        return dict(zip(self.numbers(step), found, strict=True))
+
+    def numbers(self, step: int) -> list[int]:
+        documents = len(self.train[0])
+        return [documents * row + place for row in rows_of(step) for place in range(documents)]
+
+
+def merged(results: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+    """A run's steps with the documents of all ranks."""
+    return {
+        step: {
+            "weights": found["weights"],
+            "moments": found["moments"],
+            "rows": {
+                number: each
+                for result in results
+                for number, each in result[name][step]["rows"].items()
+            },
+        }
+        for step, found in results[0][name].items()
+    }
+
+
+def check(
+    steps: dict[int, dict[str, Any]],
+    step: int,
+    expected: dict[int, dict[str, Tensor]],
+    terms: tuple[str, ...],
+    where: str,
+    tolerance: float = 1e-4,
+) -> None:
+    rows = steps[step]["rows"]
+    assert rows.keys() == expected.keys(), where
+    for term in terms:
+        wanted = torch.cat([expected[number][term] for number in expected])
+        found = torch.cat([rows[number][term] for number in expected])
+        assert wanted.any(), f"{term}, {where}"
+        error = relative_error(found, wanted)
+        assert error <= tolerance, f"{term}, step {step}, {where}: off by {error:.1e}"
+
+
+GHOST_TERMS = ("direct_target", "causal_target", "direct_contrast", "causal_contrast")
+
+
+VALUATIONS: dict[str, dict[str, Any]] = {
+    "scored": {"contrast_memory": MEMORY},
+    "streamed": {
+        "contrast_memory": MEMORY,
+        "residency": "streamed",
+        "contraction": "ghost",
+        "chunk_tokens": 40,
+    },
+    "fused": {"contrast_memory": MEMORY, "split_terms": False, "contraction": "materialised"},
+    "drawn": {"contrast_from": "drawn", "contraction": "materialised"},
+    "exact": {"estimator": "exact", "window": 32},
+    "exact fused": {
+        "estimator": "exact",
+        "window": 32,
+        "split_terms": False,
+        "residency": "resident",
+    },
+}
+
+
+def terms_of(valuation: dict[str, Any]) -> tuple[str, ...]:
+    """The terms that are known with these settings and not zero."""
+    if not valuation.get("split_terms", True):
+        return ("composite", "spread")
+    own = GHOST_TERMS[::2] if valuation.get("estimator") == "exact" else GHOST_TERMS
+    return (*own, "composite", "spread")
+
+
+def three_steps(
+    run_values: dict[str, Any], names: list[str], world_size: int, folder: Path
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Three steps with each of the named settings, on so many ranks."""
+    values = changed(run_values, valuation=CONTRAST, train={"max_steps": 3})
+    configs = {
+        name: changed(
+            values,
+            valuation=VALUATIONS[name],
+            train={"output_dir": str(folder / name)},
+            data={"packing": name == "streamed"},
+        )
+        for name in names
+    }
+    results = run_ranks("valued_run", world_size, folder / "ranks", configs=configs)
+    return {name: merged(results, name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VALUATIONS)
+def test_every_source_of_b_is_what_it_says(
+    name: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = three_steps(run_values, [name], 1, tmp_path)[name]
+    valuation, truth = VALUATIONS[name], Truth(run_values, steps)
+    for step in (0, 2):
+        if valuation.get("estimator") == "exact":
+            expected = truth.exact(step)
+        else:
+            expected = truth.ghost(step, scored=valuation.get("contrast_from") != "drawn")
+        check(steps, step, expected, terms_of(valuation), name)
+    shares = [
+        share for key, share in metrics_of(tmp_path / name)[-1].items() if key.endswith("_share")
+    ]
+    assert len(shares) == (6 if valuation.get("split_terms", True) else 0)
+    assert sum(shares) == pytest.approx(1 if shares else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adams_first_moment_is_b(stage: int, run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Drawn rows before the first step; then the moment without its bias. It has no halves."""
+    valuation = {"estimator": "exact", "window": 32, "contrast_from": "moment"}
+    values = changed(
+        run_values,
+        valuation={**CONTRAST, **valuation},
+        train={"max_steps": 3},
+        deepspeed={"config": {"zero_optimization": {"stage": stage}}},
+    )
+    steps = merged(run_ranks("valued_run", 2, tmp_path / "ranks", configs={"run": values}), "run")
+    truth = Truth(run_values, steps)
+    check(steps, 0, truth.exact(0), terms_of(valuation), "before the first step")
+    twin, moments = truth.at(2), steps[1]["moments"]
+    moment = {name: moments[name].double() / (1 - 0.9**2) for name in truth.scored.linears}
+    found = exact_values(
+        truth.model,
+        truth.documents(rows_of(2)),
+        [truth.held_out[row] for row in held_out_of(2)],
+        list(moment),
+        fisher={name: torch.ones_like(each) for name, each in moment.items()},
+        reference={name: twin.get_parameter(name).detach() - each for name, each in moment.items()},
+    )
+    for row in found:  # a drift as large as the moment
+        row["direct_contrast"] = row["direct_proxy"]
+        row["composite"] = row["direct_target"] - C * row["direct_contrast"]
+    expected = dict(zip(truth.numbers(2), found, strict=True))
+    check(steps, 2, expected, terms_of(valuation), "after two steps")
+
+
+@pytest.mark.slow
+def test_ranks_do_not_matter(run_values: dict[str, Any], tmp_path: Path) -> None:
+    names = list(VALUATIONS)
+    alone = three_steps(run_values, names, 1, tmp_path / "1")
+    for world_size in (2, 3):
+        shared = three_steps(run_values, names, world_size, tmp_path / f"{world_size}")
+        for name in names:
+            for step, tolerance in ((0, 1e-5), (1, 1e-4), (2, 1e-4)):
+                expected, where = alone[name][step]["rows"], f"{name} on {world_size} ranks"
+                check(shared[name], step, expected, terms_of(VALUATIONS[name]), where, tolerance)
+
+
+@pytest.mark.slow
+def test_contrast_of_pairs(pair_values: dict[str, Any], tmp_path: Path) -> None:
+    """B is of both responses, without coefficients; values are multiplied by the coefficient of
+    their document."""
+    values = changed(
+        pair_values,
+        valuation={**CONTRAST, "contrast_memory": MEMORY},
+        train={"max_steps": 2, "output_dir": str(tmp_path / "pairs")},
+        reference={"model": pair_values["model"]["name_or_path"]},
+    )
+    results = run_ranks("valued_run", 2, tmp_path / "ranks", configs={"pairs": values})
+    steps = merged(results, "pairs")
+    tokenizer = AutoTokenizer.from_pretrained(values["model"]["name_or_path"])
+    truth = Truth.__new__(Truth)
+    truth.model = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
+    truth.train = documents_of(tokenizer, values["data"]["train"])
+    truth.held_out = [chosen for chosen, _ in documents_of(tokenizer, values["data"]["validation"])]
+    truth.scored = scored_set(CASES["llama"], truth.model, depth=2)
+    truth.steps = steps
+    for step in range(2):
+        expected = truth.ghost(step, scored=True)
+        for number, terms in expected.items():
+            target = terms["direct_target"]
+            found = steps[step]["rows"][number]["direct_target"].double()
+            coefficient = (found @ target) / (target @ target)
+            assert (coefficient > 0) == (number % 2 == 0)
+            expected[number] = {term: coefficient * each for term, each in terms.items()}
+        check(steps, step, expected, (*GHOST_TERMS, "composite", "spread"), "pairs")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_values(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit on the same ranks, and to rounding on another number of them."""
+    values = changed(
+        run_values,
+        valuation={**CONTRAST, "contrast_memory": MEMORY},
+        train={"max_steps": 4, "save_every": 2, "output_dir": str(tmp_path / "whole")},
+    )
+    whole = merged(run_ranks("valued_run", 2, tmp_path / "a", configs={"run": values}), "run")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-2"
+    assert sorted(path.name for path in (checkpoint / "scorer").iterdir()) == [
+        f"slices-{rank:05}-of-00002.safetensors" for rank in range(2)
+    ]
+    for ranks in (2, 1, 3):
+        again = changed(
+            values,
+            train={"resume": str(checkpoint), "output_dir": str(tmp_path / f"resumed-{ranks}")},
+        )
+        results = run_ranks("valued_run", ranks, tmp_path / f"b{ranks}", configs={"run": again})
+        resumed = merged(results, "run")
+        assert sorted(resumed) == [2, 3]
+        for step, found in resumed.items():
+            before = whole[step]["rows"]
+            if ranks == 2:
+                for number, terms in found["rows"].items():
+                    assert all(
+                        torch.equal(each, before[number][name]) for name, each in terms.items()
+                    )
+            check(resumed, step, before, (*GHOST_TERMS, "spread"), f"on {ranks} ranks")
+
+
+def test_contrast_needs_rows_that_are_not_scored(run_values: dict[str, Any]) -> None:
+    values = changed(
+        run_values, valuation=CONTRAST, train={"global_batch_size": 30, "micro_batch_size": 2}
+    )
+    with pytest.raises(UserError, match=r"data\.train has 30, and the 1 optimizer steps"):
+        trainer_of(values)
