@@ -639,7 +639,7 @@ def examinations(
         rank = int(os.environ["RANK"])
         arrival = Arrival(f"node-{rank}", rank, "cpu", 1)
         examination = Examination(
-            file, overrides[name][rank], arrival, Output(as_json=False, is_first=rank == 0)
+            [file], overrides[name][rank], arrival, Output(as_json=False, is_first=rank == 0)
         )
         examination.join_ranks(patience=120)
         examination.run()

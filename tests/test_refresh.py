@@ -13,6 +13,8 @@ from alphatoken.values.refresh import HeldOutRefresh
 class Recorder:
     """A scorer that remembers what it was refreshed with."""
 
+    needs_contrast_rows = False
+
     def __init__(self) -> None:
         self.drawn: list[Any] = []
 
@@ -31,9 +33,11 @@ def test_nothing_is_drawn_before_the_first_valued_step(start: int, every: int) -
         refresh = HeldOutRefresh(
             scorer=cast(Scorer, scorer),
             draw=lambda number: cast(Any, [number]),
+            draw_contrast=lambda number: [],
             every=every,
             start=start,
             adam_scale=None,
+            first_moment=None,
         )
         found = {}
         for step in range(first, 12):
