@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ghost, contrast": {"valuation": {"contrast": 1.0, "reliability": True}},
     "exact, contrast": {"valuation": {"estimator": "exact", "contrast": 1.0, "reliability": True}},
     "pairs, reference cached": {"preference": {}},
+    "pairs, by held-out pairs": {"preference": {}, "valuation": {"target": "preference"}},
 }
 
 

@@ -6,7 +6,7 @@ Nothing here is shared with the code it checks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ def token_losses(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> dict[in
         for t in range(len(ids) - 1)
         if labels[t + 1] != -100
     }
+
+
+HeldOutLoss = Callable[[list[Tensor]], Tensor]
+"""From the token losses of every held-out sequence, (R,) each, with their graph."""
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -64,16 +68,22 @@ def exact_values(  # noqa: PLR0913 - all that the definition reads
     scale: Mapping[str, Tensor] | None = None,
     contrast: Sequences = (),
     contrast_weight: float = 0.0,
+    held_out_loss: HeldOutLoss | None = None,
 ) -> list[dict[str, Tensor]]:
     """`direct_target` = <grad l_t, G>, `direct_contrast` = <grad l_t, B>, `direct_proxy` = <grad
     l_t, V> and `spread` = <grad l_t, D> per position of every sequence, (T,) float64.
 
     `scale` multiplies all directions, elementwise. B is the mean gradient of the rows `contrast`; D
-    is half the difference of G - c B between rows of even and odd number.
+    is half the difference of G - c B between rows of even and odd number. G is of `held_out_loss`
+    of the held-out sequences' token losses, by default their sum.
     """
     model = oracle_copy(model)
     parameters = [model.get_parameter(name) for name in names]
     target, spread = halves(model, validation, parameters)
+    if held_out_loss is not None:
+        held_out = [token_losses(model, ids, labels) for ids, labels in validation]
+        total = held_out_loss([torch.stack(list(losses.values())) for losses in held_out])
+        target = [each / sum(map(len, held_out)) for each in gradients(total, parameters)]
     other = [torch.zeros_like(each) for each in target]
     if contrast:
         other, difference = halves(model, contrast, parameters)

@@ -162,14 +162,16 @@ def token_values(  # noqa: PLR0913 - all that the equation reads
     contrast_weight: float = 0.0,
     contrast: Mapping[str, Tensor] | None = None,
     spread: Mapping[str, Tensor] | None = None,
+    target: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
     """The six terms, the spread and the composite of every position of every sequence, each (T,)
     float64, 0 off the response.
 
-    contrast: B per linear. spread: D per linear.
+    contrast: B per linear. spread: D per linear. target: G, by default of the summed losses of
+    `validation`.
     """
     model = oracle_copy(model)
-    target = mean_gradients(model, scored, validation)
+    target = mean_gradients(model, scored, validation) if target is None else target
     nothing = {name: torch.zeros_like(matrix) for name, matrix in target.items()}
     contrast, spread = contrast or nothing, spread or nothing
     drift = {name: torch.zeros_like(matrix) for name, matrix in target.items()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alphatoken import UserError, ValuationConfig, score_tokens
+from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
@@ -98,6 +99,38 @@ def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(nll, (0, 1))
 
 
+def by_pairs(
+    name: str,
+    scored: Callable[[list[tuple[Tensor, Tensor]]], TokenValues],
+    pairs: list[list[tuple[Tensor, Tensor]]],
+    model: PreTrainedModel,
+    reference_model: PreTrainedModel,
+) -> TokenValues:
+    """Values by the gradient of a preference loss of held-out pairs, from values by each of their
+    responses alone: they are linear in it, with the loss's derivative as coefficient."""
+    terms = {term: torch.zeros(()) for term in ("direct_target", "causal_target")}
+    total = 0
+    for pair in pairs:
+        sides = []
+        for ids, labels in pair:
+            with torch.no_grad():
+                nll, reference = (
+                    token_losses(each, collate([(ids, labels)]))[0, :-1][labels[1:] != -100]
+                    for each in (model, reference_model)
+                )
+            sides.append(((-nll).double().requires_grad_(), -reference.double()))
+        log_p, references = zip(*sides, strict=True)
+        loss = standard(name, log_p[0], log_p[1], (references[0], references[1]))
+        for document, derivative in zip(pair, torch.autograd.grad(loss, log_p), strict=True):
+            values, count = scored([document]), len(derivative)
+            total += count
+            for term, value in terms.items():
+                terms[term] = value - derivative[0] * count * getattr(values, term)
+    parts = {term: (each / total).float() for term, each in terms.items()}
+    parts |= {term: getattr(values, term) for term in ("direct_proxy", "causal_proxy")}
+    return TokenValues.from_terms(parts, (1.0, 1.5))
+
+
 class PlainPairs:
     """The step in one process: values of all documents at once, masks by sorting, the gradient by
     autograd."""
@@ -107,7 +140,7 @@ class PlainPairs:
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         train = documents_of(tokenizer, values["data"]["train"])
-        held_out = [chosen for chosen, _ in documents_of(tokenizer, values["data"]["validation"])]
+        held_out = documents_of(tokenizer, values["data"]["validation"])
         rows = Order([len(train)], None, (0, 0)).step(0, PAIRS)
         validation = Order([len(held_out)], None, (0, 1)).step(0, valuation["validation_sequences"])
         fisher, stability_reference = stability_tensors(valuation)
@@ -115,19 +148,26 @@ class PlainPairs:
         config = {key: valuation[key] for key in SCORED_BY if key in valuation}
         documents = [(place, int(row), side) for place, row in enumerate(rows) for side in (0, 1)]
         self.places = {2 * row + side: 2 * place + side for place, row, side in documents}
-        self.values = score_tokens(
-            model,
-            batch,
-            collate([held_out[row] for row in validation]),
-            fisher=fisher,
-            reference=stability_reference,
-            config=ValuationConfig.model_validate(config),
-        )
+
+        def scored(held_out: list[tuple[Tensor, Tensor]]) -> TokenValues:
+            return score_tokens(
+                model,
+                batch,
+                collate(held_out),
+                fisher=fisher,
+                reference=stability_reference,
+                config=ValuationConfig.model_validate(config),
+            )
+
+        reference_model = AutoModelForCausalLM.from_pretrained(values["reference"]["model"])
+        pairs = [held_out[row] for row in validation]
+        if valuation.get("target") == "preference":
+            self.values = by_pairs(name, scored, pairs, model, reference_model)
+        else:
+            self.values = scored([chosen for chosen, _ in pairs])
         self.nll = token_losses(model, batch)
         with torch.no_grad():
-            reference = token_losses(
-                AutoModelForCausalLM.from_pretrained(values["reference"]["model"]), batch
-            )
+            reference = token_losses(reference_model, batch)
         response = torch.zeros_like(self.nll, dtype=torch.bool)
         response[:, :-1] = batch["labels"][:, 1:] != -100
         for place in range(PAIRS):

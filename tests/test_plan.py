@@ -222,3 +222,35 @@ def test_mistakes_are_told() -> None:
         Rows(1)
     with pytest.raises(UserError, match="zero_optimization is not accepted by DeepSpeed"):
         plan_of("llama-3.2-3b", deepspeed={"config": {"zero_optimization": {"stage": 7}}})
+
+
+def test_held_out_pairs_are_two_documents_and_an_online_reference_runs_on_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = ROOT / "configs" / "preference" / "llama3.2_3b_ultrafeedback.yaml"
+
+    def planned(*overrides: str) -> Plan:
+        config = load(file, f"model.name_or_path={model_folder(file)}", *overrides)
+        return make_plan(config, Rows(512), 8)
+
+    def bytes_of(plan: Plan, about: str) -> float:
+        return sum(each.bytes for each in plan.traffic if each.about == about)
+
+    sft, pairs = planned(), planned("valuation.target=preference")
+    one, two = sft.blueprint, pairs.blueprint
+    assert two.workload.held_out_rows == 2 * one.workload.held_out_rows
+    assert two.held_out_count == 2 * one.held_out_count
+    for estimator, compute in sft.compute.items():
+        assert pairs.compute[estimator].refresh == pytest.approx(2 * compute.refresh, rel=0.05)
+    assert pairs.own.score == sft.own.score
+
+    online = "reference={mode: online}"
+    sft_online, pairs_online = planned(online), planned(online, "valuation.target=preference")
+    forward = two.held_out.forward + two.workload.held_out_responses * two.head_flops
+    more = two.workload.held_out_batches * forward
+    assert pairs_online.own.refresh == pytest.approx(pairs.own.refresh + more)
+    assert sft_online.own.refresh == sft.own.refresh
+    gathered = bytes_of(sft_online, "reference weights") / one.workload.micro_batches
+    times = two.workload.micro_batches + two.workload.held_out_batches
+    assert bytes_of(pairs_online, "reference weights") == pytest.approx(times * gathered)

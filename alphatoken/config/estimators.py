@@ -37,12 +37,12 @@ ESTIMATORS: dict[str, Estimator] = {
     "ghost": Estimator(
         scorer="alphatoken.values.ghost.scorer:GhostScorer",
         cost="alphatoken.planner.costs.ghost:COST",
-        keys=("window", "contraction", *CONTRAST_KEYS, "contrast_memory"),
+        keys=("window", "contraction", "target", *CONTRAST_KEYS, "contrast_memory"),
     ),
     "exact": Estimator(
         scorer="alphatoken.values.exact.scorer:ExactScorer",
         cost="alphatoken.planner.costs.exact:COST",
-        keys=("parameters", "preconditioner", *CONTRAST_KEYS),
+        keys=("parameters", "preconditioner", "target", *CONTRAST_KEYS),
         is_resident=False,
     ),
 }

@@ -229,5 +229,9 @@ class PreferenceRunConfig(RunConfig):
         return tuple(self.selection.branch(name) for name in BRANCHES)
 
     @property
+    def trains_on_pairs(self) -> bool:
+        return True
+
+    @property
     def needs_reference(self) -> bool:
         return super().needs_reference or self.preference.needs_reference

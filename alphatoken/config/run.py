@@ -194,6 +194,11 @@ class RunConfig(Section):
         return (self.selection,)
 
     @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a row has a chosen and a rejected response."""
+        return False
+
+    @property
     def policies(self) -> tuple[str, ...]:
         """The name of each selection's policy, or of its default."""
         default = "top_value" if self.valuation.enabled else "all"
@@ -241,6 +246,15 @@ class RunConfig(Section):
             if selection.keep_ratio == "auto":
                 found.append(("selection.keep_ratio=auto", SPREAD))
         return found
+
+    @model_validator(mode="after")
+    def _target_has_pairs(self) -> RunConfig:
+        if self.valuation.target == "preference" and not self.trains_on_pairs:
+            raise ValueError(
+                "valuation.target=preference needs pairs: run recipes/preference.py with a section "
+                "preference, or set valuation.target=sft"
+            )
+        return self
 
     @model_validator(mode="after")
     def _valuation_has_data(self) -> RunConfig:

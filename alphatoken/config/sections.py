@@ -225,6 +225,11 @@ class ValuationConfig(Section):
     validation_sequences: int = Field(
         32, ge=1, description="Held-out sequences per refresh, over all ranks together."
     )
+    target: Literal["sft", "preference"] = Field(
+        "sft",
+        description="Preference runs: whether values ask what lowers the loss of held-out chosen "
+        "responses (as published), or the preference objective of held-out pairs.",
+    )
     refresh_every: int = Field(
         1,
         ge=1,

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data.chat import Encoded, EncodedDocument, Encoder, Skipped
 from alphatoken.data.rows import Message, as_pair, has_text
+from alphatoken.errors import UserError
 
 
 class PairEncoder:
@@ -84,8 +85,23 @@ class PairEncoder:
         return Encoded(documents=(document,), asked=asked.asked, cut=tuple(cut))
 
 
+class HeldOutPairEncoder(PairEncoder):
+    """Tokenises held-out rows that are compared as pairs (`valuation.target: preference`)."""
+
+    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+        """Encodes a pair as `PairEncoder` does. Raises UserError for a supervised row, with what to
+        change."""
+        if "chosen" not in fields:
+            raise UserError(
+                f"{where}: valuation.target=preference compares held-out pairs, but this row of "
+                f"data.validation has {', '.join(sorted(fields))}; give it rows with 'prompt', "
+                "'chosen' and 'rejected', or set valuation.target=sft"
+            )
+        return super().encode(fields, where)
+
+
 class ChosenEncoder:
-    """Tokenises held-out rows of a preference run: the chosen responses of pairs, or ordinary
+    """Tokenises supervised examples of a preference run: the chosen responses of pairs, or ordinary
     supervised rows."""
 
     def __init__(self, pairs: PairEncoder, examples: Encoder) -> None:

@@ -15,7 +15,7 @@ from alphatoken.config.sections import Source
 from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
-from alphatoken.data.pairs import ChosenEncoder, PairEncoder
+from alphatoken.data.pairs import ChosenEncoder, HeldOutPairEncoder, PairEncoder
 from alphatoken.errors import UserError
 
 
@@ -60,7 +60,7 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     held_out = config.data.validation if config.valuation.enabled else None
     return Splits(
         train=train,
-        validation=load(held_out, encoders.examples),
+        validation=load(held_out, encoders.held_out),
         eval=load(config.data.eval, encoders.rows),
     )
 
@@ -87,17 +87,25 @@ class _Encoders:
 
     rows: RowEncoder
     """Rows that are trained on and evaluated."""
+    held_out: RowEncoder
+    """Held-out rows, which values are measured by."""
     examples: RowEncoder
-    """Held-out rows, which values are measured by, and which the Fisher is estimated on."""
+    """Rows with a prompt and one response, which the Fisher is estimated on."""
 
 
 def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Encoders:
     examples = Encoder(tokenizer, config.data.max_length)
     if not isinstance(config, PreferenceRunConfig):
-        return _Encoders(rows=examples, examples=examples)
+        return _Encoders(rows=examples, held_out=examples, examples=examples)
     lengths = config.preference.max_prompt_tokens, config.preference.max_response_tokens
     pairs = PairEncoder(tokenizer, *lengths)
-    return _Encoders(rows=pairs, examples=ChosenEncoder(pairs, examples))
+    chosen = ChosenEncoder(pairs, examples)
+    compares = config.valuation.target == "preference"
+    return _Encoders(
+        rows=pairs,
+        held_out=HeldOutPairEncoder(tokenizer, *lengths) if compares else chosen,
+        examples=chosen,
+    )
 
 
 @dataclass(frozen=True)

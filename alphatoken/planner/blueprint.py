@@ -169,9 +169,16 @@ class Blueprint:
         )
 
     @property
+    def compares_held_out(self) -> bool:
+        """Whether an online reference runs on held-out rows, too."""
+        config = self.config
+        online = config.needs_reference and config.reference.mode == "online"
+        return online and config.valuation.enabled and config.valuation.target == "preference"
+
+    @property
     def held_out_count(self) -> int:
         """Held-out response tokens over all ranks (N)."""
-        rows = self.config.valuation.validation_sequences
+        rows = self.config.valuation.validation_sequences * self.workload.held_out_documents
         return rows * self.workload.held_out_responses // max(self.workload.held_out_rows, 1)
 
 

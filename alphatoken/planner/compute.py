@@ -47,7 +47,7 @@ def compute_of(blueprint: Blueprint) -> Compute:
     if valued:
         cost = cost_of(config.valuation.estimator)
         score = cost.score_flops(blueprint)
-        refresh = work.held_out_batches * cost.refresh_flops(blueprint)
+        refresh = work.held_out_batches * (cost.refresh_flops(blueprint) + _compared(blueprint))
     assessed = blueprint.body.forward + (0 if valued else work.responses * blueprint.head_flops)
     return Compute(
         refresh=refresh / config.valuation.refresh_every,
@@ -57,6 +57,14 @@ def compute_of(blueprint: Blueprint) -> Compute:
         backward=passes * backward,
         plain=passes * plain,
     )
+
+
+def _compared(blueprint: Blueprint) -> int:
+    """An online reference's losses of one held-out micro-batch."""
+    if not blueprint.compares_held_out:
+        return 0
+    head = blueprint.workload.held_out_responses * blueprint.head_flops
+    return blueprint.held_out.forward + head
 
 
 def _training(blueprint: Blueprint, tokens: int) -> tuple[int, int]:

@@ -120,9 +120,10 @@ def _compute_by_estimator(
 
 
 def _estimating(config: RunConfig, estimator: str) -> RunConfig:
-    """A run like `config` with another estimator, and the keys that not every one reads at their
+    """A run like `config` with another estimator, and the keys that this one does not read at their
     defaults."""
-    shared = config.valuation.model_dump(exclude={"estimator", "residency", *keys_of_some()})
+    unread = set(keys_of_some()) - set(ESTIMATORS[estimator].keys)
+    shared = config.valuation.model_dump(exclude={"estimator", "residency", *unread})
     valuation = ValuationConfig.model_validate({**shared, "estimator": estimator}, strict=False)
     return config.model_copy(update={"valuation": valuation})
 

@@ -97,13 +97,16 @@ def _online_reference(blueprint: Blueprint) -> list[Message]:
     """The reference holds no weight longer than it must."""
     if blueprint.sharding.stage < 3:
         return []
-    numels = [numel for numel, _ in blueprint.numels]
+    numels, work = [numel for numel, _ in blueprint.numels], blueprint.workload
+    times: float = work.micro_batches
+    if blueprint.compares_held_out:
+        times += work.held_out_batches / blueprint.config.valuation.refresh_every
     return [
         gather(
             blueprint,
             "reference weights",
             numels,
             blueprint.sharding.weight_bytes,
-            blueprint.workload.micro_batches,
+            times,
         )
     ]

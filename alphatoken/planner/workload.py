@@ -64,6 +64,8 @@ class Workload:
     """Response tokens of a micro-batch."""
     kept: int
     """Those it trains on."""
+    held_out_documents: int
+    """Documents of a held-out row: 2 where pairs are compared."""
     held_out_rows: int
     held_out_batches: int
     held_out_responses: int
@@ -90,15 +92,17 @@ def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
     )
     batches = math.ceil(math.ceil(config.valuation.validation_sequences / size) / ranks)
     valued = config.valuation.enabled
+    documents = len(selections) if config.valuation.target == "preference" else 1
     return Workload(
         row_tokens=rows.tokens,
         rows=micro_rows * len(selections),  # a pair is two documents
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * ranks),
         responses=micro_rows * len(selections) * rows.responses,
         kept=sum(selection.kept_count([rows.responses] * micro_rows) for selection in selections),
-        held_out_rows=size if valued else 0,
+        held_out_documents=documents,
+        held_out_rows=size * documents if valued else 0,
         held_out_batches=batches if valued else 0,
-        held_out_responses=size * rows.responses if valued else 0,
+        held_out_responses=size * documents * rows.responses if valued else 0,
     )
 
 

@@ -60,7 +60,7 @@ class Feed:
         assert validation is not None, "valuation needs held-out rows"
         order = self._order(validation, HELD_OUT)
         rows = order.step(draw, self._run.config.valuation.validation_sequences)
-        return self._micro_batches(validation, rows, draw)
+        return self._micro_batches(validation, rows, draw, compares=self._compares_held_out)
 
     def contrast(self, step: int) -> list[Batch]:
         """Training rows for B at the refresh before optimizer step `step`: the next ones of the
@@ -71,7 +71,8 @@ class Feed:
         """The first `count` validation rows in the order of the file, for benchmarks."""
         validation = self._run.splits.validation
         assert validation is not None, "valuation needs held-out rows"
-        return self._micro_batches(validation, np.arange(count), 0)
+        compares = self._compares_held_out
+        return self._micro_batches(validation, np.arange(count), 0, compares=compares)
 
     def evaluation(self) -> Iterator[Batch]:
         """All rows of `data.eval`; nothing where there are none."""
@@ -100,9 +101,18 @@ class Feed:
     def _order(self, part: TokenDataset, stream: int) -> Order:
         return Order(part.sizes, part.weights, (self._run.config.train.seed, stream))
 
-    def _micro_batches(self, part: TokenDataset, rows: Indices, step: int) -> list[Batch]:
+    @property
+    def _compares_held_out(self) -> bool:
+        """Whether held-out rows are pairs, whose losses are compared with the reference's."""
+        return self._run.config.valuation.target == "preference"
+
+    def _micro_batches(
+        self, part: TokenDataset, rows: Indices, step: int, *, compares: bool = True
+    ) -> list[Batch]:
+        """This rank's micro-batches of the rows; `compares` brings the losses of the reference,
+        where there is one."""
         run, ranks = self._run, collectives.world_size()
-        config, reference = run.config, run.reference
+        config, reference = run.config, run.reference if compares else None
         layout = Layout(
             # A few held-out rows are spread over all ranks rather than left to one.
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
@@ -114,8 +124,7 @@ class Feed:
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
         batches = [to_device(batch, run.device) for batch in dealt]
-        steers = part is run.splits.validation
-        if reference is not None and reference.is_online and not steers:
+        if reference is not None and reference.is_online:
             with run.stopwatch.phase("reference"):
                 reference.complete(batches)
         return batches

@@ -117,7 +117,11 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         model.attach(scorer)
     reference = None
     if config.needs_reference:
-        wanted = ("data.train", "data.eval") if objective.branches else ("data.train",)
+        wanted = {"data.train"}
+        if objective.branches:
+            wanted.add("data.eval")
+        if config.valuation.target == "preference":
+            wanted.add("data.validation")
         reference = Reference(
             config=config,
             tokenizer=tokenizer,

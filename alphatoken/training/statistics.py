@@ -81,7 +81,7 @@ class StepStatistics:
 
     def add_validation(self, batch: Batch, nll_BT: Tensor) -> None:
         """Takes in the losses of held-out rows at a refresh."""
-        self._check("data.validation", batch, nll_BT)
+        self._check("data.validation", batch, nll_BT + batch.get("reference_nll", 0.0))
 
     def add(self, batch: Batch, output: StepOutput) -> None:
         """Takes in one training micro-batch."""

@@ -42,6 +42,7 @@ class Trainer:
         self.feed = Feed(run)
         self.refresh: HeldOutRefresh | None = None
         if run.model.scorer is not None:
+            compares = config.valuation.target == "preference"
             self.refresh = HeldOutRefresh(
                 scorer=run.model.scorer,
                 draw=self.feed.held_out,
@@ -50,6 +51,7 @@ class Trainer:
                 start=config.valuation.start_step,
                 adam_scale=run.adam_scale,
                 first_moment=run.model.scorer.first_moment,
+                coefficients=run.objective.coefficients if compares else None,
             )
         self.stop = StopRequest(run.device, config.train.grace_seconds)
         self.watchdog = Watchdog(

@@ -45,7 +45,7 @@ def score_tokens(
     computed separately, each (B, T) float32 at the position that predicts the token; `spread` is
     there with `ValuationConfig(reliability=True)`, where documents with an even and with an odd
     number are the halves. Raises UserError for an unsupported model, wrong shapes, a missing
-    tensor, or rows without response.
+    tensor, rows without response, or `target="preference"`.
     """
     config = config or ValuationConfig()
     _check_contrast(config, contrast)
@@ -58,6 +58,11 @@ def score_tokens(
         if rows is not None:
             _check_batch(name, rows)
             _check_response(name, rows)
+    if config.target == "preference":
+        raise UserError(
+            "valuation.target=preference compares held-out pairs, and score_tokens knows no pairs: "
+            "leave it at sft, or use recipes/preference.py"
+        )
     if (fisher is None) != (reference is None):
         given, missing = ("fisher", "reference") if reference is None else ("reference", "fisher")
         raise UserError(f"{given} is given without {missing}; stability needs both")

@@ -15,10 +15,15 @@ from alphatoken.config.sections import ValuationConfig
 from alphatoken.distributed.adam_scale import FirstMoment
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder
+from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TokenValues
 from alphatoken.values.balance import RunningScales
+
+Coefficients = Callable[[ResponseLosses], Tensor]
+"""What the loss of each held-out position counts: d objective / d (sum_t l_t) of its document,
+detached, (B, T); `Objective.coefficients` of the run."""
 
 SliceScale = Callable[[nn.Parameter], Tensor | float]
 """What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
@@ -84,6 +89,7 @@ class Scorer(ABC):
         batches: Sequence[Batch] | None,
         scored_tokens: int = 0,
         contrast: Sequence[Batch] | None = None,
+        coefficients: Coefficients | None = None,
     ) -> list[Tensor]:
         """Takes over the current weights and drift and, from `batches`, new held-out signals (None
         keeps the old ones).
@@ -93,8 +99,10 @@ class Scorer(ABC):
         without response positions is a placeholder. `scored_tokens`, about as many as this rank
         will score with them, helps to choose contractions. `contrast` is this rank's share of the
         training rows that B is the mean gradient of, likewise; an estimator that does not read
-        `valuation.contrast` is never given any. Returns the losses of `batches`, (B, T) float32
-        each.
+        `valuation.contrast` is never given any. `coefficients` (`valuation.target: preference`) are
+        called with the losses of each batch of either kind and multiply them in the sums, which are
+        still divided by the number of response tokens; None counts each loss once. Returns the
+        losses of `batches`, (B, T) float32 each, not multiplied.
         """
 
     @property

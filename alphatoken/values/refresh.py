@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
-from alphatoken.values.estimator import Scorer
+from alphatoken.values.estimator import Coefficients, Scorer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class HeldOutRefresh:
     new held-out signals before every `every`-th; `start` is a multiple of it.
 
     `draw` returns this rank's micro-batches of a draw of held-out rows, counted from 0;
-    `draw_contrast` those of other training rows than an optimizer step scores. Every rank must make
+    `draw_contrast` those of other training rows than an optimizer step scores. `coefficients` are
+    what the losses of these rows count, None for once each. Every rank must make
     the same calls.
     """
 
@@ -40,6 +41,7 @@ class HeldOutRefresh:
         start: int,
         adam_scale: AdamScale | None,
         first_moment: FirstMoment | None,
+        coefficients: Coefficients | None = None,
     ) -> None:
         self._scorer = scorer
         self._draw = draw
@@ -47,6 +49,7 @@ class HeldOutRefresh:
         self._every = every
         self._start = start
         self._moments = [each for each in (adam_scale, first_moment) if each is not None]
+        self._coefficients = coefficients
 
     def before(self, step: int, own_tokens: int) -> list[HeldOutLosses]:
         """Refreshes the scorer before optimizer step `step` (from 0).
@@ -63,11 +66,10 @@ class HeldOutRefresh:
             self._scorer.refresh(None)
             return []
         batches = self._draw(draw)
-        scored_tokens = own_tokens * self._every
-        if self._scorer.needs_contrast_rows:
-            losses = self._scorer.refresh(batches, scored_tokens, self._draw_contrast(step))
-        else:
-            losses = self._scorer.refresh(batches, scored_tokens)
+        contrast = self._draw_contrast(step) if self._scorer.needs_contrast_rows else None
+        losses = self._scorer.refresh(
+            batches, own_tokens * self._every, contrast, self._coefficients
+        )
         return [HeldOutLosses(batch, nll_BT) for batch, nll_BT in zip(batches, losses, strict=True)]
 
     def can_be_rebuilt_after(self, done: int) -> bool:

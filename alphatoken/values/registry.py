@@ -26,8 +26,8 @@ def register_estimator(
     """Makes an estimator known as `valuation.estimator: name`, in this process.
 
     `keys` are those of the keys that not every estimator reads (`window`, `contraction`,
-    `parameters`, `preconditioner`, `contrast` with `contrast_from` and `contrast_memory`,
-    `reliability`) which this one does; the others are refused with it.
+    `parameters`, `preconditioner`, `target`, `contrast` with `contrast_from` and
+    `contrast_memory`, `reliability`) which this one does; the others are refused with it.
     `is_resident` is what `valuation.residency: auto` means. `cost` is a
     `planner.costs.base.ScoringCost`, or where it is ("module:name"); without one, runs cannot be
     planned. Every rank must register it before the configuration is read. Raises ValueError where

@@ -270,7 +270,11 @@ class GhostCost(ScoringCost):
             for _, linears in _by_layer(blueprint)
         ]
         pending = sum(formed_by_layer) if blueprint.resident else max(formed_by_layer)
-        activations = sum(held) if blueprint.resident else max(held)
+        # Losses are weighed when all are known: layer by layer, from the states between them.
+        weighs = blueprint.config.valuation.target == "preference"
+        activations = sum(held) if blueprint.resident and not weighs else max(held)
+        if weighs:
+            activations += (blueprint.depth + 2) * blueprint.held_out.state_bytes
         return (
             Part("activations of scoring", activations),
             Part(

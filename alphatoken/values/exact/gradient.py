@@ -9,6 +9,7 @@ slices. Prompt positions count too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +20,26 @@ from alphatoken.distributed import collectives, zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_nll
 from alphatoken.models.scored import ScoredParameter, Segment
+from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.values.estimator import Coefficients
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each loss counts in a sum: its coefficient, 1 without any, times the sign of its half
+    where that is asked for."""
+
+    coefficients: Coefficients | None
+    signed: bool
+
+    def of(self, losses: ResponseLosses) -> Tensor:
+        """The weights of a batch's losses, (B, T)."""
+        weight_BT = torch.ones_like(losses.nll_BT)
+        if self.coefficients is not None:
+            weight_BT = self.coefficients(losses)
+        return weight_BT * losses.batch["half_sign"] if self.signed else weight_BT
 
 
 class MeanGradient:
@@ -52,9 +71,11 @@ class MeanGradient:
         return (self._signed_sums if signed else self._sums)[name] / self._count
 
     @torch.no_grad()
-    def refresh(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def refresh(
+        self, batches: Sequence[Batch], coefficients: Coefficients | None = None
+    ) -> list[Tensor]:
         """Takes in this rank's share of the sequences, as `Scorer.refresh` wants it; returns token
-        losses.
+        losses. `coefficients` multiply the losses in the sums, if given.
 
         Memory besides the weights of one segment: the state between any two scored layers for all
         sequences, and one segment's gradients in float32. Communication per segment: one
@@ -68,10 +89,9 @@ class MeanGradient:
             with EntryCapture(self._decoder, self._streamer.indices.start, keep="every") as capture:
                 self._decoder.hidden_states(batch)
             entries.append(capture.entry)
-        losses = self._back(batches, entries, self._sums, weights=None)
+        losses = self._back(batches, entries, self._sums, signed=False, coefficients=coefficients)
         if self._signed:
-            signs = [batch["half_sign"] for batch in batches]
-            self._back(batches, entries, self._signed_sums, weights=signs)
+            self._back(batches, entries, self._signed_sums, signed=True, coefficients=coefficients)
         return losses
 
     def _back(
@@ -80,10 +100,12 @@ class MeanGradient:
         entries: Sequence[Entry],
         sums: dict[str, Tensor],
         *,
-        weights: Sequence[Tensor] | None,
+        signed: bool,
+        coefficients: Coefficients | None,
     ) -> list[Tensor]:
-        """Adds the gradients of the summed losses, each times its weight, (B, T) per batch; returns
-        the losses without weights."""
+        """Adds the gradients of the summed losses, each times its coefficient and, if `signed`, the
+        sign of its half; returns the losses alone."""
+        weights = LossWeights(coefficients=coefficients, signed=signed)
         losses, outgrads = self._top(batches, entries, sums, weights)
         for place, index in reversed(list(enumerate(self._streamer.indices))):
             outgrads = self._layer(index, place, entries, outgrads, sums)
@@ -118,13 +140,13 @@ class MeanGradient:
         batches: Sequence[Batch],
         entries: Sequence[Entry],
         sums: dict[str, Tensor],
-        weights: Sequence[Tensor] | None,
+        weights: LossWeights,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Token losses of each batch, and the gradient at the last layer's output, (B, T, H)."""
         losses, outgrads = [], []
         norm_gradients, head_gradients = self._zeros("norm"), self._zeros("head")
         with self._streamer.top() as (norm, head), torch.enable_grad():
-            for number, (batch, entry) in enumerate(zip(batches, entries, strict=True)):
+            for batch, entry in zip(batches, entries, strict=True):
                 response_BT, targets_BT = batch["response"], batch["targets"]
                 hidden_RH = entry.out[response_BT].requires_grad_()
                 norm_weights = {
@@ -144,15 +166,16 @@ class MeanGradient:
                 nll_R = head_nll(
                     normed_RH, weight_VH, bias_V, targets_R, self._decoder.logit_softcap
                 )
+                nll_BT = torch.zeros(response_BT.shape, device=nll_R.device)
+                nll_BT[response_BT] = nll_R.detach()
+                losses.append(nll_BT)
+                weight_R = weights.of(ResponseLosses(batch=batch, nll_BT=nll_BT))[response_BT]
                 leaves = [hidden_RH, *norm_weights.values(), *head_weights.values()]
-                weight_R = 1.0 if weights is None else weights[number][response_BT]
-                outgrad_RH, *found = torch.autograd.grad((weight_R * nll_R).sum(), leaves)
+                outgrad_RH, *found = torch.autograd.grad(nll_R, leaves, weight_R)
                 for total, gradient in zip(
                     [*norm_gradients.values(), *head_gradients.values()], found, strict=True
                 ):
                     total += gradient
-                losses.append(torch.zeros(response_BT.shape, device=nll_R.device))
-                losses[-1][response_BT] = nll_R.detach()
                 outgrads.append(torch.zeros_like(entry.out))
                 outgrads[-1][response_BT] = outgrad_RH
         self._reduce("norm", norm_gradients, sums)

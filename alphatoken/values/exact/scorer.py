@@ -28,7 +28,7 @@ from alphatoken.passes.chunks import Chunk, chunks_of
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TokenValues
-from alphatoken.values.estimator import Scorer, Scores, SliceScale
+from alphatoken.values.estimator import Coefficients, Scorer, Scores, SliceScale
 from alphatoken.values.exact.directions import Direction, DirectionSlices
 from alphatoken.values.exact.gradient import MeanGradient
 
@@ -121,12 +121,13 @@ class ExactScorer(Scorer):
         batches: Sequence[Batch] | None,
         scored_tokens: int = 0,
         contrast: Sequence[Batch] | None = None,
+        coefficients: Coefficients | None = None,
     ) -> list[Tensor]:
         self._slices, self._kept = {}, {}  # the old ones go before the new are formed
         self._streamer.refresh()
-        losses = [] if batches is None else self._gradient.refresh(batches)
+        losses = [] if batches is None else self._gradient.refresh(batches, coefficients)
         if contrast is not None:
-            self._contrast.refresh(contrast)
+            self._contrast.refresh(contrast, coefficients)
         self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}

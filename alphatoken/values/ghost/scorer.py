@@ -21,7 +21,7 @@ from alphatoken.models.scored import ScoredLinear, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
-from alphatoken.values.estimator import Scorer, Scores, SliceScale
+from alphatoken.values.estimator import Coefficients, Scorer, Scores, SliceScale
 from alphatoken.values.ghost.contract import Products, TermSums
 from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
@@ -125,13 +125,14 @@ class GhostScorer(Scorer):
         batches: Sequence[Batch] | None,
         scored_tokens: int = 0,
         contrast: Sequence[Batch] | None = None,
+        coefficients: Coefficients | None = None,
     ) -> list[Tensor]:
         self.tower.refresh()
         losses = []
         if batches is not None:
-            losses = self._take_in(batches, self._held_out, scored_tokens)
+            losses = self._take_in(batches, self._held_out, scored_tokens, coefficients)
         if contrast is not None:
-            self._take_in(contrast, self._contrast_rows, scored_tokens)
+            self._take_in(contrast, self._contrast_rows, scored_tokens, coefficients)
         if self._resident:
             self._kept_products = {}  # the old ones go before the new are gathered
             for layer in self.tower.layers:
@@ -171,19 +172,25 @@ class GhostScorer(Scorer):
         return Scores(sums.values(self.part_weights), nll_BT)
 
     def _take_in(
-        self, batches: Sequence[Batch], into: HeldOutSignals, scored_tokens: int
+        self,
+        batches: Sequence[Batch],
+        into: HeldOutSignals,
+        scored_tokens: int,
+        coefficients: Coefficients | None,
     ) -> list[Tensor]:
         """Collects the signals of this rank's batches, in place of those that were there; returns
         their token losses."""
         own_count = sum(int(batch["response"].sum()) for batch in batches)
         into.begin(own_count, scored_tokens)
-        losses = [self._signals_of(batch, into) for batch in batches]
+        losses = [self._signals_of(batch, into, coefficients) for batch in batches]
         if self._resident:
             for layer in self.tower.layers:
                 into.reduce(self._names(layer))
         return losses
 
-    def _signals_of(self, batch: Batch, into: HeldOutSignals) -> Tensor:
+    def _signals_of(
+        self, batch: Batch, into: HeldOutSignals, coefficients: Coefficients | None
+    ) -> Tensor:
         """Adds the signals of a batch; returns its token losses."""
 
         @contextmanager
@@ -192,11 +199,11 @@ class GhostScorer(Scorer):
             if not self._resident:  # so that one layer's matrices are whole at a time
                 into.reduce(self._names(layer))
 
-        with self.capture() as capture:
+        with self.tower.capture(weighted=coefficients is not None) as capture:
             self.decoder.hidden_states(batch)
         # G holds the direct signals only (Eq. 8): no causal path is followed through held-out
         # rows.
-        return self.tower.run(capture.entry, batch, collecting, window=0)
+        return self.tower.run(capture.entry, batch, collecting, coefficients=coefficients)
 
     def _names(self, layer: int) -> list[str]:
         return [name for name, linear in self.tower.linears.items() if linear.layer == layer]

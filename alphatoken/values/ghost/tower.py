@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear
+from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.values.estimator import Coefficients
 from alphatoken.values.ghost.signals import ChunkSignals, SignalConsumer
 
 ConsumerOf = Callable[[int], AbstractContextManager[SignalConsumer]]
 """For the index of a layer, a context around its backward passes, which yields what takes the
-signals of its linears. A streamed tower enters it for one layer at a time, the last layer first; a
-resident one enters all layers' before the first chunk."""
+signals of its linears. A streamed tower, and one that weighs losses, enters it for one layer at a
+time, the last layer first; otherwise all layers' are entered before the first chunk."""
 
 
 class Tower:
@@ -64,10 +66,14 @@ class Tower:
         they are kept."""
         self._streamer.refresh()
 
-    def capture(self) -> EntryCapture:
-        """Wrap the model's forward pass in this, then hand its `.entry` to `run`."""
+    def capture(self, *, weighted: bool = False) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `run`.
+
+        weighted: whether `run` will be told to weigh the losses, which needs more states.
+        """
+        keeps_first = self._resident and not weighted
         return EntryCapture(
-            self._decoder, self.layers.start, keep="first" if self._resident else "every"
+            self._decoder, self.layers.start, keep="first" if keeps_first else "every"
         )
 
     def weight(self, layer: int, path: str) -> Tensor:
@@ -77,7 +83,13 @@ class Tower:
         return weight
 
     def run(
-        self, entry: Entry, batch: Batch, consumer_of: ConsumerOf, *, window: int = 0
+        self,
+        entry: Entry,
+        batch: Batch,
+        consumer_of: ConsumerOf,
+        *,
+        window: int = 0,
+        coefficients: Coefficients | None = None,
     ) -> Tensor:
         """Runs the scored layers forward and backward and hands the signals of the summed response
         losses to their layer's consumer. Returns the token losses, (B, T) float32, 0 off the
@@ -85,18 +97,34 @@ class Tower:
 
         The batch runs in chunks of whole sequences of at most `chunk_tokens` tokens, padding
         included; one without response positions yields no signals. window: how many later
-        positions the causal path reaches; 0 follows none.
+        positions the causal path reaches; 0 follows none. coefficients: what each loss is
+        multiplied by in that sum, from those of the whole batch; the losses returned are not.
         """
         chunks = chunks_of(entry, batch, self._chunk_tokens)
-        run = self._run_resident if self._resident else self._run_streamed
-        return torch.cat(run(chunks, consumer_of, window))
+        if self._resident and coefficients is None:
+            return self._run_by_chunk(chunks, consumer_of, window)
+        with self._streamer.top() as top:
+            tops = [
+                top_backward(*top, chunk.entry.out, chunk, self._decoder.logit_softcap)
+                for chunk in chunks
+            ]
+        nll_BT = torch.cat([own_BT for own_BT, _ in tops])
+        outgrads = [outgrad_BTH for _, outgrad_BTH in tops]
+        if coefficients is not None:
+            # Those of a chunk depend on the losses of others, too.
+            coefficient_BT = coefficients(ResponseLosses(batch=batch, nll_BT=nll_BT))
+            outgrads = [
+                (coefficient_BT[chunk.rows, :, None] * outgrad_BTH).to(outgrad_BTH.dtype)
+                for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True)
+            ]
+        for place in reversed(range(len(self.layers))):
+            self._layer(place, chunks, outgrads, consumer_of, window)
+        return nll_BT
 
-    def _run_resident(
-        self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int
-    ) -> list[Tensor]:
+    def _run_by_chunk(self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int) -> Tensor:
         with ExitStack() as contexts:
             consumers = {index: contexts.enter_context(consumer_of(index)) for index in self.layers}
-            return [self._whole(chunk, consumers, window) for chunk in chunks]
+            return torch.cat([self._whole(chunk, consumers, window) for chunk in chunks])
 
     def _whole(self, chunk: Chunk, consumers: Mapping[int, SignalConsumer], window: int) -> Tensor:
         """Runs one chunk forward through all layers and back. Returns its token losses, (B, T)."""
@@ -111,19 +139,6 @@ class Tower:
             if chunk.has_response:
                 hidden_BTH.backward(outgrad_BTH)
         return nll_BT
-
-    def _run_streamed(
-        self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int
-    ) -> list[Tensor]:
-        with self._streamer.top() as top:
-            tops = [
-                top_backward(*top, chunk.entry.out, chunk, self._decoder.logit_softcap)
-                for chunk in chunks
-            ]
-        outgrads = [outgrad_BTH for _, outgrad_BTH in tops]
-        for place in reversed(range(len(self.layers))):
-            self._layer(place, chunks, outgrads, consumer_of, window)
-        return [nll_BT for nll_BT, _ in tops]
 
     def _layer(
         self,
