@@ -257,12 +257,32 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _valuation_has_data(self) -> RunConfig:
-        if self.valuation.enabled and self.data.validation is None:
+    def _held_out_rows_are_known(self) -> RunConfig:
+        if not self.valuation.enabled:
+            return self
+        from_train = self.valuation.held_out == "train"
+        if self.data.validation is None and not from_train:
             raise ValueError(
                 "valuation.enabled=true needs data.validation: held-out rows of the target task "
-                "(or set valuation.enabled=false to fine-tune without token values)"
+                "(or set valuation.held_out=train to take other rows of data.train, or "
+                "valuation.enabled=false to fine-tune without token values)"
             )
+        if self.data.validation is not None and from_train:
+            raise ValueError(
+                "valuation.held_out=train takes held-out rows from data.train, so data.validation "
+                "is not read: leave it out (rows for the Fisher go to fisher.prompts), or set "
+                "valuation.held_out=validation"
+            )
+        if from_train and self.estimates_fisher and self.fisher.prompts is None:
+            raise ValueError(
+                "valuation.held_out=train leaves no data.validation to estimate the Fisher on: set "
+                "fisher.prompts to rows that are not trained on, valuation.fisher to an estimate, "
+                "or valuation.stability_weight=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_go_together(self) -> RunConfig:
         if (
             self.train.save_every is not None
             and self.train.save_every % self.valuation.refresh_every

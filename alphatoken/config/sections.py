@@ -230,6 +230,11 @@ class ValuationConfig(Section):
         description="Preference runs: whether values ask what lowers the loss of held-out chosen "
         "responses (as published), or the preference objective of held-out pairs.",
     )
+    held_out: Literal["validation", "train"] = Field(
+        "validation",
+        description="Where held-out rows are from: data.validation, or those rows of data.train "
+        "that come after the step, where there are no others.",
+    )
     refresh_every: int = Field(
         1,
         ge=1,
@@ -298,7 +303,8 @@ class ValuationConfig(Section):
         if self.contrast == 0:
             return None
         if self.contrast_from == "auto":
-            return "scored" if "contrast_memory" in ESTIMATORS[self.estimator].keys else "drawn"
+            adds_up = "contrast_memory" in ESTIMATORS[self.estimator].keys
+            return "scored" if adds_up and self.target == "sft" else "drawn"
         return self.contrast_from
 
     @model_validator(mode="after")
@@ -314,6 +320,11 @@ class ValuationConfig(Section):
             raise ValueError(
                 f"valuation.contrast_from=scored needs valuation.estimator=ghost, whose signals it "
                 f"adds up; with {self.estimator} use drawn"
+            )
+        if self.contrast_source == "scored" and self.target == "preference":
+            raise ValueError(
+                "valuation.contrast_from=scored adds up signals before a pair's losses are known, "
+                "which valuation.target=preference needs; use drawn"
             )
         if self.contrast_source == "moment" and self.estimator != "exact":
             raise ValueError(

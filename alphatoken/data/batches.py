@@ -106,7 +106,8 @@ class Layout:
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
     tokens as first-fit finds. noise_key: (seed, step) adds noise, for policies that need it.
     halves: adds which half of the draw each position's row is in. reference: by dataset row,
-    another model's losses of its response tokens, (R,) float32.
+    another model's losses of its response tokens, (R,) float32. first_only: lay out the chosen
+    document of a pair alone; without `reference` only.
     """
 
     size: int
@@ -115,6 +116,7 @@ class Layout:
     noise_key: tuple[int, int] | None = None
     halves: bool = False
     reference: ByRow | None = None
+    first_only: bool = False
 
 
 def row_tokens(config: RunConfig) -> int | None:
@@ -218,7 +220,7 @@ def _position_ids(
 def _documents(dataset: TokenDataset, row: int, layout: Layout) -> list[dict[str, Tensor]]:
     """The columns of each document of a dataset row, (T,) each."""
     documents = []
-    for ids, mask in dataset[row]:
+    for ids, mask in dataset[row][: 1 if layout.first_only else None]:
         tokens = torch.from_numpy(np.array(ids))
         labels = torch.where(torch.from_numpy(np.array(mask)), tokens.long(), IGNORE_INDEX)
         labels[0] = IGNORE_INDEX  # nothing predicts the first token of a document

@@ -67,11 +67,21 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
 
 def check_sizes(splits: Splits, config: RunConfig) -> None:
     """Raises UserError where a part has fewer rows than are drawn at once."""
-    train, validation = splits.train, splits.validation
+    train, validation, valuation = splits.train, splits.validation, config.valuation
     if len(train) < config.train.global_batch_size:
         raise UserError(
             f"data.train has {len(train)} usable rows, fewer than "
             f"train.global_batch_size={config.train.global_batch_size}"
+        )
+    served = valuation.refresh_every * config.train.global_batch_size
+    needed = served + valuation.validation_sequences
+    if valuation.enabled and valuation.held_out == "train" and len(train) < needed:
+        raise UserError(
+            f"data.train has {len(train)} usable rows, but with valuation.held_out=train it needs "
+            f"{needed}: valuation.refresh_every={valuation.refresh_every} times "
+            f"train.global_batch_size={config.train.global_batch_size} that are trained on, and "
+            f"valuation.validation_sequences={valuation.validation_sequences} others; lower these, "
+            "or add rows"
         )
     if validation is not None and len(validation) < config.valuation.validation_sequences:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,24 +55,30 @@ class Feed:
         )
 
     def held_out(self, draw: int) -> list[Batch]:
-        """The validation rows of a draw (from 0), which steer the values."""
-        validation = self._run.splits.validation
-        assert validation is not None, "valuation needs held-out rows"
-        order = self._order(validation, HELD_OUT)
-        rows = order.step(draw, self._run.config.valuation.validation_sequences)
-        return self._micro_batches(validation, rows, draw, compares=self._compares_held_out)
+        """The rows of a draw (from 0), which steer the values: of `data.validation`, in an order of
+        their own; or with `valuation.held_out: train` those of `data.train` that come next after
+        the optimizer steps which the draw serves, and are not trained on in these.
+        """
+        splits, config = self._run.splits, self._run.config
+        if config.valuation.held_out == "train":
+            rows = self._next_rows(draw * config.valuation.refresh_every)
+            return self._micro_batches(splits.train, rows, draw, steers=True)
+        assert splits.validation is not None, "valuation needs held-out rows"
+        count = config.valuation.validation_sequences
+        rows = self._order(splits.validation, HELD_OUT).step(draw, count)
+        return self._micro_batches(splits.validation, rows, draw, steers=True)
 
     def contrast(self, step: int) -> list[Batch]:
         """Training rows for B at the refresh before optimizer step `step`: the next ones of the
-        order that are not scored before the next refresh, as many as held-out rows."""
+        order that are neither scored before the next refresh nor held out, as many as held-out
+        rows."""
         return self._micro_batches(self._run.splits.train, self._contrast_rows(step), step)
 
     def first_held_out(self, count: int) -> list[Batch]:
-        """The first `count` validation rows in the order of the file, for benchmarks."""
+        """The first `count` rows of `data.validation` in the order of the file, for benchmarks."""
         validation = self._run.splits.validation
         assert validation is not None, "valuation needs held-out rows"
-        compares = self._compares_held_out
-        return self._micro_batches(validation, np.arange(count), 0, compares=compares)
+        return self._micro_batches(validation, np.arange(count), 0, steers=True)
 
     def evaluation(self) -> Iterator[Batch]:
         """All rows of `data.eval`; nothing where there are none."""
@@ -82,13 +88,8 @@ class Feed:
     def _contrast_rows(self, step: int) -> Indices:
         config, train = self._run.config, self._run.splits.train
         size, window = config.train.global_batch_size, config.valuation.refresh_every
-        scored = {
-            int(row)
-            for each in range(step, step + window)
-            for row in self._train_order.step(each, size)
-        }
-        count = config.valuation.validation_sequences
-        rows = self._train_order.following((step + window) * size, count, without=scored)
+        held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
+        rows = self._next_rows(step, without=held_out)
         if not len(rows):
             raise UserError(
                 f"valuation.contrast={config.valuation.contrast} needs training rows other than "
@@ -98,21 +99,27 @@ class Feed:
             )
         return rows
 
+    def _next_rows(self, step: int, without: Iterable[int] = ()) -> Indices:
+        """The next `validation_sequences` rows of the training order which neither the steps from
+        `step` to the next refresh train on nor `without` has."""
+        config = self._run.config
+        served = config.valuation.refresh_every * config.train.global_batch_size
+        draw, count = step // config.valuation.refresh_every, config.valuation.validation_sequences
+        trained = self._train_order.step(draw, served).tolist()
+        return self._train_order.following((draw + 1) * served, count, without={*trained, *without})
+
     def _order(self, part: TokenDataset, stream: int) -> Order:
         return Order(part.sizes, part.weights, (self._run.config.train.seed, stream))
 
-    @property
-    def _compares_held_out(self) -> bool:
-        """Whether held-out rows are pairs, whose losses are compared with the reference's."""
-        return self._run.config.valuation.target == "preference"
-
     def _micro_batches(
-        self, part: TokenDataset, rows: Indices, step: int, *, compares: bool = True
+        self, part: TokenDataset, rows: Indices, step: int, *, steers: bool = False
     ) -> list[Batch]:
-        """This rank's micro-batches of the rows; `compares` brings the losses of the reference,
-        where there is one."""
+        """This rank's micro-batches of the rows, with the losses of the reference, where there is
+        one; of rows that steer, unless they are compared as pairs, the chosen response alone."""
         run, ranks = self._run, collectives.world_size()
-        config, reference = run.config, run.reference if compares else None
+        config = run.config
+        alone = steers and config.valuation.target == "sft"
+        reference = None if alone else run.reference
         layout = Layout(
             # A few held-out rows are spread over all ranks rather than left to one.
             size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
@@ -121,6 +128,7 @@ class Feed:
             noise_key=(config.train.seed, step) if config.needs_noise else None,
             halves=config.valuation.reliability,
             reference=None if reference is None else reference.cached(part),
+            first_only=alone,
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
         batches = [to_device(batch, run.device) for batch in dealt]

@@ -79,9 +79,9 @@ class StepStatistics:
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._parts = [torch.zeros(0, len(self._columns.parts), device=device)]
 
-    def add_validation(self, batch: Batch, nll_BT: Tensor) -> None:
-        """Takes in the losses of held-out rows at a refresh."""
-        self._check("data.validation", batch, nll_BT + batch.get("reference_nll", 0.0))
+    def add_held_out(self, part: str, batch: Batch, nll_BT: Tensor) -> None:
+        """Takes in the losses of held-out rows at a refresh; `part` names where they are from."""
+        self._check(part, batch, nll_BT + batch.get("reference_nll", 0.0))
 
     def add(self, batch: Batch, output: StepOutput) -> None:
         """Takes in one training micro-batch."""
