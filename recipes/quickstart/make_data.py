@@ -6,7 +6,7 @@ python -m recipes.quickstart.make_data OUT_FOLDER
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -128,14 +128,14 @@ KINDS: tuple[Callable[[random.Random], Problem], ...] = (
 )
 
 
-def problems(seed: int) -> dict[str, list[Problem]]:
-    """The three parts; no problem occurs twice."""
+def problems(seed: int, sizes: Mapping[str, int] = SIZES) -> dict[str, list[Problem]]:
+    """The parts, of `sizes` problems each; no problem occurs twice."""
     rng = random.Random(seed)
     distinct: dict[Problem, None] = {}
-    while len(distinct) < sum(SIZES.values()):
+    while len(distinct) < sum(sizes.values()):
         distinct[rng.choice(KINDS)(rng)] = None
     rows = iter(distinct)
-    return {part: [next(rows) for _ in range(size)] for part, size in SIZES.items()}
+    return {part: [next(rows) for _ in range(size)] for part, size in sizes.items()}
 
 
 def main(
