@@ -140,12 +140,15 @@ def circumstances(module: str, device: torch.device, model: Path) -> dict[str, A
     return {
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "device": device_name(device),
-        "versions": {
-            package: version(package) for package in ("torch", "transformers", "deepspeed")
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "model": model.name,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a measurement depends on."""
+    return {package: version(package) for package in ("torch", "transformers", "deepspeed")}
 
 
 def run_cost(
