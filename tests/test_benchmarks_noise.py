@@ -1,0 +1,78 @@
+"""How the benchmark of rules counts, against the definitions, and that it goes on where it
+stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alphatoken.errors import UserError
+from benchmarks.noise import Ordered, main, markdown, measure, parse
+from recipes.quickstart.get_model import save_tiny
+
+RNG = np.random.default_rng(0)
+ROW = RNG.integers(0, 5, 60)
+BAD = RNG.random(60) < 0.3
+VALUE = RNG.integers(0, 9, 60).astype(float)
+
+
+def repeated(multiplicity: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
+    """Tokens, each as often as its row is drawn."""
+    return [token for token in range(60) for _ in range(int(multiplicity[ROW[token]]))]
+
+
+@pytest.mark.parametrize("drawn", [[1, 1, 1, 1, 1], [0, 2, 1, 0, 2]])
+def test_auroc_is_the_chance_that_a_bad_token_is_valued_lower(drawn: list[int]) -> None:
+    tokens = repeated(np.array(drawn, dtype=float))
+    pairs = list(
+        itertools.product([t for t in tokens if BAD[t]], [t for t in tokens if not BAD[t]])
+    )
+    lower = [(VALUE[bad] < VALUE[good]) + (VALUE[bad] == VALUE[good]) / 2 for bad, good in pairs]
+    auroc, _ = Ordered(VALUE, BAD, ROW).measures(np.array(drawn, dtype=float))
+    assert auroc == pytest.approx(np.mean(lower))
+
+
+@pytest.mark.parametrize("drawn", [[1, 1, 1, 1, 1], [0, 2, 1, 0, 2]])
+def test_bad_among_kept_counts_the_best_half(drawn: list[int]) -> None:
+    distinct = RNG.permutation(60).astype(float)
+    tokens = repeated(np.array(drawn, dtype=float))
+    best = sorted(tokens, key=lambda token: -distinct[token])
+    whole = len(best) // 2
+    bad = BAD[best[:whole]].sum() + (len(best) % 2) / 2 * BAD[best[whole]]
+    _, kept = Ordered(distinct, BAD, ROW).measures(np.array(drawn, dtype=float))
+    assert kept == pytest.approx(bad / (len(best) / 2))
+
+
+def test_without_both_kinds_there_is_nothing_to_measure() -> None:
+    assert np.isnan(Ordered(VALUE, np.zeros(60, bool), ROW).measures(np.ones(5))).all()
+
+
+@pytest.mark.slow
+def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "tiny")
+    output = tmp_path / "noise.json"
+    small = (
+        "measure --scored 4 --contrast 4 --held-out 4 --stages 0 1 --bootstrap 9 --max-length 1024 "
+        f"--model {tmp_path / 'tiny'} --output {output} --cases"
+    ).split()
+    ghost = ["--estimators", "ghost, last 3"]
+    main([*small, "rule, problems", *ghost])
+    first = json.loads(output.read_text())
+    main([*small, "rule, problems", "junk, problems", *ghost])
+    both = json.loads(output.read_text())
+    assert both["cases"]["rule, problems"] == first["cases"]["rule, problems"]
+    stages = both["cases"]["junk, problems"]["stages"]
+    assert list(stages) == ["0", "1"]
+    for measures in stages.values():
+        assert "ghost, last 3: G - B, kinder half" in measures
+        for value, low, high in (each[name] for each in measures.values() for name in each):
+            assert 0 <= low <= high <= 1
+            assert 0 <= value <= 1
+    table = markdown(both)
+    assert table.count("| lowest loss") == 2
+    with pytest.raises(UserError, match="other settings"):
+        measure(parse([*small, "rule, problems", *ghost, "--lr", "1"]))
