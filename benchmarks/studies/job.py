@@ -218,14 +218,19 @@ def trained(
 ) -> Metrics:
     """Trains, and returns the run's last evaluation and what became of the bad tokens; before any
     training for an untrained arm."""
-    marks = marks_of(tokenizer, parts) if job.recipe == "sft" else []
-    bad = BadTokens([] if job.arm.kind == "held_out" else marks)
+    marks = marks_of(job, tokenizer, parts)
+    bad = BadTokens(marks)
     objective: Objective
     if isinstance(config, PreferenceRunConfig):
         objective = PreferenceObjective(config.preference)
     else:
         objective = WatchedObjective(bad)
     run = build_run(config, objective)
+    if marks and run.splits.train.sizes[0] != len(marks):
+        raise UserError(
+            f"only {run.splits.train.sizes[0]} of {len(marks)} corrupted rows fit: raise "
+            f"data.max_length={config.data.max_length}"
+        )
     if job.arm.kind == "untrained":
         return evaluate(
             model=run.model,
@@ -234,7 +239,7 @@ def trained(
             device=run.device,
             on_batch=lambda: None,
         )
-    if job.arm.kind == "oracle":
+    if job.arm.kind == "oracle" and marks:
         run = on_good_tokens(run, marks)
     if job.arm.pull:
         pull_to_start(run, job.arm.pull)
@@ -247,8 +252,10 @@ def trained(
     return {**reported, **bad.metrics()}
 
 
-def marks_of(tokenizer: PreTrainedTokenizerBase, parts: Parts) -> list[list[bool]]:
-    """Whether each token of each training row is bad."""
+def marks_of(job: Job, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> list[list[bool]]:
+    """Whether each token of each row that may be trained on is bad; none where nothing is."""
+    if job.condition.corruption == "none" or job.arm.kind == "held_out":
+        return []
     return [bad_tokens(tokenizer, MarkedRow.from_json(row)) for row in parts["train"]]
 
 
