@@ -76,7 +76,7 @@ def flops(call: Callable[[], None]) -> int:
 def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
     source = {"path": str(arguments.data)}
     values = {
-        "model": {"name_or_path": str(arguments.model), "dtype": "bfloat16"},
+        "model": {"name_or_path": str(arguments.model), "dtype": arguments.dtype},
         "data": {
             "train": {**source, "skip": 64},
             "validation": {**source, "first": 64},
@@ -127,6 +127,12 @@ def cost_parser(description: str | None) -> argparse.ArgumentParser:
         help="rows {prompt, response}; the first 64 are held out",
     )
     parser.add_argument("--output", type=Path, help="where to write the result as JSON")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 where the processor has no bfloat16",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument(
