@@ -113,10 +113,12 @@ def mean_gradients(
     return mean
 
 
-def half_differences(model: PreTrainedModel, scored: Scored, rows: Sequences) -> dict[str, Tensor]:
-    """(G_a - G_b) / 2 per linear, where G_h = 2/N sum over the positions of half h: the rows with
-    an even number are a, the others b."""
-    halves = [[sequence_signals(model, scored, *row) for row in rows[half::2]] for half in (0, 1)]
+def half_differences(
+    model: PreTrainedModel, scored: Scored, *sides: Sequences
+) -> dict[str, Tensor]:
+    """(G_a - G_b) / 2 per linear, where G_h = 2/N sum over the positions of half h. `sides` are the
+    documents of a and of b."""
+    halves = [[sequence_signals(model, scored, *row) for row in side] for side in sides]
     count = sum(len(signals.response) for half in halves for signals in half)
     differences = {}
     for name in scored.linears:

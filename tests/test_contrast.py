@@ -76,7 +76,9 @@ class Case:
 
     def ghost_expected(self) -> list[dict[str, Tensor]]:
         twin = oracle_copy(self.model)
-        halves = [half_differences(twin, self.scored, rows) for rows in self.steering]
+        halves = [
+            half_differences(twin, self.scored, rows[::2], rows[1::2]) for rows in self.steering
+        ]
         return token_values(
             self.model,
             self.sequences,

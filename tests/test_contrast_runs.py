@@ -90,8 +90,10 @@ class Truth:
         )
 
     def drawn_mean(self, step: int) -> tuple[Directions, Directions]:
-        twin, rows = self.at(step), self.documents(others_of(step))
-        return mean_gradients(twin, self.scored, rows), half_differences(twin, self.scored, rows)
+        twin, rows = self.at(step), others_of(step)
+        halves = [self.documents(rows[half::2]) for half in (0, 1)]
+        mean = mean_gradients(twin, self.scored, self.documents(rows))
+        return mean, half_differences(twin, self.scored, *halves)
 
     def ghost(self, step: int, *, scored: bool) -> dict[int, dict[str, Tensor]]:
         """Values of the documents of a step, by number."""
@@ -99,7 +101,7 @@ class Truth:
             self.scored_mean(step) if scored and step > 0 else self.drawn_mean(step)
         )
         held_out = [self.held_out[row] for row in held_out_of(step)]
-        halves = half_differences(self.at(step), self.scored, held_out)
+        halves = half_differences(self.at(step), self.scored, held_out[::2], held_out[1::2])
         found = token_values(
             self.model,
             self.documents(rows_of(step)),

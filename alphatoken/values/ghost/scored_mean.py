@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alphatoken.distributed import collectives
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile
+from alphatoken.errors import UserError
 from alphatoken.values.algebra import FromSignals
 from alphatoken.values.ghost.directions import MeanMatrices
 from alphatoken.values.ghost.outer_sums import OuterSums
@@ -107,7 +108,17 @@ class ScoredMean(MeanMatrices):
         return 4 * len(self._kinds) * sum(numels)
 
     def restore(self, saved: TensorFile) -> None:
-        """Takes over what `state` gave on any number of ranks."""
+        """Takes over what `state` gave on any number of ranks. Raises UserError where that was of
+        other linears, or without halves."""
+        missing = [
+            name for kind in self._kinds for name in self._features if f"{kind}/{name}" not in saved
+        ]
+        if missing:
+            raise UserError(
+                f"{saved} does not hold what was scored of {missing[0]}, which "
+                "valuation.contrast_from=scored needs: continue with the valuation.layers and "
+                "valuation.reliability that it was saved with"
+            )
         ranks, rank = collectives.world_size(), collectives.rank()
         for kind, name in [(kind, name) for kind in self._kinds for name in self._features]:
             out_features, in_features = self._features[name]
