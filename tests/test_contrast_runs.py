@@ -347,3 +347,46 @@ def test_contrast_needs_rows_that_are_not_scored(run_values: dict[str, Any]) -> 
     )
     with pytest.raises(UserError, match=r"data\.train has 30, and the 1 optimizer steps"):
         trainer_of(values)
+
+
+def test_rows_of_b_are_neither_scored_nor_held_out(run_values: dict[str, Any]) -> None:
+    """With `held_out: train` both come from the training rows: were they the same, B would be G."""
+    values = changed(run_values, valuation={**CONTRAST, "held_out": "train", "refresh_every": 2})
+    values["train"]["global_batch_size"] = 8
+    del values["data"]["validation"]
+    feed = trainer_of(values).feed
+    found = [
+        {int(row) for batch in batches for row in batch["rows"]}
+        for batches in (
+            feed.training(2).batches,
+            feed.training(3).batches,
+            feed.held_out(1),
+            feed.contrast(2),
+        )
+    ]
+    assert [len(rows) for rows in found[2:]] == [HELD_OUT, HELD_OUT]
+    assert not found[3] & (found[0] | found[1] | found[2])
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_b_of_the_held_out_rows_is_g(estimator: str, pair_values: dict[str, Any]) -> None:
+    """With `target: preference` the losses of B have the coefficients that those of G have."""
+    valuation = {"target": "preference", "estimator": estimator, "contrast_from": "drawn"}
+    values = changed(pair_values, valuation={**CONTRAST, **valuation})
+    if estimator == "exact":
+        del values["valuation"]["window"]
+    trainer = trainer_of(values)
+    run, feed = trainer.run, trainer.feed
+    assert run.model.scorer is not None
+    coefficients = run.objective.coefficients
+    rows, batch = feed.held_out(0), feed.training(0).batches[0]
+    run.model.scorer.refresh(rows, 1, contrast=rows, coefficients=coefficients)
+    found = run.model.assess(batch).values
+    assert found["direct_target"].any()
+    torch.testing.assert_close(found["direct_contrast"], found["direct_target"])
+    torch.testing.assert_close(
+        found["composite"], (1 - C) * (found["direct_target"] + found["causal_target"])
+    )
+    run.model.scorer.refresh(rows, 1, contrast=rows)
+    plain = run.model.assess(batch).values
+    assert relative_error(plain["direct_contrast"], found["direct_contrast"]) > 0.1

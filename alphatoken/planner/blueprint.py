@@ -107,6 +107,13 @@ class Blueprint:
         return 2 if self.config.valuation.contrast_source == "drawn" else 1
 
     @property
+    def steering_documents(self) -> int:
+        """The documents of all draws of a refresh, in multiples of the held-out ones: of a pair,
+        rows for B count with both responses, whichever are held out."""
+        drawn = len(self.config.selections) // max(self.workload.held_out_documents, 1)
+        return 1 + (self.steering_passes - 1) * drawn
+
+    @property
     def halves(self) -> int:
         """How many sums are formed of a draw's gradients: their sum, and the signed one where
         halves are told apart."""

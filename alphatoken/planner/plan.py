@@ -123,6 +123,8 @@ def _estimating(config: RunConfig, estimator: str) -> RunConfig:
     """A run like `config` with another estimator, and the keys that this one does not read at their
     defaults."""
     unread = set(keys_of_some()) - set(ESTIMATORS[estimator].keys)
+    if estimator != config.valuation.estimator:
+        unread.add("contrast_from")  # not every source is every estimator's
     shared = config.valuation.model_dump(exclude={"estimator", "residency", *unread})
     valuation = ValuationConfig.model_validate({**shared, "estimator": estimator}, strict=False)
     return config.model_copy(update={"valuation": valuation})

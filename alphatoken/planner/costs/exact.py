@@ -74,7 +74,7 @@ class ExactCost(ScoringCost):
         tower = sum(each.forward + each.backward for each in layers)
         back = tower + products * tokens * blueprint.head_flops
         one_draw = blueprint.held_out.forward + blueprint.halves * back
-        return blueprint.steering_passes * one_draw
+        return blueprint.steering_documents * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
         weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)

@@ -175,17 +175,18 @@ class GhostCost(ScoringCost):
         tokens, formed = blueprint.workload.held_out_responses, blueprint.halves * formed
         one_draw = blueprint.held_out.forward + tower
         one_draw += 2 * tokens * (formed + blueprint.head_flops)
-        return blueprint.steering_passes * one_draw
+        return blueprint.steering_documents * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
         linears = _contracted(blueprint)
         formed = [linear.numel for linear in linears if linear.is_formed]
         # Below stage 3 too, G is kept in slices.
-        passes, halves = blueprint.steering_passes, blueprint.halves
+        passes, documents = blueprint.steering_passes, blueprint.steering_documents
+        halves = blueprint.halves
         slices = sum(map(blueprint.sharding.slice_of, formed)) * FLOAT32
         parts = [
             Part("slices of G", slices * passes * halves),
-            Part("held-out signals", passes * self._signal_bytes(blueprint, linears)),
+            Part("held-out signals", documents * self._signal_bytes(blueprint, linears)),
         ]
         every = [linear.numel for linear in linears]
         if blueprint.config.valuation.contrast_source == "scored":
@@ -315,7 +316,8 @@ class GhostCost(ScoringCost):
                 size = uses * gathered * weight
                 messages.append(Message("held-out gradient G", "all_gather", uses, size))
             features = sum(linear.out_features + linear.in_features for linear in rows)
-            own_rows = passes * work.held_out_batches * work.held_out_responses
+            documents = blueprint.steering_documents
+            own_rows = documents * work.held_out_batches * work.held_out_responses
             signs = valuation.reliability * len(rows) * FLOAT32
             signals = uses * own_rows * (features * weight + signs)
             count = uses * passes * (2 + valuation.reliability) * len(rows)
