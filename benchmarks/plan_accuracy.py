@@ -55,6 +55,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ghost, contrast": {"valuation": {"contrast": 1.0, "reliability": True}},
     "exact, contrast": {"valuation": {"estimator": "exact", "contrast": 1.0, "reliability": True}},
     "pairs, reference cached": {"preference": {}},
+    "pairs, contrast drawn": {
+        "preference": {},
+        "valuation": {"contrast": 1.0, "contrast_from": "drawn", "residency": "streamed"},
+    },
     "pairs, by held-out pairs": {"preference": {}, "valuation": {"target": "preference"}},
 }
 
