@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken.data.batches import Order
 from alphatoken.errors import UserError
+from alphatoken.values.algebra import TERMS
 from tests.cases import trainer_of
 from tests.exact_oracle import exact_values
 from tests.oracle import (
@@ -230,9 +231,8 @@ def test_every_source_of_b_is_what_it_says(
         else:
             expected = truth.ghost(step, scored=valuation.get("contrast_from") != "drawn")
         check(steps, step, expected, terms_of(valuation), name)
-    shares = [
-        share for key, share in metrics_of(tmp_path / name)[-1].items() if key.endswith("_share")
-    ]
+    last = metrics_of(tmp_path / name)[-1]
+    shares = [last[f"{term}_share"] for term in TERMS if f"{term}_share" in last]
     assert len(shares) == (6 if valuation.get("split_terms", True) else 0)
     assert sum(shares) == pytest.approx(1 if shares else 0)
 
