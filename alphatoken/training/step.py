@@ -177,7 +177,7 @@ class OptimizerStep:
         """That there was nothing to train on, and what selections rule out when they first do."""
         notes = []
         if not sums.dropped.count("trained"):
-            notes.append("no token to train on, so the loss of this step is zero")
+            notes.append("no token to train on, so nothing is learned")
         for name, sentence in sums.dropped.reasons().items():
             if name not in self._told:
                 self._told.add(name)
