@@ -387,6 +387,22 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             "selection": {"policy": "all", "veto": {"by": "probability", "share": 0.3}},
             "valuation": off,
         },
+        "harmful beyond the noise": {
+            "selection": {
+                "keep_ratio": "auto",
+                "auto_margin": 0.5,
+                "scope": "global_batch",
+                "normalise": "kept",
+            },
+            "valuation": {"reliability": True, "contrast": 1.0},
+        },
+        "vetoed in the unit of the noise": {
+            "selection": {
+                "policy": "agreement",
+                "veto": {"by": "adaptation", "threshold": -0.5, "unit": "noise"},
+            },
+            "valuation": {"reliability": True, "contrast": 1.0},
+        },
         "softmax of the harmless": {"selection": {"threshold": 0.0, "weights": "softmax"}},
         "protected, packed": {
             "selection": {
@@ -432,10 +448,34 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
         elif name == "low_perplexity":
             assert difference < -0.05
     assert shares["all"] == shares["soft"] == [1, 1, 1]
+    assert all(0.5 < share < 1 for share in shares["harmful beyond the noise"])
     assert shares["vetoed"] == pytest.approx([0.7] * 3, abs=0.02)
     assert shares["valued from the 3rd step"] == pytest.approx([1.0, 1.0, 0.5], abs=0.02)
     assert shares["schedule"] == pytest.approx([1.0, 0.6, 0.2], abs=0.02)
     assert shares["random, whole step"] == pytest.approx([0.5] * 3, abs=0.002)
+
+
+@pytest.mark.slow
+def test_without_stability_adaptation_is_the_value(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """With contrast as well, which is part of it."""
+    valuation = {"stability_weight": 0.0, "contrast": 0.7}
+    configs = {
+        policy: changed(
+            run_values,
+            valuation=valuation,
+            selection={"policy": policy},
+            train={"output_dir": str(tmp_path / policy)},
+        )
+        for policy in ("top_value", "adaptation")
+    }
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "ranks", configs=configs)
+    assert messages == dict.fromkeys(configs, "")
+    by_value, by_adaptation = (metrics_of(tmp_path / policy) for policy in configs)
+    for one, other in zip(by_value, by_adaptation, strict=True):
+        for key in one.keys() & {"loss_kept", "grad_norm", "eval_loss"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
 
 
 @pytest.mark.parametrize(

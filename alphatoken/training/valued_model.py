@@ -136,6 +136,7 @@ class ValuedModel(nn.Module):
             nll_BT=nll_BT,
             protected_BT=torch.isin(targets_BT, end_of_turn),
             values=values,
+            contrast=0.0 if self.scorer is None else self.scorer.config.contrast,
             entropy=self._entropy(batch, hidden_BTH) if self._needs_entropy else None,
         )
 
