@@ -169,6 +169,27 @@ def test_every_supported_architecture_can_be_planned(case: str, tmp_path: Path) 
     assert all(0 < each.plain < each.total for each in plan.compute.values())
 
 
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+@pytest.mark.parametrize("valued", [False, True])
+def test_entropy_costs_the_head_once_more(scope: str, *, valued: bool, tmp_path: Path) -> None:
+    model = TINY["llama"].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+
+    def total(weights: str) -> tuple[float, float]:
+        plan = plan_of(
+            "llama",
+            model={"name_or_path": str(tmp_path)},
+            valuation={"layers": 2, "enabled": valued},
+            selection={"policy": "all", "weights": weights, "scope": scope},
+        )
+        work = plan.blueprint.workload
+        return plan.own.total, work.micro_batches * work.responses * plan.blueprint.head_flops
+
+    (plain, head), (entropy, _) = total("hard"), total("eaft")
+    assert entropy - plain == head > 0
+
+
 def test_what_does_not_fit_is_told_how_to_fit() -> None:
     plan = plan_of("llama-3.1-8b", device="a100-40g")
     assert plan.fits is False

@@ -1,9 +1,10 @@
-"""Our losses under the rules of the field against those of TRL and LLaMA-Factory, written from
-their formulas on the model's own logits: losses and gradients, plain, packed and with adapters,
-over micro-batches, and weights after training on two ranks."""
+"""Our losses under the rules of the field against those of TRL, LLaMA-Factory and others, written
+from their formulas: on the model's own logits losses and gradients, plain, packed and with
+adapters, over micro-batches, and weights after training on two ranks; on pairs the losses."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,9 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alphatoken.batch import Batch, make_batch
 from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.models.decoder import decoder_of
+from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.selection.facts import TokenFacts
+from alphatoken.selection.select import select
 from alphatoken.selection.step import selections_at
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.stopwatch import Stopwatch
@@ -28,6 +33,7 @@ from alphatoken.values.registry import build_scorer
 from tests.published import LOSSES, cross_entropy, token_adaptive
 from tests.ranks import run_ranks
 from tests.runs import changed, metrics_of
+from tests.test_preference import Tokens
 from tests.tiny import collate, pack, random_sequences, tiny_llama
 
 Sequence_ = tuple[Tensor, Tensor]
@@ -201,6 +207,77 @@ def test_entropy_is_known_with_and_without_a_scorer(estimator: str | None, packe
             own = batch["response"] & (batch["document_ids"] == number)
             entropy = torch.special.entr(share).sum(-1)
             assert torch.allclose(facts.entropy_BT[own].double(), entropy, atol=1e-5)
+
+
+def pair_loss(tokens: Tokens, sections: dict[str, Any]) -> float:
+    """The objective of a micro-batch of pairs under a configuration, summed over its pairs."""
+    values = {
+        "model": {"name_or_path": "none"},
+        "data": {"train": "none"},
+        "train": {"output_dir": "none"},
+        "valuation": {"enabled": False},
+        **sections,
+    }
+    config = validate(PreferenceRunConfig, values, "of the test")
+    facts = TokenFacts(
+        batch=tokens.batch,
+        nll_BT=tokens.nll_BT,
+        protected_BT=torch.zeros_like(tokens.response_BT),
+        values={},
+    )
+    weight_BT = torch.zeros_like(tokens.nll_BT)
+    selections = selections_at(config, 0, 1)
+    weight_BT[tokens.response_BT] = select(selections, facts).choice.weight_R
+    return float(PreferenceObjective(config.preference).total(tokens.kept(weight_BT)))
+
+
+def test_confpo_is_simpo_on_improbable_tokens() -> None:
+    """-log sigmoid(beta (mean log p+ - mean log p-) - gamma) over the tokens of each response whose
+    probability is below its mean; the pair with a response of one token has none."""
+    lengths, beta, gamma = [(4, 7), (1, 3), (6, 6)], 2.0, 0.7
+    tokens, expected = Tokens(lengths), 0.0
+    for pair in (0, 2):
+        means = []
+        for document in (2 * pair, 2 * pair + 1):
+            log_p = -tokens.of_document(tokens.nll_BT, document).double()
+            means.append(log_p[log_p.exp() < log_p.exp().mean()].mean())
+        expected -= float(torch.sigmoid(beta * (means[0] - means[1]) - gamma).log())
+    sections = {
+        "preference": {"objective": "simpo", "beta": beta, "margin": gamma},
+        "selection": {
+            "policy": "all",
+            "veto": {"by": "below_mean_probability", "threshold": 0.0},
+        },
+    }
+    assert pair_loss(tokens, sections) == pytest.approx(expected, rel=1e-6)
+
+
+def test_selective_dpo_is_dpo_on_the_tokens_that_have_most_to_gain() -> None:
+    """Of chosen responses those with the largest log p_ref - log p, of rejected ones with the
+    largest log p - log p_ref."""
+    lengths, beta = [(5, 10), (1, 3), (6, 6)], 0.2
+    tokens, expected = Tokens(lengths), 0.0
+    for pair in range(len(lengths)):
+        ratios = []
+        for document, sign in ((2 * pair, -1), (2 * pair + 1, 1)):
+            log_p = -tokens.of_document(tokens.nll_BT, document).double()
+            log_ref = -tokens.of_document(tokens.batch["reference_nll"], document).double()
+            score = (sign * (log_p - log_ref)).tolist()
+            best = sorted(range(len(score)), key=lambda place: -score[place])
+            kept = best[: math.ceil(0.4 * len(score) - 1e-9)]
+            ratios.append((log_p - log_ref)[kept].sum())
+        expected -= float(torch.sigmoid(beta * (ratios[0] - ratios[1])).log())
+    sections = {
+        "preference": {"objective": "dpo", "beta": beta},
+        "reference": {"model": "another"},
+        "selection": {
+            "keep_ratio": 0.4,
+            "scope": "sequence",
+            "chosen": {"policy": "excess_loss"},
+            "rejected": {"policy": "retrospective_excess_loss"},
+        },
+    }
+    assert pair_loss(tokens, sections) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow

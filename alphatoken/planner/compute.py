@@ -48,7 +48,12 @@ def compute_of(blueprint: Blueprint) -> Compute:
         cost = cost_of(config.valuation.estimator)
         score = cost.score_flops(blueprint)
         refresh = work.held_out_batches * (cost.refresh_flops(blueprint) + _compared(blueprint))
+    entropy = work.responses * blueprint.head_flops if config.needs_entropy else 0
     assessed = blueprint.body.forward + (0 if valued else work.responses * blueprint.head_flops)
+    if ahead:
+        assessed += entropy
+    else:
+        forward += entropy
     return Compute(
         refresh=refresh / config.valuation.refresh_every,
         ahead=passes * assessed if ahead else 0,
