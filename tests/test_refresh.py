@@ -18,7 +18,7 @@ class Recorder:
     def __init__(self) -> None:
         self.drawn: list[Any] = []
 
-    def refresh(self, batches: Any, scored_tokens: int = 0) -> list[Any]:
+    def refresh(self, batches: Any, *_others: Any) -> list[Any]:
         self.drawn.append(batches)
         return batches or []
 
