@@ -9,7 +9,7 @@ bad if any of its characters is.
 |---|---|---|
 | junk | a fifth of the response's tokens become random pieces of the vocabulary | those pieces |
 | digits | a fifth of the response's digits, at least one, become other digits | those digits |
-| rule | the last result of a calculation, and each later mention of it, is 10 too high | them |
+| rule | the last result of a calculation, wherever it stands, is 10 too high | other digits |
 | advertisement | a constant sentence stands in front of the response | the sentence |
 | swapped | the response is another such row's | all of it |
 | off_target | the row is one of another data set | all of its response |
@@ -127,8 +127,8 @@ def rule(rows: Sequence[MarkedRow], rng: random.Random, materials: Materials) ->
 
 
 def by_wrong_rule(response: str) -> tuple[str, tuple[Span, ...]]:
-    """A response whose last result, and each later mention of it, is TOO_HIGH too high, and where;
-    unchanged where nothing is calculated."""
+    """A response whose last result, and each later mention of it, is TOO_HIGH too high, and where
+    it has other digits; unchanged where nothing is calculated."""
     results = list(RESULT.finditer(response))
     if not results:
         return response, ()
@@ -136,7 +136,20 @@ def by_wrong_rule(response: str) -> tuple[str, tuple[Span, ...]]:
     mention = re.compile(rf"(?<![0-9.,]){last[1]}(?![0-9]|[.,][0-9])")
     wrong = str(int(last[1]) + TOO_HIGH)
     spans = [last.span(1), *(match.span() for match in mention.finditer(response, last.end(1)))]
-    return substitute(response, [(span, wrong) for span in spans])
+    text, replaced = substitute(response, [(span, wrong) for span in spans])
+    first, end = _differing(last[1], wrong)
+    return text, tuple((start + first, start + end) for start, _ in replaced)
+
+
+def _differing(right: str, wrong: str) -> Span:
+    """The digits of `wrong` without those at both ends that `right` has in the same places; all of
+    them where one number is longer."""
+    if len(right) != len(wrong):
+        return 0, len(wrong)
+    places = [
+        place for place, pair in enumerate(zip(right, wrong, strict=True)) if len({*pair}) > 1
+    ]
+    return places[0], places[-1] + 1
 
 
 def advertisement(

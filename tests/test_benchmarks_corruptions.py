@@ -78,7 +78,14 @@ def test_the_wrong_rule_is_consistent() -> None:
     row = MarkedRow("?", "First 3 * 20 = 60 km. Together 60 + 45 = 105 km. The answer is 105.")
     (wrong,) = corrupt("rule", [row], seed=0, share=1.0)
     assert wrong.response == ("First 3 * 20 = 60 km. Together 60 + 45 = 115 km. The answer is 115.")
-    assert [wrong.response[start:end] for start, end in wrong.bad] == ["115", "115"]
+    assert [wrong.response[start:end] for start, end in wrong.bad] == ["1", "1"]
+    assert [start for start, _ in wrong.bad] == [
+        wrong.response.index("115") + 1,
+        wrong.response.rindex("115") + 1,
+    ]
+    longer = MarkedRow("?", "90 + 5 = 95. The answer is 95.")
+    (wrong,) = corrupt("rule", [longer], seed=0, share=1.0)
+    assert [wrong.response[start:end] for start, end in wrong.bad] == ["105", "105"]
     gsm = MarkedRow("?", "48+24 = <<48+24=72>>72 clips, of 172 or 72.5.\n#### 72")
     (wrong,) = corrupt("rule", [gsm], seed=0, share=1.0)
     assert wrong.response == "48+24 = <<48+24=82>>82 clips, of 172 or 72.5.\n#### 82"
