@@ -1,5 +1,5 @@
 # make quickstart   installs, then fine-tunes SmolLM2-135M on two CPU ranks or the GPUs present (MODEL=tiny: no download)
-# make study-small  which rule trains best on rows with wrong results, in the small: under 40 minutes on two cores
+# make study-small  which rule trains best on rows with an advertisement, in the small, on two cores
 # make test-fast    what a change needs while it is written, in a minute: no processes, three architectures
 # make test         every test but the longest (make test-long)
 # make lint types   ruff; mypy

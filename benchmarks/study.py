@@ -105,11 +105,11 @@ class Study:
         short has whole comparisons."""
         settings = self.settings
         for condition in settings.conditions:
-            for arm in settings.arms:
+            for arm in settings.arms_in(condition):
                 if settings.arms[arm].kind == "untrained":
                     yield self._untrained(condition, arm)
             for seed in settings.seeds:
-                for arm in settings.arms:
+                for arm in settings.arms_in(condition):
                     if settings.arms[arm].kind != "untrained":
                         yield self._trained(condition, arm, seed)
 
@@ -133,7 +133,7 @@ class Study:
         """Every run that a learning rate is chosen by."""
         settings = self.settings
         for condition in settings.conditions:
-            for arm in settings.arms:
+            for arm in settings.arms_in(condition):
                 if settings.arms[arm].kind != "untrained":
                     for rate in settings.rates:
                         yield self._tuning_place(condition, arm, rate)

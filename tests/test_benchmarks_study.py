@@ -57,6 +57,23 @@ def test_every_run_of_every_study_is_valid(file: Path, tmp_path: Path) -> None:
         configuration(place.job, tmp_path)
 
 
+def test_an_arm_is_skipped_where_the_file_says_so(tmp_path: Path) -> None:
+    settings = load_config(StudySettings, ROOT / "benchmarks/studies/a_small.yaml")
+    places = list(study.Study(settings, tmp_path, None).places())
+    arms = {
+        condition: [place.arm for place in places if place.condition == condition]
+        for condition in settings.conditions
+    }
+    assert arms["advertisement"] == list(settings.arms)
+    assert arms["clean"] == ["untrained", "all", "drop harmful"]
+
+
+@pytest.mark.parametrize("skip", ["{klean: [all]}", "{clean: [al]}", "{clean: [all]}"])
+def test_what_cannot_be_skipped_is_refused(skip: str) -> None:
+    with pytest.raises(UserError, match="skip"):
+        load_config(StudySettings, ROOT / "benchmarks/studies/a_small.yaml", [f"skip={skip}"])
+
+
 def test_a_wrong_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(STUDY.format(model="nowhere"))

@@ -105,6 +105,9 @@ class StudySettings(Section):
     )
     conditions: dict[str, Condition]
     arms: dict[str, Annotated[Arm, BeforeValidator(_as_arm)]]
+    skip: dict[str, list[str]] = Field(
+        default_factory=dict, description="Arms that are not run in a condition, by condition."
+    )
     seeds: list[int] = Field(min_length=1)
     rates: list[float] = Field(
         default_factory=list,
@@ -114,6 +117,21 @@ class StudySettings(Section):
     tuning_seed: int = Field(1000, ge=0, description="Seed of the runs that choose a rate.")
     measures: Measures = Field(default_factory=Measures)
     baseline: str = Field("all", description="The arm that the others are compared with.")
+
+    def arms_in(self, condition: str) -> list[str]:
+        """The arms that are run in a condition, in the order of the file."""
+        left_out = self.skip.get(condition, [])
+        return [arm for arm in self.arms if arm not in left_out]
+
+    @model_validator(mode="after")
+    def _what_is_skipped_is_known(self) -> StudySettings:
+        for condition, arms in self.skip.items():
+            if condition not in self.conditions:
+                raise ValueError(f"skip: there is no condition {condition!r}")
+            for arm in arms:
+                if arm not in self.arms or arm == self.baseline:
+                    raise ValueError(f"skip.{condition}: {arm!r} is no arm, or it is the baseline")
+        return self
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> StudySettings:
