@@ -93,6 +93,21 @@ def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:
     assert (config.optim.lr, config.train.global_batch_size, config.train.epochs) == (2e-5, 64, 3)
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("sft/*.yaml"), *CONFIGS.glob("preference/*.yaml")]),
+    ids=lambda path: str(path.relative_to(CONFIGS)),
+)
+def test_what_is_harmful_is_dropped_whatever_the_file_of_the_run_keeps(path: Path) -> None:
+    preset = CONFIGS / "presets" / "drop_harmful.yaml"
+    config = load_config(
+        RunConfig, [path, preset], with_section={"preference": PreferenceRunConfig}
+    )
+    assert config.selection.keep_ratio == "auto"
+    assert config.valuation.contrast == 1
+    assert config.normalise == "response"
+
+
 def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("optim: {lr: -1}\n")
@@ -409,6 +424,11 @@ def test_settings_that_contradict_each_other(
         (
             ["valuation={start_step: 3, refresh_every: 2}"],
             "valuation.start_step=3 is not a multiple of valuation.refresh_every=2",
+        ),
+        (
+            ["valuation={reliability: true, validation_sequences: 1}"],
+            "valuation.reliability=true compares two halves of the held-out rows, but "
+            "valuation.validation_sequences=1: set at least 2",
         ),
     ],
 )

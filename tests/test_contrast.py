@@ -213,6 +213,9 @@ def test_rows_and_weight_go_together() -> None:
     empty = {**rows["contrast"], "labels": torch.full_like(rows["contrast"]["labels"], -100)}
     with pytest.raises(UserError, match="contrast has no response token"):
         case.score({**rows, "contrast": empty})
+    one = {name: column[:1] for name, column in rows["validation"].items()}
+    with pytest.raises(UserError, match="only one of them has response tokens: give more rows"):
+        case.score({**rows, "validation": one})
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,15 @@ class ValuationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _halves_have_rows(self) -> ValuationConfig:
+        if self.reliability and self.validation_sequences < 2:
+            raise ValueError(
+                f"valuation.reliability=true compares two halves of the held-out rows, but "
+                f"valuation.validation_sequences={self.validation_sequences}: set at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _starts_with_a_refresh(self) -> ValuationConfig:
         if self.start_step % self.refresh_every:
             raise ValueError(

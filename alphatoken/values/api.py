@@ -45,7 +45,7 @@ def score_tokens(
     computed separately, each (B, T) float32 at the position that predicts the token; `spread` is
     there with `ValuationConfig(reliability=True)`, where documents with an even and with an odd
     number are the halves. Raises UserError for an unsupported model, wrong shapes, a missing
-    tensor, rows without response, or `target="preference"`.
+    tensor, rows without response, an empty half, or `target="preference"`.
     """
     config = config or ValuationConfig()
     _check_contrast(config, contrast)
@@ -54,10 +54,7 @@ def score_tokens(
     device = next(model.parameters()).device
     depth = scored_depth(config.layers, len(decoder.layers))
     _check_batch("batch", batch)
-    for name, rows in {"validation": validation, "contrast": contrast}.items():
-        if rows is not None:
-            _check_batch(name, rows)
-            _check_response(name, rows)
+    _check_steering(config, validation, contrast)
     if config.target == "preference":
         raise UserError(
             "valuation.target=preference compares held-out pairs, and score_tokens knows no pairs: "
@@ -115,10 +112,34 @@ def _check_contrast(config: ValuationConfig, contrast: Mapping[str, Tensor] | No
         )
 
 
+def _check_steering(
+    config: ValuationConfig,
+    validation: Mapping[str, Tensor],
+    contrast: Mapping[str, Tensor] | None,
+) -> None:
+    for name, rows in {"validation": validation, "contrast": contrast}.items():
+        if rows is not None:
+            _check_batch(name, rows)
+            _check_response(name, rows)
+    if config.reliability:
+        _check_halves(validation)
+
+
 def _check_response(name: str, rows: Mapping[str, Tensor]) -> None:
     if not bool(loss_positions(rows["labels"])[0].any()):
         raise UserError(
             f"{name} has no response token: every label is -100 (position 0 predicts token 1)"
+        )
+
+
+def _check_halves(validation: Mapping[str, Tensor]) -> None:
+    sign_BT = _half_signs(validation["attention_mask"], _documents(validation))
+    response_BT, _ = loss_positions(validation["labels"])
+    if len(sign_BT[response_BT].unique()) < 2:
+        raise UserError(
+            "ValuationConfig(reliability=True) compares two halves of `validation`, documents with "
+            "an even and with an odd number, but only one of them has response tokens: give more "
+            "rows, or set reliability=False"
         )
 
 
