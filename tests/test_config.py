@@ -89,6 +89,7 @@ def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:
         0.5,
         "micro_batch",
     )
+    assert config.normalise == "kept"
     assert (fisher.num_prompts, fisher.max_prompt_tokens, fisher.max_new_tokens) == (1000, 256, 128)
     assert (config.optim.lr, config.train.global_batch_size, config.train.epochs) == (2e-5, 64, 3)
 
@@ -106,6 +107,13 @@ def test_what_is_harmful_is_dropped_whatever_the_file_of_the_run_keeps(path: Pat
     assert config.selection.keep_ratio == "auto"
     assert config.valuation.contrast == 1
     assert config.normalise == "response"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("preference/*.yaml")), ids=lambda path: path.name
+)
+def test_the_published_settings_go_with_pairs(path: Path) -> None:
+    load_config(PreferenceRunConfig, [CONFIGS / "presets" / "paper.yaml", path])
 
 
 def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path) -> None:
