@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken.data.batches import Order
-from alphatoken.errors import UserError
+from alphatoken.errors import NonFiniteError, UserError
 from alphatoken.values.algebra import TERMS
 from tests.cases import trainer_of
 from tests.exact_oracle import exact_values
@@ -342,11 +343,41 @@ def test_a_resumed_run_has_the_same_values(run_values: dict[str, Any], tmp_path:
 
 
 def test_contrast_needs_rows_that_are_not_scored(run_values: dict[str, Any]) -> None:
+    for rows in (30, 29):  # B of one row has no halves
+        values = changed(
+            run_values, valuation=CONTRAST, train={"global_batch_size": rows, "micro_batch_size": 1}
+        )
+        with pytest.raises(UserError, match=r"data\.train has 30, and the 1 optimizer steps"):
+            trainer_of(values)
+    trainer_of(changed(values, valuation={"reliability": False}))
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_a_row_of_b_that_is_not_finite_is_named(
+    estimator: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run_values["model"]["name_or_path"])
+    model = AutoModelForCausalLM.from_pretrained(run_values["model"]["name_or_path"])
+    (poison,) = tokenizer("~", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = torch.inf
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    rows = Path(run_values["data"]["train"]).read_text().splitlines()
+    row = others_of(0)[0]
+    rows[row] = json.dumps({"prompt": "What is this ~?", "response": "red"})
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
     values = changed(
-        run_values, valuation=CONTRAST, train={"global_batch_size": 30, "micro_batch_size": 2}
+        run_values,
+        model={"name_or_path": str(tmp_path / "poisoned")},
+        data={"train": str(tmp_path / "train.jsonl")},
+        valuation={**CONTRAST, "estimator": estimator},
     )
-    with pytest.raises(UserError, match=r"data\.train has 30, and the 1 optimizer steps"):
-        trainer_of(values)
+    if estimator == "exact":
+        del values["valuation"]["window"]
+    trainer = trainer_of(values)
+    with pytest.raises(NonFiniteError, match=rf"data\.train \S+/train\.jsonl:{row + 1}\b"):
+        trainer.step.take(0, evaluates=False)
 
 
 def test_rows_of_b_are_neither_scored_nor_held_out(run_values: dict[str, Any]) -> None:

@@ -35,14 +35,14 @@ class Feed:
     """Makes this rank's micro-batches of training steps, held-out draws and evaluations.
 
     Each is a pure function of the seed and its number. Every rank must ask for the same. Building
-    it raises UserError where contrast finds no training rows.
+    it raises UserError where contrast finds too few training rows.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._train_order = self._order(run.splits.train, TRAINING)
         if run.config.valuation.enabled and run.config.valuation.contrast:
-            self._contrast_rows(0)  # raises before training if there are none
+            self._contrast_rows(0)  # raises before training if there are too few
 
     def training(self, step: int) -> StepRows:
         """The rows of optimizer step `step` (from 0)."""
@@ -90,10 +90,12 @@ class Feed:
         size, window = config.train.global_batch_size, config.valuation.refresh_every
         held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
         rows = self._next_rows(step, without=held_out)
-        if not len(rows):
+        halves = config.valuation.reliability
+        if len(rows) < (2 if halves else 1):
+            both = " (a row in each half, with valuation.reliability)" if halves else ""
             raise UserError(
                 f"valuation.contrast={config.valuation.contrast} needs training rows other than "
-                f"those being scored, but data.train has {len(train)}, and the "
+                f"those being scored{both}, but data.train has {len(train)}, and the "
                 f"{window} optimizer steps between refreshes (valuation.refresh_every) take "
                 f"{size} each (train.global_batch_size): lower these, or add rows"
             )

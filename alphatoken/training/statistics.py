@@ -79,8 +79,8 @@ class StepStatistics:
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._parts = [torch.zeros(0, len(self._columns.parts), device=device)]
 
-    def add_held_out(self, part: str, batch: Batch, nll_BT: Tensor) -> None:
-        """Takes in the losses of held-out rows at a refresh; `part` names where they are from."""
+    def add_steering(self, part: str, batch: Batch, nll_BT: Tensor) -> None:
+        """Takes in the losses of rows that steer values; `part` names where they are from."""
         self._check(part, batch, nll_BT + batch.get("reference_nll", 0.0))
 
     def add(self, batch: Batch, output: StepOutput) -> None:

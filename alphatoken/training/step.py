@@ -152,9 +152,9 @@ class OptimizerStep:
         self._watchdog.moved(f"step {step + 1}, refresh")
         if self._refresh is not None:
             with run.stopwatch.phase("refresh"):
-                part = f"data.{run.config.valuation.held_out}"
                 for seen in self._refresh.before(step, own_tokens):
-                    statistics.add_held_out(part, seen.batch, seen.nll_BT)
+                    part = run.config.valuation.held_out if seen.is_held_out else "train"
+                    statistics.add_steering(f"data.{part}", seen.batch, seen.nll_BT)
         return statistics
 
     def _weighed_ahead(self, batches: Sequence[Batch]) -> WeighedStep | None:

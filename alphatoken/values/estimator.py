@@ -102,7 +102,7 @@ class Scorer(ABC):
         `valuation.contrast` is never given any. `coefficients` (`valuation.target: preference`) are
         called with the losses of each batch of either kind and multiply them in the sums, which are
         still divided by the number of response tokens; None counts each loss once. Returns the
-        losses of `batches`, (B, T) float32 each, not multiplied.
+        losses of `batches` and then of `contrast`, (B, T) float32 each, not multiplied.
         """
 
     @property

@@ -13,12 +13,14 @@ from alphatoken.values.estimator import Coefficients, Scorer
 
 
 @dataclass(frozen=True)
-class HeldOutLosses:
-    """Token losses of one held-out micro-batch, seen while its signals were taken in."""
+class SteeringLosses:
+    """Token losses of one micro-batch that steers values, seen while its signals were taken in."""
 
     batch: Batch
     nll_BT: Tensor
     """(B, T) float32, zero off the response."""
+    is_held_out: bool
+    """Whether its rows are held out; else they are training rows that B is of."""
 
 
 class HeldOutRefresh:
@@ -51,11 +53,12 @@ class HeldOutRefresh:
         self._moments = [each for each in (adam_scale, first_moment) if each is not None]
         self._coefficients = coefficients
 
-    def before(self, step: int, own_tokens: int) -> list[HeldOutLosses]:
+    def before(self, step: int, own_tokens: int) -> list[SteeringLosses]:
         """Refreshes the scorer before optimizer step `step` (from 0).
 
         `own_tokens`: response tokens that this rank will score in the step; it helps to choose the
-        cheaper contraction. Returns the losses of held-out rows where new ones were drawn.
+        cheaper contraction. Returns the losses of held-out rows, and of those of B, where new ones
+        were drawn.
         """
         if step < self._start:
             return []
@@ -70,7 +73,11 @@ class HeldOutRefresh:
         losses = self._scorer.refresh(
             batches, own_tokens * self._every, contrast, self._coefficients
         )
-        return [HeldOutLosses(batch, nll_BT) for batch, nll_BT in zip(batches, losses, strict=True)]
+        steering = [*batches, *(contrast or ())]
+        return [
+            SteeringLosses(batch, nll_BT, is_held_out=number < len(batches))
+            for number, (batch, nll_BT) in enumerate(zip(steering, losses, strict=True))
+        ]
 
     def can_be_rebuilt_after(self, done: int) -> bool:
         """Whether a run continued after `done` steps would draw new signals at once: held-out

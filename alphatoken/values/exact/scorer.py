@@ -127,7 +127,7 @@ class ExactScorer(Scorer):
         self._streamer.refresh()
         losses = [] if batches is None else self._gradient.refresh(batches, coefficients)
         if contrast is not None:
-            self._contrast.refresh(contrast, coefficients)
+            losses += self._contrast.refresh(contrast, coefficients)
         self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}

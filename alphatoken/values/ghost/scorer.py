@@ -132,7 +132,7 @@ class GhostScorer(Scorer):
         if batches is not None:
             losses = self._take_in(batches, self._held_out, scored_tokens, coefficients)
         if contrast is not None:
-            self._take_in(contrast, self._contrast_rows, scored_tokens, coefficients)
+            losses += self._take_in(contrast, self._contrast_rows, scored_tokens, coefficients)
         if self._resident:
             self._kept_products = {}  # the old ones go before the new are gathered
             for layer in self.tower.layers:
