@@ -282,11 +282,12 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ),
         (
             "valuation.parameters=all",
-            "parameters=all: only valuation.estimator=exact reads this; with ghost leave it out",
+            "valuation.parameters=all: only valuation.estimator=exact reads this; with ghost leave "
+            "it out",
         ),
         (
             "valuation={estimator: exact, window: 4, contraction: ghost}",
-            "window=4 and contraction=ghost: only valuation",
+            "valuation.window=4 and valuation.contraction=ghost: only valuation",
         ),
         (
             "valuation={estimator: exact, preconditioner: sgd}",

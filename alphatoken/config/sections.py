@@ -364,7 +364,7 @@ class ValuationConfig(Section):
         defaults = {key: type(self).model_fields[key].default for key in foreign}
         wrong = [key for key in foreign if getattr(self, key) != defaults[key]]
         if wrong:
-            settings = " and ".join(f"{key}={getattr(self, key)}" for key in wrong)
+            settings = " and ".join(f"valuation.{key}={getattr(self, key)}" for key in wrong)
             raise ValueError(
                 f"{settings}: only valuation.estimator={' or '.join(readers_of(wrong))} reads "
                 f"this; with {self.estimator} leave it out (or at "
