@@ -143,6 +143,10 @@ def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path
             "selection.chosen.scope: unknown key; did you mean selection.scope?",
         ),
         ("selection.normalise=kept", "the losses of pairs are divided by the number of pairs"),
+        (
+            "valuation={estimator: exact, contrast: 1, contrast_from: moment}",
+            "valuation.contrast_from=moment: Adam's moment is of an objective per pair here",
+        ),
         ("selection.rejected.schedule=cosine", "selection.rejected: selection.schedule=cosine and"),
         (
             "selection.rejected={policy: excess_loss}",

@@ -257,6 +257,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _moment_is_of_tokens(self) -> RunConfig:
+        valuation = self.valuation
+        if valuation.enabled and valuation.contrast_source == "moment" and self.trains_on_pairs:
+            raise ValueError(
+                "valuation.contrast_from=moment: Adam's moment is of an objective per pair here, "
+                "many times the gradients per token that it would be subtracted from; use drawn"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _held_out_rows_are_known(self) -> RunConfig:
         if not self.valuation.enabled:
             return self
