@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from alphatoken.config.file import validate
+from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Order
+from alphatoken.data.splits import load_splits
 from alphatoken.errors import NonFiniteError, UserError
 from alphatoken.values.algebra import TERMS
 from tests.cases import trainer_of
@@ -343,12 +346,13 @@ def test_a_resumed_run_has_the_same_values(run_values: dict[str, Any], tmp_path:
 
 
 def test_contrast_needs_rows_that_are_not_scored(run_values: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run_values["model"]["name_or_path"])
     for rows in (30, 29):  # B of one row has no halves
         values = changed(
             run_values, valuation=CONTRAST, train={"global_batch_size": rows, "micro_batch_size": 1}
         )
         with pytest.raises(UserError, match=r"data\.train has 30, and the 1 optimizer steps"):
-            trainer_of(values)
+            load_splits(validate(RunConfig, values, "of the test"), tokenizer)
     trainer_of(changed(values, valuation={"reliability": False}))
 
 

@@ -83,11 +83,29 @@ def check_sizes(splits: Splits, config: RunConfig) -> None:
             f"valuation.validation_sequences={valuation.validation_sequences} others; lower these, "
             "or add rows"
         )
+    if valuation.enabled and valuation.contrast:
+        held_out = valuation.validation_sequences if valuation.held_out == "train" else 0
+        check_rows_of_b(config, len(train), len(train) - served - held_out)
     if validation is not None and len(validation) < config.valuation.validation_sequences:
         raise UserError(
             f"data.validation has {len(validation)} usable rows, fewer than "
             f"valuation.validation_sequences={config.valuation.validation_sequences}; lower the "
             "latter or add rows"
+        )
+
+
+def check_rows_of_b(config: RunConfig, rows: int, others: int) -> None:
+    """Raises UserError where B (`valuation.contrast`) finds too few rows: `others` of the `rows`
+    training rows are neither scored before the next refresh nor held out."""
+    valuation, halves = config.valuation, config.valuation.reliability
+    if others < (2 if halves else 1):
+        both = " (a row in each half, with valuation.reliability)" if halves else ""
+        raise UserError(
+            f"valuation.contrast={valuation.contrast} needs training rows other than "
+            f"those being scored{both}, but data.train has {rows}, and the "
+            f"{valuation.refresh_every} optimizer steps between refreshes "
+            f"(valuation.refresh_every) take {config.train.global_batch_size} each "
+            "(train.global_batch_size): lower these, or add rows"
         )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from alphatoken.batch import Batch, to_device
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
+from alphatoken.data.splits import check_rows_of_b
 from alphatoken.distributed import collectives
-from alphatoken.errors import UserError
 from alphatoken.training.setup import Run
 
 # Streams of random numbers, so that draws of different parts are kept apart.
@@ -87,18 +87,9 @@ class Feed:
 
     def _contrast_rows(self, step: int) -> Indices:
         config, train = self._run.config, self._run.splits.train
-        size, window = config.train.global_batch_size, config.valuation.refresh_every
         held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
         rows = self._next_rows(step, without=held_out)
-        halves = config.valuation.reliability
-        if len(rows) < (2 if halves else 1):
-            both = " (a row in each half, with valuation.reliability)" if halves else ""
-            raise UserError(
-                f"valuation.contrast={config.valuation.contrast} needs training rows other than "
-                f"those being scored{both}, but data.train has {len(train)}, and the "
-                f"{window} optimizer steps between refreshes (valuation.refresh_every) take "
-                f"{size} each (train.global_batch_size): lower these, or add rows"
-            )
+        check_rows_of_b(config, len(train), len(rows))  # a mixture may repeat rows
         return rows
 
     def _next_rows(self, step: int, without: Iterable[int] = ()) -> Indices:
