@@ -64,8 +64,8 @@ class Cut:
     def __str__(self) -> str:
         if self.threshold is None:
             return f"the lowest {float(self.share):.1%} by {self.by}"
-        noise = " times the noise of values" if self.in_noise else ""
-        return f"{self.by} below {self.threshold:g}{noise}"
+        noise = " times the noise of values" if self.in_noise and self.threshold else ""
+        return f"{self.by} below {self.threshold or 0:g}{noise}"
 
     def marks(
         self, key_R: Tensor, *, spread_R: Tensor | None, group_R: Tensor, exempt_R: Tensor

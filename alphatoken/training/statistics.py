@@ -197,7 +197,8 @@ class StepStatistics:
 def _everything(batch: Batch, output: StepOutput) -> Tensor:
     """The sum of all that is known of each token, (B, T): finite where all of it is."""
     facts = output["facts"]
-    composite_BT = facts.values.get("composite", 0.0)
-    everything_BT = facts.nll_BT + composite_BT + batch.get("reference_nll", 0.0)
+    everything_BT = facts.nll_BT + batch.get("reference_nll", 0.0)
+    for name in ("composite", "spread"):
+        everything_BT = everything_BT + facts.values.get(name, 0.0)
     everything_BT[output["weight_BT"] > 0] += output["kept_nll_R"]
     return everything_BT
