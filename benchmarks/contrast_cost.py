@@ -55,7 +55,8 @@ class Cases:
     """Everything that is timed, by name."""
 
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
-        trainer = build_trainer(arguments, folder)
+        # Rows know their half in every case; only scorers with halves read it.
+        trainer = build_trainer(arguments, folder, reliability=True)
         self.device = trainer.run.device
         self._engine, self._model = trainer.run.engine, trainer.run.model
         self._batches = trainer.feed.training(0).batches

@@ -73,7 +73,8 @@ def flops(call: Callable[[], None]) -> int:
     return counter.total
 
 
-def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
+def build_trainer(arguments: argparse.Namespace, folder: str, **valuation: Any) -> Trainer:
+    """A trainer on the rows of the command line; `valuation` are keys of that section."""
     source = {"path": str(arguments.data)}
     values = {
         "model": {"name_or_path": str(arguments.model), "dtype": arguments.dtype},
@@ -88,6 +89,7 @@ def build_trainer(arguments: argparse.Namespace, folder: str) -> Trainer:
             "window": 32,
             "split_terms": arguments.split_terms,
             "stability_weight": 0.0,
+            **valuation,
         },
         "selection": {"keep_ratio": 0.5},
         "train": {
