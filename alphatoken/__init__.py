@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alphatoken.config.sections import ValuationConfig
+    from alphatoken.config.valuation import ValuationConfig
     from alphatoken.distributed.shard_files import load_fisher
     from alphatoken.errors import UserError
     from alphatoken.values.algebra import TokenValues
@@ -29,7 +29,7 @@ __all__ = [
 _HOMES = {
     "TokenValues": "alphatoken.values.algebra",
     "UserError": "alphatoken.errors",
-    "ValuationConfig": "alphatoken.config.sections",
+    "ValuationConfig": "alphatoken.config.valuation",
     "load_fisher": "alphatoken.distributed.shard_files",
     "register_estimator": "alphatoken.values.registry",
     "score_tokens": "alphatoken.values.api",

@@ -39,7 +39,8 @@ class Batch(TypedDict):
     """(D,) int64, the dataset row of each document."""
     half_sign: NotRequired[Tensor]
     """(B, T) float32, which half of a draw a position's row is in: 1 for rows with an even number
-    in the draw, -1 for odd ones, 0 on padding. Where values under halves are asked for."""
+    among the distinct ones of the draw, -1 for odd ones, 0 on padding. Where values under halves
+    are asked for."""
     noise: NotRequired[Tensor]
     """(B, T) float32, uniform in [0, 1), where a policy needs it."""
     reference_nll: NotRequired[Tensor]

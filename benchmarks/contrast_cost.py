@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.models.decoder import decoder_of
 from alphatoken.values.estimator import Scorer
 from alphatoken.values.registry import build_scorer

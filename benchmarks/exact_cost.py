@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.scored import scored_depth
 from alphatoken.stability.drift import Drift

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken.batch import Batch, make_batch, to_device
-from alphatoken.config.sections import Source, ValuationConfig
+from alphatoken.config.sections import Source
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder

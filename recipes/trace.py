@@ -142,13 +142,12 @@ def show_contraction(
 ) -> Tensor:
     """G and V of every linear, the four terms, and their sum: the value, (B, T)."""
     _, _, held_out_signals = run_tower(decoder, held_out)
-    response_BT = held_out["response"]
     shape = signals[SHOWN].chunk.response_BT.shape
     sums = {term: torch.zeros(shape) for term in TERMS}
     print("CONTRACTION")
     for name, ours in signals.items():
         theirs = held_out_signals[name]
-        d_NO, h_NI = theirs.outgrad_BTO[response_BT], theirs.act_BTI[response_BT]
+        d_NO, h_NI = theirs.outgrad_RO, theirs.act_RI
         g_OI = target_matrix(d_NO, h_NI) / len(h_NI)
         v_OI = decoder.model.get_parameter(name).detach() - reference[name]  # with a Fisher of 1
         terms = contract(ours, Products(target=FromMatrix(g_OI), proxy=FromMatrix(v_OI)))

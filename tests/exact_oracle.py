@@ -42,11 +42,18 @@ def halves(
     model: PreTrainedModel, rows: Sequences, parameters: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The mean gradient of the rows' losses, and half the difference between those of even and odd
-    rows, each 2/N times its sum."""
+    rows, each 2/N times its sum; equal rows have one number."""
     losses = [token_losses(model, ids, labels) for ids, labels in rows]
     count = sum(map(len, losses))
+    contents = [(*ids.tolist(), *labels.tolist()) for ids, labels in rows]
+    distinct = list(dict.fromkeys(contents))
     sums = []
-    for half in (losses[::2], losses[1::2]):
+    for parity in (0, 1):
+        half = [
+            own
+            for own, content in zip(losses, contents, strict=True)
+            if distinct.index(content) % 2 == parity
+        ]
         total = sum((loss for row in half for loss in row.values()), torch.zeros(()).double())
         sums.append(
             gradients(total, parameters)

@@ -53,10 +53,11 @@ def test_answers_do_not_depend_on_what_is_generated_beside_them(judge: Judge) ->
 
 
 def test_the_loss_of_texts_is_that_of_their_tokens(judge: Judge) -> None:
-    total, count = judge.text_losses(TEXTS, max_length=12)
+    found = general_text_metrics(judge, None, TEXTS, 12)
     ids = [judge.tokenizer(text)["input_ids"][:12] for text in TEXTS]
-    assert count == sum(len(row) - 1 for row in ids)
-    assert total == pytest.approx(-sum(float(log_probability(judge, row).sum()) for row in ids))
+    count = sum(len(row) - 1 for row in ids)
+    total = -sum(float(log_probability(judge, row).sum()) for row in ids)
+    assert found == {"general_loss": pytest.approx(total / count)}
 
 
 def test_the_margin_is_of_mean_log_probabilities_of_the_choice_alone(judge: Judge) -> None:

@@ -16,7 +16,7 @@ from alphatoken.errors import UserError
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.training.setup import Run
 from benchmarks import study
-from benchmarks.studies.job import BadTokens, configuration, pull_to_start
+from benchmarks.studies.job import BadTokens, configuration, pull_to_start, reported
 from benchmarks.studies.settings import StudySettings
 from benchmarks.studies.tables import Estimate, Outcome, markdown, picture
 from recipes.quickstart.get_model import save_tiny
@@ -139,6 +139,14 @@ def test_a_study_runs_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         study.main([*command, "run.optim={lr: 1.0}"])
     assert "is of other settings (run)" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_has_no_result(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 2, "loss_kept": 1.0}\n{"step": 3, "eval_loss": 0.5, "lr": 0.1}\n')
+    assert reported(file, total_steps=3) == {"eval_loss": 0.5}
+    with pytest.raises(UserError, match="stopped after step 3 of 5"):
+        reported(file, total_steps=5)
 
 
 def test_each_arm_gets_the_rate_with_the_lowest_tuning_loss(tmp_path: Path) -> None:

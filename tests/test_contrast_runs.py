@@ -55,6 +55,13 @@ def held_out_of(step: int) -> list[int]:
     return [int(row) for row in Order([7], None, (0, 1)).step(step, HELD_OUT)]
 
 
+def halves_of(rows: list[int]) -> tuple[list[int], list[int]]:
+    """The rows with an even and with an odd number among the distinct ones of a draw."""
+    distinct = list(dict.fromkeys(rows))
+    even, odd = ([row for row in rows if distinct.index(row) % 2 == half] for half in (0, 1))
+    return even, odd
+
+
 class Truth:
     """What every step's values must be, in float64, from the weights before each step."""
 
@@ -80,7 +87,8 @@ class Truth:
         signed, count = dict(sums), 0.0
         for earlier in range(step):
             twin, decay = self.at(earlier), MEMORY ** (step - 1 - earlier)
-            for number, row in enumerate(rows_of(earlier)):
+            for row in rows_of(earlier):
+                sign = 1 if row in halves_of(rows_of(earlier))[0] else -1
                 for ids, labels in self.train[row]:
                     signals = sequence_signals(twin, self.scored, ids, labels)
                     count += decay * len(signals.response)
@@ -88,7 +96,7 @@ class Truth:
                         for t in signals.response:
                             outer = torch.outer(signals.outgrad[name][t], signals.act[name][t])
                             sums[name] = sums[name] + decay * outer
-                            signed[name] = signed[name] + (-1) ** number * decay * outer
+                            signed[name] = signed[name] + sign * decay * outer
         return (
             {name: each / count for name, each in sums.items()},
             {name: each / count for name, each in signed.items()},
@@ -96,7 +104,7 @@ class Truth:
 
     def drawn_mean(self, step: int) -> tuple[Directions, Directions]:
         twin, rows = self.at(step), others_of(step)
-        halves = [self.documents(rows[half::2]) for half in (0, 1)]
+        halves = [self.documents(half) for half in halves_of(rows)]
         mean = mean_gradients(twin, self.scored, self.documents(rows))
         return mean, half_differences(twin, self.scored, *halves)
 
@@ -106,7 +114,8 @@ class Truth:
             self.scored_mean(step) if scored and step > 0 else self.drawn_mean(step)
         )
         held_out = [self.held_out[row] for row in held_out_of(step)]
-        halves = half_differences(self.at(step), self.scored, held_out[::2], held_out[1::2])
+        sides = [[self.held_out[row] for row in half] for half in halves_of(held_out_of(step))]
+        halves = half_differences(self.at(step), self.scored, *sides)
         found = token_values(
             self.model,
             self.documents(rows_of(step)),

@@ -571,6 +571,20 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(
     assert sum(lengths) < 6 * max(lengths), "rows of like length belong together"
 
 
+def test_a_row_that_is_drawn_twice_is_in_one_half(
+    tiny_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The end of an epoch lies within a draw: halves that share a row would agree too well."""
+    dataset = read(tiny_data["train"], tokenizer, tmp_path)
+    rows = np.array([3, 5, 7, 5, 3, 2])
+    batches = micro_batches(dataset, rows, Layout(2, 0, halves=True), 0, 1)
+    signs: dict[int, set[float]] = {row: set() for row in rows.tolist()}
+    for batch in batches:
+        for number, row in enumerate(batch["rows"].tolist()):
+            signs[row] |= set(batch["half_sign"][batch["document_ids"] == number].tolist())
+    assert signs == {3: {1.0}, 5: {-1.0}, 7: {1.0}, 2: {-1.0}}
+
+
 def test_ranks_get_equally_many_micro_batches(
     tiny_data: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

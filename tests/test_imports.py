@@ -55,6 +55,7 @@ ALLOWED_IN_MATHEMATICS = {
         "math",
         "collections",
         "dataclasses",
+        "functools",
         "typing",
         "fractions",
         "__future__",

@@ -18,6 +18,7 @@ from alphatoken.batch import Batch
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.data.noise import uniform_noise
+from alphatoken.errors import NonFiniteError
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import (
@@ -32,6 +33,9 @@ from alphatoken.selection.select import (
 )
 from alphatoken.selection.weights import WEIGHT_RULES
 from alphatoken.training.dropped import DroppedTokens, counts_of
+from alphatoken.training.statistics import StepStatistics
+from alphatoken.training.valued_model import StepOutput
+from alphatoken.values.algebra import TERMS
 
 counts_of_rows = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 cuts = st.builds(
@@ -284,6 +288,52 @@ def test_reliability_drops_what_both_halves_call_harmful_beyond_the_noise() -> N
     # Nothing is dropped where nothing is harmful.
     harmless = tokens_of(value.abs(), floor=value.abs() + spread.abs(), spread=spread)
     assert Selection("top_value", Fraction(1), floor=floor).choose(harmless).kept_R.all()
+
+
+@pytest.mark.parametrize("fault", ["composite", "spread"])
+def test_a_value_or_spread_that_is_not_finite_stops_the_step(fault: str) -> None:
+    values = {name: torch.zeros(1, 3) for name in (*TERMS, "composite", "spread")}
+    documents = torch.zeros(1, 3, dtype=torch.int64)
+    columns = {
+        "document_ids": documents,
+        "response": documents == 0,
+        "rows": torch.tensor([4]),
+        "labels": documents,
+    }
+
+    def reduced(known: TokenFacts) -> None:
+        statistics = StepStatistics(
+            device=torch.device("cpu"), part_weights=(1.0, 0.0), has_drift=False, selections=()
+        )
+        choice = select([Selection("all", Fraction(1))], known).choice
+        weight = torch.ones(1, 3)
+        output = StepOutput(
+            total=torch.tensor(3.0),
+            weight_BT=weight,
+            kept_nll_R=weight[0],
+            metrics={},
+            facts=known,
+            choice=choice,
+        )
+        statistics.add(known.batch, output)
+        statistics.reduce(denominator=3)
+
+    reduced(facts(values, torch.ones(1, 3), columns))
+    values[fault] = torch.tensor([[0.0, torch.nan, 0.0]])
+    with pytest.raises(NonFiniteError):
+        reduced(facts(values, torch.ones(1, 3), columns))
+
+
+def test_what_a_cut_says_of_itself() -> None:
+    said = {
+        "the lowest 10.0% by loss": Cut(by="loss", share=Fraction("0.1")),
+        "probability below 0.1": Cut(by="probability", threshold=0.1),
+        "agreement below -2 times the noise of values": Cut(
+            by="agreement", threshold=-2.0, in_noise=True
+        ),
+        "agreement below 0": Cut(by="agreement", threshold=-0.0, in_noise=True),
+    }
+    assert [str(cut) for cut in said.values()] == list(said)
 
 
 def test_branches_with_different_cuts_and_rules_are_weighed_each_by_its_own() -> None:

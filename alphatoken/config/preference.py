@@ -15,10 +15,10 @@ from alphatoken.config.objectives import (
 )
 from alphatoken.config.policies import PolicyName
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import (
+from alphatoken.config.sections import Section
+from alphatoken.config.selection import (
     KeepRatio,
     Schedule,
-    Section,
     SelectionConfig,
     ThresholdUnit,
     VetoConfig,

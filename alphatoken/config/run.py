@@ -15,14 +15,13 @@ from alphatoken.config.sections import (
     FilePath,
     FisherConfig,
     ModelConfig,
-    Normalise,
     Pair,
     ReferenceConfig,
     Section,
-    SelectionConfig,
-    ValuationConfig,
     as_reference,
 )
+from alphatoken.config.selection import Normalise, SelectionConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.config.weights import WEIGHT_TRAITS
 
 

@@ -148,7 +148,17 @@ def micro_batches(
         by_length[start : start + layout.size] for start in range(0, len(by_length), layout.size)
     ]
     groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world_size)
-    return [collate(dataset, rows[group], layout, group) for group in groups[rank::world_size]]
+    numbers = _distinct_numbers(rows)
+    return [
+        collate(dataset, rows[group], layout, numbers[group]) for group in groups[rank::world_size]
+    ]
+
+
+def _distinct_numbers(rows: Indices) -> Indices:
+    """0, 1, 2, ... for rows in the order of their first place in a draw; a row that comes twice, as
+    where an epoch ends, has the same number both times, so that it is in one half of the draw."""
+    number = {row: place for place, row in enumerate(dict.fromkeys(rows.tolist()))}
+    return np.array([number[row] for row in rows.tolist()], dtype=np.int64)
 
 
 FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
@@ -157,7 +167,7 @@ FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
 
 def collate(dataset: TokenDataset, rows: Indices, layout: Layout, numbers: Indices) -> Batch:
     """Lays the documents of the given dataset rows into one micro-batch; `numbers` are those of the
-    rows in their draw, which tell its halves."""
+    distinct rows of their draw, which tell its halves."""
     of_rows = [_documents(dataset, int(row), layout) for row in rows]
     if layout.halves:
         for number, of_row in zip(numbers, of_rows, strict=True):

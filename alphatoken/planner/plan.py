@@ -9,7 +9,7 @@ from typing import Any
 
 from alphatoken.config.estimators import ESTIMATORS, keys_of_some
 from alphatoken.config.run import DeepSpeedConfig, RunConfig
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.settings import DEFAULT_DEEPSPEED, read_deepspeed_config
 from alphatoken.errors import UserError
 from alphatoken.planner.blueprint import Blueprint, draw

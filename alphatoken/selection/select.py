@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alphatoken.config.policies import POLICY_TRAITS
-from alphatoken.config.sections import Schedule, Scope
+from alphatoken.config.selection import Schedule, Scope
 from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.selection.facts import Choice, KeptTokens, TokenFacts, WeighedTokens
 from alphatoken.selection.policy import SORT_KEYS, SortKey

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import SelectionConfig, VetoConfig
+from alphatoken.config.selection import SelectionConfig, VetoConfig
 from alphatoken.distributed import collectives
 from alphatoken.selection.facts import TokenFacts, WeighedTokens
 from alphatoken.selection.select import (

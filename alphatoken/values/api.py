@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alphatoken.batch import IGNORE_INDEX, Batch, loss_positions, make_batch
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.scored import scored_depth
@@ -72,11 +72,10 @@ def score_tokens(
         scorer = build_scorer(decoder, config, device, drift)
         scored_tokens = int(loss_positions(batch["labels"])[0].sum())
         held_out = list(_row_groups(decoder, validation, config, device))
-        if contrast is None:
-            scorer.refresh(held_out, scored_tokens)
-        else:
+        others = None
+        if contrast is not None:
             others = list(_row_groups(decoder, contrast, config, device))
-            scorer.refresh(held_out, scored_tokens, others)
+        scorer.refresh(held_out, scored_tokens, others)
         scored, responses = [], []
         for group in _row_groups(decoder, batch, config, device):
             with scorer.capture() as capture:

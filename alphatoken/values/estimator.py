@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.batch import Batch
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.adam_scale import FirstMoment
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder

@@ -8,7 +8,7 @@ import torch
 
 from alphatoken.config.choices import register
 from alphatoken.config.estimators import ESTIMATORS, Estimator, keys_of_some, resolve
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import scored_depth
 from alphatoken.stability.drift import Drift

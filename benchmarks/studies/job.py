@@ -244,12 +244,21 @@ def trained(
     if job.arm.pull:
         pull_to_start(run, job.arm.pull)
     Trainer(run).train()
-    lines = (config.train.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
-    reported = {
+    return {**reported(run.folder.metrics, run.total_steps), **bad.metrics()}
+
+
+def reported(metrics_file: Path, total_steps: int) -> Metrics:
+    """What is taken over of a run's last step. Raises UserError where the run was stopped before
+    it."""
+    last = json.loads(metrics_file.read_text(encoding="utf-8").splitlines()[-1])
+    if last["step"] < total_steps:
+        raise UserError(
+            f"the run was stopped after step {last['step']} of {total_steps}, so there is nothing "
+            "to report; the same command does it again"
+        )
+    return {
         name: value for name, value in last.items() if name.startswith("eval_") or name in REPORTED
     }
-    return {**reported, **bad.metrics()}
 
 
 def marks_of(job: Job, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> list[list[bool]]:

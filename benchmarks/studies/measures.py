@@ -64,7 +64,7 @@ class Judge:
         last, (T, V) float32 each; texts are cut to `max_length` tokens."""
         found = []
         for start in range(0, len(texts), TEXTS_PER_PASS):
-            ids = self._cut(texts[start : start + TEXTS_PER_PASS], max_length)
+            ids = self.cut(texts[start : start + TEXTS_PER_PASS], max_length)
             padded = self._padded(ids)
             logits_BTV = self.model(**padded, use_cache=False).logits.float()
             found += [
@@ -72,22 +72,6 @@ class Judge:
                 for logits_TV, row in zip(logits_BTV, ids, strict=True)
             ]
         return found
-
-    def text_losses(self, texts: Sequence[str], max_length: int) -> tuple[float, int]:
-        """The sum of the losses of all tokens of the texts, and how many they are."""
-        total, count = 0.0, 0
-        for start in range(0, len(texts), TEXTS_PER_PASS):
-            group = texts[start : start + TEXTS_PER_PASS]
-            rows = zip(
-                self.text_log_probabilities(group, max_length),
-                self._cut(group, max_length),
-                strict=True,
-            )
-            for log_probability_TV, ids in rows:
-                targets_T = torch.tensor(ids[1:], device=log_probability_TV.device)
-                total += float(F.nll_loss(log_probability_TV, targets_T, reduction="sum"))
-                count += len(targets_T)
-        return total, count
 
     @torch.no_grad()
     def margin(self, context: str, choices: Sequence[str], right: int) -> float:
@@ -107,7 +91,8 @@ class Judge:
             scores.append(-float(F.cross_entropy(own_TV, targets_T)))
         return scores[right] - max(scores[:right] + scores[right + 1 :])
 
-    def _cut(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    def cut(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """The first tokens of each text."""
         return [
             self.tokenizer(text, add_special_tokens=False)["input_ids"][:max_length]
             for text in texts
@@ -156,21 +141,20 @@ def general_text_metrics(
 ) -> dict[str, float]:
     """The loss per token of general text and, with the model training began from, the divergence
     KL(start || model) per token on it."""
-    total, count = judge.text_losses(texts, max_length)
-    metrics = {"general_loss": total / count}
-    if start is not None:
-        divergence = 0.0
-        for first in range(0, len(texts), TEXTS_PER_PASS):
-            group = texts[first : first + TEXTS_PER_PASS]
-            both = zip(
-                start.text_log_probabilities(group, max_length),
-                judge.text_log_probabilities(group, max_length),
-                strict=True,
-            )
-            for start_TV, own_TV in both:
+    loss, divergence, count = 0.0, 0.0, 0
+    for first in range(0, len(texts), TEXTS_PER_PASS):
+        group = texts[first : first + TEXTS_PER_PASS]
+        own = judge.text_log_probabilities(group, max_length)
+        for own_TV, ids in zip(own, judge.cut(group, max_length), strict=True):
+            targets_T = torch.tensor(ids[1:], device=own_TV.device)
+            loss += float(F.nll_loss(own_TV, targets_T, reduction="sum"))
+            count += len(targets_T)
+        if start is not None:
+            before = start.text_log_probabilities(group, max_length)
+            for own_TV, start_TV in zip(own, before, strict=True):
                 divergence += float(F.kl_div(own_TV, start_TV, log_target=True, reduction="sum"))
-        metrics["kl_to_start"] = divergence / count
-    return metrics
+    metrics = {"general_loss": loss / count}
+    return metrics if start is None else {**metrics, "kl_to_start": divergence / count}
 
 
 def choice_metrics(

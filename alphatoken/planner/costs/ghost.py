@@ -165,14 +165,14 @@ class GhostCost(ScoringCost):
             spread += contrast
         if not valuation.split_terms and linear.is_formed:  # one matrix for all
             contrast = drift = 0
-        added = blueprint.halves * matrix if scores else 0
+        added = matrix if scores else 0
         return paths * (target + contrast + drift) + valuation.reliability * spread + added
 
     def refresh_flops(self, blueprint: Blueprint) -> int:
         layers = _tower(blueprint, rows=blueprint.workload.held_out_rows)
         tower = sum(each.forward + each.backward for each in layers)
         formed = sum(linear.numel for linear in _contracted(blueprint) if linear.is_formed)
-        tokens, formed = blueprint.workload.held_out_responses, blueprint.halves * formed
+        tokens = blueprint.workload.held_out_responses
         one_draw = blueprint.held_out.forward + tower
         one_draw += 2 * tokens * (formed + blueprint.head_flops)
         return blueprint.steering_documents * one_draw

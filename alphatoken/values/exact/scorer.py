@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.batch import Batch
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_jvp

@@ -46,18 +46,16 @@ def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     Absent terms are zero: the causal ones of a linear that no causal path is followed through, the
     contrast ones without contrast, the proxy ones without drift.
     """
-    response_BT = signals.chunk.response_BT
-    h_RI = signals.act_BTI[response_BT]
-    paths = {"direct": signals.outgrad_BTO[response_BT]}
-    if signals.mixed_BTO is not None:
-        paths["causal"] = signals.mixed_BTO[response_BT]  # sum_k A[k,t] d_k
+    paths = {"direct": signals.outgrad_RO}
+    if signals.mixed_RO is not None:
+        paths["causal"] = signals.mixed_RO  # sum_k A[k,t] d_k
     directions = {
         "target": products.target,
         "contrast": products.contrast,
         "proxy": products.proxy,
     }
     return {
-        f"{path}_{direction}": contraction(d_RO, h_RI)
+        f"{path}_{direction}": contraction(d_RO, signals.act_RI)
         for direction, contraction in directions.items()
         if contraction is not None
         for path, d_RO in paths.items()
@@ -73,7 +71,7 @@ def contract_at_once(
     value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
     more where `products.target` is with the sum of the three.
     """
-    h_RI, d_RO = _of_all_paths(signals)
+    h_RI, d_RO = signals.act_RI, _of_all_paths(signals)
     value_R = products.target(d_RO, h_RI)
     if products.contrast is not None:
         value_R = value_R - contrast * products.contrast(d_RO, h_RI)
@@ -84,17 +82,14 @@ def contract_at_once(
 
 def contract_spread(signals: LinearSignals, spread: Contraction) -> Tensor:
     """Contracts one linear's signals to its share of the spread, (R,) float32, over all paths."""
-    h_RI, d_RO = _of_all_paths(signals)
-    return spread(d_RO, h_RI)
+    return spread(_of_all_paths(signals), signals.act_RI)
 
 
-def _of_all_paths(signals: LinearSignals) -> tuple[Tensor, Tensor]:
-    """h_t, and d_t with what comes by the causal path, of response positions: (R, I), (R, O)."""
-    response_BT = signals.chunk.response_BT
-    h_RI, d_RO = signals.act_BTI[response_BT], signals.outgrad_BTO[response_BT]
-    if signals.mixed_BTO is not None:
-        d_RO = d_RO + signals.mixed_BTO[response_BT]
-    return h_RI, d_RO
+def _of_all_paths(signals: LinearSignals) -> Tensor:
+    """d_t with what comes by the causal path, of response positions, (R, O)."""
+    if signals.mixed_RO is None:
+        return signals.outgrad_RO
+    return signals.outgrad_RO + signals.mixed_RO
 
 
 class TermSums:

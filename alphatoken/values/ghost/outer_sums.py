@@ -28,6 +28,7 @@ class OuterSums:
         self._signed = signed
         self._pending: dict[str, list[Tensor]] = {}
         self._slices: dict[str, list[Tensor]] = {}
+        """Per linear the sum, or with `signed` those of the two halves."""
 
     def begin(self, names: Sequence[str]) -> None:
         """Forgets all sums, and starts those of `names`, whose slices take memory from now on."""
@@ -46,10 +47,11 @@ class OuterSums:
         self, name: str, outgrad_NO: Tensor, act_NI: Tensor, sign_N: Tensor | None = None
     ) -> None:
         """Signals of some positions of this rank; `sign_N` is needed for signed sums."""
-        parts = [algebra.target_matrix(outgrad_NO, act_NI)]
+        halves: list[Tensor | slice] = [slice(None)]
         if self._signed:
             assert sign_N is not None, "signed sums need the half of each position"
-            parts.append(algebra.target_matrix(sign_N[:, None] * outgrad_NO.float(), act_NI))
+            halves = [sign_N > 0, sign_N < 0]  # both together are as much work as one whole
+        parts = [algebra.target_matrix(outgrad_NO[half], act_NI[half]) for half in halves]
         if name not in self._pending:
             self._pending[name] = parts
             return
@@ -69,7 +71,10 @@ class OuterSums:
 
     def own(self, name: str, *, signed: bool = False) -> Tensor:
         """This rank's slice of a linear's sum, or of its signed sum."""
-        return self._slices[name][int(signed)]
+        first, *second = self._slices[name]
+        if not second:
+            return first
+        return first - second[0] if signed else first + second[0]
 
     def _whole(self, name: str) -> list[Tensor]:
         """What this rank has added to a linear's sums since the last time, zero without a

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.config.sections import ValuationConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear, scored_depth
@@ -279,13 +279,7 @@ class GhostScorer(Scorer):
 def _add_response(into: HeldOutSignals | ScoredMean, signals: LinearSignals, batch: Batch) -> None:
     """Adds the signals of the response positions of a chunk of `batch`, and the half each is in
     where halves are told apart."""
-    chunk, response_BT = signals.chunk, signals.chunk.response_BT
     sign_R = None
     if "half_sign" in batch:
-        sign_R = batch["half_sign"][chunk.rows][response_BT]
-    into.add(
-        signals.linear.name,
-        signals.outgrad_BTO[response_BT],
-        signals.act_BTI[response_BT],
-        sign_R,
-    )
+        sign_R = batch["half_sign"][signals.chunk.rows][signals.chunk.response_BT]
+    into.add(signals.linear.name, signals.outgrad_RO, signals.act_RI, sign_R)

@@ -6,13 +6,15 @@ gradient of W. The losses of later tokens reach position t through attention, to
 projection their share is the mixed signal sum_{t<k<=t+w} A[k, t] d_k, with A the attention averaged
 over heads and w the window.
 
-Shape legend: B sequences of one chunk, T positions, I and O the features of a linear, W the window.
+Shape legend: B sequences of one chunk, T positions, R response positions, I and O the features of a
+linear, W the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +36,21 @@ class LinearSignals:
     """d_t, the gradient of the chunk's summed response losses at the linear's output."""
     mixed_BTO: Tensor | None
     """sum_{t<k<=t+w} A[k, t] d_k; None where no causal path is followed through this linear."""
+
+    @cached_property
+    def act_RI(self) -> Tensor:
+        """h_t of the response positions."""
+        return self.act_BTI[self.chunk.response_BT]
+
+    @cached_property
+    def outgrad_RO(self) -> Tensor:
+        """d_t of the response positions."""
+        return self.outgrad_BTO[self.chunk.response_BT]
+
+    @cached_property
+    def mixed_RO(self) -> Tensor | None:
+        """The mixed signal of the response positions."""
+        return None if self.mixed_BTO is None else self.mixed_BTO[self.chunk.response_BT]
 
 
 SignalConsumer = Callable[[LinearSignals], None]
