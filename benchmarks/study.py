@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -231,7 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 study.run(options.together)
             finally:
-                command = f"python -m benchmarks.study run {options.study}"
+                command = "python -m benchmarks.study run " + shlex.join(
+                    [str(options.study), *options.overrides]
+                )
                 write_result(study.results(command), file)
         show(file)
     except UserError as error:
