@@ -605,6 +605,28 @@ def test_the_launchers_rank_is_accepted(file: Path) -> None:
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not supported"),
         ({"pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
         ({"expert_parallel": {"ep_size": 2}}, "expert parallelism is not supported"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            "sets zero_optimization.zero_quantized_nontrainable_weights=true, which is not "
+            "possible here: frozen weights would lie in int8",
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size=4"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow={"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "super_offload=true",
+        ),
+        (
+            {"weight_quantization": {"quantized_initialization": {"num_bits": 8}}},
+            "quantized_initialization={",
+        ),
+        ({"torch_autocast": {"enabled": True}}, "set model.dtype instead. Remove it"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op="sum"'),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled=true"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile=true"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency.enabled=true"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer={"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage=true"),
     ],
 )
 def test_deepspeed_keys_that_are_ours_are_refused(
@@ -619,7 +641,12 @@ def test_deepspeed_keys_that_are_ours_are_refused(
 
 
 def test_deepspeed_keys_that_are_not_ours_pass_through(run_values: dict[str, Any]) -> None:
-    zero = {"zero_optimization": {"stage": 2}, "communication_data_type": "fp32"}
+    zero = {
+        "zero_optimization": {"stage": 2, "zero_quantized_nontrainable_weights": False},
+        "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean",
+        "compile": {"deepcompile": False},
+    }
     config = RunConfig.model_validate({**run_values, "deepspeed": {"config": zero}})
     complete = deepspeed_config(config, world_size=3)
     assert complete.items() >= zero.items()

@@ -37,6 +37,45 @@ PARALLELISMS = {
     "expert_parallel": "expert",
 }
 
+# What would make shards, gradients or the module something else than values, counts and
+# checkpoints take them for; by dotted key, with what is wrong with it. Off is no harm.
+REFUSED = {
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        "frozen weights would lie in int8 with scales, and values read the shards of weights"
+    ),
+    "zero_optimization.mics_shard_size": (
+        "shards would belong to a part of the ranks, and values are put together from those of all"
+    ),
+    "zero_optimization.zenflow": (
+        "it turns weights around between the passes, and values read them there"
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        "the fp32 masters, which drift and checkpoints are made of, change after the step has ended"
+    ),
+    "weight_quantization.quantized_initialization": (
+        "weights would lie in integers with scales, and values read the shards of weights"
+    ),
+    "torch_autocast.enabled": (
+        "values are computed in the dtype of the weights: set model.dtype instead"
+    ),
+    "gradient_allreduce_op": (
+        "the loss is scaled for gradients that are averaged over ranks, which is the default"
+    ),
+    "hybrid_engine.enabled": "it replaces the modules that values are captured from",
+    "compile.deepcompile": "it replaces the hooks and messages of ZeRO that values rely on",
+    "data_efficiency.enabled": (
+        "rows and their order are data.*'s, and every layer must see every token"
+    ),
+    "checkpoint.writer": (
+        "a checkpoint's files are hashed when they are whole, which writing in the background "
+        "does not tell"
+    ),
+    "checkpoint.use_node_local_storage": (
+        "a checkpoint is one folder that every rank sees, with the hash of every file"
+    ),
+}
+OFF = (None, False, 0, -1, {}, "mean", "none")
+
 DEFAULT_DEEPSPEED = {
     "zero_optimization": {
         "stage": 3,
@@ -83,16 +122,26 @@ def _refuse_keys(values: dict[str, Any], origin: str) -> None:
                 "trains on whole sequences with all layers. Remove it; zero_optimization and "
                 "train.gradient_checkpointing make room instead"
             )
-    if "writer" in values.get("checkpoint", {}):
-        raise UserError(
-            f"{origin} sets checkpoint.writer; remove it: a checkpoint's files are hashed when "
-            "they are whole, which writing in the background does not tell"
-        )
+    for key, reason in REFUSED.items():
+        found = _value_at(values, key)
+        if found not in OFF:
+            raise UserError(
+                f"{origin} sets {key}={json.dumps(found)}, which is not possible here: {reason}. "
+                "Remove it"
+            )
     for key in _auto_keys(values):
         raise UserError(
             f'{origin}: {key} is "auto"; write the value, or leave the key out for '
             "DeepSpeed's default"
         )
+
+
+def _value_at(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key, None where there is none."""
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -166,7 +215,7 @@ def inference_config(config: RunConfig, *, offload: bool = False) -> dict[str, A
 
 def _shared_config(config: RunConfig) -> dict[str, Any]:
     values = read_deepspeed_config(config.deepspeed.config)
-    offload = values.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+    offload = _value_at(values, "zero_optimization.offload_param.device")
     if offload == "nvme" and (config.valuation.enabled or config.needs_reference):
         raise UserError(
             "zero_optimization.offload_param.device=nvme is not possible with valuation or a "
