@@ -74,7 +74,7 @@ REFUSED = {
         "a checkpoint is one folder that every rank sees, with the hash of every file"
     ),
 }
-OFF = (None, False, 0, -1, {}, "mean", "none")
+OFF: tuple[Any, ...] = (None, False, 0, -1, {}, "mean", "none")
 
 DEFAULT_DEEPSPEED = {
     "zero_optimization": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alphatoken.checkpoints.resuming import find_checkpoint
@@ -18,6 +19,7 @@ from alphatoken.models.loading import check_before_loading, load_tokenizer, mode
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
 from alphatoken.util.wording import plural
+from alphatoken.values.registry import scorer_class
 
 
 def batches(config: RunConfig, ranks: int) -> str:
@@ -39,9 +41,11 @@ def model(config: RunConfig) -> PreTrainedModel:
     return shapes
 
 
-def model_settings(config: RunConfig) -> str:
+def model_settings(config: RunConfig, device: torch.device) -> str:
     """What its configuration and a run's settings say to each other."""
     check_before_loading(config)
+    if config.valuation.enabled:
+        scorer_class(config.valuation.estimator).check(config.model, device)
     valued = (
         f"the last {config.valuation.layers} layers"
         if config.valuation.layers != "all"

@@ -10,9 +10,12 @@ order, whatever it then does with them.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -165,11 +168,12 @@ class LayerStreamer:
 
         `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module,
         whole weights) those of weights; absent ones do not move. Attention runs in query blocks,
-        the only kernel with a forward derivative. Raises UserError where a layer has an operation
-        without one.
+        the only kernel with a forward derivative, and torch's own functions in place of fused ones.
+        Raises UserError where a layer has an operation without one.
         """
         attention = AttentionCapture(self._attention, blocked=True)
-        with torch.no_grad(), forward_ad.dual_level(), attention, zero3.plain_linears():
+        plain = _torch_functions(module)
+        with torch.no_grad(), forward_ad.dual_level(), attention, plain, zero3.plain_linears():
             hidden = forward_ad.make_dual(hidden_BTH, tangent_BTH)
             weights = {
                 path: forward_ad.make_dual(module.get_parameter(path).detach(), tangent)
@@ -182,14 +186,18 @@ class LayerStreamer:
             except RuntimeError as error:
                 if not re.search("forward AD|forward-mode|jvp", str(error)):
                     raise
-                lacking = str(error).partition(" that does not")[0]
-                raise UserError(
-                    "valuation.estimator=exact is not possible with "
-                    f"{type(self._decoder.model).__name__} here: a {type(module).__name__} has no "
-                    f"forward derivative ({lacking}); use valuation.estimator=ghost"
-                ) from None
+                raise self._underivable(module, str(error).partition(" that does not")[0]) from None
             primal, tangent = forward_ad.unpack_dual(_output_of(result))
-            return primal, torch.zeros_like(primal) if tangent is None else tangent
+            if tangent is None:  # a zero would pass for a value
+                raise self._underivable(module, "an operation in it loses the tangent")
+            return primal, tangent
+
+    def _underivable(self, module: nn.Module, lacking: str) -> UserError:
+        return UserError(
+            "valuation.estimator=exact is not possible with "
+            f"{type(self._decoder.model).__name__} here: a {type(module).__name__} has no "
+            f"forward derivative ({lacking}); use valuation.estimator=ghost"
+        )
 
     def _fill(self, segment: Segment) -> None:
         module = self._modules[segment]
@@ -216,6 +224,26 @@ def _skeleton(decoder: Decoder) -> Decoder:
             for adapter, settings in decoder.model.peft_config.items():
                 inject_adapter_in_model(settings, model, adapter)
     return decoder_of(model.requires_grad_(requires_grad=False).eval())
+
+
+@contextmanager
+def _torch_functions(module: nn.Module) -> Iterator[None]:
+    """While it lasts, modelling files of a layer's parts call the torch version of each function
+    for which `transformers` takes a fused one where its package is installed: linear attention and
+    its convolution have no forward derivative there."""
+    replaced: list[tuple[ModuleType, str, object]] = []
+    files = {type(part).__module__ for part in module.modules()}
+    try:
+        for file in [sys.modules[name] for name in files]:
+            for name, function in list(vars(file).items()):
+                code = getattr(function, "__code__", None)
+                if code is not None and "torch_function" in code.co_freevars:
+                    setattr(file, name, inspect.unwrap(function))
+                    replaced.append((file, name, function))
+        yield
+    finally:
+        for file, name, function in replaced:
+            setattr(file, name, function)
 
 
 def _output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:

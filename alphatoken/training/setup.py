@@ -35,7 +35,7 @@ from alphatoken.stability.of_run import build_drift, check_files
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.files import fingerprint
 from alphatoken.util.stopwatch import Stopwatch
-from alphatoken.values.registry import build_scorer, valuation_notes
+from alphatoken.values.registry import build_scorer, scorer_class, valuation_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     device = initialise_ranks()
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
-    check_before_loading(config)
-    check_reference(config, tokenizer)
-    check_files(config)
+    _check(config, tokenizer, device)
     folder, continuation = open_run_folder(config)
     if continuation is not None and continuation.universal:
         checkpoint_config = engine_config.get("checkpoint", {})
@@ -155,6 +153,15 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         notes=tuple(notes),
         stopwatch=stopwatch,
     )
+
+
+def _check(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    """What is known to be wrong before weights are read."""
+    check_before_loading(config)
+    if config.valuation.enabled:
+        scorer_class(config.valuation.estimator).check(config.model, device)
+    check_reference(config, tokenizer)
+    check_files(config)
 
 
 def _load(config: RunConfig, engine_config: dict[str, Any]) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.batch import Batch
+from alphatoken.config.sections import ModelConfig
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.adam_scale import FirstMoment
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile
@@ -66,6 +67,14 @@ class Scorer(ABC):
         multiplies gradients by, where there is one. Raises UserError for what the estimator cannot
         do.
         """
+
+    @classmethod
+    def check(cls, model: ModelConfig, device: torch.device) -> None:
+        """Refuses, before weights are read, a model that the estimator cannot value on this device.
+
+        Raises UserError.
+        """
+        return
 
     @classmethod
     def notes(cls, decoder: Decoder, config: ValuationConfig) -> list[str]:

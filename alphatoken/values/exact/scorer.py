@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.batch import Batch
+from alphatoken.config.sections import ModelConfig
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
@@ -25,6 +26,7 @@ from alphatoken.models.head import head_jvp
 from alphatoken.models.scored import ScoredParameter, Segment, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.chunks import Chunk, chunks_of
+from alphatoken.passes.forward_mode import check_forward_mode
 from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TokenValues
@@ -102,6 +104,10 @@ class ExactScorer(Scorer):
         adam_scale: SliceScale | None,
     ) -> ExactScorer:
         return cls(decoder, config, device, drift, adam_scale)
+
+    @classmethod
+    def check(cls, model: ModelConfig, device: torch.device) -> None:
+        check_forward_mode(model, device)
 
     def capture(self) -> EntryCapture:
         return EntryCapture(self.decoder, self._streamer.indices.start, keep="first")
