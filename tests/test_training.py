@@ -4,6 +4,7 @@ stopping in time."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -536,3 +537,28 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
     values = changed(run_values, **sections)
     with pytest.raises(UserError, match=message):
         build_run(RunConfig.model_validate(values), SupervisedObjective())
+
+
+def test_deterministic_kernels_are_asked_of_torch_and_the_libraries(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in force before the device is first used; a run without the key leaves all alone."""
+    found: list[tuple[bool | str | None, ...]] = []
+
+    def stop() -> None:
+        names = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+        found.append((torch.are_deterministic_algorithms_enabled(), *map(os.environ.get, names)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alphatoken.training.setup.initialise_ranks", stop)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        for deterministic in (False, True):
+            run_values["train"]["deterministic"] = deterministic
+            with pytest.raises(KeyboardInterrupt):
+                build_run(RunConfig.model_validate(run_values), SupervisedObjective())
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert found == [(False, None, None), (True, ":4096:8", "1")]

@@ -116,6 +116,12 @@ class TrainConfig(Section):
         False, description="Recompute activations in backward: less memory, more time."
     )
 
+    deterministic: bool = Field(
+        False,
+        description="Only kernels that give the same bits every time: slower on GPUs, and an "
+        "operation without such a kernel stops the run. CPUs do so by themselves.",
+    )
+
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of a run on so many training rows."""
         return self.max_steps or math.ceil(self.epochs * rows / self.global_batch_size)

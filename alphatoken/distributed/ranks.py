@@ -27,6 +27,18 @@ def device_memory(device: torch.device) -> int:
     return int(get_accelerator().total_memory(device.index))
 
 
+def use_deterministic_kernels() -> None:
+    """Has this process run only kernels that give the same bits every time; to be called before the
+    device is first used.
+
+    Where an operation has none, torch raises RuntimeError when it runs. flash-attention and cuBLAS
+    read their part from the environment, which is left alone where it is set already.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(mode=True)
+
+
 def initialise_ranks() -> torch.device:
     """Joins the process group that the launcher described in the environment, or forms one of a
     single process.

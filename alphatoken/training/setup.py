@@ -17,7 +17,7 @@ from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
 from alphatoken.distributed import collectives
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
-from alphatoken.distributed.ranks import initialise_ranks
+from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import (
@@ -74,6 +74,8 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     into the run folder but the Fisher, where that has to be estimated.
     """
     # What is wrong with the configuration, files and folders is found before weights are read.
+    if config.train.deterministic:
+        use_deterministic_kernels()
     device = initialise_ranks()
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
