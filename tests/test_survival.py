@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import random
 import re
 import shutil
@@ -633,6 +634,14 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
         assert "  rank 0 waits in " in shown
         assert "  rank 1 does not answer (stopped, gone or cut off); last seen in step " in shown, (
             shown
+        )
+        wait_for((folder / "flight-recorder" / "rank_0").exists)
+        # Our own file, of this test.
+        record = pickle.loads((folder / "flight-recorder" / "rank_0").read_bytes())
+        assert any("all_reduce" in entry["profiling_name"] for entry in record["entries"])
+        assert (
+            f"  the last messages of each rank: torchfrtrace {folder / 'flight-recorder'}"
+            in "".join([*lines, run.stdout.readline()])
         )
     finally:
         for process in ranks_of(file):

@@ -3,6 +3,9 @@
 Every rank has a thread that writes what the rank is doing into a file of the run folder, and reads
 those of the others when its own rank has not moved for long. Files, because a rank that is stopped
 may be the one that serves messages.
+
+On GPUs a call returns before its message is through, so where a rank stands does not say which
+message it waits for: torch's flight recorder does, and every rank writes its own beside.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 COLLECTIVES_FILE = str(Path("torch", "distributed", "distributed_c10d.py"))
 
@@ -33,12 +39,14 @@ class Watchdog(AbstractContextManager["Watchdog"]):
     """Says once per standstill, on stderr, which rank has not moved for `seconds`, and where the
     others are.
 
-    `has_spoken` says whether it did. folder: shared by all ranks. Of the ranks that still answer,
+    `has_spoken` says whether it did. folder: shared by all ranks; the messages that torch's flight
+    recorder knows of go to the folder `flight-recorder` beside it. Of the ranks that still answer,
     the first speaks. Without `seconds` it does nothing.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, seconds: float | None) -> None:
         self._folder = folder
+        self._records = folder.with_name("flight-recorder")
         self._rank, self._ranks = rank, ranks
         self._watches = seconds is not None
         self._limit = seconds or 0.0
@@ -74,16 +82,20 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._moves, self._doing = self._moves + 1, doing
 
     def _watch(self) -> None:
-        seen, since, told = -1, time.monotonic(), False
+        seen, since, told, recorded = -1, time.monotonic(), False, False
         while not self._done.wait(self._interval):
             if self._moves != seen:
-                seen, since, told = self._moves, time.monotonic(), False
+                seen, since, told, recorded = self._moves, time.monotonic(), False, False
                 self._seen.clear()
             stood = time.monotonic() - since
             with suppress(OSError):  # a full disk must not end the watch
                 self._publish()
             if stood >= self._limit / 2 and not told:
                 states = self._states()
+            if stood >= self._limit and not recorded:
+                recorded = True
+                with suppress(OSError):
+                    self._record_messages()
             if stood >= self._limit and not told:
                 speaker = min(
                     (rank for rank, state in states.items() if self._answers(state)),
@@ -104,6 +116,12 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         partial = self._file(self._rank).with_suffix(".partial")
         partial.write_text(json.dumps(state), encoding="utf-8")
         partial.replace(self._file(self._rank))
+
+    def _record_messages(self) -> None:
+        record = flight_record()
+        if record is not None:
+            self._records.mkdir(exist_ok=True)
+            (self._records / f"rank_{self._rank}").write_bytes(record)
 
     def _states(self) -> dict[int, dict[str, Any]]:
         """What each rank says of itself, and whether that has changed since this one stands still
@@ -140,6 +158,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             ", ".join(f"rank {rank}" for rank in states if rank not in waiting)
             or "no rank in particular"
         )
+        if self._records.is_dir():
+            lines.append(f"  the last messages of each rank: torchfrtrace {self._records}")
         return (
             f"warning: no step has moved for {self._limit:.0f} s; held up by {culprits}:\n"
             + "\n".join(lines)
@@ -157,6 +177,17 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05}.json"
+
+
+def flight_record() -> bytes | None:
+    """The last messages of this rank as torch's flight recorder knows them, for `torchfrtrace`;
+    None without a process group, or from a torch that has no recorder."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    by_backend = {"nccl": "_dump_nccl_trace"}
+    name = by_backend.get(dist.get_backend(), "_dump_fr_trace")
+    dump = getattr(torch._C._distributed_c10d, name, None)
+    return None if dump is None else bytes(dump())
 
 
 def _collective(innermost: FrameType) -> str | None:
