@@ -35,6 +35,7 @@ from alphatoken.models.loading import (
     eos_token_ids,
     load_model,
     load_tokenizer,
+    name_attention,
 )
 from alphatoken.models.scored import scored_depth
 from alphatoken.stability.fisher_folder import EstimateFolder
@@ -168,6 +169,7 @@ def prepare_estimate(config: RunConfig) -> Prepared:
     deepspeed_values = inference_config(config)
     tokenizer = load_tokenizer(config.model)
     check_before_loading(config)
+    config = name_attention(config)
     prompts = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
     model = load_model(config.model, deepspeed_values, config.train.seed)
     build_inference_engine(model, deepspeed_values, device)

@@ -25,6 +25,7 @@ from alphatoken.models.loading import (
     eos_token_ids,
     load_model,
     load_tokenizer,
+    name_attention,
 )
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
@@ -78,6 +79,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
     check_before_loading(config)
+    config = name_attention(config)
     check_reference(config, tokenizer)
     check_files(config)
     folder, continuation = open_run_folder(config)
