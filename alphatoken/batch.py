@@ -6,7 +6,6 @@ Shape legend: B rows, T positions, D documents (a row holds one, or several wher
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -67,8 +66,8 @@ def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 def boundaries(lengths: Sequence[int]) -> tuple[Tensor, int]:
     """`cu_seq_lens` and `max_length` of a row that holds documents of these lengths in turn, on the
     host."""
-    bounds = [0, *accumulate(lengths)]
-    return torch.tensor(bounds, dtype=torch.int32), max(lengths)
+    ends = torch.tensor(lengths).cumsum(0)
+    return F.pad(ends, (1, 0)).int(), max(lengths)
 
 
 def make_batch(columns: Mapping[str, Tensor | int]) -> Batch:

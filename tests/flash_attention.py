@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -45,12 +46,12 @@ def stand_in(version: int = 2) -> Iterator[Calls]:
     with (
         mock.patch.dict(sys.modules, _modules(version, calls)),
         mock.patch.dict(entry, found),
-        mock.patch.object(dispatch, f"is_flash_attn_{version}_available", lambda: True),
+        mock.patch.object(dispatch, f"is_flash_attn_{version}_available", return_value=True),
         mock.patch.object(dispatch, "_loaded_implementation", None),
         # For float32 it looks for a linear, of which GPT-2 has none.
         mock.patch.object(integration, "get_target_dtype", lambda query, _: query.dtype),
         mock.patch.dict(compatibility.FLASH_KERNELS, {name: here}),
-        mock.patch.object(compatibility, "cuda_generation", lambda: compatibility.HOPPER),
+        mock.patch.object(compatibility, "cuda_generation", return_value=compatibility.HOPPER),
     ):
         yield calls
 
@@ -70,16 +71,23 @@ def _modules(version: int, calls: Calls) -> dict[str, ModuleType]:
     for name, function in contents.items():
         setattr(module, name, function)
     padding = ModuleType("flash_attn.bert_padding")
-    padding.pad_input = dispatch._pad_input  # type: ignore[attr-defined]
-    padding.unpad_input = dispatch._unpad_input  # type: ignore[attr-defined]
+    padding.pad_input = _pad_input  # type: ignore[attr-defined]
+    padding.unpad_input = None  # type: ignore[attr-defined]
     return {module.__name__: module} | ({padding.__name__: padding} if version == 2 else {})
 
 
+def _pad_input(packed: Tensor, indices_N: Tensor, batch: int, length: int) -> Tensor:
+    """Tokens (N, H, D) at their places in (B, T, H, D), zeros elsewhere."""
+    padded = packed.new_zeros(batch * length, *packed.shape[1:])
+    return padded.index_copy(0, indices_N, packed).view(batch, length, *packed.shape[1:])
+
+
 def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    def dense(
+    def dense(  # noqa: PLR0913 - what `transformers` looks for in flash_attn's signature
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        *,
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
@@ -100,10 +108,11 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
             softcap=softcap,
         )
 
-    def varlen(
+    def varlen(  # noqa: PLR0913
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        *,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         max_seqlen_q: int,
@@ -136,7 +145,7 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
                     window_size=window_size,
                     softcap=softcap,
                 )[0]
-                for start, end in zip(bounds, bounds[1:], strict=False)
+                for start, end in pairwise(bounds)
             ]
         )
 
@@ -144,7 +153,7 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
 
 
 def _of_version_3(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    def version_3(
+    def version_3(  # noqa: PLR0913
         *tensors: Any,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,

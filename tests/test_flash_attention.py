@@ -4,12 +4,14 @@ oracle's, packed and not, and `auto` finds what is installed."""
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as dispatch
+import yaml
 
 from alphatoken.batch import make_batch
 from alphatoken.config.sections import ModelConfig
@@ -20,7 +22,10 @@ from alphatoken.models.decoder import decoder_of
 from alphatoken.models.loading import attention_of, different_kernels, usable_attention
 from alphatoken.stability.fisher_sum import FisherSum
 from tests import test_exact, test_valuation
+from tests.cases import run_flash_trainers
 from tests.flash_attention import Calls, stand_in
+from tests.ranks import run_ranks
+from tests.runs import changed, metrics_of
 from tests.tiny import CASES, by_architecture, collate, pack, random_sequences, unpack, unpad
 
 CPU = torch.device("cpu")
@@ -98,7 +103,7 @@ def test_the_fisher_is_that_of_sdpa() -> None:
 def test_the_kernel_that_is_loaded_stays_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """`transformers` keeps one kernel for the whole process, by the name it was asked for."""
     loaded: list[str | None] = []
-    load = dispatch._lazy_imports
+    load = vars(dispatch)["_lazy_imports"]
 
     def spy(implementation: str | None, *arguments: Any, **named: Any) -> Any:
         loaded.append(implementation)
@@ -121,10 +126,10 @@ def test_boundaries_reach_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dispatch, "_is_packed_sequence", refuse)
     for name in ("llama", "gpt2", "gemma3"):
-        setting = test_valuation.Setting(CASES[name], window=4)
+        setting = test_valuation.Setting(CASES[name], window=32)
         with stand_in():
             setting.model.set_attn_implementation("flash_attention_2")
-            for extra in ({}, {"estimator": "exact", "residency": "resident"}):
+            for extra in ({}, {"estimator": "exact", "window": 32}):
                 setting.score(pack(setting.sequences, 2), pack(setting.validation, 1), **extra)
 
 
@@ -244,3 +249,40 @@ def test_every_flash_kernel_that_can_be_configured_is_known() -> None:
     names = ModelConfig.model_fields["attn_implementation"].annotation.__args__  # type: ignore[union-attr]
     assert {name for name in names if "flash" in name} == set(compatibility.FLASH_KERNELS)
     assert set(compatibility.BEST_FIRST) < set(names)
+
+
+@pytest.mark.slow
+def test_runs_pack_and_value_with_flash_attention(
+    run_values: dict[str, Any], pair_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """From rows to metrics on two ranks under ZeRO-3: `auto` finds the kernel, the Fisher is
+    estimated, rows are packed; losses are SDPA's as far as 16 bits tell."""
+    configs = {}
+    for kind, values in {"sft": run_values, "pairs": pair_values}.items():
+        for attention in ("auto", "sdpa"):
+            configs[f"{kind} {attention}"] = changed(
+                values,
+                model={"dtype": "bfloat16", "attn_implementation": attention},
+                data={"packing": True},
+                selection={"policy": "all"},
+                train={"output_dir": str(tmp_path / f"{kind} {attention}")},
+            )
+    for found in run_ranks(run_flash_trainers.__name__, 2, tmp_path / "ranks", configs=configs):
+        assert {message for message, _ in found.values()} == {""}
+        assert {name: kinds for name, (_, kinds) in found.items() if "sdpa" in name} == {
+            "sft sdpa": [],
+            "pairs sdpa": [],
+        }
+        assert all("varlen" in found[f"{kind} auto"][1] for kind in ("sft", "pairs"))
+    for kind in ("sft", "pairs"):
+        recorded = yaml.safe_load((tmp_path / f"{kind} auto" / "config.yaml").read_text())
+        assert recorded["model"]["attn_implementation"] == "flash_attention_2"
+        flash, sdpa = (metrics_of(tmp_path / f"{kind} {name}") for name in ("auto", "sdpa"))
+        for one, other in zip(flash, sdpa, strict=True):
+            for key in {"loss_kept", "eval_loss", "grad_norm"} & one.keys():
+                assert one[key] == pytest.approx(other[key], rel=0.02), (kind, key)
+            means = [key for key in one if key.endswith("composite_mean")]
+            assert means, "tokens were valued"
+            for key in means:
+                spread = other[key.replace("mean", "std")]
+                assert one[key] == pytest.approx(other[key], abs=0.1 * spread), (kind, key)

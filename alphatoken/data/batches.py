@@ -141,9 +141,9 @@ def micro_batches(
 
     Rows are padded on the right, so no attention mask is needed. Documents are numbered row by row,
     so that those of pair i are 2 i and 2 i + 1. `position_ids` are there where documents are
-    packed, `cu_seq_lens` and `max_length` where into one row, `noise`, `half_sign` and `reference_nll` where the layout asks for them. Every rank gets
-    equally many micro-batches: where they run out, a placeholder with one padding token and no
-    label.
+    packed, `cu_seq_lens` and `max_length` where into one row, `noise`, `half_sign` and
+    `reference_nll` where the layout asks for them. Every rank gets equally many micro-batches:
+    where they run out, a placeholder with one padding token and no label.
     """
     by_length = np.argsort(-dataset.lengths[rows], kind="stable")
     groups = [

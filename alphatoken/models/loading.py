@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -26,6 +26,8 @@ from alphatoken.models.compatibility import (
     check_valuation,
 )
 from alphatoken.models.decoder import Decoder, decoder_of
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -89,19 +91,25 @@ def usable_attention(model: ModelConfig) -> str:
     return model.attn_implementation
 
 
-def name_attention(config: RunConfig) -> RunConfig:
-    """The configuration with its attention kernel by name, in place of `auto`. What is recorded of
-    a run therefore says what it ran with.
+def settle_model(config: ConfigT) -> ConfigT:
+    """`name_attention`, where nothing speaks against the model. What is recorded of a run therefore
+    says what it ran with.
 
-    Every rank must call it, after `check_before_loading`. Raises UserError where `auto` stands for
-    different kernels on them, whose micro-batches might differ.
+    Every rank must call it. Raises UserError as `check_before_loading` does, and where `auto`
+    stands for different kernels on the ranks, whose micro-batches might then differ.
     """
-    chosen = attention_of(config.model)
-    by_rank = collectives.gather_objects(chosen)
-    problem = different_kernels(by_rank)
+    check_before_loading(config)
+    named = name_attention(config)
+    problem = different_kernels(collectives.gather_objects(named.model.attn_implementation))
     if problem is not None:
         raise UserError(problem)
-    model = config.model.model_copy(update={"attn_implementation": chosen})
+    return named
+
+
+def name_attention(config: ConfigT) -> ConfigT:
+    """The configuration with its attention kernel by name: in place of `auto` what that stands for
+    on this machine."""
+    model = config.model.model_copy(update={"attn_implementation": attention_of(config.model)})
     return config.model_copy(update={"model": model})
 
 

@@ -21,11 +21,10 @@ from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import (
-    check_before_loading,
     eos_token_ids,
     load_model,
     load_tokenizer,
-    name_attention,
+    settle_model,
 )
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
@@ -78,8 +77,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     device = initialise_ranks()
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
-    check_before_loading(config)
-    config = name_attention(config)
+    config = settle_model(config)
     check_reference(config, tokenizer)
     check_files(config)
     folder, continuation = open_run_folder(config)
