@@ -14,6 +14,7 @@ import transformers.modeling_flash_attention_utils as dispatch
 import yaml
 
 from alphatoken.batch import make_batch
+from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import ONE_ROW, Layout, micro_batches
 from alphatoken.doctor.comparing import compare_model_settings
