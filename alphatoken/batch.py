@@ -5,7 +5,7 @@ Shape legend: B rows, T positions, D documents (a row holds one, or several wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -33,6 +33,11 @@ class Batch(TypedDict):
     """(B, T) int64; absent where all padding is on the right."""
     position_ids: NotRequired[Tensor]
     """(B, T) int64, from 0 in each document; absent where a row is one document."""
+    cu_seq_lens: NotRequired[Tensor]
+    """(D + 1,) int32, where the documents of a single packed row begin, and its length: what flash
+    attention would otherwise find on the device, in every layer."""
+    max_length: NotRequired[int]
+    """The longest of those documents."""
     document_ids: NotRequired[Tensor]
     """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
     rows: NotRequired[Tensor]
@@ -58,13 +63,27 @@ def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     return targets_BT != IGNORE_INDEX, targets_BT
 
 
-def make_batch(columns: Mapping[str, Tensor]) -> Batch:
+def boundaries(lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """`cu_seq_lens` and `max_length` of a row that holds documents of these lengths in turn, on the
+    host."""
+    ends = torch.tensor(lengths).cumsum(0)
+    return F.pad(ends, (1, 0)).int(), max(lengths)
+
+
+def make_batch(columns: Mapping[str, Tensor | int]) -> Batch:
     """Completes `input_ids`, `labels` and whatever else a batch has by its loss positions."""
-    response_BT, targets_BT = loss_positions(columns["labels"])
+    labels_BT = columns["labels"]
+    assert isinstance(labels_BT, Tensor)
+    response_BT, targets_BT = loss_positions(labels_BT)
     return cast(Batch, {**columns, "targets": targets_BT, "response": response_BT})
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies a batch to a device."""
-    tensors = cast(Mapping[str, Tensor], batch)
-    return cast(Batch, {key: tensor.to(device) for key, tensor in tensors.items()})
+    return cast(
+        Batch,
+        {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        },
+    )

@@ -56,7 +56,22 @@ from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
+from tests.flash_attention import stand_in
 from tests.published import LOSSES
+
+
+def run_flash_trainers(
+    folder: Path, configs: dict[str, dict[str, Any]]
+) -> dict[str, tuple[str, list[str]]]:
+    """As `run_trainers`, where flash attention 2 is found installed: per run its error message and
+    which of the kernels it called."""
+    found = {}
+    with stand_in() as calls:
+        for name, values in configs.items():
+            calls.clear()
+            message = run_trainers(folder, {name: values})[name]
+            found[name] = message, sorted({kind for kind, _ in calls})
+    return found
 
 
 def trainer_of(values: dict[str, Any]) -> Trainer:

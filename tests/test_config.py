@@ -538,6 +538,7 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "logging.name",
         "logging.project",
         "logging.wandb",
+        "model.attn_implementation",
         "reference.cache",
         "reference.offload",
         "reference.save_every",

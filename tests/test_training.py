@@ -488,7 +488,10 @@ def test_without_stability_adaptation_is_the_value(
             "data.packing=true is not possible",
         ),
         ({"model": {"name_or_path": "{dropout}"}}, "config.json has attention_dropout=0.1"),
-        ({"model": {"name_or_path": "{softcap}"}}, "sdpa is not possible with Gemma2ForCausalLM"),
+        (
+            {"model": {"name_or_path": "{softcap}", "attn_implementation": "sdpa"}},
+            "sdpa is not possible with Gemma2ForCausalLM",
+        ),
         (
             {"model": {"attn_implementation": "flash_attention_2", "dtype": "float32"}},
             "attn_implementation=flash_attention_2 needs model.dtype=bfloat16",

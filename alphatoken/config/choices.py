@@ -8,6 +8,12 @@ from typing import Any
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 
+def is_flash(attention: str) -> bool:
+    """Whether an attention kernel, by its name in `transformers`, is one of flash attention's, from
+    a package or from the hub."""
+    return "flash" in attention
+
+
 class OneOf:
     """Annotates a string field whose values are the keys of a table.
 

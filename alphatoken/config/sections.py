@@ -55,9 +55,20 @@ class ModelConfig(Section):
         "which have "
         "none.",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+    attn_implementation: Literal[
+        "auto",
+        "flash_attention_3",
+        "flash_attention_2",
+        "kernels-community/flash-attn3",
+        "kernels-community/flash-attn2",
         "sdpa",
-        description="Attention kernel of the training forward pass; values are the same with each.",
+        "eager",
+    ] = Field(
+        "auto",
+        description="Attention kernel; values are the same with each. auto: flash attention 3 or 2 "
+        "where "
+        "it is installed and possible, else sdpa, else eager. The run's own config.yaml names it.",
+        json_schema_extra=MAY_CHANGE,
     )
     lora: LoraConfig | None = Field(
         None,

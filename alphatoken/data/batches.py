@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphatoken.batch import IGNORE_INDEX, Batch, loss_positions, make_batch
+from alphatoken.batch import IGNORE_INDEX, Batch, boundaries, loss_positions, make_batch
+from alphatoken.config.choices import is_flash
 from alphatoken.config.run import RunConfig
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.noise import uniform_noise
@@ -98,13 +99,18 @@ def _quotas(total: int, weights: Sequence[float]) -> list[int]:
     return [int(quota) for quota in quotas]
 
 
+ONE_ROW = sys.maxsize
+"""`Layout.row_tokens` that packs a micro-batch into a single row."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows become tensors.
 
     size: dataset rows per micro-batch. row_tokens: None puts each dataset row (document) into a row
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
-    tokens as first-fit finds. noise_key: (seed, step) adds noise, for policies that need it.
+    tokens as first-fit finds; ONE_ROW packs all of them into one, and adds the boundaries that
+    flash attention takes. noise_key: (seed, step) adds noise, for policies that need it.
     halves: adds which half of the draw each position's row is in. reference: by dataset row,
     another model's losses of its response tokens, (R,) float32. first_only: lay out the chosen
     document of a pair alone; without `reference` only.
@@ -120,15 +126,11 @@ class Layout:
 
 
 def row_tokens(config: RunConfig) -> int | None:
-    """`Layout.row_tokens` of a run."""
+    """`Layout.row_tokens` of a run, whose attention kernel has a name (`auto` is none)."""
     if not config.data.packing:
         return None
-    # Flash attention tells documents apart in single rows only, and pays nothing for long ones.
-    return (
-        sys.maxsize
-        if config.model.attn_implementation == "flash_attention_2"
-        else config.data.max_length
-    )
+    # Flash attention pays nothing for long rows, and a single one has no padding.
+    return ONE_ROW if is_flash(config.model.attn_implementation) else config.data.max_length
 
 
 def micro_batches(
@@ -139,9 +141,9 @@ def micro_batches(
 
     Rows are padded on the right, so no attention mask is needed. Documents are numbered row by row,
     so that those of pair i are 2 i and 2 i + 1. `position_ids` are there where documents are
-    packed, `noise`, `half_sign` and `reference_nll` where the layout asks for them. Every rank gets
-    equally many micro-batches: where they run out, a placeholder with one padding token and no
-    label.
+    packed, `cu_seq_lens` and `max_length` where into one row, `noise`, `half_sign` and
+    `reference_nll` where the layout asks for them. Every rank gets equally many micro-batches:
+    where they run out, a placeholder with one padding token and no label.
     """
     by_length = np.argsort(-dataset.lengths[rows], kind="stable")
     groups = [
@@ -186,7 +188,7 @@ def collate(dataset: TokenDataset, rows: Indices, layout: Layout, numbers: Indic
     height = max(len(places), 1)
     width = max((sum(lengths[number] for number in place) for place in places), default=1)
 
-    columns = {}
+    columns: dict[str, Tensor | int] = {}
     for name, dtype in _columns(layout).items():
         fill = layout.pad_token if name == "input_ids" else FILL.get(name, 0)
         column_BT = torch.full((height, width), fill, dtype=dtype)
@@ -196,6 +198,8 @@ def collate(dataset: TokenDataset, rows: Indices, layout: Layout, numbers: Indic
         columns[name] = column_BT
     if layout.row_tokens is not None:
         columns["position_ids"] = _position_ids(height, width, lengths, places)
+    if layout.row_tokens == ONE_ROW:
+        columns["cu_seq_lens"], columns["max_length"] = boundaries(lengths or [width])
     counts = torch.tensor([len(of_row) for of_row in of_rows], dtype=torch.int64)
     columns["rows"] = torch.from_numpy(rows).repeat_interleave(counts)
     return make_batch(columns)

@@ -90,6 +90,17 @@ def compare_model_files(listings: Sequence[Mapping[str, Any]], nodes: Sequence[s
     )
 
 
+def compare_model_settings(found: Sequence[str], nodes: Sequence[str]) -> Finding:
+    """Whether every rank would run the model alike; `found`: `refusals.model_settings` by rank,
+    with the attention kernel that `auto` stands for there."""
+    problems: dict[str, list[int]] = {}
+    _compare("the model runs with", found, problems)
+    if problems:
+        fix = "install the same packages on every node, or name model.attn_implementation"
+        return disagreement("model settings", problems, nodes, fix)
+    return Finding("model settings", "ok", found[0])
+
+
 def compare_data(
     identities: Sequence[Mapping[str, Any]], nodes: Sequence[str], reports: Sequence[str]
 ) -> Finding:

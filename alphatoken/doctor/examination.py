@@ -139,8 +139,10 @@ class Examination:
         if shapes is None:
             self._skip("a model", "model settings")
         else:
-            self._everywhere(
-                "model settings", lambda: refusals.model_settings(config, self._device)
+            self._compare(
+                "model settings",
+                lambda: refusals.model_settings(config, self._device),
+                comparing.compare_model_settings,
             )
         self._everywhere("fisher", lambda: refusals.stability(config))
         self._on_first_rank("run folder", lambda: refusals.run_folder(config, len(self.nodes)))

@@ -15,7 +15,12 @@ from alphatoken.data.splits import Splits, check_sizes, load_prompts
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.doctor.findings import Finding
 from alphatoken.models.decoder import decoder_of
-from alphatoken.models.loading import check_before_loading, load_tokenizer, model_without_weights
+from alphatoken.models.loading import (
+    attention_of,
+    check_before_loading,
+    load_tokenizer,
+    model_without_weights,
+)
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
 from alphatoken.util.wording import plural
@@ -54,7 +59,7 @@ def model_settings(config: RunConfig, device: torch.device) -> str:
     scoring = (
         f"{config.valuation.estimator} on {valued}" if config.valuation.enabled else "no valuation"
     )
-    return f"{config.model.attn_implementation} attention, {scoring}"
+    return f"{attention_of(config.model)} attention, {scoring}"
 
 
 def about_model(config: RunConfig, shapes: PreTrainedModel) -> str:

@@ -17,7 +17,7 @@ from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Splits, shared_rows
 from alphatoken.doctor.findings import Finding
-from alphatoken.models.loading import stop_tokens
+from alphatoken.models.loading import name_attention, stop_tokens
 from alphatoken.util.wording import plural
 
 LOOKED_AT = 64  # rows that are collated
@@ -54,7 +54,7 @@ def check_endings(
     for pad in dict.fromkeys((tokenizer.pad_token_id, *stops)):
         complaints = Counter[str]()
         cut = total = 0
-        layout = Layout(config.train.micro_batch_size, pad, row_tokens(config))
+        layout = Layout(config.train.micro_batch_size, pad, row_tokens(name_attention(config)))
         for batch in micro_batches(dataset, rows, layout, rank=0, world_size=1):
             for response in _responses(batch, dataset, config):
                 problem = _problem(response, tokenizer, stops)

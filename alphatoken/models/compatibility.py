@@ -3,10 +3,17 @@ and valued here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+)
 
 from alphatoken.errors import UserError
 from alphatoken.models.architectures import ARCHITECTURES, Architecture, architecture_named
@@ -29,31 +36,99 @@ def architecture_of_config(config: PretrainedConfig) -> Architecture:
     return architecture_named(_model_class(config).__name__)
 
 
+@dataclass(frozen=True)
+class FlashKernel:
+    """A flash attention that `transformers` can run, and what it needs."""
+
+    is_installed: Callable[[], bool]
+    install: str
+    """What to type where it is not."""
+    generations: range
+    """CUDA devices that it is built for, by the major number of their compute capability."""
+
+
+AMPERE, HOPPER, NEWEST = 8, 9, 99
+FLASH_KERNELS: dict[str, FlashKernel] = {
+    "flash_attention_3": FlashKernel(
+        is_flash_attn_3_available,
+        "build flash_attn_3 from the folder hopper of the flash-attention repository",
+        range(AMPERE, HOPPER + 1),
+    ),
+    "flash_attention_2": FlashKernel(
+        is_flash_attn_2_available, "pip install 'alphatoken[flash]'", range(AMPERE, NEWEST)
+    ),
+    "kernels-community/flash-attn3": FlashKernel(
+        is_kernels_available, "pip install kernels", range(AMPERE, HOPPER + 1)
+    ),
+    "kernels-community/flash-attn2": FlashKernel(
+        is_kernels_available, "pip install kernels", range(AMPERE, NEWEST)
+    ),
+}
+LARGEST_FLASH_HEAD = 256
+
+BEST_FIRST = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
+"""What `model.attn_implementation: auto` stands for: the first of these that is possible. Nothing
+is fetched from the hub for it."""
+
+
+def cuda_generation() -> int | None:
+    """The major number of this machine's compute capability; None without a CUDA device."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+
+
+def best_attention(config: PretrainedConfig, dtype: str) -> str:
+    """The fastest attention kernel that the model, its dtype and this machine can run."""
+    *others, last = BEST_FIRST
+    for implementation in others:
+        try:
+            check_attention(config, implementation, dtype)
+        except UserError:
+            continue
+        return implementation
+    return last
+
+
 def check_attention(
     config: PretrainedConfig, implementation: str, dtype: str, *, here: bool = True
 ) -> None:
     """Refuses an attention kernel that the model, its dtype or, if `here`, this machine cannot run
-    (UserError)."""
+    (UserError). `auto` can always be run."""
     model_class, setting = _model_class(config), f"model.attn_implementation={implementation}"
-    softcap = getattr(
-        config.get_text_config(), "attn_logit_softcapping", None
-    )  # some versions would drop it silently
+    text = config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None)  # some versions would drop it silently
     if implementation == "sdpa" and (softcap is not None or not model_class._supports_sdpa):
         raise UserError(
             f"{setting} is not possible with {model_class.__name__}: set "
             "model.attn_implementation=eager"
         )
-    if implementation == "flash_attention_2":
-        if not model_class._supports_flash_attn:
-            raise UserError(
-                f"{setting} is not possible with {model_class.__name__}: set it to sdpa or eager"
-            )
-        if dtype != "bfloat16":
-            raise UserError(f"{setting} needs model.dtype=bfloat16, not {dtype}")
-        if here and not is_flash_attn_2_available():
-            raise UserError(
-                f"{setting} needs a CUDA device and flash-attn: pip install 'alphatoken[flash]'"
-            )
+    if implementation not in FLASH_KERNELS:
+        return
+    if not model_class._supports_flash_attn:
+        raise UserError(
+            f"{setting} is not possible with {model_class.__name__}: set it to sdpa or eager"
+        )
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head > LARGEST_FLASH_HEAD:
+        raise UserError(
+            f"{setting} is not possible with heads of size {head}, above {LARGEST_FLASH_HEAD}: set "
+            "it to sdpa or eager"
+        )
+    if dtype != "bfloat16":
+        raise UserError(f"{setting} needs model.dtype=bfloat16, not {dtype}")
+    if here:
+        _check_flash_here(FLASH_KERNELS[implementation], setting)
+
+
+def _check_flash_here(kernel: FlashKernel, setting: str) -> None:
+    generation, wanted = cuda_generation(), kernel.generations
+    if generation is None or not kernel.is_installed():
+        raise UserError(f"{setting} needs a CUDA device and its package: {kernel.install}")
+    if generation not in wanted:
+        between = f"{wanted.start} to {wanted[-1]}" if wanted[-1] < NEWEST - 1 else wanted.start
+        raise UserError(
+            f"{setting} needs a device of compute capability {between}, not {generation}: set it "
+            "to auto"
+        )
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

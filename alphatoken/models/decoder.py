@@ -234,9 +234,14 @@ class Decoder:
 
 
 def body_inputs(batch: Mapping[str, object]) -> dict[str, Any]:
-    """Takes from a batch what a model's body is called with."""
+    """Takes from a batch what a model's body is called with; boundaries of packed documents under
+    the names that flash attention has for them, which no other kernel reads."""
     keys = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-    return {**{key: tensor for key, tensor in batch.items() if key in keys}, "use_cache": False}
+    inputs: dict[str, Any] = {key: tensor for key, tensor in batch.items() if key in keys}
+    if "cu_seq_lens" in batch:
+        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = batch["cu_seq_lens"]
+        inputs["max_length_q"] = inputs["max_length_k"] = batch["max_length"]
+    return {**inputs, "use_cache": False}
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -16,10 +17,17 @@ from transformers import (
 
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import LoraConfig, ModelConfig
-from alphatoken.distributed import zero3
+from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
-from alphatoken.models.compatibility import architecture_of_config, check_attention, check_valuation
+from alphatoken.models.compatibility import (
+    architecture_of_config,
+    best_attention,
+    check_attention,
+    check_valuation,
+)
 from alphatoken.models.decoder import Decoder, decoder_of
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,6 +71,58 @@ def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
         )
     if config.valuation.enabled:
         check_valuation(model_config, config.valuation.layers)
+
+
+def attention_of(model: ModelConfig) -> str:
+    """The attention kernel that a model is loaded with here: the configured one, or what `auto`
+    stands for."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
+    return best_attention(AutoConfig.from_pretrained(model.name_or_path), model.dtype)
+
+
+def usable_attention(model: ModelConfig) -> str:
+    """The configured attention kernel where this model can run it, else the best that it can."""
+    model_config = AutoConfig.from_pretrained(model.name_or_path)
+    try:
+        check_attention(model_config, model.attn_implementation, model.dtype)
+    except UserError:
+        return best_attention(model_config, model.dtype)
+    return model.attn_implementation
+
+
+def settle_model(config: ConfigT) -> ConfigT:
+    """`name_attention`, where nothing speaks against the model. What is recorded of a run therefore
+    says what it ran with.
+
+    Every rank must call it. Raises UserError as `check_before_loading` does, and where `auto`
+    stands for different kernels on the ranks, whose micro-batches might then differ.
+    """
+    check_before_loading(config)
+    named = name_attention(config)
+    problem = different_kernels(collectives.gather_objects(named.model.attn_implementation))
+    if problem is not None:
+        raise UserError(problem)
+    return named
+
+
+def name_attention(config: ConfigT) -> ConfigT:
+    """The configuration with its attention kernel by name: in place of `auto` what that stands for
+    on this machine."""
+    model = config.model.model_copy(update={"attn_implementation": attention_of(config.model)})
+    return config.model_copy(update={"model": model})
+
+
+def different_kernels(by_rank: Sequence[str]) -> str | None:
+    """What to say where ranks would run different attention kernels."""
+    ranks = {name: by_rank.index(name) for name in sorted(set(by_rank))}
+    if len(ranks) == 1:
+        return None
+    found = ", ".join(f"{name} on rank {first}" for name, first in ranks.items())
+    return (
+        f"model.attn_implementation=auto is {found}: install the same packages on every node, or "
+        "name a kernel that all of them have"
+    )
 
 
 def eos_token_ids(

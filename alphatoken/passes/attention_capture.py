@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from alphatoken.config.choices import is_flash
 from alphatoken.passes.attention import AttentionCall, Visibility, blocked_attention
 
 CAPTURING_ATTENTION = "alphatoken_capture"
@@ -72,9 +73,7 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         (B, H, T, D), `key` and `value` (B, G, T, D); the output (B, T, H, D), and weights or None.
         """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        visibility = self._visibility(
-            attention_mask, kwargs.get("sliding_window"), kwargs.get("position_ids")
-        )
+        visibility = self._visibility(query, attention_mask, kwargs)
         softcap = kwargs.get("softcap")
         if self._consume is not None:
             layer = module.layer_idx
@@ -88,24 +87,50 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         # Every Hugging Face modelling file brings its own eager function.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, eager)
-        output: tuple[Tensor, Tensor | None] = attention(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        with self._own_name(module):
+            output: tuple[Tensor, Tensor | None] = attention(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
         return output
 
+    @contextmanager
+    def _own_name(self, module: nn.Module) -> Iterator[None]:
+        """The layer's configuration names the kernel itself meanwhile: flash attention is looked
+        up by that name, and the one that is loaded stays loaded for the whole process."""
+        config: Any = module.config
+        config._attn_implementation = self._implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = CAPTURING_ATTENTION
+
     def _visibility(
-        self, mask: Tensor | None, sliding_window: int | None, positions: Tensor | None
+        self, query: Tensor, mask: Tensor | None, arguments: Mapping[str, Any]
     ) -> Visibility:
-        """What the kernel will make of its arguments. Flash attention gets no mask, or a (B, T) one
-        for padding."""
+        """What the kernel will make of its arguments. Flash attention gets no 4-dimensional mask:
+        one of (B, T) for padding, or boundaries of documents, or positions that tell them."""
         if mask is not None and mask.dim() == 4:
             return Visibility(explicit=mask)
         documents = None
         if mask is not None:
             documents = torch.where(mask.bool(), 0, -1)
-        elif positions is not None and "flash" in self._implementation:
-            documents = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-        return Visibility(sliding_window=sliding_window, documents_BT=documents)
+        elif is_flash(self._implementation):
+            documents = _documents(query, arguments)
+        return Visibility(sliding_window=arguments.get("sliding_window"), documents_BT=documents)
+
+
+def _documents(query_BHTD: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """A number per document, (B, T), different for neighbours, from the arguments of flash
+    attention; None where a row is one document."""
+    bounds: Tensor | None = arguments.get("cu_seq_lens_q")
+    positions_BT: Tensor | None = arguments.get("position_ids")
+    rows, length = query_BHTD.shape[0], query_BHTD.shape[2]
+    if bounds is not None:
+        places_N = torch.arange(rows * length, device=bounds.device, dtype=bounds.dtype)
+        return torch.bucketize(places_N, bounds, right=True).view(rows, length)
+    if positions_BT is not None:
+        return (positions_BT.diff(dim=-1, prepend=positions_BT[:, :1] - 1) != 1).cumsum(-1)
+    return None
 
 
 _active_attention_capture: ContextVar[AttentionCapture | None] = ContextVar(

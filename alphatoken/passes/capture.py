@@ -113,7 +113,8 @@ class Entry:
 
     def rows(self, rows: slice) -> Entry:
         """Narrows the entry to some of the sequences. Tensors whose first dimension is 1 are shared
-        by all sequences."""
+        by all sequences, and what has one dimension describes them all (boundaries of packed
+        documents, of which there is one sequence)."""
         batch = self.first_BTH.shape[0]
 
         def narrow(value: Any) -> Any:

@@ -29,7 +29,7 @@ from alphatoken.distributed.settings import inference_config
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.identity import model_identity
-from alphatoken.models.loading import load_model
+from alphatoken.models.loading import load_model, usable_attention
 from alphatoken.models.token_losses import TokenLosses
 from alphatoken.reference.cache import FORMAT_VERSION, CachedLosses, CacheFolder
 from alphatoken.util.files import file_sha256, fingerprint
@@ -130,6 +130,7 @@ class Reference:
             chosen = chosen.model_copy(
                 update={"name_or_path": config.reference.model, "lora": None}
             )
+            chosen = chosen.model_copy(update={"attn_implementation": usable_attention(chosen)})
         model = TokenLosses(decoder_of(load_model(chosen, values, config.train.seed).eval()))
         build_inference_engine(model, values, self._device)
         return model

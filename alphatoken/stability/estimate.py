@@ -31,10 +31,10 @@ from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.identity import model_identity
 from alphatoken.models.loading import (
-    check_before_loading,
     eos_token_ids,
     load_model,
     load_tokenizer,
+    settle_model,
 )
 from alphatoken.models.scored import scored_depth
 from alphatoken.stability.fisher_folder import EstimateFolder
@@ -167,7 +167,7 @@ def prepare_estimate(config: RunConfig) -> Prepared:
     device = initialise_ranks()
     deepspeed_values = inference_config(config)
     tokenizer = load_tokenizer(config.model)
-    check_before_loading(config)
+    config = settle_model(config)
     prompts = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
     model = load_model(config.model, deepspeed_values, config.train.seed)
     build_inference_engine(model, deepspeed_values, device)

@@ -21,10 +21,10 @@ from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_ker
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import (
-    check_before_loading,
     eos_token_ids,
     load_model,
     load_tokenizer,
+    settle_model,
 )
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
@@ -79,7 +79,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     device = initialise_ranks()
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
-    _check(config, tokenizer, device)
+    config = _settled(config, tokenizer, device)
     folder, continuation = open_run_folder(config)
     if continuation is not None and continuation.universal:
         checkpoint_config = engine_config.get("checkpoint", {})
@@ -157,13 +157,17 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     )
 
 
-def _check(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-    """What is known to be wrong before weights are read."""
-    check_before_loading(config)
+def _settled(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> RunConfig:
+    """The configuration with everything decided that depends on this machine. Raises UserError for
+    what is known to be wrong before weights are read."""
+    config = settle_model(config)
     if config.valuation.enabled:
         scorer_class(config.valuation.estimator).check(config.model, device)
     check_reference(config, tokenizer)
     check_files(config)
+    return config
 
 
 def _load(config: RunConfig, engine_config: dict[str, Any]) -> PreTrainedModel:

@@ -4,12 +4,14 @@ LM."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alphatoken.batch import IGNORE_INDEX, Batch, loss_positions, make_batch
+from alphatoken.batch import IGNORE_INDEX, Batch, boundaries, loss_positions, make_batch
+from alphatoken.config.choices import is_flash
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
@@ -180,8 +182,9 @@ def _row_groups(
         inputs["labels"] = batch["labels"].masked_fill(
             starts, IGNORE_INDEX
         )  # nothing predicts a document's first token
-        if "flash" in decoder.config._attn_implementation:
-            rows = 1  # its kernels tell documents apart in single rows only
+        if is_flash(decoder.config._attn_implementation):
+            yield from _single_rows(inputs, starts)
+            return
     elif bool(
         (mask[:, 1:] > mask[:, :-1]).any()
     ):  # padding on the left; on the right no mask is needed
@@ -189,6 +192,18 @@ def _row_groups(
         inputs["position_ids"] = batch.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
     for start in range(0, mask.shape[0], rows):
         yield make_batch({key: value[start : start + rows] for key, value in inputs.items()})
+
+
+def _single_rows(inputs: Mapping[str, Tensor], starts_BT: Tensor) -> Iterator[Batch]:
+    """Micro-batches of one packed row each, with the boundaries that flash attention takes."""
+    length = starts_BT.shape[1]
+    for row, starts_T in enumerate(starts_BT.cpu()):
+        bounds = [*starts_T.nonzero()[:, 0].tolist(), length]
+        lengths = [end - start for start, end in pairwise(bounds)]
+        cu_seq_lens, max_length = boundaries(lengths)
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        device_bounds = cu_seq_lens.to(starts_BT.device)
+        yield make_batch({**own, "cu_seq_lens": device_bounds, "max_length": max_length})
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Tensor | None:
