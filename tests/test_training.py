@@ -529,7 +529,9 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
                 if value == f"{{{name}}}":
                     content[key] = str(tmp_path / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("alphatoken.training.setup.initialise_ranks", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        "alphatoken.training.setup.initialise_ranks", lambda minutes: torch.device("cpu")
+    )
     monkeypatch.setattr(
         "alphatoken.training.setup.load_model", lambda *_: pytest.fail("the model was loaded")
     )

@@ -140,6 +140,14 @@ class DeepSpeedConfig(Section):
         description="DeepSpeed JSON (file or mapping), passed through; default: plain "
         "ZeRO stage 3.",
     )
+    timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="How long ranks wait for each other in a message of tensors before the run "
+        "ends; default: DEEPSPEED_TIMEOUT, or 30. Saving, hashing, converting and exporting do "
+        "not count: ranks wait for those for hours.",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class LoggingConfig(Section):
