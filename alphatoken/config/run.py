@@ -135,6 +135,8 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
+    """DeepSpeed's own configuration, and how long ranks wait for each other."""
+
     config: FilePath | dict[str, Any] | None = Field(
         None,
         description="DeepSpeed JSON (file or mapping), passed through; default: plain "
