@@ -33,6 +33,7 @@ from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog
+from alphatoken.util.files import file_sha256
 from tests.cases import MOMENTS
 from tests.ranks import ROOT, run_ranks
 from tests.runs import changed, metrics_of
@@ -411,7 +412,7 @@ def test_files_of_a_checkpoint_are_hashed_at_once_and_the_first_wrong_one_is_nam
     checkpoint_files.write_description(
         tmp_path, {"format_version": checkpoint_files.FORMAT_VERSION, "files": files}
     )
-    met, digest = threading.Barrier(2), checkpoint_files.file_sha256
+    met, digest = threading.Barrier(2), file_sha256
 
     def hash_two_at_once(file: Path) -> str:
         met.wait(timeout=20)
