@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
@@ -233,6 +234,29 @@ def long_gathers(folder: Path, lengths: list[int], message_bytes: int) -> list[T
     initialise_ranks()
     collectives.MESSAGE_BYTES = message_bytes
     return [collectives.gather_equal(shard_of(collectives.rank(), length)) for length in lengths]
+
+
+def slow_rank_0(folder: Path, limit_seconds: float, work_seconds: float) -> dict[str, Any]:
+    """Rank 0 works longer than messages of tensors may take: on the others' behalf, which is waited
+    for, and then before it answers one."""
+    initialise_ranks(limit_seconds / 60)
+
+    def work() -> str:
+        time.sleep(work_seconds)
+        return "done"
+
+    done = collectives.on_rank_0(work)
+    collectives.barrier()
+    ranks = float(collectives.sum_over_ranks(torch.ones(())))
+    lost = ""
+    if collectives.rank() == 0:
+        time.sleep(work_seconds)
+    else:
+        try:
+            collectives.sum_over_ranks(torch.ones(()))
+        except RuntimeError as error:
+            lost = str(error)
+    return {"done": done, "ranks": ranks, "lost": lost}
 
 
 def shard_of(rank: int, length: int) -> Tensor:

@@ -309,6 +309,24 @@ def test_a_source_with_other_field_names(
         tokenise([Source(path=path, columns={"response": "answer"})], encoder, cache)
 
 
+def test_a_writer_of_the_cache_leaves_the_files_of_another_alone(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Where the disk has no locks two may write the same rows at once."""
+    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    file.write_text(json.dumps({"prompt": "Hi", "response": "there"}) + "\n")
+    tokenise([Source(path=str(file))], Encoder(tokenizer, 64), cache)
+    (made,) = cache.glob("*.arrow")
+    content = made.read_bytes()
+    made.unlink()
+    others = made.with_suffix(".partial")
+    others.write_text("half of a row")
+    tokenise([Source(path=str(file))], Encoder(tokenizer, 64), cache)
+    assert made.read_bytes() == content
+    assert others.read_text() == "half of a row"
+    assert list(cache.glob("*.partial")) == [others]
+
+
 def test_the_cache_is_used_again_and_only_for_the_same_content(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
+from alphatoken.distributed.ranks import tensor_limit
+from alphatoken.errors import UserError
 from tests.cases import shard_of
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -402,3 +404,30 @@ def test_a_shard_gathered_in_several_messages_is_whole(tmp_path: Path) -> None:
     for result in results:
         for length, gathered in zip(lengths, result, strict=True):
             assert torch.equal(gathered, torch.stack([shard_of(rank, length) for rank in range(3)]))
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_work_on_rank_0_longer_than_for_tensors(tmp_path: Path) -> None:
+    """What one rank does for all may take longer than a message of tensors may: nobody dies, and
+    tensors still arrive. A rank that is late for a message of tensors is given up."""
+    arguments = {"limit_seconds": 6.0, "work_seconds": 9.0}
+    first, second = run_ranks("slow_rank_0", 2, tmp_path, **arguments)
+    assert first["done"] == second["done"] == "done"
+    assert first["ranks"] == second["ranks"] == 2.0
+    assert "imed out" in second["lost"]
+
+
+def test_the_limit_of_tensors_is_ours_or_deepspeeds_never_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    assert tensor_limit(None).total_seconds() == 30 * 60
+    assert tensor_limit(0.5).total_seconds() == 30
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "45")
+    assert tensor_limit(None) == tensor_limit(45.0)
+    assert tensor_limit(None).total_seconds() == 45 * 60
+    with pytest.raises(UserError, match=r"timeout_minutes=20, but .* DEEPSPEED_TIMEOUT=45"):
+        tensor_limit(20.0)
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1h")
+    with pytest.raises(UserError, match="DEEPSPEED_TIMEOUT=1h is not a whole number of minutes"):
+        tensor_limit(None)

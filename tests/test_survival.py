@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +27,14 @@ from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import obsolete, step_folders
 from alphatoken.checkpoints.resuming import open_run_folder
+from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog
+from alphatoken.util.files import file_sha256
 from tests.cases import MOMENTS
 from tests.ranks import ROOT, run_ranks
 from tests.runs import changed, metrics_of
@@ -398,6 +401,58 @@ def test_no_damage_to_a_checkpoint_is_accepted(
         open_run_folder(damaged_run)
     for step in (1, 2):
         newest.with_name(f"{step}.json").rename(newest.with_name(f"step-{step}") / "complete.json")
+
+
+def test_files_of_a_checkpoint_are_hashed_at_once_and_the_first_wrong_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number}.pt" for number in range(4)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    files = checkpoint_files.described_files(tmp_path, [tmp_path / name for name in names])
+    checkpoint_files.write_description(
+        tmp_path, {"format_version": checkpoint_files.FORMAT_VERSION, "files": files}
+    )
+    met, digest = threading.Barrier(2), file_sha256
+
+    def hash_two_at_once(file: Path) -> str:
+        met.wait(timeout=20)
+        return digest(file)
+
+    monkeypatch.setattr(checkpoint_files, "workers", lambda: 2)
+    monkeypatch.setattr(checkpoint_files, "file_sha256", hash_two_at_once)
+    assert checkpoint_files.damage(tmp_path) is None
+    monkeypatch.setattr(checkpoint_files, "file_sha256", digest)
+    (tmp_path / "3.pt").unlink()
+    (tmp_path / "1.pt").write_text("1.bt")
+    found = checkpoint_files.damage(tmp_path)
+    assert found == f"{tmp_path / '1.pt'} does not have the content that was saved"
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_starts_clean_with_several_workers(
+    damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = damaged_run.train.output_dir / "checkpoints" / "step-1"
+    target = checkpoint.with_name("step-1-universal")
+    killed = target.with_name(f"{target.name}.0123.partial")
+    (killed / "zero").mkdir(parents=True)
+    commands: list[list[str]] = []
+    start = subprocess.run
+
+    def run(command: list[str], **named: Any) -> Any:
+        commands.append(command)
+        return start(command, **named)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("alphatoken.checkpoints.universal.workers", lambda: 2)
+    assert universal_checkpoint(checkpoint) == target
+    assert checkpoint_files.damage(target) is None
+    assert not killed.exists()
+    assert universal_checkpoint(checkpoint) == target
+    (command,) = commands
+    assert command[-4:] == ["--num_extract_workers", "2", "--num_merge_workers", "2"]
+    shutil.rmtree(target)
 
 
 @pytest.mark.slow

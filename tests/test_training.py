@@ -533,7 +533,9 @@ def test_what_can_be_known_before_loading_is_said_before_loading(
                 if value == f"{{{name}}}":
                     content[key] = str(tmp_path / name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("alphatoken.training.setup.initialise_ranks", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        "alphatoken.training.setup.initialise_ranks", lambda minutes: torch.device("cpu")
+    )
     monkeypatch.setattr(
         "alphatoken.training.setup.load_model", lambda *_: pytest.fail("the model was loaded")
     )
@@ -548,7 +550,7 @@ def test_deterministic_kernels_are_asked_of_torch_and_the_libraries(
     """They are in force before the device is first used; a run without the key leaves all alone."""
     found: list[tuple[bool | str | None, ...]] = []
 
-    def stop() -> None:
+    def stop(_minutes: float | None) -> None:
         names = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
         found.append((torch.are_deterministic_algorithms_enabled(), *map(os.environ.get, names)))
         raise KeyboardInterrupt

@@ -9,9 +9,11 @@ the newest. A folder without a valid description does not exist for us.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +132,30 @@ def damage(checkpoint: Path) -> str | None:
         description = read_description(checkpoint)
     except UserError as error:
         return str(error)
-    for name, expected in description["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if file_sha256(file) != expected["sha256"]:
-            return f"{file} does not have the content that was saved"
+    with ThreadPoolExecutor(workers()) as pool:
+        wrong = [
+            pool.submit(_damage_of, checkpoint / name, expected)
+            for name, expected in description["files"].items()
+        ]
+        try:
+            return next((found for each in wrong if (found := each.result()) is not None), None)
+        finally:  # one wrong file is enough: the others are not read for nothing
+            pool.shutdown(cancel_futures=True)
+
+
+def workers() -> int:
+    """How many files of a checkpoint are read or made at once."""
+    return min(16, os.cpu_count() or 1)
+
+
+def _damage_of(file: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with one file, or None."""
+    if not file.is_file():
+        return f"{file} is missing"
+    if file.stat().st_size != expected["bytes"]:
+        return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+    if file_sha256(file) != expected["sha256"]:
+        return f"{file} does not have the content that was saved"
     return None
 
 

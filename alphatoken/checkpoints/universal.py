@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from alphatoken.checkpoints.files import (
     damage,
     described_files,
     source_of,
+    workers,
     write_description,
 )
 from alphatoken.errors import UserError
@@ -30,10 +32,15 @@ def universal_checkpoint(checkpoint: Path) -> Path:
     if target.exists() and damage(target) is None and source_of(target) == source_of(checkpoint):
         return target
     shutil.rmtree(target, ignore_errors=True)
+    for killed in target.parent.glob(f"{target.name}.*{PARTIAL}"):
+        shutil.rmtree(killed, ignore_errors=True)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
-    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
+    at_once = [
+        *("--num_extract_workers", str(_extracting(checkpoint))),
+        *("--num_merge_workers", str(workers())),
+    ]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *at_once]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,3 +55,11 @@ def universal_checkpoint(checkpoint: Path) -> Path:
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     flush(checkpoint.parent)
     return target
+
+
+def _extracting(checkpoint: Path) -> int:
+    """How many of DeepSpeed's processes may read a rank's file each: together they take at most a
+    quarter of the machine's memory, or one reads after the other."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    largest = max(file.stat().st_size for file in checkpoint.glob("*.pt"))
+    return max(1, min(workers(), memory // (4 * largest)))

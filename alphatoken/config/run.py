@@ -141,10 +141,20 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
+    """DeepSpeed's own configuration, and how long ranks wait for each other."""
+
     config: FilePath | dict[str, Any] | None = Field(
         None,
         description="DeepSpeed JSON (file or mapping), passed through; default: plain "
         "ZeRO stage 3.",
+    )
+    timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="How long ranks wait for each other in a message of tensors before the run "
+        "ends; default: DEEPSPEED_TIMEOUT, or 30. Saving, hashing, converting and exporting do "
+        "not count: ranks wait for those for hours.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 

@@ -21,6 +21,7 @@ from alphatoken.config.sections import Source
 from alphatoken.data.chat import Encoded, RowEncoder, Skipped
 from alphatoken.data.sources import Row, location, open_source
 from alphatoken.errors import UserError
+from alphatoken.util.files import publish, publish_text
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
 FORMAT_VERSION = 4
@@ -165,10 +166,12 @@ def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Pa
         file.with_suffix(".lock")
     ):  # one writer per shared cache folder; the others find the file
         if not file.exists():
-            partial = file.with_suffix(".partial")
-            report = _write(source, rows, encoder, partial)
-            file.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-            partial.replace(file)
+
+            def write(partial: Path) -> None:
+                written = _write(source, rows, encoder, partial)
+                publish_text(file.with_suffix(".json"), json.dumps(asdict(written)))
+
+            publish(file, write)  # whole even where several write it, as not every disk has locks
     report = _read_report(file)
     if report.rows == 0:
         reasons = (

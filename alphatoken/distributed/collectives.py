@@ -1,9 +1,12 @@
 """Every message between ranks, by name. In a single process each function is a no-op on the same
 path.
 
-All go through `deepspeed.comm` (so they show in its communications log) over the default group: all
-ranks, which are all data-parallel. Every rank must call them in the same order. R is the number of
-ranks.
+Tensors go through `deepspeed.comm` (so they show in its communications log) over the default group:
+all ranks, which are all data-parallel. It has a time limit (`deepspeed.timeout_minutes`), after
+which a rank takes the others for lost. What one rank may work on for long while the others wait
+(`barrier`, `gather_objects`, `agree`, `on_rank_0`) goes through a gloo group of the same ranks that
+waits for hours (`ranks.CONTROL_LIMIT`), and ends at once where a rank dies. Every rank must call
+all of them in the same order. R is the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from alphatoken.distributed import process
 from alphatoken.distributed.process import barrier as barrier
 from alphatoken.distributed.process import running_comm
 from alphatoken.errors import RemoteError
@@ -132,7 +136,7 @@ def gather_objects(value: T) -> list[T]:
     if not comm:
         return [value]
     values: list[T] = [value] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=process.control_group)
     return values
 
 

@@ -7,6 +7,12 @@ import atexit
 import os
 import sys
 from types import ModuleType
+from typing import Any
+
+# The group of ranks that `barrier` and everything picklable goes through: gloo's, whatever tensors
+# go through, with hours of patience. None in a single process, and where somebody else formed the
+# process group: then it is the default group.
+control_group: Any = None
 
 
 def running_comm() -> ModuleType | None:
@@ -18,10 +24,10 @@ def running_comm() -> ModuleType | None:
 
 
 def barrier() -> None:
-    """Every rank waits for every other; no data."""
+    """Every rank waits for every other, for hours if need be; no data."""
     comm = running_comm()
     if comm:
-        comm.barrier()
+        comm.barrier(group=control_group)
 
 
 def end_process(status: int) -> None:

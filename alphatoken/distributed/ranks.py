@@ -6,9 +6,19 @@ import os
 import socket
 import sys
 import warnings
+from datetime import timedelta
 
 import torch
 import transformers
+
+from alphatoken.distributed import process
+from alphatoken.errors import UserError
+
+# How long a rank waits for another that hashes, converts, tokenises or exports. One that died is
+# noticed at once, as its connections end.
+CONTROL_LIMIT = timedelta(hours=24)
+DEFAULT_MINUTES = 30.0
+LIMIT_VARIABLE = "DEEPSPEED_TIMEOUT"  # DeepSpeed's own, in minutes
 
 
 def visible_devices() -> tuple[str, int]:
@@ -39,12 +49,35 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(mode=True)
 
 
-def initialise_ranks() -> torch.device:
-    """Joins the process group that the launcher described in the environment, or forms one of a
-    single process.
+def tensor_limit(minutes: float | None) -> timedelta:
+    """How long ranks wait for each other in a message of tensors: `deepspeed.timeout_minutes`, or
+    DeepSpeed's variable where the key is left out.
 
-    Returns this rank's device.
+    Raises UserError where both are given and differ, or where the variable is no number of minutes.
     """
+    variable = os.environ.get(LIMIT_VARIABLE)
+    if variable is None:
+        return timedelta(minutes=DEFAULT_MINUTES if minutes is None else minutes)
+    if not variable.isdecimal() or int(variable) == 0:
+        raise UserError(
+            f"{LIMIT_VARIABLE}={variable} is not a whole number of minutes; unset it and set "
+            "deepspeed.timeout_minutes"
+        )
+    if minutes is not None and minutes != int(variable):
+        raise UserError(
+            f"deepspeed.timeout_minutes={minutes:g}, but the environment says "
+            f"{LIMIT_VARIABLE}={variable}; unset one of them"
+        )
+    return timedelta(minutes=int(variable))
+
+
+def initialise_ranks(timeout_minutes: float | None = None) -> torch.device:
+    """Joins the process group that the launcher described in the environment, or forms one of a
+    single process; nothing where there is one already.
+
+    `timeout_minutes`: see `tensor_limit`. Returns this rank's device.
+    """
+    limit = tensor_limit(timeout_minutes)
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -79,5 +112,9 @@ def initialise_ranks() -> torch.device:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(), local_rank)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(), verbose=False, timeout=limit
+    )
+    if process.control_group is None and torch.distributed.get_world_size() > 1:
+        process.control_group = torch.distributed.new_group(backend="gloo", timeout=CONTROL_LIMIT)
     return device

@@ -164,7 +164,7 @@ def prepare_estimate(config: RunConfig) -> Prepared:
             f"the Fisher is of the reference: set model.name_or_path={config.valuation.reference} "
             "and leave out valuation.reference"
         )
-    device = initialise_ranks()
+    device = initialise_ranks(config.deepspeed.timeout_minutes)
     deepspeed_values = inference_config(config)
     tokenizer = load_tokenizer(config.model)
     config = settle_model(config)

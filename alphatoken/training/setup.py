@@ -76,7 +76,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     # What is wrong with the configuration, files and folders is found before weights are read.
     if config.train.deterministic:
         use_deterministic_kernels()
-    device = initialise_ranks()
+    device = initialise_ranks(config.deepspeed.timeout_minutes)
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
     config = _settled(config, tokenizer, device)
@@ -84,7 +84,8 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     if continuation is not None and continuation.universal:
         checkpoint_config = engine_config.get("checkpoint", {})
         engine_config["checkpoint"] = {**checkpoint_config, "load_universal": True}
-    splits = load_splits(config, tokenizer)
+    # One that has to tokenise longer than the others must not keep them waiting for weights.
+    splits = collectives.agree(lambda: load_splits(config, tokenizer))
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
 
