@@ -135,9 +135,9 @@ class Entry:
 class EntryCapture(_HookOwner):
     """Records the `Entry` of one forward pass through the decoder layers from index `first` on.
 
-    keep: "first" keeps the state that enters layer `first`, which is all a pass over resident
-    weights needs; "every" also keeps those between the layers and the one that leaves the last, so
-    that layers can be run again one at a time, in any order.
+    keep: "first" keeps the state that enters layer `first`, which is all that a forward pass needs;
+    "every" also keeps those between the layers and the one that leaves the last, so that layers can
+    be run again one at a time, in any order.
     """
 
     def __init__(self, decoder: Decoder, first: int, *, keep: Literal["first", "every"]) -> None:

@@ -136,6 +136,12 @@ def _by_layer(blueprint: Blueprint) -> Iterator[tuple[int, list[Contracted]]]:
         yield layer, [linear for linear in linears if linear.layer == layer]
 
 
+def _states(entered: int) -> int:
+    """States of a micro-batch that a pass of the tower needs: those that `entered` layers, the one
+    that left the last, and one gradient."""
+    return entered + 2
+
+
 class GhostCost(ScoringCost):
     """The paper's estimator: signals of the last layers, contracted with the held-out ones."""
 
@@ -241,41 +247,34 @@ class GhostCost(ScoringCost):
 
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         work, share = blueprint.workload, chunk_share(blueprint)
-        traced = _tower(blueprint, rows=work.rows)
-        layers = [each.kept_bytes for each in traced]
-        kept = (
-            sum(layers)
-            if blueprint.resident
-            else max(layers) + (2 * blueprint.depth + 1) * blueprint.body.state_bytes
-        )
+        layer = max(each.kept_bytes for each in _tower(blueprint, rows=work.rows))
+        # Checkpointing keeps what enters a layer anyhow.
+        entered = 0 if blueprint.config.train.gradient_checkpointing else blueprint.depth
+        states = _states(entered) * blueprint.body.state_bytes
         parts = (
-            Part("activations of scoring", int(share * kept)),
+            Part("activations of scoring", int(share * layer) + states),
             logits(blueprint, int(share * work.responses)),
         )
         if blueprint.resident:
             return parts
         valuation = blueprint.config.valuation
         matrices = 1 + blueprint.has_drift + (valuation.contrast > 0) + valuation.reliability
-        layer = scored_layer(blueprint, matrices=matrices, working=0)
+        streamed = scored_layer(blueprint, matrices=matrices, working=0)
         if valuation.contrast_source != "scored":
-            return (*parts, *layer)
+            return (*parts, *streamed)
         scored = max(sum(each.numel for each in linears) for _, linears in _by_layer(blueprint))
         whole = Part("B of one layer, whole", 2 * scored * blueprint.halves * FLOAT32)
-        return (*parts, *layer, whole)
+        return (*parts, *streamed, whole)
 
     def refresh_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         traced = _tower(blueprint, rows=blueprint.workload.held_out_rows)
-        held = [each.kept_bytes for each in traced]
         formed_by_layer = [
             sum(linear.numel for linear in linears if linear.is_formed)
             for _, linears in _by_layer(blueprint)
         ]
         pending = sum(formed_by_layer) if blueprint.resident else max(formed_by_layer)
-        # Losses are weighed when all are known: layer by layer, from the states between them.
-        weighs = blueprint.config.valuation.target == "preference"
-        activations = sum(held) if blueprint.resident and not weighs else max(held)
-        if weighs:
-            activations += (blueprint.depth + 2) * blueprint.held_out.state_bytes
+        states = _states(blueprint.depth) * blueprint.held_out.state_bytes
+        activations = max(each.kept_bytes for each in traced) + states
         return (
             Part("activations of scoring", activations),
             Part(

@@ -199,7 +199,7 @@ class GhostScorer(Scorer):
             if not self._resident:  # so that one layer's matrices are whole at a time
                 into.reduce(self._names(layer))
 
-        with self.tower.capture(weighted=coefficients is not None) as capture:
+        with self.tower.capture() as capture:
             self.decoder.hidden_states(batch)
         # G holds the direct signals only (Eq. 8): no causal path is followed through held-out
         # rows.

@@ -5,17 +5,18 @@ From the hidden state that entered the scored layers it computes token losses an
 pass of its own, the signals (h, d) of every scored linear, which it hands on as they arise, so that
 they can be contracted and dropped.
 
-`resident` keeps the tower's weights and one chunk's activations. `streamed` holds one layer at a
-time and needs every state between the layers; every rank must then run it together.
+The layers run one at a time, the last one first, from the states that the decoder's own forward
+pass left between them, so that one layer's activations of one chunk are held. `resident` keeps the
+weights; `streamed` gathers them layer by layer, and every rank must then run the tower together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
@@ -29,8 +30,7 @@ from alphatoken.values.ghost.signals import ChunkSignals, SignalConsumer
 
 ConsumerOf = Callable[[int], AbstractContextManager[SignalConsumer]]
 """For the index of a layer, a context around its backward passes, which yields what takes the
-signals of its linears. A streamed tower, and one that weighs losses, enters it for one layer at a
-time, the last layer first; otherwise all layers' are entered before the first chunk."""
+signals of its linears. Entered for one layer at a time, the last layer first."""
 
 
 class Tower:
@@ -53,7 +53,6 @@ class Tower:
         """The scored linears by their parameter's name, in order of the forward pass."""
         self._decoder = decoder
         self._streamer = LayerStreamer(decoder, first, device, resident=resident)
-        self._resident = resident
         self._chunk_tokens = chunk_tokens
 
     @property
@@ -66,15 +65,9 @@ class Tower:
         they are kept."""
         self._streamer.refresh()
 
-    def capture(self, *, weighted: bool = False) -> EntryCapture:
-        """Wrap the model's forward pass in this, then hand its `.entry` to `run`.
-
-        weighted: whether `run` will be told to weigh the losses, which needs more states.
-        """
-        keeps_first = self._resident and not weighted
-        return EntryCapture(
-            self._decoder, self.layers.start, keep="first" if keeps_first else "every"
-        )
+    def capture(self) -> EntryCapture:
+        """Wrap the model's forward pass in this, then hand its `.entry` to `run`."""
+        return EntryCapture(self._decoder, self.layers.start, keep="every")
 
     def weight(self, layer: int, path: str) -> Tensor:
         """The tower's own copy of a linear's weight; without values while the layer is not in
@@ -101,8 +94,6 @@ class Tower:
         multiplied by in that sum, from those of the whole batch; the losses returned are not.
         """
         chunks = chunks_of(entry, batch, self._chunk_tokens)
-        if self._resident and coefficients is None:
-            return self._run_by_chunk(chunks, consumer_of, window)
         with self._streamer.top() as top:
             tops = [
                 top_backward(*top, chunk.entry.out, chunk, self._decoder.logit_softcap)
@@ -119,25 +110,6 @@ class Tower:
             ]
         for place in reversed(range(len(self.layers))):
             self._layer(place, chunks, outgrads, consumer_of, window)
-        return nll_BT
-
-    def _run_by_chunk(self, chunks: list[Chunk], consumer_of: ConsumerOf, window: int) -> Tensor:
-        with ExitStack() as contexts:
-            consumers = {index: contexts.enter_context(consumer_of(index)) for index in self.layers}
-            return torch.cat([self._whole(chunk, consumers, window) for chunk in chunks])
-
-    def _whole(self, chunk: Chunk, consumers: Mapping[int, SignalConsumer], window: int) -> Tensor:
-        """Runs one chunk forward through all layers and back. Returns its token losses, (B, T)."""
-        signals = ChunkSignals(chunk, window, self.weight)
-        with torch.enable_grad(), self._capture(signals, consumers):
-            hidden_BTH = chunk.entry.first_BTH
-            if chunk.has_response:
-                for place, index in enumerate(self.layers):
-                    module = self._streamer.module(index)
-                    hidden_BTH = self._forward(module, place, hidden_BTH, chunk, signals)
-            nll_BT, outgrad_BTH = self._top(chunk, hidden_BTH.detach())
-            if chunk.has_response:
-                hidden_BTH.backward(outgrad_BTH)
         return nll_BT
 
     def _layer(
@@ -160,40 +132,25 @@ class Tower:
                     continue
                 signals = ChunkSignals(chunk, window, self.weight)
                 hidden_BTH = chunk.entry.into(place).detach()
-                with torch.enable_grad(), self._capture(signals, {index: consume}):
+                with torch.enable_grad(), self._capture(index, signals, consume):
                     hidden_BTH.requires_grad_(place > 0)
-                    output_BTH = self._forward(module, place, hidden_BTH, chunk, signals)
+                    output_BTH = self._streamer.forward(
+                        module, hidden_BTH, chunk.entry.layer_inputs[place], signals.on_attention
+                    )
                     output_BTH.backward(outgrads[number])
                 if hidden_BTH.grad is not None:
                     outgrads[number] = hidden_BTH.grad
 
-    def _capture(
-        self, signals: ChunkSignals, consumers: Mapping[int, SignalConsumer]
-    ) -> SignalCapture:
-        """Hooks on the scored linears of the layers that have a consumer."""
+    def _capture(self, layer: int, signals: ChunkSignals, consume: SignalConsumer) -> SignalCapture:
+        """Hooks on the scored linears of a layer."""
 
         def on_backward(name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-            linear = self.linears[name]
-            consumers[linear.layer](signals.signals_of(linear, act_BTI, outgrad_BTO))
+            consume(signals.signals_of(self.linears[name], act_BTI, outgrad_BTO))
 
+        module = self._streamer.module(layer)
         modules = {
-            name: self._streamer.module(linear.layer).get_submodule(linear.path)
+            name: module.get_submodule(linear.path)
             for name, linear in self.linears.items()
-            if linear.layer in consumers
+            if linear.layer == layer
         }
         return SignalCapture(modules, on_backward)
-
-    def _forward(
-        self,
-        module: nn.Module,
-        place: int,
-        hidden_BTH: Tensor,
-        chunk: Chunk,
-        signals: ChunkSignals,
-    ) -> Tensor:
-        inputs = chunk.entry.layer_inputs[place]
-        return self._streamer.forward(module, hidden_BTH, inputs, signals.on_attention)
-
-    def _top(self, chunk: Chunk, hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        with self._streamer.top() as top:
-            return top_backward(*top, hidden_BTH, chunk, self._decoder.logit_softcap)
