@@ -52,6 +52,7 @@ from alphatoken.selection.select import Cut, Selection
 from alphatoken.selection.step import count_tokens, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
+from alphatoken.training import trainer as training_trainer
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
@@ -528,8 +529,12 @@ def free_space(count: int) -> None:
 
 def fill_disk(way: str) -> None:
     """`space`: less is free than a checkpoint takes. `refused`: no file may be longer than a few
-    bytes."""
+    bytes. `export`: none from the export on."""
     saves = itertools.count(1)
+
+    def refuse() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     def later() -> None:
         if next(saves) < 2:
@@ -537,8 +542,11 @@ def fill_disk(way: str) -> None:
         if way == "space":
             free_space(1000)
         elif way == "refused":
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            refuse()
+
+    if way == "export":
+        before_call(training_trainer, "export_model", refuse)
+        return
 
     if way == "small disk":
         free_space(2**40)  # it looks as if there were room

@@ -808,3 +808,33 @@ def test_adapters_are_exported_as_such_or_merged(
     assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
     assert not list((tmp_path / "merged").glob("adapter_*"))
     assert "LoRA adapters of" in (tmp_path / "adapters" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_ends_every_rank_and_leaves_the_older_one(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A torn export cannot be taken for a whole one; the run goes on from its checkpoint when there
+    is room again."""
+    folder = tmp_path / "run"
+    values = changed(
+        run_values,
+        train={"max_steps": 2, "save_every": 1, "output_dir": str(folder), "resume": "auto"},
+        valuation={"enabled": False},
+    )
+    first, others = run_ranks(
+        "run_trainers", 2, tmp_path / "full", configs={"": values}, disk="export"
+    )
+    assert f"cannot write the export {folder / 'export'}: " in first[""]
+    assert others[""].startswith("rank 0: cannot write the export")
+    assert not list(folder.glob("export*"))
+    # What a killed one leaves behind is removed, and an older export replaced.
+    (folder / "export.partial").mkdir()
+    (folder / "export.partial" / "model.safetensors").write_text("torn")
+    (folder / "export").mkdir()
+    (folder / "export" / "of_old").write_text("older")
+    messages = run_ranks("run_trainers", 2, tmp_path / "again", configs={"": values})
+    assert messages == [{"": ""}, {"": ""}]
+    assert [path.name for path in folder.glob("export*")] == ["export"]
+    assert not (folder / "export" / "of_old").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder / "export")

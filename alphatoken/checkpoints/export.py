@@ -15,6 +15,7 @@ import jinja2
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,22 +30,37 @@ from alphatoken.checkpoints.files import (
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
-from alphatoken.util.files import PARTIAL
+from alphatoken.util.files import PARTIAL, publish_folder
 
 
 def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Writes the current weights as a Hugging Face folder. Every rank must call it; rank 0 holds
-    the whole model."""
+    """Writes the current weights as a Hugging Face folder, which is there whole or not at all, in
+    place of an older one. Every rank must call it; rank 0 holds the whole model.
+
+    Raises UserError where the disk refuses, and on the other ranks RemoteError.
+    """
     state = zero3.consolidated_state(engine)
-    if state is not None:
+
+    def write(partial: Path) -> None:
+        assert state is not None
         weights = {
             name.removeprefix(WEIGHTS): tensor
             for name, tensor in state.items()
             if name.startswith(WEIGHTS)
         }
-        engine.module.lm.save_pretrained(target, state_dict=weights)
-        tokenizer.save_pretrained(target)
-    collectives.barrier()
+        engine.module.lm.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+
+    def publish() -> None:
+        try:
+            publish_folder(target, write)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write the export {target}: {error}; make room, then continue with "
+                "train.resume=auto where the run has checkpoints"
+            ) from None
+
+    collectives.on_rank_0(publish)
 
 
 SHARD_BYTES = 2 * 2**30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,26 @@ def publish(final: Path, write: Callable[[Path], object]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(final.parent)
+
+
+def publish_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a folder beside `final`, then renames it, in place of an older one. What one
+    that was killed left behind is removed. Raises OSError when the disk refuses."""
+    partial = final.with_name(f"{final.name}{PARTIAL}")
+    older = final.with_name(f"{final.name}.older{PARTIAL}")
+    for leftover in (partial, older):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        if final.exists():
+            final.rename(older)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    flush(final.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def publish_text(final: Path, text: str) -> None:
