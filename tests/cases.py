@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
@@ -60,6 +61,7 @@ from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
 from tests.published import LOSSES
+from tests.runs import metrics_of
 
 
 def run_flash_trainers(
@@ -82,6 +84,58 @@ def trainer_of(values: dict[str, Any]) -> Trainer:
         config = validate(PreferenceRunConfig, values, "of the test")
         return Trainer(build_run(config, PreferenceObjective(config.preference)))
     return Trainer(build_run(validate(RunConfig, values, "of the test"), SupervisedObjective()))
+
+
+class WeightMessages:
+    """Counts ZeRO-3's messages for gathering weights, and how often it lost the order of modules,
+    since they were last taken."""
+
+    def __init__(self) -> None:
+        self.gathers = self.losses_of_order = 0
+        coordinator = PartitionedParameterCoordinator
+        before_call(coordinator, "_invalidate_trace", self._lost)
+        name = "_PartitionedParameterCoordinator__all_gather_params_"
+        gather = getattr(coordinator, name)
+
+        def counted(coordinator: Any, params: Any, *others: Any, **named: Any) -> None:
+            self.gathers += any(each.ds_status.name == "NOT_AVAILABLE" for each in params)
+            gather(coordinator, params, *others, **named)
+
+        setattr(coordinator, name, counted)
+
+    def _lost(self) -> None:
+        self.losses_of_order += 1
+
+    def take(self) -> tuple[int, int]:
+        """(messages, orders lost)."""
+        found = self.gathers, self.losses_of_order
+        self.gathers = self.losses_of_order = 0
+        return found
+
+
+def weight_messages(
+    folder: Path, configs: dict[str, dict[str, Any]], *, keeps_order: bool
+) -> dict[str, dict[str, Any]]:
+    """What `WeightMessages` counts in every step of whole runs, the evaluation after it included,
+    and their metrics; without `keeps_order` no pass but training's goes through the engine's
+    module."""
+    if not keeps_order:
+        zero3.knows_order = lambda engine: False
+    messages = WeightMessages()
+    results = {}
+    now: list[tuple[int, int]] = []
+    before_call(Report, "step", lambda: now.append(messages.take()))
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        messages.take()
+        trainer.train()
+        results[name] = {
+            "messages": [*now],
+            "metrics": metrics_of(values["train"]["output_dir"]),
+        }
+        now.clear()
+        trainer.run.engine.destroy()
+    return results
 
 
 def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
@@ -115,6 +169,8 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
             rows: dict[int, Any] = rows,
             branches: int = branches,
         ) -> None:
+            if isinstance(output, Tensor):  # the body alone ran
+                return
             facts, documents = output["facts"], args[0]["document_ids"]
             for number, row in enumerate(args[0]["rows"].tolist()):
                 inside = documents == number
@@ -328,6 +384,8 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
             steps: dict[int, dict[str, Any]] = steps,
             branches: int = branches,
         ) -> None:
+            if isinstance(output, Tensor):  # the body alone ran
+                return
             rows = steps[trainer.step.under_way]["rows"]
             for number, row in enumerate(args[0]["rows"].tolist()):
                 inside = args[0]["document_ids"] == number
@@ -497,6 +555,8 @@ def recorded_run(
     branches = len(trainer.run.model.selections)
 
     def remember(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):  # the body alone ran
+            return
         for number, row in enumerate(args[0]["rows"].tolist()):
             inside = args[0]["document_ids"] == number
             kept[trainer.step.under_way, branches * row + number % branches] = output["weight_BT"][

@@ -94,6 +94,27 @@ def register_external(module: nn.Module, name: str) -> None:
     deepspeed.zero.register_external_parameter(module, module.get_parameter(name))
 
 
+def knows_order(engine: Any) -> bool:
+    """Whether ZeRO-3 has recorded the order in which modules run in one whole micro-batch, backward
+    pass included.
+
+    A forward pass through the engine's module then only has to begin like that order. One that
+    ZeRO-3 records first must be whole: what it releases at each place of the order is decided the
+    first time that it gets there, and never again (DeepSpeed 0.19.8).
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    return offload is not None and not offload.get_param_coordinator().is_invalid_trace()
+
+
+def release_weights(engine: Any) -> None:
+    """Lets go of all gathered weights, those on their way included; nothing below stage 3.
+
+    For after forward passes that no optimizer step follows: when it exports a model, DeepSpeed
+    takes weights that are on their way for gathered ones.
+    """
+    engine.empty_partition_cache()
+
+
 @torch.no_grad()
 def full_weights(parameters: Sequence[Parameter], device: torch.device) -> list[Tensor]:
     """The whole weights, in the parameters' dtype. Sharded ones arrive in one all-gather; others

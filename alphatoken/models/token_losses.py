@@ -13,7 +13,7 @@ WEIGHTS = "lm."  # how the names of the model's weights begin in `ValuedModel`
 
 
 class TokenLosses(nn.Module):
-    """A causal LM whose forward pass returns the loss of each response token, as `token_losses`: a
+    """A causal LM whose forward pass returns the loss of each response token, as `losses_of`: a
     reference model."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -22,14 +22,9 @@ class TokenLosses(nn.Module):
         self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
         self._decoder = decoder
 
+    @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        return token_losses(self._decoder, self.head_loss, batch)
-
-
-@torch.no_grad()
-def token_losses(decoder: Decoder, head_loss: HeadLoss, batch: Batch) -> Tensor:
-    """Losses of a batch's response tokens, (B, T) float32, zero off the response."""
-    return losses_of(decoder.hidden_states(batch), head_loss, batch)
+        return losses_of(self._decoder.hidden_states(batch), self.head_loss, batch)
 
 
 @torch.no_grad()

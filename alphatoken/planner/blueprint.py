@@ -39,15 +39,15 @@ class PlannedModel:
         self._gathers: dict[Any, Gathers] = {}
 
     def gathers(
-        self, sharding: Sharding, *, held_out_batches: int, micro_batches: int, checkpointing: bool
+        self, sharding: Sharding, *, steering_batches: int, micro_batches: int, checkpointing: bool
     ) -> Gathers:
         """Gathers of ZeRO-3 in one step; see `gathers_of`."""
-        key = sharding, held_out_batches, micro_batches, checkpointing
+        key = sharding, steering_batches, micro_batches, checkpointing
         if key not in self._gathers:
             self._gathers[key] = gathers_of(
                 self.decoder,
                 sharding,
-                held_out_batches=held_out_batches,
+                steering_batches=steering_batches,
                 micro_batches=micro_batches,
                 checkpointing=checkpointing,
             )
@@ -104,7 +104,7 @@ class Blueprint:
     @property
     def steering_passes(self) -> int:
         """How many draws of rows a refresh takes in: held-out ones, and those for B."""
-        return 2 if self.config.valuation.contrast_source == "drawn" else 1
+        return steering_passes(self.config)
 
     @property
     def steering_documents(self) -> int:
@@ -189,6 +189,11 @@ class Blueprint:
         return rows * self.workload.held_out_responses // max(self.workload.held_out_rows, 1)
 
 
+def steering_passes(config: RunConfig) -> int:
+    """How many draws of rows a refresh takes in: held-out ones, and those for B."""
+    return 2 if config.valuation.contrast_source == "drawn" else 1
+
+
 def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     """The blueprint of a run on so many ranks. Raises UserError for what the run would refuse
     before loading a model, and where the model cannot be planned.
@@ -209,7 +214,7 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     if sharding.stage == 3:
         gathers = model.gathers(
             sharding,
-            held_out_batches=workload.held_out_batches,
+            steering_batches=workload.held_out_batches * steering_passes(config),
             micro_batches=workload.micro_batches,
             checkpointing=config.train.gradient_checkpointing,
         )

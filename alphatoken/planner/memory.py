@@ -145,7 +145,7 @@ def _moments(blueprint: Blueprint) -> dict[str, tuple[Part, ...]]:
     if valued:
         cost = cost_of(blueprint.config.valuation.estimator)
         moments["score"] = (gathered, activations, *cost.score_parts(blueprint))
-        moments["refresh"] = cost.refresh_parts(blueprint)
+        moments["refresh"] = (gathered, *cost.refresh_parts(blueprint))
     return moments
 
 

@@ -29,6 +29,7 @@ class Sharding:
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
     max_reuse_distance: int = 1_000_000_000
+    max_live: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     hpz_ranks: int = 1
     """Ranks over which ZeRO++ keeps a second copy of the shards; 1 is without."""
@@ -61,6 +62,7 @@ def sharding_of(deepspeed_values: dict[str, Any], ranks: int, weight_bytes: int)
         prefetch_bucket=int(zero.prefetch_bucket_size),
         persistence_threshold=int(zero.param_persistence_threshold),
         max_reuse_distance=int(zero.max_reuse_distance),
+        max_live=int(zero.max_live_parameters),
         sub_group=int(zero.sub_group_size),
         hpz_ranks=int(zero.zero_hpz_partition_size),
     )
@@ -75,13 +77,14 @@ class Gathers:
     """What ZeRO-3 gathers in one optimizer step: elements of each parameter, each time. And the
     most held at a time."""
 
-    held_out: tuple[int, ...]
-    """For the forward passes of held-out rows."""
+    steering: tuple[int, ...]
+    """For the forward passes of rows that steer values, in a step with a refresh."""
     training: tuple[int, ...]
-    """For the micro-batches."""
+    """For the micro-batches of a step with a refresh."""
+    training_alone: tuple[int, ...]
+    """For those of a step without."""
     persistent: tuple[int, ...]
-    """After the optimizer's step: small parameters, which stay until something else than a
-    micro-batch runs."""
+    """After the optimizer's step: small parameters, which stay."""
     most_held: int
 
 
@@ -89,16 +92,15 @@ def gathers_of(
     decoder: Decoder,
     sharding: Sharding,
     *,
-    held_out_batches: int,
+    steering_batches: int,
     micro_batches: int,
     checkpointing: bool,
 ) -> Gathers:
     """Replays a step of ZeRO-3's coordinator.
 
-    DeepSpeed learns the order of modules from the first micro-batch after something else has run
-    the model, and until it knows that order it releases every module after its use, small
-    parameters too. Then it prefetches, and keeps what comes again within `max_reuse_distance`
-    elements.
+    DeepSpeed has learned the order of modules from the first micro-batch of the run. It prefetches,
+    and keeps what comes again within `max_reuse_distance` elements. A forward pass on rows that
+    steer values begins like that order and leaves it after the norm.
     """
     names = {id(parameter): name for name, parameter in decoder.model.named_parameters()}
 
@@ -124,41 +126,56 @@ def gathers_of(
         for name, numel in use
         if numel <= sharding.persistence_threshold
     }
-    held = dict(persistent)
-    held_out = [each for _ in range(held_out_batches) for each in _unknown(forward, held)]
-    training: list[int] = []
-    most_held = 0
-    for number in range(micro_batches):
-        if number == 0 and held_out_batches:
-            training += _unknown(order, held)
-            # Nothing flows back through what comes first, so it ends like a known pass: small
-            # parameters stay.
-            held |= {name: numel for use in embeddings for name, numel in use if name in persistent}
-        else:
-            gathered, most = _known(order, held, persistent, sharding.max_reuse_distance)
-            training += gathered
+    reach = sharding.max_reuse_distance
+
+    def train(held: dict[str, int]) -> tuple[list[int], int]:
+        gathered: list[int] = []
+        most_held = 0
+        for _ in range(micro_batches):
+            more, most = _pass(order, len(order), held, persistent, reach)
+            gathered += more
             most_held = max(most_held, most)
-    return Gathers(tuple(held_out), tuple(training), tuple(persistent.values()), most_held)
+        return gathered, most_held
+
+    held = dict(persistent)
+    steering: list[int] = []
+    for _ in range(steering_batches):
+        steering += _pass(order, len(forward), held, persistent, reach)[0]
+        steering += _ahead(order[len(forward) :], held, sharding.max_live)
+    training, most_held = train(held)
+    alone, _ = train(dict(persistent))
+    return Gathers(
+        tuple(steering), tuple(training), tuple(alone), tuple(persistent.values()), most_held
+    )
 
 
-def _unknown(order: Sequence[Use], held: dict[str, int]) -> list[int]:
-    """Gathers of an order that is not known yet. `held` is what is there before, and after."""
-    gathered = []
-    for use in order:
-        gathered += [numel for name, numel in use if name not in held]
-        for name, _ in use:
-            held.pop(name, None)
-    return gathered
+def _ahead(rest: Sequence[Use], held: dict[str, int], most: int) -> list[int]:
+    """What was fetched ahead when a pass ends before the order does; it is dropped."""
+    arriving: dict[str, int] = {}
+    elements = sum(held.values())
+    for use in rest:
+        for name, numel in use:
+            if name in held or name in arriving:
+                continue
+            if elements >= most:
+                return list(arriving.values())
+            arriving[name] = numel
+            elements += numel
+    return list(arriving.values())
 
 
-def _known(
-    order: Sequence[Use], held: dict[str, int], persistent: Container[str], reach: int
+def _pass(
+    order: Sequence[Use],
+    end: int,
+    held: dict[str, int],
+    persistent: Container[str],
+    reach: int,
 ) -> tuple[list[int], int]:
-    """Gathers of a known order, and the most elements held. `held` is what is there before, and
-    after."""
+    """Gathers of the first `end` uses of an order, and the most elements held. `held` is what is
+    there before, and after."""
     gathered, most = [], 0
     elements = sum(held.values())
-    for place, use in enumerate(order):
+    for place, use in enumerate(order[:end]):
         arriving = {name: numel for name, numel in use if name not in held}
         gathered += [numel for name, numel in use if name not in held]
         held |= arriving

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs import cost_of
-from alphatoken.planner.messages import Message, gather
+from alphatoken.planner.messages import Message, gather, merged
 
 
 def traffic_of(blueprint: Blueprint) -> list[Message]:
@@ -57,10 +57,13 @@ def _engine(blueprint: Blueprint) -> list[Message]:
     gathers = blueprint.gathers
     refreshes = 1 / blueprint.config.valuation.refresh_every
     return [
-        gathered(
-            "weights, for held-out rows", gathers.held_out, refreshes * blueprint.steering_passes
+        gathered("weights, for held-out rows", gathers.steering, refreshes),
+        *merged(
+            [
+                gathered("weights, for training", gathers.training, refreshes),
+                gathered("weights, for training", gathers.training_alone, 1 - refreshes),
+            ]
         ),
-        gathered("weights, for training", gathers.training),
         gathered("small weights, after the step", gathers.persistent),
         Message(
             "gradients",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
-from alphatoken.distributed import collectives
+from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
@@ -101,7 +102,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         stopwatch=stopwatch,
         needs_entropy=config.needs_entropy,
     )
-    engine = build_engine(model, config, engine_config, total_steps)
+    engine = _engine_around(model, config, engine_config, total_steps)
 
     # By default stability and the reference losses are measured from the weights the run starts
     # with: both are built when the engine has its masters, and before a checkpoint is loaded.
@@ -176,6 +177,14 @@ def _load(config: RunConfig, engine_config: dict[str, Any]) -> PreTrainedModel:
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _engine_around(
+    model: ValuedModel, config: RunConfig, engine_config: dict[str, Any], total_steps: int
+) -> Any:
+    engine = build_engine(model, config, engine_config, total_steps)
+    model.engaged(partial(zero3.knows_order, engine))
+    return engine
 
 
 def _build_drift(

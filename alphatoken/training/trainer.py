@@ -16,7 +16,7 @@ from alphatoken.checkpoints.saving import (
     random_state,
     set_random_state,
 )
-from alphatoken.distributed import collectives
+from alphatoken.distributed import collectives, zero3
 from alphatoken.training.evaluation import evaluate
 from alphatoken.training.feed import Feed
 from alphatoken.training.report import Report
@@ -199,5 +199,6 @@ class Trainer:
             device=self.run.device,
             on_batch=lambda: self.watchdog.moved("an evaluation"),
         )
+        zero3.release_weights(self.run.engine)
         self.stop.took("evaluation", time.perf_counter() - began)
         return metrics

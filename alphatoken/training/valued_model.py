@@ -6,7 +6,7 @@ H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alphatoken.batch import Batch
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
-from alphatoken.models.token_losses import losses_of, token_losses
+from alphatoken.models.token_losses import losses_of
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
 from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
@@ -76,19 +76,30 @@ class ValuedModel(nn.Module):
         self._eos_token_ids = eos_token_ids
         self._stopwatch = stopwatch
         self._needs_entropy = needs_entropy
+        self._engine_knows_order: Callable[[], bool] = lambda: False
         self.attach(None)
 
     def attach(self, scorer: Scorer | None) -> None:
         """Values tokens with `scorer` from now on; without one every policy that needs no values
         still works."""
         object.__setattr__(self, "scorer", scorer)
+        if scorer is not None:
+            scorer.run_body = self.hidden_states
 
-    def forward(self, batch: Batch, ahead: WeighedTokens | None = None) -> StepOutput:
-        """The objective of a micro-batch.
+    def engaged(self, knows_order: Callable[[], bool]) -> None:
+        """Takes note of its engine, of which `knows_order` says what `zero3.knows_order` does."""
+        self._engine_knows_order = knows_order
+
+    def forward(
+        self, batch: Batch, ahead: WeighedTokens | None = None, *, body_only: bool = False
+    ) -> StepOutput | Tensor:
+        """The objective of a micro-batch; with `body_only` what `Decoder.hidden_states` returns.
 
         Tokens are valued and selected here, unless `ahead` brings what was known of them and their
         weights from a choice among the whole step.
         """
+        if body_only:
+            return self._decoder.hidden_states(batch)
         if ahead is not None:
             return self._trained_on_kept(self._decoder.hidden_states(batch), ahead)
         if self.scorer is None or not self.scores_tokens:
@@ -99,20 +110,34 @@ class ValuedModel(nn.Module):
         return self._trained_on_kept(hidden_BTH, select(self.selections, facts))
 
     @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What enters the head, (B, T, H), by a forward pass of its own, without a graph.
+
+        ZeRO-3 prefetches weights in the order in which a micro-batch uses them, and starts it anew
+        where the engine's module is called. A pass that calls the modules below it instead is out
+        of order: nothing is prefetched until two more micro-batches have run. It is not made the
+        first pass that an order is learned from, which would have no backward half.
+        """
+        if self._engine_knows_order():
+            hidden_BTH: Tensor = self(batch, body_only=True)
+            return hidden_BTH
+        return self._decoder.hidden_states(batch)
+
+    @torch.no_grad()
     def assess(self, batch: Batch) -> TokenFacts:
         """Values a micro-batch ahead of its training pass (scope `global_batch`), by a forward pass
         of its own."""
         if self.scorer is not None:
             with self.scorer.capture() as capture:
-                hidden_BTH = self._decoder.hidden_states(batch)
+                hidden_BTH = self.hidden_states(batch)
             return self._score(batch, self.scorer, capture.entry, hidden_BTH)
-        hidden_BTH = self._decoder.hidden_states(batch)
+        hidden_BTH = self.hidden_states(batch)
         nll_BT = losses_of(hidden_BTH, self.head_loss, batch)
         return self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Losses of response tokens, (B, T) float32, without training or scoring."""
-        return token_losses(self._decoder, self.head_loss, batch)
+        return losses_of(self.hidden_states(batch), self.head_loss, batch)
 
     def _score(self, batch: Batch, scorer: Scorer, entry: Entry, hidden_BTH: Tensor) -> TokenFacts:
         """What is known of tokens, values included, from the states that entered scored layers;

@@ -26,6 +26,9 @@ Coefficients = Callable[[ResponseLosses], Tensor]
 """What the loss of each held-out position counts: d objective / d (sum_t l_t) of its document,
 detached, (B, T); `Objective.coefficients` of the run."""
 
+BodyPass = Callable[[Batch], Tensor]
+"""Runs a decoder's body on a batch, without a graph; returns what enters the head, (B, T, H)."""
+
 SliceScale = Callable[[nn.Parameter], Tensor | float]
 """What an optimizer multiplies a parameter's gradient by, on this rank's slice."""
 
@@ -47,6 +50,9 @@ class Scorer(ABC):
         self.decoder = decoder
         self.config = config
         self.scales = RunningScales()
+        self.run_body: BodyPass = decoder.hidden_states
+        """For the rows that `refresh` is given; a training run replaces it by one that keeps its
+        engine's order of modules."""
         self.first_moment: FirstMoment | None = None
         """The optimizer's, where `valuation.contrast_from` is moment; set once it is built."""
 

@@ -23,7 +23,7 @@ from alphatoken.models.scored import ScoredParameter, Segment
 from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
-from alphatoken.values.estimator import Coefficients
+from alphatoken.values.estimator import BodyPass, Coefficients
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ class MeanGradient:
 
     @torch.no_grad()
     def refresh(
-        self, batches: Sequence[Batch], coefficients: Coefficients | None = None
+        self,
+        batches: Sequence[Batch],
+        run_body: BodyPass,
+        coefficients: Coefficients | None = None,
     ) -> list[Tensor]:
         """Takes in this rank's share of the sequences, as `Scorer.refresh` wants it; returns token
-        losses. `coefficients` multiply the losses in the sums, if given.
+        losses. `run_body` runs the decoder's body; `coefficients` multiply the losses in the sums,
+        if given.
 
         Memory besides the weights of one segment: the state between any two scored layers for all
         sequences, and one segment's gradients in float32. Communication per segment: one
@@ -87,7 +91,7 @@ class MeanGradient:
         entries = []
         for batch in batches:
             with EntryCapture(self._decoder, self._streamer.indices.start, keep="every") as capture:
-                self._decoder.hidden_states(batch)
+                run_body(batch)
             entries.append(capture.entry)
         losses = self._back(batches, entries, self._sums, signed=False, coefficients=coefficients)
         if self._signed:

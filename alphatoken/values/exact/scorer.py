@@ -131,9 +131,11 @@ class ExactScorer(Scorer):
     ) -> list[Tensor]:
         self._slices, self._kept = {}, {}  # the old ones go before the new are formed
         self._streamer.refresh()
-        losses = [] if batches is None else self._gradient.refresh(batches, coefficients)
+        losses = []
+        if batches is not None:
+            losses = self._gradient.refresh(batches, self.run_body, coefficients)
         if contrast is not None:
-            losses += self._contrast.refresh(contrast, coefficients)
+            losses += self._contrast.refresh(contrast, self.run_body, coefficients)
         self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}

@@ -200,7 +200,7 @@ class GhostScorer(Scorer):
                 into.reduce(self._names(layer))
 
         with self.tower.capture() as capture:
-            self.decoder.hidden_states(batch)
+            self.run_body(batch)
         # G holds the direct signals only (Eq. 8): no causal path is followed through held-out
         # rows.
         return self.tower.run(capture.entry, batch, collecting, coefficients=coefficients)
