@@ -65,6 +65,7 @@ def test_passes_besides_training_keep_the_order_and_every_digit(
         # The two first are the evaluation before training, and the step that shows the order.
         for (now, _), (before, _) in zip(kept["messages"][2:], lost["messages"][2:], strict=True):
             assert now < before
+    assert [messages for messages, _ in found[True]["ghost"]["messages"][2:]] == [6] * (STEPS - 1)
 
 
 def exported(run: Path) -> list[bytes]:
