@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,7 +120,23 @@ def masked_sequences(draw: st.DrawFn) -> list[tuple[Tensor, Tensor]]:
     return sequences
 
 
+CANCELLING = [
+    (torch.tensor([39, 44]), torch.tensor([-100, -100])),
+    (torch.tensor([30, 35, 52, 22]), torch.tensor([-100, 35, -100, 22])),
+]
+"""Two response tokens of which one has a causal effect, whose products nearly cancel: in float32 it
+is off by 1e-4."""
+
+
 @settings(deadline=None, max_examples=40)
+@example(
+    sequences=CANCELLING,
+    window=2,
+    chunk_tokens=1000,
+    side="left",
+    residency="resident",
+    contraction="ghost",
+)
 @given(
     sequences=masked_sequences(),
     window=st.integers(0, 6),
@@ -145,7 +161,8 @@ def test_any_shape_and_mask_matches_the_oracle(
         residency=residency,
         contraction=contraction,
     )
-    setting.check({term: unpad(getattr(values, term), sequences, side) for term in TERMS})
+    found = {term: unpad(getattr(values, term), sequences, side) for term in TERMS}
+    setting.check(found, tolerance=5e-4)
 
 
 class Plain:
