@@ -173,6 +173,8 @@ def test_private_names_stay_in_their_module(file: Path) -> None:
 
 
 FOREIGN = {
+    "_C",  # torch: what is written in C++
+    "_distributed_c10d",  # torch: its flight recorder
     "_attn_implementation",  # transformers: the attention a configuration was loaded with
     "_cdata",  # torch: whether two tensors share a storage
     "_forward_pre_hooks",  # torch
