@@ -32,6 +32,7 @@ from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
+from alphatoken.models.loading import name_attention
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.files import file_sha256
@@ -461,7 +462,9 @@ def test_what_changed_since_the_checkpoint_is_listed(
 ) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     values = changed(
-        damaged_run.model_dump(mode="json"), optim={"lr": 1e-4}, train={"eval_every": 7, "seed": 5}
+        name_attention(damaged_run).model_dump(mode="json"),
+        optim={"lr": 1e-4},
+        train={"eval_every": 7, "seed": 5},
     )
 
     def opened(*allowed: str) -> list[str]:

@@ -24,6 +24,7 @@ from alphatoken.doctor import comparing, facts, masks, measuring, refusals, rows
 from alphatoken.doctor.findings import Finding, on_every_rank, skipped, verdict
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival, deadline, meet
+from alphatoken.models.loading import name_attention
 from alphatoken.util.wording import plural
 
 T = TypeVar("T")
@@ -145,7 +146,8 @@ class Examination:
                 comparing.compare_model_settings,
             )
         self._everywhere("fisher", lambda: refusals.stability(config))
-        self._on_first_rank("run folder", lambda: refusals.run_folder(config, len(self.nodes)))
+        known = config if shapes is None else name_attention(config)
+        self._on_first_rank("run folder", lambda: refusals.run_folder(known, len(self.nodes)))
         self._check_folders(config)
         tokenizer = self._everywhere(
             "tokenizer", lambda: refusals.tokenizer(config), refusals.about_tokenizer
