@@ -698,7 +698,7 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
         record = pickle.loads((folder / "flight-recorder" / "rank_0").read_bytes())
         assert any("all_reduce" in entry["profiling_name"] for entry in record["entries"])
         assert (
-            f"  the last messages of each rank: torchfrtrace {folder / 'flight-recorder'}"
+            f"  the last messages of each rank, by torch's recorder: {folder / 'flight-recorder'}"
             in "".join([*lines, run.stdout.readline()])
         )
     finally:
@@ -814,7 +814,7 @@ def test_adapters_are_exported_as_such_or_merged(
 
 
 @pytest.mark.slow
-def test_an_export_that_fails_ends_every_rank_and_leaves_the_older_one(
+def test_an_export_that_fails_ends_every_rank_and_leaves_nothing_that_looks_whole(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
     """A torn export cannot be taken for a whole one; the run goes on from its checkpoint when there

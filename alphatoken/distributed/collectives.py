@@ -5,8 +5,8 @@ Tensors go through `deepspeed.comm` (so they show in its communications log) ove
 all ranks, which are all data-parallel. It has a time limit (`deepspeed.timeout_minutes`), after
 which a rank takes the others for lost. What one rank may work on for long while the others wait
 (`barrier`, `gather_objects`, `agree`, `on_rank_0`) goes through a gloo group of the same ranks that
-waits for hours (`ranks.CONTROL_LIMIT`), and ends at once where a rank dies. Every rank must call
-all of them in the same order. R is the number of ranks.
+waits for hours (`ranks.CONTROL_LIMIT`). Every rank must call all of them in the same order. R is
+the number of ranks.
 """
 
 from __future__ import annotations

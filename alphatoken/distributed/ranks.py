@@ -14,8 +14,7 @@ import transformers
 from alphatoken.distributed import process
 from alphatoken.errors import UserError
 
-# How long a rank waits for another that hashes, converts, tokenises or exports. One that died is
-# noticed at once, as its connections end.
+# How long a rank waits for another that hashes, converts, tokenises or exports.
 CONTROL_LIMIT = timedelta(hours=24)
 DEFAULT_MINUTES = 30.0
 LIMIT_VARIABLE = "DEEPSPEED_TIMEOUT"  # DeepSpeed's own, in minutes

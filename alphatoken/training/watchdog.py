@@ -159,7 +159,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             or "no rank in particular"
         )
         if self._records.is_dir():
-            lines.append(f"  the last messages of each rank: torchfrtrace {self._records}")
+            lines.append(f"  the last messages of each rank, by torch's recorder: {self._records}")
         return (
             f"warning: no step has moved for {self._limit:.0f} s; held up by {culprits}:\n"
             + "\n".join(lines)
@@ -180,8 +180,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
 
 def flight_record() -> bytes | None:
-    """The last messages of this rank as torch's flight recorder knows them, for `torchfrtrace`;
-    None without a process group, or from a torch that has no recorder."""
+    """The last messages of this rank as torch's flight recorder knows them, a pickled dict; None
+    without a process group, or from a torch that has no recorder."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     by_backend = {"nccl": "_dump_nccl_trace"}
