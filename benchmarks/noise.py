@@ -13,7 +13,8 @@ rows of the same corruption, never trained on, a number per response token:
   the share in all.
 
 Both with 95 % intervals by bootstrap over rows, on one model and one corruption seed. Every (case,
-stage) is written as it comes; the same command goes on where it was stopped.
+stage) is written as it comes; the same command goes on where it was stopped, and other `--cases`
+and `--stages` are added to those the file has.
 
 What is made of values: `G`, the product with the mean gradient of clean held-out rows, is the
 published one; `G - B` takes off that with the mean gradient of `--contrast` other corrupted rows
@@ -377,7 +378,6 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
         key: getattr(options, key)
         for key in (
             "seed",
-            "stages",
             "scored",
             "contrast",
             "held_out",

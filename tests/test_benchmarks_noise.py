@@ -56,15 +56,18 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
     save_tiny(tmp_path / "tiny")
     output = tmp_path / "noise.json"
     small = (
-        "measure --scored 4 --contrast 4 --held-out 4 --stages 0 1 --bootstrap 9 --max-length 1024 "
+        "measure --scored 4 --contrast 4 --held-out 4 --bootstrap 9 --max-length 1024 "
         f"--model {tmp_path / 'tiny'} --output {output} --cases"
     ).split()
     ghost = ["--estimators", "ghost, last 3"]
-    main([*small, "rule, problems", *ghost])
+    main([*small, "rule, problems", *ghost, "--stages", "0"])
     first = json.loads(output.read_text())
+    ghost += ["--stages", "0", "1"]
     main([*small, "rule, problems", "junk, problems", *ghost])
     both = json.loads(output.read_text())
-    assert both["cases"]["rule, problems"] == first["cases"]["rule, problems"]
+    rule = both["cases"]["rule, problems"]["stages"]
+    assert rule["0"] == first["cases"]["rule, problems"]["stages"]["0"]
+    assert list(rule) == ["0", "1"]
     stages = both["cases"]["junk, problems"]["stages"]
     assert list(stages) == ["0", "1"]
     for measures in stages.values():
