@@ -139,7 +139,7 @@ def read_pool(name: str, tokenizer: PreTrainedTokenizerBase, options: argparse.N
     """
     source, corruption = CASES[name]
     reserved = options.scored + options.contrast
-    wanted = reserved + options.rows_per_step * max(options.stages)
+    wanted = reserved + options.train_rows
     if source == "qa_feedback":
         fields = read_data(options.data, "qa_feedback_spans")
         clean = [MarkedRow(row["prompt"], row["corrected"]) for row in fields[: options.held_out]]
@@ -381,6 +381,7 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
             "scored",
             "contrast",
             "held_out",
+            "train_rows",
             "rows_per_step",
             "lr",
             "max_length",
@@ -447,6 +448,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--scored", type=int, default=48, help="rows that are scored")
     own.add_argument("--contrast", type=int, default=32, help="rows of B")
     own.add_argument("--held-out", type=int, default=32, help="clean rows of G")
+    own.add_argument(
+        "--train-rows", type=int, default=480, help="rows to train on; more steps see them again"
+    )
     own.add_argument("--rows-per-step", type=int, default=8)
     own.add_argument("--micro-batch", type=int, default=4)
     own.add_argument("--lr", type=float, default=1e-4)
