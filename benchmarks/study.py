@@ -4,12 +4,13 @@
     python -m benchmarks.study table STUDY.yaml
 
 A study is one YAML file (`benchmarks/studies/`; `studies.settings` explains its keys). Each run is
-a process of its own in a folder of its own and ends by writing `result.json`; a run that has one is
-never done again, so a study that was killed goes on with the same command. All arms of a seed see
-the same corrupted rows in the same order for as many steps.
+a process of its own in a folder of its own and ends by writing `result.json`. All arms of a seed
+see the same corrupted rows in the same order for as many steps.
 
-`run` gathers the finished runs in the study's JSON; `table` makes the Markdown table and the
-picture (.svg, beside the JSON) from that alone.
+`run` adds each finished run to the study's JSON. A run that has a `result.json`, or that the JSON
+has with the same settings, is not done again: a study that was stopped goes on with the same
+command, also where only its JSON is left. `table` makes the Markdown table and the picture (.svg,
+beside the JSON) from the JSON alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,37 @@ class Place:
 
 
 class Study:
-    """The runs of a study in a folder."""
+    """The runs of a study in a folder.
 
-    def __init__(self, settings: StudySettings, folder: Path, data: Path | None) -> None:
+    earlier: the study's JSON (`results`) from before; what it has with the same settings is done.
+    """
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        folder: Path,
+        data: Path | None,
+        earlier: Mapping[str, Any] | None = None,
+    ) -> None:
         self.settings = settings
         self._folder = folder / settings.name
         self._data = data
+        self._earlier = earlier
+        self._recorded: dict[tuple[str, str, int], dict[str, Any]] = {}
+        if earlier is not None:
+            before = StudySettings.model_validate(earlier["study"])
+            for run in earlier["runs"]:
+                condition, arm = run["condition"], run["arm"]
+                if before.of_run(condition, arm) == settings.of_run(condition, arm):
+                    untrained = settings.arms[arm].kind == "untrained"
+                    for seed in settings.seeds if untrained else [run["seed"]]:
+                        self._recorded[condition, arm, seed] = {**run, "seed": seed}
 
-    def run(self, together: int) -> None:
+    def is_recorded(self, place: Place) -> bool:
+        """Whether the study's JSON has a run."""
+        return all((place.condition, place.arm, seed) in self._recorded for seed in place.seeds)
+
+    def run(self, together: int, on_finished: Callable[[], None] = lambda: None) -> None:
         """Does every run that is not done, so many at once. Raises UserError where one fails, or
         where the configuration of any would."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -69,19 +93,26 @@ class Study:
                     configuration(place.job, Path(scratch))
                 except UserError as error:
                     raise UserError(f"arm {place.arm!r}: {error}") from None
-        do_all(list(self.tuning()), together, what="rates")
-        do_all(list(self.places()), together, what="runs")
+        if self._recorded:
+            print(f"{len(self._recorded)} runs are in the study's JSON and not done again")
+        do_all(list(self.tuning()), together, "rates", on_finished)
+        do_all(list(self.missing()), together, "runs", on_finished)
 
     def results(self, command: str) -> dict[str, Any]:
         """The finished runs, as the study's JSON has them."""
         runs = []
         devices, versions = set[str](), dict[str, str]()
+        if self._recorded and self._earlier is not None:
+            devices, versions = set(self._earlier["devices"]), self._earlier["versions"]
         for place in self.places():
+            if self.is_recorded(place):
+                runs += [self._recorded[place.condition, place.arm, seed] for seed in place.seeds]
+                continue
             result = finished(place)
             if result is None:
                 continue
             devices.add(result["device"])
-            versions = result["versions"]
+            versions = joined(versions, result["versions"])
             shared = {key: result[key] for key in ("metrics", "seconds")}
             for seed in place.seeds:
                 runs.append(
@@ -100,6 +131,10 @@ class Study:
             "study": self.settings.model_dump(mode="json"),
             "runs": runs,
         }
+
+    def missing(self) -> Iterator[Place]:
+        """Every run that is reported and that the study's JSON does not have."""
+        return (place for place in self.places() if not self.is_recorded(place))
 
     def places(self) -> Iterator[Place]:
         """Every run that is reported, condition by condition and seed by seed, so that a study cut
@@ -131,13 +166,12 @@ class Study:
         return Place(folder, job, condition, arm, tuple(self.settings.seeds))
 
     def tuning(self) -> Iterator[Place]:
-        """Every run that a learning rate is chosen by."""
-        settings = self.settings
-        for condition in settings.conditions:
-            for arm in settings.arms_in(condition):
-                if settings.arms[arm].kind != "untrained":
-                    for rate in settings.rates:
-                        yield self._tuning_place(condition, arm, rate)
+        """Every run that the learning rate of a missing one is chosen by."""
+        cells = dict.fromkeys((place.condition, place.arm) for place in self.missing())
+        for condition, arm in cells:
+            if self.settings.arms[arm].kind != "untrained":
+                for rate in self.settings.rates:
+                    yield self._tuning_place(condition, arm, rate)
 
     def _tuning_place(self, condition: str, arm: str, rate: float) -> Place:
         seed = self.settings.tuning_seed
@@ -159,7 +193,18 @@ class Study:
         return min(losses, key=lambda rate: losses[rate]) if losses else None
 
 
-def do_all(places: Sequence[Place], together: int, what: str) -> None:
+def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
+    """The versions of all packages, both where runs had different ones."""
+    both = dict(earlier)
+    for name, version in later.items():
+        if version not in both.setdefault(name, version).split(", "):
+            both[name] += f", {version}"
+    return both
+
+
+def do_all(
+    places: Sequence[Place], together: int, what: str, on_finished: Callable[[], None]
+) -> None:
     """Does the runs that are not done, in their order. Where one fails, those under way are
     finished and no other is begun."""
     numbers = {place.folder: number for number, place in enumerate(places, start=1)}
@@ -172,6 +217,7 @@ def do_all(places: Sequence[Place], together: int, what: str) -> None:
         try:
             for run in as_completed(under_way):
                 run.result()
+                on_finished()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -228,14 +274,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = options.results or RESULTS / f"study_{settings.name}.json"
         if options.command == "run":
             data = None if options.data is None else options.data.resolve()
-            study = Study(settings, options.folder, data)
-            try:
-                study.run(options.together)
-            finally:
-                command = "python -m benchmarks.study run " + shlex.join(
-                    [str(options.study), *options.overrides]
-                )
+            earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            study = Study(settings, options.folder, data, earlier)
+            command = "python -m benchmarks.study run " + shlex.join(
+                [str(options.study), *options.overrides]
+            )
+
+            def record() -> None:
                 write_result(study.results(command), file)
+
+            try:
+                study.run(options.together, record)
+            finally:
+                record()
         show(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -141,6 +141,56 @@ def test_a_study_runs_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is of other settings (run)" in capsys.readouterr().err
 
 
+ARMS = ["untrained", "all", "oracle", "both", "ghost, half"]
+
+
+@pytest.mark.parametrize(
+    ("override", "undone"),
+    [
+        ("seeds=[0, 1]", [(arm, 1) for arm in ARMS[1:]]),
+        ("arms.both.held_out_share=0.4", [("both", 0)]),
+        ("arms.more=[valuation.enabled=false]", [("more", 0)]),
+        ("measures.generated=3", [(arm, 0) for arm in ARMS]),
+        ("conditions.junk.share=0.5", [(arm, 0) for arm in ARMS]),
+        ("conditions={rule: {corruption: rule}}", [(arm, 0) for arm in ARMS]),
+    ],
+)
+def test_what_the_json_has_with_the_same_settings_is_not_done_again(
+    override: str, undone: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.format(model="nowhere"))
+    before = study.Study(load_config(StudySettings, file), tmp_path, None)
+    for place in before.places():
+        place.folder.mkdir(parents=True)
+        result = {
+            "job": json.loads(place.job.model_dump_json()),
+            "metrics": {"eval_loss": ARMS.index(place.arm)},
+            "seconds": {},
+            "device": "CPU",
+            "versions": {"torch": "1"},
+        }
+        (place.folder / "result.json").write_text(json.dumps(result))
+    earlier = before.results("command")
+
+    settings = load_config(StudySettings, file, [override])
+    now = study.Study(settings, tmp_path / "elsewhere", None, earlier)
+    assert [(place.arm, place.seeds[0]) for place in now.missing()] == undone
+    found = {
+        (run["arm"], run["seed"]): run["metrics"]["eval_loss"]
+        for run in now.results("command")["runs"]
+    }
+    cells = [(arm, seed) for arm in settings.arms for seed in settings.seeds]
+    assert found == {
+        (arm, seed): ARMS.index(arm) for arm, seed in cells if (arm, seed) not in undone
+    }
+
+
+def test_versions_of_all_runs_are_named() -> None:
+    assert study.joined({"torch": "1"}, {"torch": "2", "x": "3"}) == {"torch": "1, 2", "x": "3"}
+    assert study.joined({"torch": "1, 2"}, {"torch": "2"}) == {"torch": "1, 2"}
+
+
 def test_a_run_that_was_stopped_has_no_result(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 2, "loss_kept": 1.0}\n{"step": 3, "eval_loss": 0.5, "lr": 0.1}\n')

@@ -123,6 +123,15 @@ class StudySettings(Section):
         left_out = self.skip.get(condition, [])
         return [arm for arm in self.arms if arm not in left_out]
 
+    def of_run(self, condition: str, arm: str) -> dict[str, Any]:
+        """All that a run of an arm in a condition depends on but its seed; what is reported of two
+        such runs is the same where this is."""
+        shared = {"recipe", "model", "threads", "sizes", "run", "measures", "rates", "tuning_seed"}
+        own: dict[str, Any] = {"condition": None, "arm": None}
+        if condition in self.conditions and arm in self.arms:
+            own = {"condition": self.conditions[condition], "arm": self.arms[arm]}
+        return {**self.model_dump(include=shared), **own}
+
     @model_validator(mode="after")
     def _what_is_skipped_is_known(self) -> StudySettings:
         for condition, arms in self.skip.items():
