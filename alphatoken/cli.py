@@ -149,7 +149,7 @@ def plan(
 
     if from_data:
         from alphatoken.data.splits import load_splits
-        from alphatoken.models.loading import load_tokenizer
+        from alphatoken.data.tokenizer import load_tokenizer
 
         if row_tokens is not None or response_share != 1.0:
             raise UserError(

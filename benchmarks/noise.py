@@ -42,10 +42,10 @@ from alphatoken import ValuationConfig, score_tokens
 from alphatoken.batch import Batch, make_batch
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import Order
-from alphatoken.data.chat import Encoded, EncodedDocument, Encoder
+from alphatoken.data.chat import EncodedDocument, Encoder, Skipped
+from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
-from alphatoken.models.loading import load_tokenizer
 from benchmarks.corruptions import (
     MarkedRow,
     bad_tokens,
@@ -179,8 +179,8 @@ def _examples(
     found = []
     for number, row in enumerate(rows):
         encoded = encoder.encode(row.as_json(), where=f"row {number}")
-        if isinstance(encoded, Encoded) and not encoded.cut:
-            found.append(Example(encoded.documents[0], bad_tokens(tokenizer, row)))
+        if not isinstance(encoded, Skipped) and not encoded[0].cut:
+            found.append(Example(encoded[0].documents[0], bad_tokens(tokenizer, row)))
     return found
 
 

@@ -31,7 +31,7 @@ from transformers import (
 from alphatoken import ValuationConfig, score_tokens
 from alphatoken.batch import IGNORE_INDEX, loss_positions
 from alphatoken.data.batches import Order
-from alphatoken.data.chat import Encoded, EncodedDocument, Encoder
+from alphatoken.data.chat import EncodedDocument, Encoder, Skipped
 
 WEIGHT_DECAY = 0.01
 WARMUP_RATIO = 0.03
@@ -43,8 +43,8 @@ def read_rows(file: Path, encoder: Encoder) -> list[EncodedDocument]:
     """Tokenises a JSONL file of {"prompt", "response"} or {"messages"}; unusable rows are left
     out."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [encoder.encode(json.loads(line), where=f"{file}:{n}") for n, line in enumerate(lines)]
-    return [row.documents[0] for row in rows if isinstance(row, Encoded)]
+    found = [encoder.encode(json.loads(line), where=f"{file}:{n}") for n, line in enumerate(lines)]
+    return [row.documents[0] for rows in found if not isinstance(rows, Skipped) for row in rows]
 
 
 def padded(

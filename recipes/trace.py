@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from alphatoken import ValuationConfig, score_tokens
 from alphatoken.batch import Batch, make_batch
-from alphatoken.data.chat import Encoded, Encoder
+from alphatoken.data.chat import Encoder, Skipped
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.values.algebra import FromMatrix, target_matrix
 from alphatoken.values.ghost.contract import Products, contract
@@ -60,8 +60,9 @@ def main() -> None:
 
 def encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> dict[str, Tensor]:
     """One row as a batch of its own, (1, T) each."""
-    tokens = Encoder(tokenizer, max_length=64).encode(row, where="the trace")
-    assert isinstance(tokens, Encoded)
+    found = Encoder(tokenizer, max_length=64).encode(row, where="the trace")
+    assert not isinstance(found, Skipped)
+    (tokens,) = found
     return padded(tokens.documents, tokenizer.pad_token_id, torch.device("cpu"))
 
 

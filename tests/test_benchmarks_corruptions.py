@@ -9,7 +9,8 @@ import pytest
 
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.chat import Encoder
-from alphatoken.models.loading import load_tokenizer
+from alphatoken.data.rows import Chat
+from alphatoken.data.tokenizer import load_tokenizer
 from benchmarks.corruptions import (
     ADVERTISEMENT,
     CORRUPTIONS,
@@ -137,7 +138,8 @@ def test_spans_become_a_mask_over_the_tokens_that_are_trained_on(tmp_path: Path)
             {"role": "user", "content": row.prompt},
             {"role": "assistant", "content": row.response},
         ]
-        ids, response = encoder.encode_conversation(messages, "here")
+        (tokens,) = encoder.tokens(Chat(messages), "here")
+        ids, response = tokens.ids, tokens.mask
         assert len(marks) == len(ids)
         assert all(spoken for spoken, mark in zip(response, marks, strict=True) if mark)
         of_bad = [token for token, mark in zip(ids, marks, strict=True) if mark]

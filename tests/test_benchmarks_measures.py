@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alphatoken.config.sections import ModelConfig
-from alphatoken.models.loading import load_tokenizer
+from alphatoken.data.tokenizer import load_tokenizer
 from benchmarks.studies.measures import (
     Judge,
     answer_metrics,

@@ -22,9 +22,10 @@ from alphatoken.config.sections import ModelConfig, Source
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, Skipped
+from alphatoken.data.rows import Chat
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
+from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
-from alphatoken.models.loading import load_tokenizer
 
 TEMPLATES = Path(__file__).parent.parent / "configs" / "chat_templates"
 
@@ -61,10 +62,9 @@ def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, f
         {"name_or_path": str(tiny_model), "chat_template": str(file)}
     )
     tokenizer = load_tokenizer(config)
-    encoded = Encoder(tokenizer, 1000).encode({"messages": CHAT}, "here")
+    encoded = only(Encoder(tokenizer, 1000).encode({"messages": CHAT}, "here"))
     assert spoken(tokenizer, encoded) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
-    assert isinstance(encoded, Encoded)
-    start = Encoder(tokenizer, 1000).encode_prompt(CHAT[:-1], "here").documents[0].input_ids
+    start = Encoder(tokenizer, 1000).encode_prompt(Chat(CHAT[:-1]), "here").documents[0].input_ids
     assert encoded.documents[0].input_ids[: len(start)] == start
     missing = config.model_copy(update={"chat_template": file.with_name("missing.jinja")})
     with pytest.raises(
@@ -78,9 +78,15 @@ def write_rows(file: Path, rows: list[Any]) -> str:
     return str(file)
 
 
-def spoken(tokenizer: PreTrainedTokenizerBase, encoded: Encoded | Skipped) -> list[str]:
+def only(found: list[Encoded] | Skipped) -> Encoded:
+    """The one row that a raw row became."""
+    assert isinstance(found, list), found
+    (encoded,) = found
+    return encoded
+
+
+def spoken(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
     """The runs of response tokens, decoded."""
-    assert isinstance(encoded, Encoded)
     runs: list[list[int]] = []
     before = False
     (document,) = encoded.documents
@@ -99,23 +105,23 @@ def spoken(tokenizer: PreTrainedTokenizerBase, encoded: Encoded | Skipped) -> li
 def test_the_mask_is_the_assistants_turns_with_and_without_generation_marks(
     tokenizer: PreTrainedTokenizerBase, marked: PreTrainedTokenizerBase
 ) -> None:
-    plain_row = Encoder(tokenizer, 512).encode({"messages": CHAT}, "here")
-    marked_row = Encoder(marked, 512).encode({"messages": CHAT}, "here")
+    plain_row = only(Encoder(tokenizer, 512).encode({"messages": CHAT}, "here"))
+    marked_row = only(Encoder(marked, 512).encode({"messages": CHAT}, "here"))
     assert spoken(tokenizer, plain_row) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
     assert plain_row == marked_row
 
 
 def test_prompt_and_response_are_a_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = Encoder(tokenizer, 512)
-    row = encoder.encode({"prompt": "Hi", "response": "Hello."}, "here")
-    assert row == encoder.encode({"messages": [CHAT[1], CHAT[2]]}, "here")
+    row = only(encoder.encode({"prompt": "Hi", "response": "Hello."}, "here"))
+    assert row == only(encoder.encode({"messages": [CHAT[1], CHAT[2]]}, "here"))
     assert spoken(tokenizer, row) == ["Hello.<|im_end|>"]
 
 
 def test_without_a_template_the_response_ends_with_eos(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = None
-    row = Encoder(tokenizer, 512).encode({"prompt": "1+1=", "response": "2"}, "here")
+    row = only(Encoder(tokenizer, 512).encode({"prompt": "1+1=", "response": "2"}, "here"))
     assert spoken(tokenizer, row) == ["2<|im_end|>"]
     with pytest.raises(UserError, match=r"here: conversations need a chat template"):
         Encoder(tokenizer, 512).encode({"messages": CHAT}, "here")
@@ -161,15 +167,6 @@ def test_a_mask_of_all_ones_or_all_zeros_is_an_error(
     marked.chat_template = template
     with pytest.raises(UserError, match=f"rows.jsonl:7: the response mask marks {found} token"):
         Encoder(marked, 512).encode(row or {"messages": CHAT}, "rows.jsonl:7")
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(marked: PreTrainedTokenizerBase) -> None:
-    marked.chat_template = (
-        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ '<|im_start|>' + m['content'] }}"  # noqa: E501
-        "{% endif %}{% endfor %}"
-    )
-    with pytest.raises(UserError, match=r"rows.jsonl:7: .* message 3 differently"):
-        Encoder(marked, 512).encode({"messages": CHAT}, "rows.jsonl:7")
 
 
 # Truncation, skips and schema.
@@ -336,7 +333,7 @@ def test_the_cache_is_used_again_and_only_for_the_same_content(
     encode = Encoder.encode
     calls: list[str] = []
 
-    def counted(self: Encoder, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+    def counted(self: Encoder, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
         calls.append(where)
         return encode(self, fields, where)
 
@@ -358,13 +355,9 @@ def test_a_prompt_is_what_precedes_the_response(tiny_model: Path, template: bool
     if not template:
         tokenizer.chat_template = None
     row = {"prompt": "What is red?", "response": "A colour."}
-    encoded = Encoder(tokenizer, 200).encode(row, "here")
-    assert isinstance(encoded, Encoded)
-    (whole,) = encoded.documents
+    (whole,) = only(Encoder(tokenizer, 200).encode(row, "here")).documents
     for fields in (row, {"prompt": row["prompt"], "chosen": "x", "rejected": "y"}):
-        asked = PromptEncoder(tokenizer, 200).encode(fields, "here")
-        assert isinstance(asked, Encoded)
-        (prompt,) = asked.documents
+        (prompt,) = only(PromptEncoder(tokenizer, 200).encode(fields, "here")).documents
         assert prompt.input_ids == whole.input_ids[: whole.response_mask.index(True)]
         assert not any(prompt.response_mask)
 
@@ -382,8 +375,7 @@ def test_a_conversation_is_asked_without_its_final_answer(
         {"messages": [*asked, {"role": "assistant", "content": "Farewell"}]}, "here"
     )
     assert answered == encoder.encode({"messages": asked}, "here")
-    assert isinstance(answered, Encoded)
-    (document,) = answered.documents
+    (document,) = only(answered).documents
     assert "Bye" in tokenizer.decode(document.input_ids)
     assert "Farewell" not in tokenizer.decode(document.input_ids)
     assert PromptEncoder(tokenizer, 9).encode({"prompt": "long " * 9}, "here") == Skipped(

@@ -27,7 +27,8 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data import batches
 from alphatoken.data.cache import TokenDataset
-from alphatoken.data.chat import Encoder
+from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.rows import Chat
 from alphatoken.data.splits import read_splits
 from alphatoken.doctor import comparing, masks, measuring, refusals, rows, storage
 from alphatoken.doctor.facts import Facts
@@ -222,14 +223,6 @@ def judged(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Finding:
 @pytest.mark.parametrize(
     ("parts", "complaint"),
     [
-        (
-            {"other": TRAINED},
-            r"trains on text of the system: 'Quartz governs umbrellas\.' \(the probe\)",
-        ),
-        (
-            {"other": TRAINED},
-            r"trains on text of the user: 'Which walrus juggles\?' \(the probe\) and \d+ more places",  # noqa: E501
-        ),
         ({"opening": OPENING_TRAINED}, r"trains on text of the template: '<\|im_start\|>assistant"),
         (
             {"assistant": BEGINNING_LEFT},
@@ -247,6 +240,29 @@ def test_a_template_that_trains_something_else(
     assert "{% generation %}" in found.fix
 
 
+def test_marks_around_what_others_say_count_for_nothing(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    tokenizer.chat_template = template(other=TRAINED)
+    assert judged(tokenizer, config).outcome == "ok"
+
+
+def test_a_mask_that_trains_what_others_say_is_found(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Encoder.tokens
+
+    def all_trained(self: Encoder, chat: Chat, where: str, first: int = 0) -> list[Tokens]:
+        return [replace(each, mask=[True] * len(each.ids)) for each in tokens(self, chat, where)]
+
+    monkeypatch.setattr(Encoder, "tokens", all_trained)
+    found = judged(tokenizer, config).found
+    assert "trains on text of the system: 'Quartz governs umbrellas.' (the probe)" in found
+    assert re.search(
+        r"of the user: 'Which walrus juggles\?' \(the probe\) and \d+ more places", found
+    )
+
+
 @pytest.mark.parametrize(
     "file",
     sorted((ROOT / "configs" / "chat_templates").glob("*.jinja")),
@@ -257,7 +273,7 @@ def test_shipped_templates(
 ) -> None:
     tokenizer.chat_template = file.read_text()
     assert judged(tokenizer, config).outcome == "ok"
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == len(masks.PROBE)
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == len(masks.PROBE)
     assert endings(tokenizer, config).outcome == "ok"
 
 
@@ -280,17 +296,17 @@ def test_conversations_that_a_template_shortens_or_refuses(
 ) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"  # noqa: E501
     tokenizer.chat_template = strict + template()
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 4
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 4
     assert judged(tokenizer, config).outcome == "ok"
     # As some reasoning models' templates do: thoughts of earlier turns are left out.
     forgetful = (
         "{{ message['content'] if loop.last else message['content'][-4:] }}{{ '<|im_end|>' }}"
     )
     tokenizer.chat_template = template(assistant=forgetful)
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 5
     assert judged(tokenizer, config).outcome == "ok"
     tokenizer.chat_template = None
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).messages) == 2
+    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 2
     assert judged(tokenizer, config).outcome == "ok"
     tokenizer.chat_template = template(
         other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}"
@@ -307,10 +323,12 @@ def test_earlier_answers_of_a_pairs_prompt_are_not_trained(
     assert any(each.answered_from == 3 for each in masks.real_conversations(pairs))
     assert judged(tokenizer, pairs).outcome == "ok"
 
-    def encode_all(self: Encoder, prompt: list[Any], answer: list[Any], where: str) -> Any:
-        return self.encode_conversation([*prompt, *answer], where)
+    tokens = Encoder.tokens
 
-    monkeypatch.setattr(Encoder, "encode_answer", encode_all)
+    def of_all(self: Encoder, chat: Chat, where: str, first: int = 0) -> list[Tokens]:
+        return tokens(self, chat, where)
+
+    monkeypatch.setattr(Encoder, "tokens", of_all)
     assert "trains on text of the prompt: 'Yes?' (" in judged(tokenizer, pairs).found
 
 

@@ -21,7 +21,7 @@ from alphatoken.data.pairs import ChosenEncoder, PairEncoder
 from alphatoken.data.splits import load_prompts, load_splits
 from alphatoken.errors import UserError
 from recipes.transcripts import convert, hold_out, messages_of
-from tests.test_data import MARKED_TEMPLATE
+from tests.test_data import MARKED_TEMPLATE, only
 
 
 @pytest.fixture
@@ -41,9 +41,7 @@ def assistant(text: str) -> dict[str, str]:
 def encode(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], prompt: int = 200, response: int = 200
 ) -> Encoded:
-    encoded = PairEncoder(tokenizer, prompt, response).encode(row, "here")
-    assert isinstance(encoded, Encoded), encoded
-    return encoded
+    return only(PairEncoder(tokenizer, prompt, response).encode(row, "here"))
 
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
@@ -83,8 +81,8 @@ def test_every_form_of_a_pair_trains_on_the_two_answers_alone(
         whole = tokenizer.apply_chat_template([*PROMPT, assistant(answer)])["input_ids"]
         assert document.input_ids == whole
     assert len(encoded.asked) == 1
-    supervised = Encoder(tokenizer, 200).encode({"messages": [*PROMPT, assistant("x")]}, "here")
-    assert isinstance(supervised, Encoded)
+    messages = [*PROMPT, assistant("x")]
+    supervised = only(Encoder(tokenizer, 200).encode({"messages": messages}, "here"))
     assert encoded.asked[0] == supervised.asked[-1], (
         "the same prompt is recognised in other kinds of rows"
     )
@@ -110,16 +108,15 @@ def test_a_template_may_ask_with_more_than_it_writes_before_an_answer(
     assert trained_texts(tokenizer, encoded) == ["red and blue<|im_end|>", "7<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(
+def test_a_template_may_rewrite_earlier_answers_of_the_prompt(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer.chat_template = FORGETFUL
     row = {"prompt": PROMPT, "chosen": "red", "rejected": "7"}
     assert trained_texts(tokenizer, encode(tokenizer, row)) == ["red<|im_end|>", "7<|im_end|>"]
-    # Ending with the assistant's turn, the prompt is written with it; followed by an answer,
-    # without.
-    with pytest.raises(UserError, match="renders the prompt differently once an answer follows"):
-        Encoder(tokenizer, 200).encode_answer(PROMPT[:2], [assistant("red")], "here")
+    chosen = [assistant("red"), user("And?"), assistant("blue")]
+    with pytest.raises(UserError, match="writes earlier turns of the answer differently"):
+        encode(tokenizer, {"prompt": PROMPT, "chosen": chosen, "rejected": "7"})
 
 
 def test_an_answer_of_several_turns_trains_on_what_the_assistant_says(

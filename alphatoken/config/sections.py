@@ -43,6 +43,10 @@ class LoraConfig(Section):
     )
 
 
+Turns = Literal["all", "last"]
+"""Which of the assistant's turns are trained."""
+
+
 class ModelConfig(Section):
     """The model that is trained, and how it is loaded."""
 
@@ -51,9 +55,13 @@ class ModelConfig(Section):
     )
     chat_template: FilePath | None = Field(
         None,
-        description="Jinja file to use as the tokenizer's chat template; for base models, "
-        "which have "
-        "none.",
+        description="Jinja file to use as the tokenizer's chat template, for base models, which "
+        "have none; or the name of one of the tokenizer's own, where it has several.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, in every rendering, as in "
+        "{enable_thinking: false}.",
     )
     attn_implementation: Literal[
         "auto",
@@ -133,6 +141,12 @@ class DataConfig(Section):
         None,
         description="Rows for eval_loss, disjoint from train and validation, so that the report is "
         "honest.",
+    )
+    turns: Turns = Field(
+        "all",
+        description="Which of the assistant's turns in a conversation are trained: all, or the "
+        "last. Where the chat template writes earlier turns differently once others follow, all "
+        "makes a row of every turn, as inference sees it.",
     )
     max_length: int = Field(
         2048,

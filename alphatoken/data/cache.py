@@ -24,7 +24,7 @@ from alphatoken.errors import UserError
 from alphatoken.util.files import publish, publish_text
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 SCHEMA = pa.schema(
     {
@@ -47,12 +47,14 @@ class SourceReport:
     path: str
     rows: int
     cut: dict[str, int]
+    notes: dict[str, int]
+    """What else is to be said of how many rows."""
     skipped: dict[str, int]
     tokens: int
     response_tokens: int
 
     def __str__(self) -> str:
-        notes = [f"{count} {what}" for what, count in self.cut.items()]
+        notes = [f"{count} {what}" for what, count in {**self.cut, **self.notes}.items()]
         notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
         detail = f" ({', '.join(notes)})" if notes else ""
         responses = f", {self.response_tokens} of responses" if self.response_tokens else ""
@@ -190,6 +192,7 @@ def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path)
     """Encodes all rows of a source into an Arrow stream, ROWS_PER_BATCH at a time."""
     skipped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     kept = tokens = response_tokens = 0
     batch: list[dict[str, Any]] = []
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
@@ -198,13 +201,15 @@ def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path)
             if isinstance(encoded, Skipped):
                 skipped[encoded.reason] += 1
                 continue
-            record = _record(encoded, row.number)
-            kept += 1
-            cut.update(encoded.cut)
-            tokens += record["length"]
-            response_tokens += sum(record["response_mask"][1:])  # nothing predicts the first token
-            batch.append(record)
-            if len(batch) == ROWS_PER_BATCH:
+            for each in encoded:
+                record = _record(each, row.number)
+                kept += 1
+                cut.update(each.cut)
+                notes.update(each.notes)
+                tokens += record["length"]
+                response_tokens += sum(record["response_mask"][1:])  # the first is not predicted
+                batch.append(record)
+            if len(batch) >= ROWS_PER_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
                 batch.clear()
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
@@ -212,6 +217,7 @@ def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path)
         path=source.path,
         rows=kept,
         cut=dict(cut),
+        notes=dict(notes),
         skipped=dict(skipped),
         tokens=tokens,
         response_tokens=response_tokens,

@@ -1,27 +1,20 @@
 """From a raw row to token ids and a response mask: true exactly on what the assistant says, its end
-of turn included.
-
-There are two ways to find the assistant's part of a chat template's text: the template's own `{%
-generation %}` marks, or, without them, what the template adds when an assistant message is appended
-to the conversation so far.
+of turn included. Which characters those are is decided in `turns`; here they become tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.data.rows import Message, as_messages, as_prompt, has_text
+from alphatoken.data.rows import Chat, Message, as_chat, as_prompt, has_text
+from alphatoken.data.turns import ChatRules, Renderer, Rendering, Span
 from alphatoken.errors import UserError
-
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,8 @@ class Encoded:
     """A 64-bit hash of the text that precedes each answer: what the model is asked for it."""
     cut: tuple[str, ...] = ()
     """What was cut to the limit of length."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of the row, for counting."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,37 @@ class RowEncoder(Protocol):
         """Everything that decides how a row is tokenised, as text."""
         ...
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        """`where` names the row in errors."""
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
+        """The rows that a raw row becomes, at least one; `where` names it in errors."""
         ...
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a conversation, or of its beginning, and which of them are trained."""
+
+    rendering: Rendering
+    ids: list[int]
+    offsets: list[Span]
+    """First character of each token in the rendering's text, and the first behind it; a token that
+    stands for nothing in it is of length 0."""
+    mask: list[bool]
+
+
 class Encoder:
-    """Tokenises rows {"prompt", "response"} or {"messages"} for one tokenizer and length limit.
+    """Tokenises rows {"prompt", "response"} or {"messages", "tools"} for one tokenizer and length
+    limit.
 
     Raises UserError, naming the row, for a wrong schema, a template that cannot render the row, or
     a response mask that is all ones or all zeros.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rules: ChatRules = ChatRules(),  # noqa: B008  it is frozen
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed"
@@ -81,178 +94,127 @@ class Encoder:
                 "the tokenizer has no EOS token, so the model could never learn to stop; set "
                 "eos_token"
             )
+        self.rules = rules
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._template: str | None = (
-            tokenizer.get_chat_template() if tokenizer.chat_template else None
-        )
+        self._renderer = Renderer(tokenizer, rules) if tokenizer.chat_template else None
 
     @property
     def identity(self) -> str:
         return json.dumps(
             {
                 "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
-                "template": self._template,
+                "template": self._renderer.identity if self._renderer else None,
                 "eos": self._tokenizer.eos_token_id,
                 "max_length": self._max_length,
             }
         )
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        """Encodes one row, cut on the right to `max_length`, or says why it is skipped.
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
+        """Encodes one row, cut on the right to `max_length`, as one or as one for each of its
+        answers; or says why it is skipped.
 
         Raises UserError naming `where` for a row without the fields of a schema, or one whose
         response cannot be told from its prompt.
         """
-        messages = as_messages(fields, where)
-        if not has_text(messages, "assistant"):
+        chat = as_chat(fields, where)
+        if not has_text(chat.messages, "assistant"):
             return Skipped("empty response")
-        ids, mask = self.encode_conversation(messages, where)
-        cut = ("rows truncated",) if len(ids) > self._max_length else ()
-        ids, mask = ids[: self._max_length], mask[: self._max_length]
+        tokens = self.tokens(chat, where)
+        if not tokens:
+            return Skipped("no answer to train")
+        found = [self._cut(each) for each in tokens]
+        return [each for each in found if each is not None] or Skipped(
+            "response cut away by truncation"
+        )
+
+    def _cut(self, tokens: Tokens) -> Encoded | None:
+        """A row of at most `max_length` tokens; None where no answer is left of it."""
+        ids, mask = tokens.ids[: self._max_length], tokens.mask[: self._max_length]
         if not any(mask[1:]):
-            return Skipped("response cut away by truncation")
-        answers = [
-            index
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index > 0
-        ]
-        asked = tuple(_digest(self.prompt_text(messages[:index], where)) for index in answers)
-        return Encoded((EncodedDocument(ids, mask),), asked, cut)
+            return None
+        cut = ("rows truncated",) if len(tokens.ids) > self._max_length else ()
+        asked = tuple(_digest(text) for text in tokens.rendering.asked)
+        return Encoded((EncodedDocument(ids, mask),), asked, cut, tokens.rendering.notes)
 
-    def encode_conversation(
-        self, messages: Sequence[Message], where: str
-    ) -> tuple[list[int], list[bool]]:
-        """All tokens of a conversation, and which of them the assistant says."""
-        if self._template is None:
-            ids, mask = self._encode_plain(messages, where)
-        elif GENERATION_MARK.search(self._template):
-            ids, mask = self._encode_marked(messages, where)
+    def tokens(self, chat: Chat, where: str, first: int = 0) -> list[Tokens]:
+        """All tokens of a conversation, and which of them the assistant says in its messages from
+        `first` on: once, or once for each answer; none where no answer can be trained."""
+        if self._renderer is None:
+            found = [self._plain_tokens(chat, where)]
         else:
-            ids, mask = self._encode_by_difference(messages, where)
-        if all(mask) or not any(mask):
-            found = "every" if all(mask) else "no"
-            raise UserError(
-                f"{where}: the response mask marks {found} token; the prompt and the response must "
-                "both be there, and the chat template must tell them apart"
-            )
-        return ids, mask
-
-    def encode_answer(
-        self, prompt: Sequence[Message], answer: Sequence[Message], where: str
-    ) -> tuple[list[int], list[bool]]:
-        """All tokens of a prompt and its answer, and which of them the assistant says after the
-        prompt."""
-        ids, mask = self.encode_conversation([*prompt, *answer], where)
-        if any(message["role"] == "assistant" for message in prompt):
-            text = self._render([*prompt, *answer], where, tokenize=False)
-            before: str = self._render(prompt, where, tokenize=False)
-            if not text.startswith(before):
+            found = [
+                self._template_tokens(each)
+                for each in self._renderer.renderings(chat, where, first)
+            ]
+        for each in found:
+            if all(each.mask) or not any(each.mask):
+                marked = "every" if all(each.mask) else "no"
                 raise UserError(
-                    f"{where}: the chat template renders the prompt differently once an answer "
-                    "follows, so the answer cannot be told from what the assistant said before"
+                    f"{where}: the response mask marks {marked} token; the prompt and the response "
+                    "must both be there, and the chat template must tell them apart"
                 )
-            earlier = _common_length(
-                self._tokenizer(before, add_special_tokens=False)["input_ids"], ids
-            )
-            mask[:earlier] = [False] * earlier
-        if not any(mask):
-            raise UserError(
-                f"{where}: no token of the response is its own; it is fused with the prompt"
-            )
-        return ids, mask
+        return found
 
-    def encode_prompt(self, messages: Sequence[Message], where: str) -> Encoded:
-        """The tokens that precede an answer to `messages`; none is a response."""
-        text = self.prompt_text(messages, where)
-        ids = list(self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
-        if self._template is None and ids and ids[-1] == self._tokenizer.eos_token_id:
+    def answer_tokens(self, prompt: Chat, answer: Sequence[Message], where: str) -> Tokens:
+        """All tokens of a prompt and its answer, and which of them the assistant says after the
+        prompt. Raises UserError where the template has no single text for an answer of several
+        turns."""
+        found = self.tokens(prompt.and_then(answer), where, first=len(prompt.messages))
+        if len(found) != 1:
+            raise UserError(
+                f"{where}: the chat template writes earlier turns of the answer differently once "
+                "others follow, so they have no text in common; give the last turn as the answer, "
+                "and what is before it in the prompt"
+                if found
+                else f"{where}: nothing of the answer can be trained"
+            )
+        return found[0]
+
+    def encode_prompt(self, chat: Chat, where: str) -> Encoded:
+        """The tokens that precede an answer; none is a response."""
+        text = self.prompt_text(chat, where)
+        ids = list(self._tokenizer(text, add_special_tokens=self._renderer is None)["input_ids"])
+        if self._renderer is None and ids and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
         return Encoded((EncodedDocument(ids, [False] * len(ids)),), asked=(_digest(text),))
 
-    def prompt_text(self, messages: Sequence[Message], where: str) -> str:
-        """The text that precedes an answer to `messages`."""
-        if self._template is not None:
-            text: str = self._render(messages, where, tokenize=False, add_generation_prompt=True)
-            return text
-        if [message["role"] for message in messages] != ["user"]:
-            raise UserError(
-                f"{where}: conversations need a chat template, and this tokenizer has none"
-            )
-        prompt: str = messages[0]["content"]
+    def prompt_text(self, chat: Chat, where: str) -> str:
+        """The text that precedes an answer."""
+        if self._renderer is not None:
+            return self._renderer.prompt(chat, where)
+        if [message["role"] for message in chat.messages] != ["user"]:
+            raise _needs_template(where)
+        prompt: str = chat.messages[0]["content"]
         return prompt
 
-    def _encode_plain(
-        self, messages: Sequence[Message], where: str
-    ) -> tuple[list[int], list[bool]]:
+    def _template_tokens(self, rendering: Rendering) -> Tokens:
+        encoding = self._tokenizer(
+            rendering.text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        mask = [
+            any(first <= start < end <= last for first, last in rendering.spans)
+            for start, end in encoding["offset_mapping"]
+        ]
+        return Tokens(rendering, list(encoding["input_ids"]), encoding["offset_mapping"], mask)
+
+    def _plain_tokens(self, chat: Chat, where: str) -> Tokens:
         """Without a template: prompt, response, EOS, with whatever the tokenizer puts in front."""
-        if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise UserError(
-                f"{where}: conversations need a chat template, and this tokenizer has none"
-            )
-        prompt, response = (message["content"] for message in messages)
-        encoding = self._tokenizer(prompt + response, return_offsets_mapping=True)
-        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        if [message["role"] for message in chat.messages] != ["user", "assistant"]:
+            raise _needs_template(where)
+        prompt, response = (message["content"] for message in chat.messages)
+        text = prompt + response
+        rendering = Rendering(text, 2, (1,), ((len(prompt), len(text)),), (prompt,))
+        encoding = self._tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
         mask = [start >= len(prompt) and end > start for start, end in offsets]
         if ids[-1] == self._tokenizer.eos_token_id:
             mask[-1] = True
-            return ids, mask
-        return [*ids, self._tokenizer.eos_token_id], [*mask, True]
-
-    def _encode_marked(
-        self, messages: Sequence[Message], where: str
-    ) -> tuple[list[int], list[bool]]:
-        encoding = self._render(
-            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            return Tokens(rendering, ids, offsets, mask)
+        end_of_turn = self._tokenizer.eos_token_id
+        return Tokens(
+            rendering, [*ids, end_of_turn], [*offsets, (len(text), len(text))], [*mask, True]
         )
-        return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
-
-    def _encode_by_difference(
-        self, messages: Sequence[Message], where: str
-    ) -> tuple[list[int], list[bool]]:
-        text = self._render(messages, where, tokenize=False)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.prompt_text(messages[:index], where)
-            after = self._render(messages[: index + 1], where, tokenize=False)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    f"{where}: the chat template renders message {index + 1} differently once "
-                    "others follow, so "
-                    "the assistant's part cannot be told; add {% generation %} marks to the "
-                    "template"
-                )
-            spans.append((len(before), len(after)))
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, mask = list(encoding["input_ids"]), [False] * len(encoding["input_ids"])
-        for span_start, span_end in spans:
-            inside = [
-                index
-                for index, (start, end) in enumerate(encoding["offset_mapping"])
-                if span_start <= start < end <= span_end
-            ]
-            for index in inside[: self._turn_length([ids[index] for index in inside])]:
-                mask[index] = True
-        return ids, mask
-
-    def _turn_length(self, ids: list[int]) -> int:
-        """Tokens of a turn up to its end-of-turn token; the white space that templates put behind
-        it is not spoken."""
-        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        ends = [index for index, token in enumerate(ids) if token in special]
-        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :]).strip():
-            return ends[-1] + 1
-        return len(ids)
-
-    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
-        try:
-            return self._tokenizer.apply_chat_template(list(messages), **options)
-        except TemplateError as error:
-            raise UserError(
-                f"{where}: the chat template refuses this conversation: {error}"
-            ) from None
 
 
 class PromptEncoder:
@@ -263,30 +225,31 @@ class PromptEncoder:
     question or the template's marks. Raises UserError, naming the row, for a wrong schema.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self._encoder = Encoder(tokenizer, max_tokens)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        rules: ChatRules = ChatRules(),  # noqa: B008  it is frozen
+    ) -> None:
+        self._encoder = Encoder(tokenizer, max_tokens, rules)
         self._max_tokens = max_tokens
 
     @property
     def identity(self) -> str:
         return f"prompts {self._encoder.identity}"
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
-        messages = as_prompt(fields, where)
-        if not has_text(messages):
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
+        chat = as_prompt(fields, where)
+        if not has_text(chat.messages):
             return Skipped("empty prompt")
-        encoded = self._encoder.encode_prompt(messages, where)
+        encoded = self._encoder.encode_prompt(chat, where)
         if len(encoded.documents[0].input_ids) > self._max_tokens:
             return Skipped(f"prompt over {self._max_tokens} tokens")
-        return encoded
+        return [encoded]
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next(
-        (index for index, (one, other) in pairs if one != other), min(len(first), len(second))
-    )
+def _needs_template(where: str) -> UserError:
+    return UserError(f"{where}: conversations need a chat template, and this tokenizer has none")
 
 
 def _digest(text: str) -> int:

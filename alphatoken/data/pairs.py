@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data.chat import Encoded, EncodedDocument, Encoder, Skipped
-from alphatoken.data.rows import Message, as_pair, has_text
+from alphatoken.data.rows import Chat, Message, as_pair, has_text
+from alphatoken.data.turns import ChatRules
 from alphatoken.errors import UserError
 
 
@@ -22,9 +23,13 @@ class PairEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        rules: ChatRules = ChatRules(),  # noqa: B008  it is frozen
     ) -> None:
-        self._encoder = Encoder(tokenizer, max_prompt_tokens + max_response_tokens)
+        self._encoder = Encoder(tokenizer, max_prompt_tokens + max_response_tokens, rules)
         self._bos = tokenizer.bos_token_id
         self._max_prompt = max_prompt_tokens
         self._max_response = max_response_tokens
@@ -34,13 +39,13 @@ class PairEncoder:
         lengths = {"max_prompt_tokens": self._max_prompt, "max_response_tokens": self._max_response}
         return json.dumps({**json.loads(self._encoder.identity), **lengths})
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
         """Encodes both responses of a pair as two documents, or says why the pair is skipped.
 
         Raises UserError naming `where` for a row that is no pair.
         """
         pair = as_pair(fields, where)
-        if not has_text(pair.prompt):
+        if not has_text(pair.prompt.messages):
             return Skipped("empty prompt")
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             if not has_text(answer, "assistant"):
@@ -52,22 +57,26 @@ class PairEncoder:
         )
         if chosen.documents[0].input_ids == rejected.documents[0].input_ids:
             return Skipped(f"chosen and rejected are the same within {self._max_response} tokens")
-        return Encoded(
-            documents=(*chosen.documents, *rejected.documents),
-            asked=chosen.asked,
-            cut=tuple(sorted({*chosen.cut, *rejected.cut})),
-        )
+        return [
+            Encoded(
+                documents=(*chosen.documents, *rejected.documents),
+                asked=chosen.asked,
+                cut=tuple(sorted({*chosen.cut, *rejected.cut})),
+                notes=tuple(sorted({*chosen.notes, *rejected.notes})),
+            )
+        ]
 
-    def encode_chosen(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+    def encode_chosen(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
         """The chosen response alone, as an example to learn from."""
         pair = as_pair(fields, where)
-        if not (has_text(pair.prompt) and has_text(pair.chosen, "assistant")):
+        if not (has_text(pair.prompt.messages) and has_text(pair.chosen, "assistant")):
             return Skipped("empty prompt or chosen response")
-        return self._document(pair.prompt, pair.chosen, where)
+        return [self._document(pair.prompt, pair.chosen, where)]
 
-    def _document(self, prompt: list[Message], answer: list[Message], where: str) -> Encoded:
+    def _document(self, prompt: Chat, answer: list[Message], where: str) -> Encoded:
         asked = self._encoder.encode_prompt(prompt, where)
-        ids, mask = self._encoder.encode_answer(prompt, answer, where)
+        tokens = self._encoder.answer_tokens(prompt, answer, where)
+        ids, mask = tokens.ids, tokens.mask
         start = mask.index(True)
         cut = []
         prompt_ids, response_ids = ids[:start], ids[start:]
@@ -82,13 +91,13 @@ class PairEncoder:
             input_ids=prompt_ids + response_ids,
             response_mask=[False] * len(prompt_ids) + mask[start : start + len(response_ids)],
         )
-        return Encoded(documents=(document,), asked=asked.asked, cut=tuple(cut))
+        return Encoded((document,), asked.asked, tuple(cut), tokens.rendering.notes)
 
 
 class HeldOutPairEncoder(PairEncoder):
     """Tokenises held-out rows that are compared as pairs (`valuation.target: preference`)."""
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
         """Encodes a pair as `PairEncoder` does. Raises UserError for a supervised row, with what to
         change."""
         if "chosen" not in fields:
@@ -112,7 +121,7 @@ class ChosenEncoder:
     def identity(self) -> str:
         return f"chosen of {self._pairs.identity}, else {self._examples.identity}"
 
-    def encode(self, fields: dict[str, Any], where: str) -> Encoded | Skipped:
+    def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
         if "chosen" in fields:
             return self._pairs.encode_chosen(fields, where)
         return self._examples.encode(fields, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,31 +18,48 @@ PAIR_FORM = (
 
 
 @dataclass(frozen=True)
-class RawPair:
-    """Two ways to go on after the same messages."""
+class Chat:
+    """A conversation, and the tools that can be called in it."""
 
-    prompt: list[Message]
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas, as chat templates take them."""
+
+    def first(self, count: int) -> Chat:
+        """The conversation up to its first so many messages."""
+        return Chat(self.messages[:count], self.tools)
+
+    def and_then(self, messages: Sequence[Message]) -> Chat:
+        """The conversation with messages behind it."""
+        return Chat([*self.messages, *messages], self.tools)
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """Two ways to go on after the same conversation."""
+
+    prompt: Chat
     chosen: list[Message]
     rejected: list[Message]
 
 
-def as_messages(fields: dict[str, Any], where: str) -> list[Message]:
+def as_chat(fields: dict[str, Any], where: str) -> Chat:
     """The row as a conversation. Raises UserError naming what is wrong with it."""
-    if "messages" in fields and not ("prompt" in fields or "response" in fields):
+    if "messages" in fields and "response" not in fields:
         messages = _checked("messages", fields["messages"], where)
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(
                 f"{where}: the conversation has no message with role 'assistant' to train on"
             )
-        return messages
+        return Chat(messages, _tools(fields, where))
     if "prompt" in fields and "response" in fields and "messages" not in fields:
-        for key in ("prompt", "response"):
-            if not isinstance(fields[key], str):
-                raise UserError(f"{where}: {key!r} must be text, but is {_shortened(fields[key])}")
-        return [
-            {"role": "user", "content": fields["prompt"]},
-            {"role": "assistant", "content": fields["response"]},
-        ]
+        return Chat(
+            [
+                {"role": role, "content": _text(key, fields[key], where)}
+                for key, role in (("prompt", "user"), ("response", "assistant"))
+            ],
+            _tools(fields, where),
+        )
     hint = "; pairs are for recipes/preference.py and configurations with a section preference"
     raise UserError(
         f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has "
@@ -49,19 +67,20 @@ def as_messages(fields: dict[str, Any], where: str) -> list[Message]:
     )
 
 
-def as_prompt(fields: dict[str, Any], where: str) -> list[Message]:
+def as_prompt(fields: dict[str, Any], where: str) -> Chat:
     """The row's conversation without the answer it ends with. Raises UserError naming what is wrong
     with it."""
     if "chosen" in fields:
         return as_pair(fields, where).prompt
-    if "messages" in fields and "prompt" not in fields:
+    tools = _tools(fields, where)
+    if "messages" in fields and "response" not in fields:
         messages = _checked("messages", fields["messages"], where)
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return Chat(messages[:-1] if messages[-1]["role"] == "assistant" else messages, tools)
     if not isinstance(fields.get("prompt"), str):
         raise UserError(
             f"{where}: a row needs a text 'prompt', or 'messages'; this one is {_shortened(fields)}"
         )
-    return [{"role": "user", "content": fields["prompt"]}]
+    return Chat([{"role": "user", "content": _text("prompt", fields["prompt"], where)}], tools)
 
 
 def as_pair(fields: dict[str, Any], where: str) -> RawPair:
@@ -100,14 +119,22 @@ def as_pair(fields: dict[str, Any], where: str) -> RawPair:
                 f"{where}: {key!r} must be the assistant's answer to 'prompt', but {found}; are "
                 "fields swapped?"
             )
-    return RawPair(prompt, *answers)
+    return RawPair(Chat(prompt, _tools(fields, where)), *answers)
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message's own `train` or `weight` leaves it in."""
+    return bool(message.get("train", True)) and bool(message.get("weight", 1))
+
+
+def says_anything(message: Message) -> bool:
+    """Whether a message has text or calls a tool."""
+    return bool(message["content"].strip()) or bool(message.get("tool_calls"))
 
 
 def has_text(messages: Sequence[Message], role: str | None = None) -> bool:
     """Whether anything is said, or anything by `role`."""
-    return any(
-        message["content"].strip() for message in messages if role in (None, message["role"])
-    )
+    return any(says_anything(message) for message in messages if role in (None, message["role"]))
 
 
 def _common_start(first: Sequence[Message], second: Sequence[Message]) -> list[Message]:
@@ -121,7 +148,7 @@ def _common_start(first: Sequence[Message], second: Sequence[Message]) -> list[M
 def _turns(key: str, value: Any, role: str, where: str) -> list[Message]:
     """A text as the only message of `role`; or checked messages."""
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [{"role": role, "content": _text(key, value, where)}]
     if isinstance(value, list):
         return _checked(key, value, where)
     raise UserError(
@@ -132,14 +159,92 @@ def _turns(key: str, value: Any, role: str, where: str) -> list[Message]:
 def _checked(key: str, messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {key!r} must be a non-empty list of {{role, content}}")
-    for index, message in enumerate(messages):
-        for part in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(part), str):
-                raise UserError(
-                    f"{where}: message {index + 1} of {key!r} needs a text {part!r}, but is "
-                    f"{_shortened(message)}"
-                )
-    return messages
+    return [
+        _message(message, f"message {number} of {key!r}", where)
+        for number, message in enumerate(messages, start=1)
+    ]
+
+
+def _message(message: Any, name: str, where: str) -> Message:
+    """A message with text as its content and tool calls as chat templates take them, without what
+    is null."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{where}: {name} needs a text 'role', but is {_shortened(message)}")
+    given = {part: value for part, value in message.items() if value is not None}
+    content = given.get("content", "" if given.get("tool_calls") else None)
+    if isinstance(content, list):
+        content = _joined(content, name, where)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: {name} needs a text 'content', but is {_shortened(message)}")
+    given["content"] = _text(f"content of {name}", content, where)
+    if given.get("weight", 0) not in (0, 1):
+        raise UserError(
+            f"{where}: {name} has weight={given['weight']}: a message is trained (1) or not (0)"
+        )
+    if calls := given.get("tool_calls"):
+        given["tool_calls"] = [_call(call, name, where) for call in calls]
+    return given
+
+
+def _joined(parts: list[Any], name: str, where: str) -> str:
+    """The text of a content that is a list of text parts."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"{where}: {name} has a part of type {kind!r} in its 'content': only text is "
+                "trained here; leave the row out, or the part"
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _call(call: Any, name: str, where: str) -> dict[str, Any]:
+    """A tool call whose arguments are not text: the templates write them as JSON themselves."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(
+            f"{where}: {name} needs 'tool_calls' of {{function: {{name, arguments}}}}, but one is "
+            f"{_shortened(call)}"
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: {name} calls {function['name']!r} with arguments that are no JSON: "
+                f"{error}"
+            ) from None
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _tools(fields: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The row's tools, which may be text in JSON."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: 'tools' is no JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: 'tools' must be a list of schemas, but is {_shortened(tools)}")
+    return tools
+
+
+def _text(name: str, value: Any, where: str) -> str:
+    """A text that can be tokenised."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} must be text, but is {_shortened(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {name} has half of a character (the surrogate "
+            f"{value[error.start]!a}) at {error.start + 1}: correct the text"
+        ) from None
+    return value
 
 
 def _shortened(value: Any) -> str:

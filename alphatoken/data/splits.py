@@ -16,6 +16,7 @@ from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
 from alphatoken.data.pairs import ChosenEncoder, HeldOutPairEncoder, PairEncoder
+from alphatoken.data.tokenizer import chat_rules
 from alphatoken.errors import UserError
 
 
@@ -122,16 +123,17 @@ class _Encoders:
 
 
 def _encoders(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Encoders:
-    examples = Encoder(tokenizer, config.data.max_length)
+    rules = chat_rules(config, tokenizer)
+    examples = Encoder(tokenizer, config.data.max_length, rules)
     if not isinstance(config, PreferenceRunConfig):
         return _Encoders(rows=examples, held_out=examples, examples=examples)
     lengths = config.preference.max_prompt_tokens, config.preference.max_response_tokens
-    pairs = PairEncoder(tokenizer, *lengths)
+    pairs = PairEncoder(tokenizer, *lengths, rules)
     chosen = ChosenEncoder(pairs, examples)
     compares = config.valuation.target == "preference"
     return _Encoders(
         rows=pairs,
-        held_out=HeldOutPairEncoder(tokenizer, *lengths) if compares else chosen,
+        held_out=HeldOutPairEncoder(tokenizer, *lengths, rules) if compares else chosen,
         examples=chosen,
     )
 
@@ -166,7 +168,8 @@ def load_prompts(
     assert sources is not None, "valuation needs data.validation"
     encoder = _encoders(config, tokenizer).examples
     if config.fisher.sampling == "rollout":
-        encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens)
+        rules = chat_rules(config, tokenizer)
+        encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens, rules)
     dataset = tokenise(sources, encoder, config.data.cache_dir)
     trained_on = np.isin(dataset.last_asked(), train.asked())
     epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))

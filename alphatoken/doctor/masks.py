@@ -18,9 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Source
-from alphatoken.data.chat import Encoder
-from alphatoken.data.rows import Message, as_messages, as_pair, has_text
+from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.rows import (
+    Chat,
+    Message,
+    as_chat,
+    as_pair,
+    has_text,
+    is_trained,
+    says_anything,
+)
 from alphatoken.data.sources import location, open_source
+from alphatoken.data.tokenizer import chat_rules
 from alphatoken.doctor.findings import Finding
 from alphatoken.errors import UserError
 from alphatoken.util.wording import plural
@@ -41,17 +50,31 @@ class Conversation:
     """A row's messages, and from which on the assistant's are trained: those of a pair's prompt are
     not."""
 
-    messages: tuple[Message, ...]
+    chat: Chat
     answered_from: int
     where: str
 
     def is_trained(self, index: int) -> bool:
-        return index >= self.answered_from and self.messages[index]["role"] == "assistant"
+        message = self.chat.messages[index]
+        return (
+            index >= self.answered_from
+            and message["role"] == "assistant"
+            and is_trained(message)
+            and says_anything(message)
+            and any(earlier["role"] != "system" for earlier in self.chat.messages[:index])
+        )
 
     def speaker(self, index: int) -> str:
         """Whose text a message is, in reports."""
-        role: str = self.messages[index]["role"]
+        role: str = self.chat.messages[index]["role"]
         return role if index >= self.answered_from else "prompt"
+
+    def parts(self, counts: Sequence[int]) -> list[Conversation]:
+        """The conversation; or, where it becomes several rows, its first messages, so many of them
+        each, of which the last is trained."""
+        if len(counts) == 1:
+            return [self]
+        return [Conversation(self.chat.first(count), count - 1, self.where) for count in counts]
 
 
 @dataclass(frozen=True)
@@ -92,12 +115,13 @@ def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
         if pairs:
             pair = as_pair(row.fields, where)
             for answer in (pair.chosen, pair.rejected):
-                if has_text(pair.prompt) and has_text(answer, "assistant"):
-                    yield Conversation((*pair.prompt, *answer), len(pair.prompt), where)
+                if has_text(pair.prompt.messages) and has_text(answer, "assistant"):
+                    first = len(pair.prompt.messages)
+                    yield Conversation(pair.prompt.and_then(answer), first, where)
         else:
-            messages = as_messages(row.fields, where)
-            if has_text(messages, "assistant"):
-                yield Conversation(tuple(messages), 0, where)
+            chat = as_chat(row.fields, where)
+            if has_text(chat.messages, "assistant"):
+                yield Conversation(chat, 0, where)
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
@@ -108,9 +132,9 @@ def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
     answer do not need. Raises UserError where not even those can be encoded.
     """
     for messages in (PROBE, PROBE[1:], PROBE[1:3]):
-        conversation = Conversation(messages, 0, "the probe")
+        conversation = Conversation(Chat(list(messages)), 0, "the probe")
         try:
-            account(tokenizer, encoder, conversation)
+            accounts(tokenizer, encoder, conversation)
         except UserError as error:
             refused = error
             continue
@@ -133,15 +157,32 @@ class _Layout:
     """Which tokens are trained."""
 
 
-def account(
+def accounts(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
-) -> Account | None:
-    """Checks the mask that `encoder` gives a conversation. None where messages cannot be found in
-    the template's text.
+) -> list[Account] | None:
+    """Checks the masks that `encoder` gives the rows of a conversation. None where messages cannot
+    be found in the template's text.
 
     Raises UserError where the conversation cannot be encoded.
     """
-    layout = _lay_out(tokenizer, encoder, conversation)
+    if encoder.rules.turns == "last":
+        answers = filter(conversation.is_trained, range(len(conversation.chat.messages)))
+        conversation = Conversation(conversation.chat, max(answers, default=0), conversation.where)
+    chat, first = conversation.chat, conversation.answered_from
+    found = encoder.tokens(chat, conversation.where, first)
+    parts = conversation.parts([tokens.rendering.messages for tokens in found])
+    checked = [
+        _account(tokenizer, encoder, part, tokens)
+        for part, tokens in zip(parts, found, strict=False)
+    ]
+    known = [each for each in checked if each is not None]
+    return known if len(known) == len(checked) else None
+
+
+def _account(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, tokens: Tokens
+) -> Account | None:
+    layout = _lay_out(tokenizer, encoder, conversation, tokens)
     if layout is None:
         return None
     allowed = _template_text_of_answers(layout, tokenizer, encoder)
@@ -167,26 +208,26 @@ def account(
 
 
 def _lay_out(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, tokens: Tokens
 ) -> _Layout | None:
     """Finds messages and tokens in the template's text; None where that is not possible."""
-    messages, first = conversation.messages, conversation.answered_from
-    if first:
-        ids, mask = encoder.encode_answer(messages[:first], messages[first:], conversation.where)
-    else:
-        ids, mask = encoder.encode_conversation(messages, conversation.where)
-    text = _text(tokenizer, messages)
+    text = _text(tokenizer, encoder, conversation.chat)
     encoding = tokenizer(
         text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True
     )
-    offsets = list(encoding["offset_mapping"])
+    ids, offsets = tokens.ids, list(encoding["offset_mapping"])
     # The EOS that a row without template gets stands behind the text.
     offsets += [(len(text), len(text))] * (len(ids) - len(offsets))
-    spans = _spans(tokenizer, messages, text)
+    spans = _spans(tokenizer, encoder, conversation.chat, text)
     if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
         return None
     return _Layout(
-        conversation=conversation, text=text, spans=spans, ids=ids, offsets=offsets, mask=mask
+        conversation=conversation,
+        text=text,
+        spans=spans,
+        ids=ids,
+        offsets=offsets,
+        mask=tokens.mask,
     )
 
 
@@ -197,7 +238,8 @@ def judge_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
         conversations = real_conversations(config)
     except UserError:
         conversations = []
-    return judge_masks(tokenizer, Encoder(tokenizer, config.data.max_length), conversations)
+    encoder = Encoder(tokenizer, config.data.max_length, chat_rules(config, tokenizer))
+    return judge_masks(tokenizer, encoder, conversations)
 
 
 def judge_masks(
@@ -209,23 +251,24 @@ def judge_masks(
     Raises UserError for a template that not even the probe can be encoded with.
     """
     complaints: dict[str, list[str]] = {}
-    known: list[tuple[Conversation, Account]] = []
+    known: list[tuple[Conversation, list[Account]]] = []
     tried = probe(tokenizer, encoder)
     for each in (tried, *conversations):
         try:
-            found = account(tokenizer, encoder, each)
+            found = accounts(tokenizer, encoder, each)
         except UserError as error:
             complaints.setdefault("cannot be encoded", []).append(str(error))
             continue
         if found is not None:
             known.append((each, found))
-            for what, said in found.complaints():
+            for what, said in itertools.chain.from_iterable(one.complaints() for one in found):
                 complaints.setdefault(what, []).append(f"{clipped(said, 60)!r} ({each.where})")
     rows = f"{plural(len(conversations), 'conversation')} of the data"
     details: tuple[str, ...] = ()
     if len(known) > 1:
-        row, shown = known[1]
-        details = (f"What is trained of {row.where}, in [[ ]]:", *clipped(shown.shown).splitlines())
+        row, found = known[1]
+        shown = "\n".join(clipped(one.shown) for one in found)
+        details = (f"What is trained of {row.where}, in [[ ]]:", *shown.splitlines())
     if complaints:
         text = "; ".join(
             f"{what}: {texts[0]}" + _and_more(texts) for what, texts in complaints.items()
@@ -242,7 +285,7 @@ def judge_masks(
             "say"
         )
         return Finding("response mask", "warning", text, "look at the row below", details=details)
-    turns = len(tried.messages)
+    turns = len(tried.chat.messages)
     text = (
         f"trains what the assistant says and nothing else, in a probe of {turns} turns and {rows}"
     )
@@ -259,28 +302,29 @@ def _and_more(texts: Sequence[str]) -> str:
     return f" and {plural(len(texts) - 1, 'more place')}" if len(texts) > 1 else ""
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat) -> str:
     if tokenizer.chat_template is None:
-        return "".join(message["content"] for message in messages)
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        return "".join(message["content"] for message in chat.messages)
+    text: str = tokenizer.apply_chat_template(
+        chat.messages, tools=chat.tools, tokenize=False, **encoder.rules.variables
+    )
     return text
 
 
 def _spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat, text: str
 ) -> list[tuple[int, int]] | None:
     """Where each message's content lies in `text`. None where the template does more than to put
     text around it."""
-    marks = [f"zqj{index}vxk" for index in range(len(messages))]
-    marked = _text(
-        tokenizer,
-        [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
-    )
-    frame = re.split("|".join(marks), marked)
-    if len(frame) != len(messages) + 1:
+    marks = [f"zqj{index}vxk" for index in range(len(chat.messages))]
+    marked = [
+        {**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)
+    ]
+    frame = re.split("|".join(marks), _text(tokenizer, encoder, Chat(marked, chat.tools)))
+    if len(frame) != len(marks) + 1:
         return None
     for trim in (str, str.strip, str.lstrip, str.rstrip):
-        contents = [trim(message["content"]) for message in messages]
+        contents = [trim(message["content"]) for message in chat.messages]
         if text == frame[0] + "".join(
             content + piece for content, piece in zip(contents, frame[1:], strict=True)
         ):
@@ -308,7 +352,8 @@ def _template_text_of_answers(
 ) -> set[int]:
     """Places of tokens that the template says for the assistant: behind what asks for an answer,
     and up to the end of turn."""
-    ends_of_turn = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    stops = {tokenizer.eos_token_id, *encoder.rules.stop_tokens}
     allowed = set[int]()
     for index, (_, end) in enumerate(layout.spans):
         if not layout.conversation.is_trained(index):
@@ -316,11 +361,15 @@ def _template_text_of_answers(
         allowed |= _opening(layout, encoder, index)
         is_last = index + 1 == len(layout.spans)
         limit = len(layout.text) + 1 if is_last else layout.spans[index + 1][0]
-        for place, (left, _) in enumerate(layout.offsets):
-            if end <= left < limit:
-                allowed.add(place)
-                if layout.ids[place] in ends_of_turn:
-                    break
+        behind = [place for place, (left, _) in enumerate(layout.offsets) if end <= left < limit]
+        closing = itertools.takewhile(lambda place: layout.ids[place] not in special, behind)
+        allowed.update(closing)
+        for place in itertools.dropwhile(lambda place: layout.ids[place] not in special, behind):
+            if layout.ids[place] not in special:
+                break
+            allowed.add(place)  # several end a turn together where they stand side by side
+            if layout.ids[place] in stops:
+                break
     return allowed
 
 
@@ -329,7 +378,7 @@ def _opening(layout: _Layout, encoder: Encoder, index: int) -> set[int]:
     if index == 0:
         return set()
     conversation = layout.conversation
-    asked = encoder.prompt_text(conversation.messages[:index], conversation.where)
+    asked = encoder.prompt_text(conversation.chat.first(index), conversation.where)
     if not layout.text.startswith(asked):
         return set()
     start, _ = layout.spans[index]

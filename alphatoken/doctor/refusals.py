@@ -12,15 +12,11 @@ from alphatoken.checkpoints.resuming import find_checkpoint
 from alphatoken.config.run import RunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import Splits, check_sizes, load_prompts
+from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.doctor.findings import Finding
 from alphatoken.models.decoder import decoder_of
-from alphatoken.models.loading import (
-    attention_of,
-    check_before_loading,
-    load_tokenizer,
-    model_without_weights,
-)
+from alphatoken.models.loading import attention_of, check_before_loading, model_without_weights
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
 from alphatoken.util.wording import plural

@@ -16,8 +16,9 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Splits, shared_rows
+from alphatoken.data.tokenizer import stop_tokens
 from alphatoken.doctor.findings import Finding
-from alphatoken.models.loading import name_attention, stop_tokens
+from alphatoken.models.loading import name_attention
 from alphatoken.util.wording import plural
 
 LOOKED_AT = 64  # rows that are collated

@@ -30,27 +30,6 @@ from alphatoken.models.decoder import Decoder, decoder_of
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token and the configured chat template. Raises
-    UserError without one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}"
-        ) from None
-    if config.chat_template is not None:
-        try:
-            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"cannot read model.chat_template={config.chat_template}: {error.strerror}"
-            ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
-    return tokenizer
-
-
 def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
     """What the model's `config.json` can tell before any weight is read. Raises UserError.
 
@@ -123,30 +102,6 @@ def different_kernels(by_rank: Sequence[str]) -> str | None:
         f"model.attn_implementation=auto is {found}: install the same packages on every node, or "
         "name a kernel that all of them have"
     )
-
-
-def eos_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
-) -> list[int]:
-    """Every token that ends a turn: the tokenizer's and those that stop generation."""
-    stops: Any = generation.eos_token_id if generation is not None else None
-    return sorted(
-        {
-            tokenizer.eos_token_id,
-            *(stops if isinstance(stops, list) else [stops] if stops is not None else []),
-        }
-    )
-
-
-def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`eos_token_ids` of a model that is not loaded."""
-    try:
-        generation = GenerationConfig.from_pretrained(config.name_or_path)
-    except OSError:  # as loading does where there is no such file
-        generation = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(config.name_or_path)
-        )
-    return eos_token_ids(tokenizer, generation)
 
 
 def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:

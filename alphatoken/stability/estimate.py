@@ -23,6 +23,7 @@ from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.noise import uniform_noise
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
+from alphatoken.data.tokenizer import eos_token_ids, load_tokenizer
 from alphatoken.distributed import collectives
 from alphatoken.distributed.engine import build_inference_engine
 from alphatoken.distributed.ranks import initialise_ranks
@@ -30,12 +31,7 @@ from alphatoken.distributed.settings import inference_config
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.identity import model_identity
-from alphatoken.models.loading import (
-    eos_token_ids,
-    load_model,
-    load_tokenizer,
-    settle_model,
-)
+from alphatoken.models.loading import load_model, settle_model
 from alphatoken.models.scored import scored_depth
 from alphatoken.stability.fisher_folder import EstimateFolder
 from alphatoken.stability.fisher_sum import FisherSum

@@ -15,18 +15,14 @@ from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
+from alphatoken.data.tokenizer import eos_token_ids, load_tokenizer
 from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
-from alphatoken.models.loading import (
-    eos_token_ids,
-    load_model,
-    load_tokenizer,
-    settle_model,
-)
+from alphatoken.models.loading import load_model, settle_model
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at

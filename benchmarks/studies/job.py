@@ -36,8 +36,8 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.cache import Document, TokenDataset
+from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
-from alphatoken.models.loading import load_tokenizer
 from alphatoken.objectives.base import KeptLosses, Objective
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective

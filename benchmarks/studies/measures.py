@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alphatoken.models.loading import eos_token_ids
+from alphatoken.data.tokenizer import eos_token_ids
 from benchmarks.corruptions import ADVERTISEMENT, by_wrong_rule
 
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")

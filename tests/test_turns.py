@@ -1,0 +1,489 @@
+"""What of a conversation is trained, for every kind of chat template that is known to have been
+trained wrongly; `[[ ]]` marks it.
+
+The templates are the smallest of their kind; a token of the tokenizer is a byte, or one of the
+marks below.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alphatoken.config.sections import ModelConfig
+from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.pairs import PairEncoder
+from alphatoken.data.rows import Chat
+from alphatoken.data.tokenizer import load_tokenizer
+from alphatoken.data.turns import APART, EMPTY, OTHER_OPENING, UNASKED, UNSAID_REASONING, ChatRules
+from alphatoken.errors import UserError
+
+MARKS = ["<system>", "<user>", "<assistant>", "<end>", "<stop>", "<think>", "</think>", "<call>"]
+
+Message = dict[str, Any]
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+TWO = [user("Ask one"), said("Say one"), user("Ask two"), said("Say two")]
+TURN = "<{{ m.role }}>{{ m.content }}"
+FOR_ALL = "{% for m in messages %}"
+ASKED = "{% if add_generation_prompt %}<assistant>{% endif %}"
+ENDED = FOR_ALL + TURN + "<end>\n{% endfor %}" + ASKED
+
+
+@pytest.fixture
+def load(tiny_model: Path) -> Callable[[str], PreTrainedTokenizerBase]:
+    """A tokenizer with a template."""
+
+    def loaded(template: str) -> PreTrainedTokenizerBase:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return loaded
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
+    """The text of a row with [[ ]] around what is trained."""
+    (document,) = encoded.documents
+    pairs = zip(document.input_ids, document.response_mask, strict=True)
+    parts = []
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(f"[[{text}]]" if trained else text)
+    return "".join(parts)
+
+
+def rows(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message] = TWO,
+    *,
+    stops: Sequence[str] = (),
+    more: dict[str, Any] | None = None,
+    **rules: Any,
+) -> list[Encoded]:
+    stop_tokens = frozenset(tokenizer.convert_tokens_to_ids(list(stops)))
+    encoder = Encoder(tokenizer, 1000, ChatRules(stop_tokens=stop_tokens, **rules))
+    found = encoder.encode({"messages": list(messages), **(more or {})}, "rows.jsonl:7")
+    assert not isinstance(found, Skipped), found
+    return found
+
+
+Load = Callable[[str], PreTrainedTokenizerBase]
+
+
+# Where a turn ends.
+
+
+@pytest.mark.parametrize("stops", [[], ["<end>"], ["<stop>"], ["<end>", "<stop>"]])
+def test_a_turn_ends_with_its_first_stop_token(load: Load, stops: list[str]) -> None:
+    tokenizer = load(ENDED + "{% if not add_generation_prompt %}<stop>{% endif %}")
+    (row,) = rows(tokenizer, stops=stops)
+    assert shown(tokenizer, row) == (
+        "<user>Ask one<end>\n<assistant>[[Say one<end>]]\n"
+        "<user>Ask two<end>\n<assistant>[[Say two<end>]]\n<stop>"
+    )
+
+
+def test_the_next_header_may_be_what_ends_a_turn(load: Load) -> None:
+    tokenizer = load(FOR_ALL + TURN + "{% endfor %}" + ASKED)
+    (row,) = rows(tokenizer, stops=["<user>"])
+    assert (
+        shown(tokenizer, row)
+        == "<user>Ask one<assistant>[[Say one<user>]]Ask two<assistant>[[Say two]]"
+    )
+    (row,) = rows(tokenizer)
+    assert (
+        shown(tokenizer, row)
+        == "<user>Ask one<assistant>[[Say one]]<user>Ask two<assistant>[[Say two]]"
+    )
+
+
+@pytest.mark.parametrize("stops", [["<stop>"], []])
+def test_two_tokens_may_end_a_turn_together(load: Load, stops: list[str]) -> None:
+    tokenizer = load(FOR_ALL + TURN + "<end><stop>{% endfor %}" + ASKED)
+    (row,) = rows(tokenizer, TWO[:2], stops=stops)
+    assert shown(tokenizer, row) == "<user>Ask one<end><stop><assistant>[[Say one<end><stop>]]"
+
+
+def test_an_answer_may_have_stop_tokens_and_marks_of_its_own(load: Load) -> None:
+    tokenizer = load(ENDED)
+    (row,) = rows(tokenizer, [user("Ask"), said("<think>x</think>A <end> b")], stops=["<end>"])
+    assert (
+        shown(tokenizer, row) == "<user>Ask<end>\n<assistant>[[<think>x</think>A <end> b<end>]]\n"
+    )
+
+
+def test_white_space_before_a_stop_token_is_generated(load: Load) -> None:
+    tokenizer = load(FOR_ALL + TURN + " <stop>{% endfor %}" + ASKED)
+    (row,) = rows(tokenizer, TWO[:2], stops=["<stop>"])
+    assert shown(tokenizer, row) == "<user>Ask one <stop><assistant>[[Say one <stop>]]"
+
+
+def test_without_any_stop_token_the_whole_turn_is_trained(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (row,) = rows(tokenizer, TWO[:2])
+    assert shown(tokenizer, row) == "user: Ask one\nassistant: [[Say one\n]]"
+
+
+# The template's own marks.
+
+GENERATED = (
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}"
+    "{% else %}{{ m.content }}<end>{% endif %}"
+)
+
+
+def test_marks_are_followed_to_the_character(load: Load) -> None:
+    tokenizer = load(
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT: "
+        "{% else %}{% generation %}{{ m.content + ' ' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_tokens([" US"])  # a token across the mark's edge
+    assert len(tokenizer.get_vocab()) == len(vocabulary) + 1
+    (row,) = rows(tokenizer)
+    assert (
+        shown(tokenizer, row)
+        == "USER: Ask one ASSISTANT: [[Say one]] USER: Ask two ASSISTANT: [[Say two ]]"
+    )
+
+
+@pytest.mark.parametrize("end", ["e\u0301", "x\u200b", "\U0001f600", "\u4e2d\u6587", "no  "])
+def test_marks_around_the_text_hold_whatever_it_ends_in(load: Load, end: str) -> None:
+    template = (
+        FOR_ALL + "<{{ m.role }}>"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}<end>{% endfor %}" + ASKED
+    )
+    tokenizer = load(template)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    (row,) = rows(tokenizer, [user("Ask"), said(f"Say {end}"), user("Ask two"), said("Say two")])
+    normal = normalizers.NFC().normalize_str(end)
+    assert shown(tokenizer, row) == (
+        f"<user>Ask<end><assistant>[[Say {normal}]]<end>"
+        f"<user>Ask two<end><assistant>[[Say two]]<end>"
+    )
+
+
+def test_a_header_that_is_marked_is_trained(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + "{% if m.role == 'assistant' %}{% generation %}<assistant>{{ m.content }}<end>"
+        "{% endgeneration %}{% else %}<user>{{ m.content }}<end>{% endif %}{% endfor %}" + ASKED
+    )
+    (row,) = rows(tokenizer)
+    assert (
+        shown(tokenizer, row) == "<user>Ask one<end>[[<assistant>Say one<end>]]"
+        "<user>Ask two<end>[[<assistant>Say two<end>]]"
+    )
+
+
+def test_marks_that_leave_an_answer_out_are_an_error(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + "<{{ m.role }}>{% if loop.first %}{% generation %}{% endgeneration %}"
+        "{% endif %}{{ m.content }}<end>{% endfor %}" + ASKED
+    )
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* marks leave out message 2"):
+        rows(tokenizer)
+
+
+# What inference sees before an answer.
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_forgets_reasoning_makes_a_row_of_every_turn(
+    load: Load, marked: bool
+) -> None:
+    answer = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<end>"
+    if marked:
+        answer = "{% generation %}" + answer + "{% endgeneration %}"
+    tokenizer = load(
+        FOR_ALL
+        + "<{{ m.role }}>{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
+        + ASKED
+    )
+    talk = [
+        user("Ask one"),
+        said("<think>a</think>one"),
+        user("Ask two"),
+        said("<think>b</think>two"),
+    ]
+    first, second = rows(tokenizer, talk)
+    assert shown(tokenizer, first) == "<user>Ask one<end><assistant>[[<think>a</think>one<end>]]"
+    assert shown(tokenizer, second) == (
+        "<user>Ask one<end><assistant>one<end>"
+        "<user>Ask two<end><assistant>[[<think>b</think>two<end>]]"
+    )
+    assert (first.notes, second.notes) == ((APART,), ())
+    assert first.asked != second.asked
+    (last,) = rows(tokenizer, talk, turns="last")
+    assert shown(tokenizer, last) == shown(tokenizer, second)
+    pair = PairEncoder(tokenizer, 100, 100).encode(
+        {"prompt": talk[:3], "chosen": talk[3:], "rejected": [said("no")]}, "here"
+    )
+    assert isinstance(pair, list)
+    chosen = Encoded(pair[0].documents[:1], ())
+    assert shown(tokenizer, chosen) == shown(tokenizer, second)
+
+
+def test_only_the_last_turn(load: Load) -> None:
+    tokenizer = load(ENDED)
+    (row,) = rows(tokenizer, turns="last")
+    assert shown(tokenizer, row) == (
+        "<user>Ask one<end>\n<assistant>Say one<end>\n"
+        "<user>Ask two<end>\n<assistant>[[Say two<end>]]\n"
+    )
+
+
+def test_a_system_text_may_stand_before_the_last_question(load: Load) -> None:
+    tokenizer = load(
+        "{% set system = messages[0].content %}{% set talk = messages[1:] %}"
+        "{% for m in talk %}{% if m.role == 'user' %}<user>"
+        "{% if loop.index0 >= talk|length - (1 if add_generation_prompt else 2) %}"
+        "{{ system }} {% endif %}"
+        "{{ m.content }}{% else %}<assistant>{{ m.content }}<end>{% endif %}{% endfor %}" + ASKED
+    )
+    found = rows(tokenizer, [{"role": "system", "content": "Be brief."}, *TWO])
+    assert [shown(tokenizer, row) for row in found] == [
+        "<user>Be brief. Ask one<assistant>[[Say one<end>]]",
+        "<user>Ask one<assistant>Say one<end><user>Be brief. Ask two<assistant>[[Say two<end>]]",
+    ]
+
+
+def test_what_asks_for_an_answer_must_stand_before_it(load: Load) -> None:
+    thinking = (
+        FOR_ALL + "<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}"
+        "<assistant>{% if enable_thinking is not defined or enable_thinking %}"
+        "<think>\n{% endif %}{% endif %}"
+    )
+    tokenizer = load(thinking)
+    complaint = (
+        r"rows.jsonl:7: inference would begin message 2 behind '<think>\\n', but the chat template "
+        r"writes 'Say one<end>' there; set model.chat_template_kwargs.*enable_thinking"
+    )
+    with pytest.raises(UserError, match=complaint):
+        rows(tokenizer)
+    (row,) = rows(tokenizer, variables={"enable_thinking": False})
+    assert (
+        shown(tokenizer, row) == "<user>Ask one<end><assistant>[[Say one<end>]]"
+        "<user>Ask two<end><assistant>[[Say two<end>]]"
+    )
+    (row,) = rows(tokenizer, [user("Ask"), said("<think>\nhm</think>Say")])
+    assert shown(tokenizer, row) == "<user>Ask<end><assistant><think>\n[[hm</think>Say<end>]]"
+    marked = load(thinking.replace("{{ m.content }}<end>", GENERATED))
+    (row,) = rows(marked, TWO[:2])
+    assert shown(marked, row) == "<user>Ask one<end><assistant>[[Say one<end>]]"
+    assert row.notes == (OTHER_OPENING,)
+
+
+# Turns that are not trained.
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_answers_nothing_is_not_trained(load: Load, marked: bool) -> None:
+    by_marks = FOR_ALL + "<{{ m.role }}>" + GENERATED + "{{ '\n' }}{% endfor %}" + ASKED
+    tokenizer = load(by_marks if marked else ENDED)
+    (row,) = rows(tokenizer, [said("Hello"), *TWO[:2]])
+    assert (
+        shown(tokenizer, row)
+        == "<assistant>Hello<end>\n<user>Ask one<end>\n<assistant>[[Say one<end>]]\n"
+    )
+    assert row.notes == (UNASKED,)
+    alone = Encoder(tokenizer, 100).encode({"messages": [said("Hello"), user("Bye")]}, "here")
+    assert alone == Skipped("no answer to train")
+
+
+def test_a_prefix_that_asks_nothing_is_not_rendered(load: Load) -> None:
+    tokenizer = load(
+        "{% if not (messages | selectattr('role', 'equalto', 'user') | list) %}"
+        "{{ raise_exception('No user query found') }}{% endif %}" + ENDED
+    )
+    talk = [{"role": "system", "content": "S"}, said("Hello"), *TWO[:2]]
+    (row,) = rows(tokenizer, talk)
+    assert shown(tokenizer, row).endswith(
+        "<assistant>Hello<end>\n<user>Ask one<end>\n<assistant>[[Say one<end>]]\n"
+    )
+    assert row.notes == (UNASKED,)
+    with pytest.raises(
+        UserError, match="the chat template refuses this conversation: No user query"
+    ):
+        Encoder(tokenizer, 100).encode_prompt(Chat([{"role": "system", "content": "S"}]), "here")
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_turn_is_not_trained(load: Load, empty: str) -> None:
+    tokenizer = load(ENDED)
+    (row,) = rows(tokenizer, [user("Ask one"), said(empty), *TWO[2:]])
+    assert shown(tokenizer, row).count("[[") == 1
+    assert "[[Say two<end>]]" in shown(tokenizer, row)
+    assert row.notes == (EMPTY,)
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_message_may_be_left_out(load: Load, flag: dict[str, Any]) -> None:
+    tokenizer = load(ENDED)
+    (row,) = rows(tokenizer, [user("Ask one"), said("BAD", **flag), *TWO[2:]])
+    assert shown(tokenizer, row).count("[[") == 1
+    assert "[[Say two<end>]]" in shown(tokenizer, row)
+    with pytest.raises(
+        UserError, match=r"message 2 of 'messages' has weight=0.5: .* \(1\) or not \(0\)"
+    ):
+        rows(tokenizer, [user("Ask one"), said("x", weight=0.5)])
+
+
+# What a template leaves out.
+
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}{% endfor %}"
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
+def test_a_call_is_an_answer(load: Load, arguments: Any) -> None:
+    tokenizer = load("{{ tools | tojson }}" + FOR_ALL + TURN + CALLS + "<end>{% endfor %}" + ASKED)
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    talk = [user("Ask"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (row,) = rows(tokenizer, talk, more={"tools": [TOOL]}, stops=["<end>"])
+    assert '[{"type": "function"' in shown(tokenizer, row)
+    assert shown(tokenizer, row).endswith(
+        '<assistant>[[<call>{"name": "weather", "arguments": {"city": "Rome"}}<end>]]'
+    )
+    forgetful = load(ENDED)
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:7: message 2 calls the tool 'weather' .* does not write"
+    ):
+        rows(forgetful, talk)
+
+
+def test_arguments_must_be_json(load: Load) -> None:
+    call = {"function": {"name": "weather", "arguments": "{city"}}
+    with pytest.raises(UserError, match=r"message 2 of 'messages' calls 'weather' with .* no JSON"):
+        rows(load(ENDED), [user("Ask"), said("", tool_calls=[call])])
+
+
+def test_an_answer_that_disappears_is_an_error(load: Load) -> None:
+    tokenizer = load(ENDED.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"))
+    complaint = r"rows.jsonl:7: message 2 has a 'content' of which nothing is in"
+    with pytest.raises(UserError, match=complaint):
+        rows(tokenizer)
+
+
+def test_reasoning_that_disappears_is_counted(load: Load) -> None:
+    (row,) = rows(load(ENDED), [user("Ask"), said("Say", reasoning_content="because")])
+    assert row.notes == (UNSAID_REASONING,)
+
+
+def test_parts_of_text_are_joined_and_others_refused(load: Load) -> None:
+    tokenizer = load(ENDED)
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "one"}]
+    (row,) = rows(tokenizer, [user("Ask one"), {"role": "assistant", "content": parts}])
+    assert "[[Say one<end>]]" in shown(tokenizer, row)
+    with pytest.raises(UserError, match="message 1 of 'messages' has a part of type 'image'"):
+        rows(tokenizer, [{"role": "user", "content": [{"type": "image"}]}, said("x")])
+
+
+def test_half_a_character_is_named(load: Load) -> None:
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:7: content of message 2 .* surrogate '\\ud83d'\) at 5"
+    ):
+        rows(load(ENDED), [user("Ask"), said("Say \ud83d")])
+
+
+# Templates of a tokenizer.
+
+
+def test_one_of_several_templates_is_chosen_by_name(load: Load, tmp_path: Path) -> None:
+    tokenizer = load(ENDED)
+    tokenizer.chat_template = {"tool_use": ENDED, "rag": "x"}
+    with pytest.raises(
+        UserError, match=r"several chat templates .* model.chat_template to one of rag, tool_use"
+    ):
+        Encoder(tokenizer, 100)
+    tokenizer.save_pretrained(tmp_path)
+    values = {"name_or_path": str(tmp_path), "chat_template": "tool_use"}
+    chosen = load_tokenizer(ModelConfig.model_validate(values))
+    assert chosen.chat_template == ENDED
+    with pytest.raises(
+        UserError, match=r"chat_template=other: .*; the tokenizer's own are rag, tool_use"
+    ):
+        load_tokenizer(ModelConfig.model_validate({**values, "chat_template": "other"}))
+
+
+def test_all_that_decides_is_in_the_identity(load: Load) -> None:
+    tokenizer = load(ENDED)
+    rules = [
+        ChatRules(),
+        ChatRules(turns="last"),
+        ChatRules(variables={"x": 1}),
+        ChatRules(stop_tokens=frozenset([5])),
+    ]
+    assert len({Encoder(tokenizer, 100, each).identity for each in rules}) == len(rules)
+
+
+# Any conversation, any template: what is trained is what the model would have said.
+
+WORDS = st.text("ab <>\u00e9\u4e2d\n", min_size=1, max_size=8).filter(lambda text: text.strip())
+TEMPLATES = {
+    "ended": ENDED,
+    "ended, marked": FOR_ALL + "<{{ m.role }}>" + GENERATED + "{% endfor %}" + ASKED,
+    "forgetful": FOR_ALL
+    + "<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '-' }}<end>{% endfor %}"
+    + ASKED,
+    "first turn only numbered": FOR_ALL
+    + "{% if loop.first %}1{% endif %}"
+    + TURN
+    + "<end>\n{% endfor %}"
+    + ASKED,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(talk=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
+def test_each_answer_is_trained_behind_what_inference_sees(
+    load: Load, template: str, talk: list[tuple[str, str]]
+) -> None:
+    tokenizer = load(template)
+    messages = [message for ask, answer in talk for message in (user(ask), said(answer))]
+    found = rows(tokenizer, messages, stops=["<end>"])
+    trained = []
+    for row in found:
+        (document,) = row.documents
+        starts = [
+            place
+            for place, (before, mark) in enumerate(
+                itertools.pairwise([False, *document.response_mask])
+            )
+            if mark and not before
+        ]
+        trained += [(document, start) for start in starts]
+    assert len(trained) == len(talk)
+    for number, (document, start) in enumerate(trained):
+        asked = tokenizer.apply_chat_template(
+            messages[: 2 * number + 1], add_generation_prompt=True, tokenize=False
+        )
+        own = tokenizer(asked + talk[number][1] + "<end>", add_special_tokens=False)["input_ids"]
+        assert document.input_ids[: len(own)] == own
+        assert tokenizer(asked, add_special_tokens=False)["input_ids"] == own[:start]
+        assert all(document.response_mask[start : len(own)])
+        assert not any(document.response_mask[len(own) : len(own) + 1])
