@@ -311,6 +311,8 @@ def test_conversations_that_a_template_shortens_or_refuses(
     tokenizer.chat_template = template(
         other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}"
     )
+    assert judged(tokenizer, config).outcome == "ok"
+    tokenizer.chat_template = template(assistant="{{ message['content'][1:] + '<|im_end|>' }}")
     found = judged(tokenizer, config)
     assert (found.outcome, found.nodes) == ("warning", ())
     assert "cannot be checked" in found.found

@@ -1,8 +1,8 @@
 """What of a conversation is trained: the one place that decides.
 
 The assistant's turn is what a model has to generate: from behind the text that asks for it to the
-first stop token behind what the message says. Where a template marks its part of an assistant's turn
-itself (`{% generation %}`), the marks are followed; marks around what others say count for nothing.
+first stop token behind what the message says. Where a template marks the assistant's turns itself
+(`{% generation %}`), its marks are followed; those around what others say count for nothing.
 
 A turn is rendered as inference would see it, with what comes before it and nothing after. Where the
 whole conversation begins with that text for every turn, it is trained as one; where a template

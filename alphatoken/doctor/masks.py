@@ -149,7 +149,8 @@ class _Layout:
     conversation: Conversation
     text: str
     spans: list[tuple[int, int]]
-    """First and last character of each message's content."""
+    """First and last character of each message's content, both behind the text where a message that
+    is not trained is rewritten."""
     ids: list[int]
     offsets: list[tuple[int, int]]
     """First and last character of each token."""
@@ -218,7 +219,7 @@ def _lay_out(
     ids, offsets = tokens.ids, list(encoding["offset_mapping"])
     # The EOS that a row without template gets stands behind the text.
     offsets += [(len(text), len(text))] * (len(ids) - len(offsets))
-    spans = _spans(tokenizer, encoder, conversation.chat, text)
+    spans = _spans(tokenizer, encoder, conversation, text)
     if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
         return None
     return _Layout(
@@ -312,29 +313,47 @@ def _text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat) -> s
 
 
 def _spans(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat, text: str
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, text: str
 ) -> list[tuple[int, int]] | None:
-    """Where each message's content lies in `text`. None where the template does more than to put
-    text around it."""
-    marks = [f"zqj{index}vxk" for index in range(len(chat.messages))]
+    """Where each message's content lies in `text`; behind it for one that the template rewrites,
+    where nothing of that is trained. None where it rewrites what is trained."""
+    places = range(len(conversation.chat.messages))
+    for sought in (places, list(filter(conversation.is_trained, places))):
+        found = _spans_of(sought, tokenizer, encoder, conversation.chat, text)
+        if found is not None:
+            return [found.get(place, (len(text) + 1, len(text) + 1)) for place in places]
+    return None
+
+
+def _spans_of(
+    sought: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    chat: Chat,
+    text: str,
+) -> dict[int, tuple[int, int]] | None:
+    """Where the content of some messages lies in `text`. None where the template does more than to
+    put text around it."""
+    marks = {index: f"zqj{index}vxk" for index in sought}
     marked = [
-        {**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)
+        {**message, "content": marks.get(index, message["content"])}
+        for index, message in enumerate(chat.messages)
     ]
-    frame = re.split("|".join(marks), _text(tokenizer, encoder, Chat(marked, chat.tools)))
-    if len(frame) != len(marks) + 1:
+    frame = re.split("|".join(marks.values()), _text(tokenizer, encoder, Chat(marked, chat.tools)))
+    if not marks or len(frame) != len(marks) + 1:
         return None
     for trim in (str, str.strip, str.lstrip, str.rstrip):
-        contents = [trim(message["content"]) for message in chat.messages]
+        contents = [trim(chat.messages[index]["content"]) for index in sought]
         if text == frame[0] + "".join(
             content + piece for content, piece in zip(contents, frame[1:], strict=True)
         ):
             break
     else:
         return None
-    spans, place = [], 0
-    for before, content in zip(frame, contents, strict=False):
+    spans, place = {}, 0
+    for index, before, content in zip(sought, frame, contents, strict=False):
         place += len(before)
-        spans.append((place, place + len(content)))
+        spans[index] = (place, place + len(content))
         place += len(content)
     return spans
 
