@@ -32,7 +32,8 @@ TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 LONGEST_STOP = 64
 """Characters of a token that ends a turn, at most."""
 RECOGNISED = 20
-"""Characters at either end of a text by which it is found in what a template made of it."""
+"""Characters at either end of a text, or half of it, by which it is found in what a template made
+of it."""
 
 Span = tuple[int, int]
 """First character, and the first behind the last."""
@@ -292,7 +293,8 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
 
 def _is_in(part: str, text: str, start: int) -> bool:
     """Whether a text stands in another from `start` on, perhaps shortened at one end."""
-    ends = part[:RECOGNISED], part[-RECOGNISED:]
+    length = min(RECOGNISED, (len(part) + 1) // 2)
+    ends = part[:length], part[-length:]
     return any(text.find(end, _from(start, end)) >= 0 for end in ends)
 
 
