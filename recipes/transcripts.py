@@ -10,7 +10,6 @@ message.
 
 import gzip
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,25 +17,14 @@ from typing import Annotated, Any
 import typer
 
 from alphatoken.cli import readable_errors
+from alphatoken.data.formats import turns_of
 from alphatoken.errors import UserError
-
-SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def messages_of(transcript: str, where: str) -> list[dict[str, str]]:
     """The turns of a transcript that ends where the assistant is to answer. Raises UserError for
     another text."""
-    before, *parts = SPEAKER.split(transcript)
-    if before.strip() or not parts:
-        raise UserError(
-            f"{where}: the prompt must begin with 'Human:' or 'Assistant:', but begins "
-            f"{transcript[:40]!r}"
-        )
-    turns = [
-        {"role": ROLES[speaker], "content": text.strip()}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = turns_of(transcript, where)
     if turns[-1] != {"role": "assistant", "content": ""}:
         raise UserError(
             f"{where}: the prompt must end with 'Assistant:', but ends {transcript[-40:]!r}"

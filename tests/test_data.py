@@ -195,8 +195,8 @@ def test_truncation_and_skips_are_counted(
         ('{"prompt": "Hi", "response": ', "not valid JSON"),
         ('["Hi"]', "must be a JSON object, not a list"),
         (
-            '{"question": "Hi", "answer": "x"}',
-            "needs either 'prompt' and 'response', or 'messages'; this one has answer",
+            '{"ask": "Hi", "answer": "x"}',
+            "needs either 'prompt' and 'response', or 'messages'; this one has answer, ask",
         ),
         ('{"prompt": "Hi", "response": 3}', "'response' must be text, but is 3"),
         ('{"messages": []}', "'messages' must be a non-empty list"),

@@ -115,6 +115,11 @@ class Source(Section):
         default_factory=dict,
         description="Our field to the source's, as in {prompt: problem, response: solution}.",
     )
+    format: str = Field(
+        "auto",
+        description="What the rows are like, a name in data.formats.FORMATS; auto: by their "
+        "columns.",
+    )
 
 
 def _as_sources(value: Any) -> Any:

@@ -52,13 +52,16 @@ class SourceReport:
     skipped: dict[str, int]
     tokens: int
     response_tokens: int
+    unread: list[str]
+    """Columns that were not read."""
 
     def __str__(self) -> str:
         notes = [f"{count} {what}" for what, count in {**self.cut, **self.notes}.items()]
         notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
         detail = f" ({', '.join(notes)})" if notes else ""
         responses = f", {self.response_tokens} of responses" if self.response_tokens else ""
-        return f"{self.path}: {self.rows} rows, {self.tokens} tokens{responses}{detail}"
+        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{self.path}: {self.rows} rows, {self.tokens} tokens{responses}{detail}{unread}"
 
 
 # Token ids (int32) and response mask (bool), (T,) each.
@@ -193,10 +196,12 @@ def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path)
     skipped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     notes: Counter[str] = Counter()
+    unread = set[str]()
     kept = tokens = response_tokens = 0
     batch: list[dict[str, Any]] = []
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for row in rows:
+            unread |= row.unread
             encoded = encoder.encode(row.fields, location(source, row.number))
             if isinstance(encoded, Skipped):
                 skipped[encoded.reason] += 1
@@ -221,6 +226,7 @@ def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path)
         skipped=dict(skipped),
         tokens=tokens,
         response_tokens=response_tokens,
+        unread=sorted(unread),
     )
 
 

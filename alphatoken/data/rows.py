@@ -63,7 +63,9 @@ def as_chat(fields: dict[str, Any], where: str) -> Chat:
     hint = "; pairs are for recipes/preference.py and configurations with a section preference"
     raise UserError(
         f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has "
-        f"{', '.join(sorted(fields))}" + (hint if "chosen" in fields else "")
+        f"{', '.join(sorted(fields))}, which is no format known either (docs/operations.md, Data); "
+        "name columns (columns: {prompt: ..., response: ...})"
+        + (hint if "chosen" in fields else "")
     )
 
 

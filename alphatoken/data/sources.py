@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alphatoken.config.sections import Source
+from alphatoken.data.formats import converted
 from alphatoken.errors import UserError
 from alphatoken.util.files import file_sha256
 
@@ -30,6 +31,8 @@ class Row:
 
     number: int
     fields: dict[str, Any]
+    unread: frozenset[str] = frozenset()
+    """Columns of the source that were not read."""
 
 
 def location(source: Source, number: int) -> str:
@@ -43,8 +46,8 @@ def location(source: Source, number: int) -> str:
 
 
 def open_source(source: Source) -> tuple[str, Iterator[Row]]:
-    """A fingerprint of the source's content, and its rows. Raises UserError when it cannot be found
-    or read."""
+    """A fingerprint of the source's content, and its rows in one of our forms (`formats`). Raises
+    UserError when it cannot be found or read."""
     path = _filled_in(source.path)
     rows: Iterator[Row]
     if source.path.endswith(SUFFIXES):
@@ -55,13 +58,31 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     else:
         dataset = _open_dataset(source, path)
         fingerprint = str(dataset._fingerprint)
-        rows = (Row(number, fields) for number, fields in enumerate(dataset, start=1))
+        rows = (
+            Row(number, without_nulls(fields)) for number, fields in enumerate(dataset, start=1)
+        )
     end = None if source.first is None else source.skip + source.first
     renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
     chosen = itertools.islice(rows, source.skip, end)
-    return f"{fingerprint}[{source.skip}:{end}]{renamed}", _renamed(
-        source, chosen
-    ) if source.columns else chosen
+    named = _renamed(source, chosen) if source.columns else chosen
+    return (
+        f"{fingerprint}[{source.skip}:{end}]{renamed} {source.format}",
+        _converted(source, named),
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """A row without what is null in it: files with fixed columns fill in what a row does not
+    have, also within tool calls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _converted(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        fields, unread = converted(row.fields, source.format, location(source, row.number))
+        yield Row(row.number, fields, unread)
 
 
 def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
@@ -123,7 +144,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(number, fields)
+                    yield Row(number, without_nulls(fields))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {file} as Parquet: {error}") from None
 

@@ -1,0 +1,284 @@
+"""The forms that rows have as others publish them, each turned into one of ours.
+
+Ours are `messages` (with `tools`), `prompt` and `response`, and `prompt`, `chosen` and `rejected`
+(`rows`). A format is recognised by its columns: it is the first of `FORMATS` that a row has all
+columns of. A source may name it (`format:`). To read another one, add an entry to `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alphatoken.errors import UserError
+
+Fields = dict[str, Any]
+Message = dict[str, Any]
+Convert = Callable[[Fields, str], Fields]
+"""From a row and its name in errors, ours. Raises UserError for a row that is not of the format."""
+
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of a form become ours."""
+
+    needs: tuple[str, ...]
+    """Columns that tell the format."""
+    convert: Convert
+    also: tuple[str, ...] = ()
+    """Columns that are read where they are there."""
+    lacks: tuple[str, ...] = ()
+    """Columns that a row of the format does not have."""
+
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a row has the columns of the format."""
+        return all(fields.get(name) is not None for name in self.needs) and not any(
+            fields.get(name) is not None for name in self.lacks
+        )
+
+
+def format_of(fields: Mapping[str, Any]) -> str | None:
+    """The name of a row's format; None where no format fits."""
+    return next((name for name, each in FORMATS.items() if each.fits(fields)), None)
+
+
+def converted(fields: Fields, name: str, where: str) -> tuple[Fields, frozenset[str]]:
+    """A row in one of our forms, and the columns that were not read; `name` is a format, or auto: a
+    row of no known format stays as it is.
+
+    Raises UserError, naming `where`, for a row that is not of the format.
+    """
+    known = format_of(fields) if name == "auto" else name
+    if known is None:
+        return fields, frozenset()
+    if known not in FORMATS:
+        raise UserError(f"data format={known} is not one of auto, {', '.join(FORMATS)}")
+    chosen = FORMATS[known]
+    missing = [column for column in chosen.needs if fields.get(column) is None]
+    if missing:
+        raise UserError(
+            f"{where}: format={known} needs a column {missing[0]!r}; this row has "
+            f"{', '.join(sorted(fields))}"
+        )
+    unread = frozenset(fields) - {*chosen.needs, *chosen.also}
+    return chosen.convert(fields, where), unread
+
+
+def turns_of(transcript: str, where: str) -> list[Message]:
+    """The turns of a text in which `Human:` and `Assistant:` speak. Raises UserError for another
+    text."""
+    before, *parts = SPEAKER.split(transcript)
+    if before.strip() or not parts:
+        raise UserError(
+            f"{where}: a transcript must begin with 'Human:' or 'Assistant:', but this one begins "
+            f"{transcript[:40]!r}"
+        )
+    return [
+        {"role": SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _kept(*names: str) -> Convert:
+    """A row of one of our forms."""
+    return lambda fields, where: {name: fields[name] for name in names if name in fields}
+
+
+def _asked(question: str, answer: str, system: str | None = None) -> Convert:
+    """A question and an answer in columns of other names."""
+
+    def convert(fields: Fields, where: str) -> Fields:
+        turns = [
+            {"role": "user", "content": fields[question]},
+            {"role": "assistant", "content": fields[answer]},
+        ]
+        return {"messages": [*_system(fields, system), *turns]}
+
+    return convert
+
+
+def _one(role: str, text: str) -> list[Message]:
+    return [{"role": role, "content": text}]
+
+
+def _system(fields: Fields, name: str | None) -> list[Message]:
+    text = fields.get(name) if name else None
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _alpaca(fields: Fields, where: str) -> Fields:
+    """Instruction and input are one question; earlier questions and answers are in `history`."""
+    given = fields.get("input")
+    question = f"{fields['instruction']}\n\n{given}" if given else fields["instruction"]
+    earlier = [
+        {"role": role, "content": text}
+        for asked, answered in fields.get("history") or []
+        for role, text in (("user", asked), ("assistant", answered))
+    ]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": fields["output"]},
+    ]
+    return {"messages": [*_system(fields, "system"), *earlier, *turns]}
+
+
+def _sharegpt(fields: Fields, where: str) -> Fields:
+    return {
+        "messages": [*_system(fields, "system"), *_sharegpt_turns(fields["conversations"], where)],
+        "tools": fields.get("tools"),
+    }
+
+
+def _sharegpt_turns(turns: Any, where: str) -> list[Message]:
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        if speaker not in SHAREGPT_ROLES or "value" not in turn:
+            raise UserError(
+                f"{where}: turn {number} of 'conversations' needs 'value' and 'from', one of "
+                f"{', '.join(SHAREGPT_ROLES)}, but is {str(turn)[:80]}"
+            )
+        message: Message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        if speaker == "function_call":
+            message = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": _json(turn["value"], f"{where}: turn {number}")}],
+            }
+        messages.append(message)
+    return messages
+
+
+def _sharegpt_pair(fields: Fields, where: str) -> Fields:
+    chosen, rejected = (_sharegpt_turns([fields[name]], where) for name in ("chosen", "rejected"))
+    prompt = _sharegpt(fields, where)
+    return {"prompt": prompt["messages"], "chosen": chosen, "rejected": rejected}
+
+
+def _completion(fields: Fields, where: str) -> Fields:
+    """Prompt and completion, as text or as messages."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "response": completion, "tools": fields.get("tools")}
+    turns = [
+        *(_one("user", prompt) if isinstance(prompt, str) else prompt),
+        *(_one("assistant", completion) if isinstance(completion, str) else completion),
+    ]
+    return {"messages": turns, "tools": fields.get("tools")}
+
+
+def _pair(fields: Fields, where: str) -> Fields:
+    """A prompt with two answers, each a text, a message or a list of them; or two transcripts."""
+    branches: Fields = {
+        name: [fields[name]] if isinstance(fields[name], dict) else fields[name]
+        for name in ("chosen", "rejected")
+    }
+    prompt = fields.get("prompt")
+    if all(isinstance(text, str) and SPEAKER.match(text) for text in branches.values()):
+        turns = {name: turns_of(str(text), where) for name, text in branches.items()}
+        return {**turns, "tools": fields.get("tools")}
+    if isinstance(prompt, str) and SPEAKER.match(prompt):
+        asked = turns_of(prompt, where)
+        if asked[-1] == {"role": "assistant", "content": ""}:
+            prompt = asked[:-1]
+    given = {} if prompt is None else {"prompt": prompt}
+    return {**given, **branches, "tools": fields.get("tools")}
+
+
+def _two_responses(fields: Fields, where: str) -> Fields:
+    """Two answers, and the number of the better one."""
+    better = fields.get("better_response_id")
+    if better not in (0, 1):
+        raise UserError(
+            f"{where}: 'better_response_id' must be 0 or 1, but is {better!r}: which of the two "
+            "responses is chosen?"
+        )
+    return {
+        "prompt": fields["prompt"],
+        "chosen": fields[f"response_{better}"],
+        "rejected": fields[f"response_{1 - better}"],
+    }
+
+
+def _ranked(fields: Fields, where: str) -> Fields:
+    """Several answers with scores: the best against the worst."""
+    rated = [
+        (each.get("overall_score", each.get("score")), each.get("response", each.get("text")))
+        for each in fields["completions"]
+        if isinstance(each, dict)
+    ]
+    known = [(float(score), text) for score, text in rated if score is not None and text]
+    if len(known) < 2 or min(known)[0] == max(known)[0]:
+        raise UserError(
+            f"{where}: 'completions' needs at least two answers with different 'overall_score', "
+            f"but has {len(known)} with a score"
+        )
+    best = max(known, key=lambda pair: pair[0])
+    worst = min(known, key=lambda pair: pair[0])
+    return {"prompt": fields["instruction"], "chosen": best[1], "rejected": worst[1]}
+
+
+def _unpaired(fields: Fields, where: str) -> Fields:
+    raise UserError(
+        f"{where}: 'completion' with 'label' is an answer that was judged alone (KTO), and pairs "
+        "are trained here: leave the rows with label=false out and train on the others with "
+        "recipes/sft.py, or give pairs"
+    )
+
+
+def _json(text: Any, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{where} is a function call that is no JSON: {error}") from None
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(
+        ("messages",), _kept("messages", "tools"), also=("tools",), lacks=("response",)
+    ),
+    "prompt_response": Format(
+        ("prompt", "response"), _kept("prompt", "response", "tools"), also=("tools",)
+    ),
+    "sharegpt_pair": Format(
+        ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system",)
+    ),
+    "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "tools")),
+    "unpaired": Format(("completion", "label"), _unpaired, also=("prompt",)),
+    "completion": Format(("prompt", "completion"), _completion, also=("tools",)),
+    "sharegpt": Format(("conversations",), _sharegpt, also=("system", "tools")),
+    "alpaca": Format(("instruction", "output"), _alpaca, also=("input", "system", "history")),
+    "orca": Format(
+        ("question", "response"),
+        _asked("question", "response", "system_prompt"),
+        also=("system_prompt",),
+    ),
+    "problem_solution": Format(("problem", "solution"), _asked("problem", "solution")),
+    "instruction_response": Format(("instruction", "response"), _asked("instruction", "response")),
+    "two_responses": Format(
+        ("prompt", "response_0", "response_1"), _two_responses, also=("better_response_id",)
+    ),
+    "ranked": Format(("instruction", "completions"), _ranked),
+    "question_answer": Format(("question", "answer"), _asked("question", "answer")),
+}

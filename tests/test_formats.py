@@ -1,0 +1,243 @@
+"""Rows as others publish them become ours; what is not read is named, what is ambiguous refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from alphatoken.config.sections import Source
+from alphatoken.data.cache import tokenise
+from alphatoken.data.chat import Encoder
+from alphatoken.data.formats import FORMATS, converted, format_of
+from alphatoken.data.pairs import PairEncoder
+from alphatoken.data.rows import as_chat, as_pair
+from alphatoken.data.sources import open_source
+from alphatoken.errors import UserError
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ONE = [user("Ask"), said("Say")]
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+
+SUPERVISED: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
+    "ours": ("prompt_response", {"prompt": "Ask", "response": "Say"}, ONE),
+    "UltraChat": ("messages", {"prompt": "Ask", "prompt_id": "x", "messages": ONE}, ONE),
+    "Alpaca": ("alpaca", {"instruction": "Ask", "input": "", "output": "Say"}, ONE),
+    "Alpaca with all": (
+        "alpaca",
+        {
+            "instruction": "Add",
+            "input": "1 1",
+            "output": "2",
+            "system": "Be brief.",
+            "history": [["Ask", "Say"]],
+        },
+        [SYSTEM, *ONE, user("Add\n\n1 1"), said("2")],
+    ),
+    "ShareGPT": (
+        "sharegpt",
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "Ask"}, {"from": "gpt", "value": "Say"}],
+        },
+        [SYSTEM, *ONE],
+    ),
+    "ShareGPT with calls": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "Ask"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "sun"},
+                {"from": "gpt", "value": "Say"},
+            ]
+        },
+        [
+            user("Ask"),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": CALL}],
+            },
+            {"role": "tool", "content": "sun"},
+            said("Say"),
+        ],
+    ),
+    "TRL": ("completion", {"prompt": [user("Ask")], "completion": [said("Say")]}, ONE),
+    "TRL as text": ("completion", {"prompt": "Ask", "completion": "Say"}, ONE),
+    "Orca": (
+        "orca",
+        {"system_prompt": "Be brief.", "question": "Ask", "response": "Say"},
+        [SYSTEM, *ONE],
+    ),
+    "Magicoder": ("problem_solution", {"problem": "Ask", "solution": "Say"}, ONE),
+    "Evol-Instruct": ("instruction_response", {"instruction": "Ask", "response": "Say"}, ONE),
+    "GSM8K": ("question_answer", {"question": "Ask", "answer": "Say"}, ONE),
+}
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "texts": ("pair", {"prompt": "Ask", "chosen": "Yes", "rejected": "No"}),
+    "a message each": ("pair", {"prompt": "Ask", "chosen": said("Yes"), "rejected": said("No")}),
+    "UltraFeedback": (
+        "pair",
+        {
+            "prompt": "Ask",
+            "chosen": [user("Ask"), said("Yes")],
+            "rejected": [user("Ask"), said("No")],
+            "score_chosen": 8.0,
+        },
+    ),
+    "HH-RLHF": (
+        "pair",
+        {
+            "chosen": "\n\nHuman: Ask\n\nAssistant: Yes",
+            "rejected": "\n\nHuman: Ask\n\nAssistant: No",
+        },
+    ),
+    "HH-RLHF with its prompt": (
+        "pair",
+        {
+            "prompt": "\n\nHuman: Ask\n\nAssistant:",
+            "chosen": "\n\nHuman: Ask\n\nAssistant: Yes",
+            "rejected": "\n\nHuman: Ask\n\nAssistant: No",
+        },
+    ),
+    "a transcript asks": (
+        "pair",
+        {"prompt": "\n\nHuman: Ask\n\nAssistant:", "chosen": "Yes", "rejected": "No"},
+    ),
+    "ShareGPT": (
+        "sharegpt_pair",
+        {
+            "conversations": [{"from": "human", "value": "Ask"}],
+            "chosen": {"from": "gpt", "value": "Yes"},
+            "rejected": {"from": "gpt", "value": "No"},
+        },
+    ),
+    "PKU": (
+        "two_responses",
+        {"prompt": "Ask", "response_0": "No", "response_1": "Yes", "better_response_id": 1},
+    ),
+    "UltraFeedback, ranked": (
+        "ranked",
+        {
+            "instruction": "Ask",
+            "completions": [
+                {"response": "Well", "overall_score": 5.0},
+                {"response": "No", "overall_score": 2.0},
+                {"response": "Yes", "overall_score": 9.0},
+            ],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_rows(name: str) -> None:
+    expected, fields, messages = SUPERVISED[name]
+    assert format_of(fields) == expected
+    ours, _ = converted(fields, "auto", "here")
+    assert as_chat(ours, "here").messages == messages
+    assert converted(fields, expected, "here")[0] == ours
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str) -> None:
+    expected, fields = PAIRS[name]
+    assert format_of(fields) == expected
+    pair = as_pair(converted(fields, "auto", "here")[0], "here")
+    assert pair.prompt.messages == [user("Ask")]
+    assert (pair.chosen, pair.rejected) == ([said("Yes")], [said("No")])
+
+
+def test_every_format_is_shown_here() -> None:
+    shown = {each[0] for each in (*SUPERVISED.values(), *PAIRS.values())}
+    assert shown == set(FORMATS) - {"unpaired"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"prompt": "Ask", "completion": "Say", "label": True},
+            r"here: 'completion' with 'label' is .* judged alone \(KTO\)",
+        ),
+        (
+            {"prompt": "Ask", "response_0": "a", "response_1": "b"},
+            "'better_response_id' must be 0 or 1, but is None",
+        ),
+        (
+            {"instruction": "Ask", "completions": [{"response": "a", "overall_score": 1}]},
+            "at least two answers with different 'overall_score', but has 1",
+        ),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "turn 1 of 'conversations' needs 'value' and 'from', one of system, human",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "{x"}]},
+            "turn 1 is a function call that is no JSON",
+        ),
+    ],
+)
+def test_what_is_ambiguous_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        converted(fields, "auto", "here")
+
+
+def test_a_named_format_must_fit() -> None:
+    with pytest.raises(UserError, match=r"format=alpaca needs a column 'instruction'; .* prompt"):
+        converted({"prompt": "Ask", "response": "Say"}, "alpaca", "here")
+    with pytest.raises(UserError, match="data format=alpacca is not one of auto, messages"):
+        converted({"prompt": "Ask"}, "alpacca", "here")
+    fields = {"question": "Ask", "answer": "Say"}
+    assert converted({"text": "x"}, "auto", "here") == ({"text": "x"}, frozenset())
+    assert converted(fields, "question_answer", "here")[0]["messages"] == ONE
+
+
+def test_columns_that_are_not_read_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": "Ask", "output": "Say", "source": "x"},
+        {"instruction": "Ask two", "output": "Say two", "language": "en"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 200)
+    dataset = tokenise([Source(path=str(file))], encoder, tmp_path / "cache")
+    assert dataset.reports[0].unread == ["language", "source"]
+    assert str(dataset.reports[0]).endswith("; columns not read: language, source")
+    assert len(dataset) == 2
+
+
+def test_what_a_file_format_adds_is_not_trained(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [user("Ask"), {"role": "assistant", "tool_calls": [{"function": call}]}]}
+        for call in (CALL, {"name": "read", "arguments": {"path": "x"}})
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert "None" in str(pq.read_table(tmp_path / "rows.parquet").to_pylist())
+    _, found = open_source(Source(path=str(tmp_path / "rows.parquet")))
+    read = [as_chat(row.fields, "here").messages[1]["tool_calls"][0]["function"] for row in found]
+    assert read == [CALL, {"name": "read", "arguments": {"path": "x"}}]
+
+
+def test_published_pairs_are_tokenised_as_pairs(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(PAIRS[name][1]) + "\n" for name in PAIRS))
+    encoder = PairEncoder(AutoTokenizer.from_pretrained(tiny_model), 100, 100)
+    dataset = tokenise([Source(path=str(file))], encoder, tmp_path / "cache")
+    first = [ids.tolist() for ids, _ in dataset[0]]
+    assert all([ids.tolist() for ids, _ in dataset[row]] == first for row in range(len(PAIRS)))
