@@ -3,6 +3,7 @@ data."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -249,6 +250,33 @@ def test_a_source_without_usable_rows_is_an_error(
 
 
 # Sources and cache.
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.json", "rows.ndjson", "marked.jsonl", "rows.csv", "rows.tsv", "part-*.jsonl"]
+)
+def test_other_files_are_read_as_well(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    rows = [{"prompt": f"{number}?", "response": "yes, " * number} for number in range(1, 6)]
+    plain = write_rows(tmp_path / "plain.jsonl", rows)
+    text = Path(plain).read_text()
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.ndjson").write_text(text)
+    (tmp_path / "marked.jsonl").write_text(text, encoding="utf-8-sig")  # as some editors write
+    for separator, file in ((",", "rows.csv"), ("\t", "rows.tsv")):
+        with (tmp_path / file).open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, ["prompt", "response"], delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+    for number, part in enumerate((rows[:2], rows[2:])):
+        write_rows(tmp_path / f"part-{number}.jsonl", part)
+    expected, found = (read(path, tokenizer, tmp_path) for path in (plain, str(tmp_path / name)))
+    for row in range(5):
+        assert np.array_equal(expected[row][0][0], found[row][0][0])
 
 
 def test_every_source_format_gives_the_same_rows(

@@ -95,9 +95,9 @@ class Source(Section):
     """One file, folder or hub data set, and which of its rows are used."""
 
     path: str = Field(
-        description="File (.jsonl, .jsonl.gz, .parquet), saved dataset or `datasets` name; "
-        "${VARIABLES} "
-        "are filled in."
+        description="File (.jsonl, .jsonl.gz, .parquet; or .json, .csv, .tsv, .jsonl.zst, .arrow), "
+        "pattern of files (part-*.jsonl), address of one, saved dataset or `datasets` name; "
+        "${VARIABLES} are filled in."
     )
     skip: int = Field(0, ge=0, description="Rows to leave out at the start.")
     first: int | None = Field(

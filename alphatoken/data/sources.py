@@ -22,7 +22,26 @@ from alphatoken.data.formats import converted
 from alphatoken.errors import UserError
 from alphatoken.util.files import file_sha256
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+LINES = (".jsonl", ".jsonl.gz", ".ndjson")
+SUFFIXES = (*LINES, ".parquet")
+"""Files that are read here, row by row, with the line in errors."""
+LOADERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".json": ("json", {}),
+    ".json.gz": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".jsonl.gz": ("json", {}),
+    ".jsonl.zst": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".csv.gz": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+"""By which loader of `datasets`, and with which options, it reads other files, patterns of files
+and addresses, by the end of their names."""
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+PATTERN = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -38,11 +57,7 @@ class Row:
 def location(source: Source, number: int) -> str:
     """`file:line`, or the row of a Parquet file or dataset."""
     path = _filled_in(source.path)
-    return (
-        f"{path}:{number}"
-        if path.name.endswith((".jsonl", ".jsonl.gz"))
-        else f"{path} row {number}"
-    )
+    return f"{path}:{number}" if path.endswith(LINES) else f"{path} row {number}"
 
 
 def open_source(source: Source) -> tuple[str, Iterator[Row]]:
@@ -50,11 +65,13 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     UserError when it cannot be found or read."""
     path = _filled_in(source.path)
     rows: Iterator[Row]
-    if source.path.endswith(SUFFIXES):
-        if not path.is_file():
-            raise UserError(f"data file {path} does not exist")
-        fingerprint = file_sha256(path)
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(source, path)
+    file = Path(path)
+    several = ADDRESS.match(path) or (PATTERN.search(path) and not file.is_file())
+    if path.endswith(SUFFIXES) and not several:
+        if not file.is_file():
+            raise UserError(f"data file {file} does not exist")
+        fingerprint = file_sha256(file)
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(source, file)
     else:
         dataset = _open_dataset(source, path)
         fingerprint = str(dataset._fingerprint)
@@ -102,20 +119,20 @@ def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
         )
 
 
-def _filled_in(path: str) -> Path:
-    """The path with `~` and `${VARIABLES}` replaced."""
+def _filled_in(path: str) -> str:
+    """The path or address with `~` and `${VARIABLES}` replaced."""
     filled = os.path.expandvars(path)
     missing = re.search(r"\$\{?(\w+)", filled)
     if missing:
         raise UserError(f"data path {path}: the environment variable {missing[1]} is not set")
-    return Path(filled).expanduser()
+    return filled if ADDRESS.match(filled) else str(Path(filled).expanduser())
 
 
 def _json_rows(source: Source, file: Path) -> Iterator[Row]:
     opener: Any = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
+        with opener(file, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -149,19 +166,23 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise UserError(f"cannot read {file} as Parquet: {error}") from None
 
 
-def _open_dataset(source: Source, path: Path) -> Any:
+def _open_dataset(source: Source, path: str) -> Any:
     import datasets
 
+    folder = Path(path)
+    suffix = next((end for end in sorted(LOADERS, key=len, reverse=True) if path.endswith(end)), "")
     try:
-        if path.is_dir() and (
-            (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
-        ):
-            saved = datasets.load_from_disk(str(path))
+        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(path)
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(str(path), source.subset, split=source.split)
+        if suffix:
+            loader, options = LOADERS[suffix]
+            return datasets.load_dataset(loader, data_files=path, split="train", **options)
+        return datasets.load_dataset(path, source.subset, split=source.split)
     except Exception as error:
+        reason = error.__cause__ or error  # what `datasets` could not do, not that it could not
         raise UserError(
-            f"data source {source.path!r} is neither a file ({', '.join(SUFFIXES)}) nor a dataset "
-            f"that `datasets` can load with split={source.split!r}, subset={source.subset!r}: "
-            f"{error}"
+            f"data source {source.path!r} is neither a file that can be read "
+            f"({', '.join(LOADERS)}) nor a dataset that `datasets` can load with "
+            f"split={source.split!r}, subset={source.subset!r}: {reason}"
         ) from None
