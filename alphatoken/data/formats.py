@@ -189,21 +189,23 @@ def _completion(fields: Fields, where: str) -> Fields:
 
 
 def _pair(fields: Fields, where: str) -> Fields:
-    """A prompt with two answers, each a text, a message or a list of them; or two transcripts."""
+    """A prompt with two answers, each a text, a message or a list of them; or two transcripts. What
+    a row has as `messages` besides is for supervised runs."""
     branches: Fields = {
         name: [fields[name]] if isinstance(fields[name], dict) else fields[name]
         for name in ("chosen", "rejected")
     }
     prompt = fields.get("prompt")
+    both: Fields = {name: fields[name] for name in ("tools", "messages") if name in fields}
     if all(isinstance(text, str) and SPEAKER.match(text) for text in branches.values()):
         turns = {name: turns_of(str(text), where) for name, text in branches.items()}
-        return {**turns, "tools": fields.get("tools")}
+        return {**both, **turns}
     if isinstance(prompt, str) and SPEAKER.match(prompt):
         asked = turns_of(prompt, where)
         if asked[-1] == {"role": "assistant", "content": ""}:
             prompt = asked[:-1]
     given = {} if prompt is None else {"prompt": prompt}
-    return {**given, **branches, "tools": fields.get("tools")}
+    return {**both, **given, **branches}
 
 
 def _two_responses(fields: Fields, where: str) -> Fields:
@@ -255,16 +257,16 @@ def _json(text: Any, where: str) -> Any:
 
 
 FORMATS: dict[str, Format] = {
+    "sharegpt_pair": Format(
+        ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system",)
+    ),
+    "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "tools", "messages")),
     "messages": Format(
         ("messages",), _kept("messages", "tools"), also=("tools",), lacks=("response",)
     ),
     "prompt_response": Format(
         ("prompt", "response"), _kept("prompt", "response", "tools"), also=("tools",)
     ),
-    "sharegpt_pair": Format(
-        ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system",)
-    ),
-    "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "tools")),
     "unpaired": Format(("completion", "label"), _unpaired, also=("prompt",)),
     "completion": Format(("prompt", "completion"), _completion, also=("tools",)),
     "sharegpt": Format(("conversations",), _sharegpt, also=("system", "tools")),
