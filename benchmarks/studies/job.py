@@ -197,12 +197,13 @@ def configuration(job: Job, folder: Path) -> RunConfig:
     }.get(job.arm.kind, [of("train")])
     values = copy.deepcopy(job.run)
     values.setdefault("model", {})["name_or_path"] = job.model
-    values.setdefault("data", {}).update(
+    data = values.setdefault("data", {})
+    data.setdefault("cache_dir", str(folder / "cache"))
+    data.update(
         {
             "train": train,
             "validation": of("held_out"),
             "eval": of("tuning" if job.purpose == "tuning" else "test"),
-            "cache_dir": str(folder / "cache"),
         }
     )
     values.setdefault("train", {}).update({"seed": job.seed, "output_dir": str(folder / "run")})

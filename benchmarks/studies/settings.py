@@ -101,7 +101,8 @@ class StudySettings(Section):
     threads: int = Field(2, ge=1, description="Threads of a run.")
     sizes: Sizes
     run: dict[str, Any] = Field(
-        description="The run's configuration but for model.name_or_path, data and train.output_dir."
+        description="The run's configuration but for model.name_or_path, data and "
+        "train.output_dir; of data only max_length, cache_dir and how rows are laid out."
     )
     conditions: dict[str, Condition]
     arms: dict[str, Annotated[Arm, BeforeValidator(_as_arm)]]
