@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import alphatoken
 from alphatoken.distributed import process
 from alphatoken.errors import RemoteError, UserError
+
+if TYPE_CHECKING:
+    from alphatoken.config.run import RunConfig
 
 app = typer.Typer(
     name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -50,6 +53,25 @@ LocalRank = Annotated[
     int | None,
     typer.Option("--local_rank", "--local-rank", hidden=True, help="LOCAL_RANK is what counts."),
 ]
+
+
+ConfigFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--config",
+        help="Configuration of a run; section `preference` makes it pairs. Several: keys of "
+        "later files count.",
+    ),
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
+
+
+def _run_config(files: list[Path], overrides: list[str] | None) -> RunConfig:
+    from alphatoken.config.file import load_config
+    from alphatoken.config.preference import PreferenceRunConfig
+    from alphatoken.config.run import RunConfig
+
+    return load_config(RunConfig, files, overrides or [], {"preference": PreferenceRunConfig})
 
 
 @app.callback()
@@ -101,17 +123,40 @@ def convert(
 
 
 @app.command()
+def preview(
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to show.")] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="File to write them to as HTML, besides.")
+    ] = None,
+) -> None:
+    """Show rows of data.train as the model will see them, with what is trained in [[ ]]."""
+    from rich.console import Console
+
+    from alphatoken.data.preview import previews
+    from alphatoken.data.splits import read_splits
+    from alphatoken.data.tokenizer import load_tokenizer
+
+    run = _run_config(config, overrides)
+    tokenizer = load_tokenizer(run.model)
+    train = read_splits(run, tokenizer).train
+    console = Console(record=html is not None, highlight=False, soft_wrap=True)
+    for report in train.reports:
+        console.print(f"data.train: {report}", markup=False)
+    for place, documents in previews(train, tokenizer, rows):
+        for document in documents:
+            console.rule(place, align="left")
+            console.print(document)
+    if html is not None:
+        console.save_html(str(html))
+
+
+@app.command()
 def plan(
-    config: Annotated[
-        list[Path],
-        typer.Option(
-            "--config",
-            help="Configuration of a run; section `preference` makes it pairs. Several: keys of "
-            "later files count.",
-        ),
-    ],
+    config: ConfigFiles,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    overrides: Overrides = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Device to fit into, for example h100-80g.")
     ] = None,
@@ -136,11 +181,7 @@ def plan(
 
     from rich.console import Console
 
-    from alphatoken.config.file import load_config
-    from alphatoken.config.preference import PreferenceRunConfig
-    from alphatoken.config.run import RunConfig
-
-    run = load_config(RunConfig, config, overrides or [], {"preference": PreferenceRunConfig})
+    run = _run_config(config, overrides)
 
     # After the configuration is read: these load torch and transformers, which take seconds.
     from alphatoken.planner.plan import make_plan

@@ -8,16 +8,20 @@ marks below.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
+from alphatoken.cli import app
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.chat import Encoded, Encoder, Skipped
 from alphatoken.data.pairs import PairEncoder
@@ -438,6 +442,35 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
         ChatRules(stop_tokens=frozenset([5])),
     ]
     assert len({Encoder(tokenizer, 100, each).identity for each in rules}) == len(rules)
+
+
+def test_a_preview_shows_what_is_trained(
+    tiny_model: Path, tiny_data: dict[str, str], pair_data: dict[str, str], tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(tiny_model)},
+        "data": {**tiny_data, "cache_dir": str(tmp_path / "cache")},
+        "train": {"output_dir": str(tmp_path / "run"), "global_batch_size": 4},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    page = tmp_path / "page.html"
+    command = ["preview", "--config", str(tmp_path / "run.yaml"), "-n", "2", "--html", str(page)]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    first = json.loads(Path(tiny_data["train"]).read_text().splitlines()[0])
+    assert f"[[{first['response']}<|im_end|>]]" in shown.output
+    assert shown.output.count("[[") == 2
+    assert f"{tiny_data['train']}:1" in shown.output
+    assert first["response"] in page.read_text()
+    pairs = {
+        **values,
+        "data": {**pair_data, "cache_dir": str(tmp_path / "cache")},
+        "preference": {},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(pairs))
+    shown = CliRunner().invoke(app, command[:5])
+    first = json.loads(Path(pair_data["train"]).read_text().splitlines()[0])
+    assert all(f"[[{first[key]}<|im_end|>]]" in shown.output for key in ("chosen", "rejected"))
 
 
 # Any conversation, any template: what is trained is what the model would have said.

@@ -1,0 +1,34 @@
+"""What a run trains on, as a person reads it: tokenised rows as text, with what is trained told
+apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from alphatoken.data.cache import Document, TokenDataset
+
+TRAINED = "bold green"
+GIVEN = "dim"
+
+
+def previews(
+    dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> Iterator[tuple[str, list[Text]]]:
+    """The first rows of a data set: where each comes from, and its documents with `[[ ]]` around
+    what is trained, in colour besides."""
+    for row in range(min(rows, len(dataset))):
+        documents = [_marked(document, tokenizer) for document in dataset[row]]
+        yield dataset.location(row), documents
+
+
+def _marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
+    ids, mask = (part.tolist() for part in document)
+    text = Text()
+    for trained, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda each: each[1]):
+        part = tokenizer.decode([token for token, _ in group])
+        text.append(f"[[{part}]]" if trained else part, style=TRAINED if trained else GIVEN)
+    return text
