@@ -250,13 +250,13 @@ class Measured:
             padded([row.document for row in rows], self._pad_token, self.model.device)
             for rows in (self._pool.held_out, self._pool.contrast)
         )
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch in self._padded(self._pool.scored):
-            values = score_tokens(self.model, batch, held_out, contrast=contrast, config=config)
-            response_BT = make_batch(batch)["response"]
-            for name, parts in found.items():
-                parts.append(getattr(values, name)[response_BT].float().cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+        scored = padded(
+            [row.document for row in self._pool.scored], self._pad_token, self.model.device
+        )
+        # One call for all: each forms the mean gradients of held-out and contrast rows anew.
+        values = score_tokens(self.model, scored, held_out, contrast=contrast, config=config)
+        response_BT = make_batch(scored)["response"]
+        return {name: getattr(values, name)[response_BT].float().cpu() for name in names}
 
     def train(self, order: Order, steps: range, rows_per_step: int) -> None:
         """Takes optimizer steps on all tokens."""
