@@ -240,6 +240,13 @@ def test_a_template_that_trains_something_else(
     assert "{% generation %}" in found.fix
 
 
+def test_a_template_that_writes_the_date_is_checked_too(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + template()
+    assert judged(tokenizer, config).outcome == "ok"
+
+
 def test_marks_around_what_others_say_count_for_nothing(
     tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> None:

@@ -7,6 +7,7 @@ marks below.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -442,6 +443,20 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
         ChatRules(stop_tokens=frozenset([5])),
     ]
     assert len({Encoder(tokenizer, 100, each).identity for each in rules}) == len(rules)
+
+
+def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:
+    dated = "Today is {{ strftime_now('%d %b %Y') }}, {{ strftime_now(\"%A\") }}.\n" + ENDED
+    tokenizer = load(dated)
+    (row,) = rows(tokenizer, TWO[:2])
+    assert shown(tokenizer, row).startswith("Today is 01 Jan 2026, Thursday.\n<user>Ask one<end>")
+    (other,) = rows(tokenizer, TWO[:2], today=datetime.date(2025, 2, 3))
+    assert shown(tokenizer, other).startswith("Today is 03 Feb 2025, Monday.")
+    identities = {
+        Encoder(tokenizer, 100, ChatRules(today=datetime.date(2025, 2, day))).identity
+        for day in (3, 4)
+    }
+    assert len(identities) == 2
 
 
 def test_a_preview_shows_what_is_trained(

@@ -3,6 +3,7 @@ field says why. `valuation` and `selection` have modules of their own."""
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,8 @@ class LoraConfig(Section):
     )
 
 
+TODAY = datetime.date(2026, 1, 1)
+"""What chat templates take for today."""
 Turns = Literal["all", "last"]
 """Which of the assistant's turns are trained."""
 
@@ -62,6 +65,11 @@ class ModelConfig(Section):
         default_factory=dict,
         description="Variables of the chat template, in every rendering, as in "
         "{enable_thinking: false}.",
+    )
+    chat_template_date: Annotated[datetime.date, Strict(False)] = Field(
+        TODAY,
+        description="What a chat template that writes today's date writes in its place, so that "
+        "rows are the same tokens on every day, in every part of the data and after resuming.",
     )
     attn_implementation: Literal[
         "auto",

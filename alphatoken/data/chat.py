@@ -100,6 +100,11 @@ class Encoder:
         self._renderer = Renderer(tokenizer, rules) if tokenizer.chat_template else None
 
     @property
+    def template(self) -> str | None:
+        """The chat template that rows are rendered with; None without one."""
+        return self._renderer.template if self._renderer else None
+
+    @property
     def identity(self) -> str:
         return json.dumps(
             {

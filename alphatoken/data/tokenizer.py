@@ -67,4 +67,5 @@ def chat_rules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatRul
         stop_tokens=frozenset(stop_tokens(config.model, tokenizer)),
         variables=config.model.chat_template_kwargs,
         turns=config.data.turns,
+        today=config.model.chat_template_date,
     )

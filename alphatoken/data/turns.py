@@ -12,6 +12,8 @@ becomes a row of its own.
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from alphatoken.config.sections import Turns
+from alphatoken.config.sections import TODAY, Turns
 from alphatoken.data.rows import Chat, Message, is_trained, says_anything
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(?P<form>[^'"]*)\1\s*\)""")
 TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 """What follows the text of a turn that is over: own tokens of the template (o), then white space
 (w)."""
@@ -55,6 +58,8 @@ class ChatRules:
     """What the template gets besides the messages (`model.chat_template_kwargs`)."""
     turns: Turns = "all"
     """Which of the assistant's turns are trained (`data.turns`)."""
+    today: datetime.date = TODAY
+    """What a template that writes today's date writes (`model.chat_template_date`)."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +91,24 @@ class _Turn:
 
 
 class Renderer:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template. Where it writes today's date (`strftime_now`), it writes that of
+    its rules: the same row is then the same tokens on every day.
 
     Raises UserError for a tokenizer with several templates and no default.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> None:
         try:
-            self.template: str = tokenizer.get_chat_template()
+            template: str = tokenizer.get_chat_template()
         except ValueError:
             names = ", ".join(sorted(tokenizer.chat_template))
             raise UserError(
                 f"the tokenizer has several chat templates and no default: set model.chat_template "
                 f"to one of {names}"
             ) from None
+        self.template = DATE_CALL.sub(
+            lambda call: json.dumps(rules.today.strftime(call["form"])), template
+        )
         self._tokenizer = tokenizer
         self._rules = rules
         self._is_marked = GENERATION_MARK.search(self.template) is not None

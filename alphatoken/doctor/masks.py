@@ -307,7 +307,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat) -> s
     if tokenizer.chat_template is None:
         return "".join(message["content"] for message in chat.messages)
     text: str = tokenizer.apply_chat_template(
-        chat.messages, tools=chat.tools, tokenize=False, **encoder.rules.variables
+        chat.messages,
+        tools=chat.tools,
+        tokenize=False,
+        chat_template=encoder.template,
+        **encoder.rules.variables,
     )
     return text
 
