@@ -741,6 +741,7 @@ def memory_of_one_of_many(
         cuda = device.type == "cuda"
         after = []
         if cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
         with contextlib.nullcontext() if cuda else PeakBytes([]) as counter:

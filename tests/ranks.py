@@ -118,7 +118,7 @@ def run_alone(
     torch.save(arguments, folder / "arguments.pt")
     inherited = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     if not torch.cuda.is_available():
-        inherited["DS_ACCELERATOR"] = "cpu"
+        inherited |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     log = folder / "rank-0.log"
     with log.open("w") as output:
         finished = subprocess.run(

@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "exact, all": {"valuation": {"estimator": "exact", "layers": "all", "parameters": "all"}},
 }
 
+ON_CPU = ("ghost, streamed", "exact, all")
+
 
 @pytest.fixture(scope="module")
 def wide(
@@ -84,19 +86,23 @@ def test_memory_is_as_planned(
     wide: dict[str, Any], device: torch.device, tmp_path: Path, note: Note
 ) -> None:
     """Within 10 % on a GPU; on a CPU, with tensors of a few kilobytes, within 25 %."""
+    on_gpu = device.type == "cuda"
     configs = {
         name: changed(changed(wide, **changes), train={"output_dir": str(tmp_path / name)})
         for name, changes in CASES.items()
+        if on_gpu or name in ON_CPU
     }
+    steps = 4 if on_gpu else 2
     found = run_alone(
-        "memory_of_one_of_many", tmp_path / "rank", configs=configs, ranks=RANKS, steps=3
+        "memory_of_one_of_many", tmp_path / "rank", configs=configs, ranks=RANKS, steps=steps
     )
     ratios = {name: each["planned"] / each["measured"] for name, each in found.items()}
     note("planned / measured: " + ", ".join(f"{name} {each:.2f}" for name, each in ratios.items()))
     for name, each in found.items():
         if each["reserved"]:
             note(f"{name}: {each['reserved'] / each['measured']:.2f} of it reserved")
-    tolerance = 0.10 if device.type == "cuda" else 0.25
+    tolerance = 0.10 if on_gpu else 0.25
     assert ratios == {name: pytest.approx(1, abs=tolerance) for name in ratios}
     for name, each in found.items():
-        assert each["after"][-1] <= 1.01 * each["after"][-2], f"{name} grows"
+        if on_gpu:  # what the first two steps leave, the next ones leave again
+            assert each["after"][-1] <= 1.01 * each["after"][-2], f"{name} grows"
