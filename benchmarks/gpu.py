@@ -531,8 +531,9 @@ def run_all(arguments: argparse.Namespace) -> None:
             "split_terms": False,
         }
         micro_batches(results, argparse.Namespace(**vars(arguments), **given))
-    for part in (products_of_g, attention_helpers, head_and_contractions):
-        results.record(part.__name__, partial(run_part, part, results, scale))
+    parts = {"B G": products_of_g, "C": attention_helpers, "D": head_and_contractions}
+    for name, part in parts.items():
+        results.record(f"{name}, all of it", partial(run_part, part, results, scale))
     show(results)
 
 

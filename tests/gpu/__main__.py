@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from xml.etree import ElementTree
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from benchmarks.measuring import device_name, versions, write_result
 from tests.ranks import ROOT
@@ -73,9 +75,10 @@ def first_line(message: str) -> str:
     return lines[0] if lines else ""
 
 
-def run_benchmarks(folder: Path, device: str) -> tuple[list[Outcome], dict[str, Any]]:
-    """Their outcomes, and the file that they wrote."""
-    file = folder / "benchmarks.json"
+def run_benchmarks(file: Path, device: str) -> tuple[list[Outcome], dict[str, Any]]:
+    """Their outcomes, and what they write into `file`, as they come; the profiler's trace is beside
+    it."""
+    file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--output", str(file)]
     finished = subprocess.run(command, cwd=ROOT, check=False)
     if not file.exists():
@@ -102,14 +105,26 @@ def nothing(name: str, reason: str) -> Outcome:
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
-    table = Table("name", "outcome", "seconds", "measured, or why not")
+    """A row per test and benchmark; cases of a test that were left out for one reason share one."""
+    left_out = Counter(map(reason_of, outcomes))
+    table = Table(Column("name", overflow="fold"), "outcome", "seconds", "measured, or why not")
     for each in outcomes:
-        table.add_row(each.name, each.outcome, f"{each.seconds:.1f}", each.note)
+        name, alike = each.name, left_out.pop(reason_of(each), 0)
+        if each.outcome == "left out":
+            if not alike:
+                continue
+            if alike > 1:
+                name = f"{name.partition('[')[0]}, {alike} cases"
+        table.add_row(escape(name), each.outcome, f"{each.seconds:.1f}", escape(each.note))
     console.print(table)
-    counts = dict.fromkeys(("passed", "failed", "left out"), 0)
-    for each in outcomes:
-        counts[each.outcome] += 1
-    console.print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    counts = Counter(each.outcome for each in outcomes)
+    console.print(", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "left out")))
+
+
+def reason_of(outcome: Outcome) -> tuple[str, str, str]:
+    """What cases of a test have in common that were left out for one reason."""
+    name = outcome.name.partition("[")[0] if outcome.outcome == "left out" else outcome.name
+    return name, outcome.outcome, outcome.note
 
 
 def main() -> None:
@@ -125,7 +140,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TQDM_DISABLE"] = "1"
         outcomes = run_tests(Path(folder), arguments.tests)
-        of_benchmarks, benchmarks = run_benchmarks(Path(folder), device.type)
+        file = Path(folder) / "gpu.json" if arguments.output is None else arguments.output
+        beside = file.with_name(f"{file.stem}-benchmarks.json").absolute()
+        of_benchmarks, benchmarks = run_benchmarks(beside, device.type)
         outcomes += of_benchmarks
     show(outcomes, Console(width=160))
     if arguments.output:
