@@ -2,6 +2,7 @@
 # make study-small  which rule trains best on rows with an advertisement, in the small, on two cores
 # make test-fast    what a change needs while it is written, in a minute: no processes, three architectures
 # make test         every test but the longest (make test-long)
+# make gpu          what has to hold on a GPU, and what it takes there; without one as far as a CPU goes
 # make lint types   ruff; mypy
 #
 # An installed torch is never replaced: where $(PYTHON) has one, the virtual environment uses it. Otherwise the pinned
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install quickstart study-small test-fast test test-long lint types golden metrics
+.PHONY: install quickstart study-small test-fast test test-long gpu lint types golden metrics
 
 install: $(VENV)/installed
 
@@ -55,7 +56,7 @@ PYTEST := python -m pytest -n 2
 
 # No test that starts processes, and three of the architectures.
 test-fast: $(VENV)/dev
-	$(PYTEST) -m 'not slow and not long and not exhaustive'
+	$(PYTEST) -m 'not slow and not long and not exhaustive and not suite'
 
 test: $(VENV)/dev
 	$(PYTEST)
@@ -63,6 +64,11 @@ test: $(VENV)/dev
 # Kills runs at every moment in every mode, not only at some.
 test-long: $(VENV)/dev
 	python -m pytest -m long --capture=no
+
+# One table at the end, everything in GPU_RESULT. Only what is missing from $(VENV) is downloaded.
+GPU_RESULT ?= runs/gpu.json
+gpu: $(VENV)/dev
+	python -m tests.gpu --output $(GPU_RESULT)
 
 lint: $(VENV)/dev
 	ruff check .

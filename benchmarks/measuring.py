@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def seconds(call: Callable[[], None], device: torch.device) -> float:
+def seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -66,17 +66,23 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def flops(call: Callable[[], None]) -> int:
+def flops(call: Callable[[], object]) -> int:
     counter = FlopCounter()
     with counter:
         call()
     return counter.total
 
 
-def build_trainer(arguments: argparse.Namespace, folder: str, **valuation: Any) -> Trainer:
-    """A trainer on the rows of the command line; `valuation` are keys of that section."""
+def build_trainer(
+    arguments: argparse.Namespace,
+    folder: str,
+    sections: Mapping[str, dict[str, Any]] | None = None,
+    **valuation: Any,
+) -> Trainer:
+    """A trainer on the rows of the command line; `valuation` are keys of that section, `sections`
+    those of others."""
     source = {"path": str(arguments.data)}
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "model": {"name_or_path": str(arguments.model), "dtype": arguments.dtype},
         "data": {
             "train": {**source, "skip": 64},
@@ -99,6 +105,8 @@ def build_trainer(arguments: argparse.Namespace, folder: str, **valuation: Any) 
             "output_dir": f"{folder}/run",
         },
     }
+    for section, keys in (sections or {}).items():
+        values[section] = {**values.get(section, {}), **keys}
     return Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -12,7 +13,9 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from fractions import Fraction
 from functools import partial
@@ -47,6 +50,9 @@ from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.planner.plan import make_plan
+from alphatoken.planner.tracing import PeakBytes
+from alphatoken.planner.workload import rows_of
 from alphatoken.reference.cache import CacheFolder
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection
@@ -57,9 +63,11 @@ from alphatoken.training import trainer as training_trainer
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
+from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
+from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
 
@@ -207,11 +215,12 @@ def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
 
 
 def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """One accumulation window in which rank 1 has no response token in its second micro-batch."""
+    """One accumulation window in which the last rank has no response token in its second
+    micro-batch."""
     trainer = trainer_of(values)
     rows = trainer.feed.training(0)
     batches = rows.batches
-    if collectives.rank() == 1:
+    if collectives.rank() == collectives.world_size() - 1:
         for key in ("labels", "targets"):
             batches[1][key].fill_(-100)
         batches[1]["response"].zero_()
@@ -669,6 +678,92 @@ def drifts(
             "reference_bytes": drift.reference_bytes,
         }
         trainer.run.engine.destroy()
+    return results
+
+
+def empty_messages(folder: Path) -> dict[str, list[int]]:
+    """The shapes of what comes of messages in which no rank has anything to say."""
+    device = initialise_ranks()
+    nothing = torch.zeros(0, 3, device=device)
+    return {
+        "all-reduce": [*collectives.sum_over_ranks(nothing).shape],
+        "all-gather": [*collectives.gather_equal(nothing.flatten()).shape],
+        "all-gather of rows": [*collectives.gather_rows(nothing).shape],
+        "reduce-scatter": [*collectives.sum_to_slices([nothing])[0].shape],
+    }
+
+
+def host_waits(folder: Path, values: dict[str, Any]) -> dict[str, int]:
+    """How often the host waits for the device in one optimizer step, the third, by phase; and the
+    micro-batches of the step."""
+    trainer = trainer_of(values)
+    for step in range(2):
+        trainer.step.take(step, evaluates=False)
+    found: Counter[str] = Counter()
+    phases = ["outside of phases"]
+    measured = Stopwatch.phase
+
+    @contextlib.contextmanager
+    def noted(stopwatch: Stopwatch, name: str) -> Iterator[None]:
+        phases.append(name)
+        try:
+            with measured(stopwatch, name):
+                yield
+        finally:
+            phases.pop()
+
+    def count(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            found[phases[-1]] += 1
+
+    Stopwatch.phase = noted  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = count
+        torch.cuda.set_sync_debug_mode("warn")
+        trainer.step.take(2, evaluates=False)
+        torch.cuda.set_sync_debug_mode("default")
+    return {**found, "micro-batches": len(trainer.feed.training(2).batches)}
+
+
+def memory_of_one_of_many(
+    folder: Path, configs: dict[str, dict[str, Any]], ranks: int, steps: int
+) -> dict[str, dict[str, Any]]:
+    """The most that tensors take from the beginning of a run on rank 0 of so many, the others of
+    which are not there; what is planned; what they take after each step; and on a GPU what the
+    allocator holds."""
+    pretend_ranks(ranks)
+    results = {}
+    for name, values in configs.items():
+        gc.collect()
+        config = validate(RunConfig, values, "of the test")
+        device = initialise_ranks()
+        cuda = device.type == "cuda"
+        after = []
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        with contextlib.nullcontext() if cuda else PeakBytes([]) as counter:
+            trainer = trainer_of(values)
+            for step in range(steps):
+                trainer.step.take(step, evaluates=False)
+                gc.collect()
+                after.append(
+                    torch.cuda.memory_allocated() - before if counter is None else counter.now
+                )
+            rows = rows_of(trainer.run.splits.train, 1)
+        peak = torch.cuda.max_memory_allocated() - before if counter is None else counter.total
+        plan = make_plan(config, rows, ranks, "h100-80g")
+        reserved = torch.cuda.max_memory_reserved() if cuda else 0
+        results[name] = {
+            "measured": peak,
+            "planned": plan.memory.peak,
+            "after": after,
+            "reserved": reserved,
+        }
+        trainer.run.engine.destroy()
+        del trainer
     return results
 
 

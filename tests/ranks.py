@@ -12,7 +12,9 @@ import itertools
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -95,6 +97,42 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
     return [
         torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)
     ]
+
+
+def run_on(
+    device: torch.device, case: str, folder: Path, ranks: int = 2, **arguments: Any
+) -> list[Any]:
+    """As `run_ranks` on a CPU; on a GPU, which NCCL lets one rank have, with one rank in a new
+    process, as nothing may be forked that has used CUDA. Tensors come back on the CPU."""
+    if device.type == "cpu":
+        return run_ranks(case, ranks, folder, **arguments)
+    return [run_alone(case, folder, **arguments)]
+
+
+def run_alone(
+    case: str, folder: Path, environment: Mapping[str, str] | None = None, **arguments: Any
+) -> Any:
+    """Calls `tests.cases.<case>(folder, **arguments)` as the only rank, on this machine's
+    accelerator if it has one, and returns the result; fails as `run_ranks` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(arguments, folder / "arguments.pt")
+    inherited = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    if not torch.cuda.is_available():
+        inherited |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    log = folder / "rank-0.log"
+    with log.open("w") as output:
+        finished = subprocess.run(
+            [sys.executable, "-m", "tests.ranks", case, str(folder)],
+            cwd=ROOT,
+            env={**inherited, **rank_environment(0, 1, free_port()), **(environment or {})},
+            stdout=output,
+            stderr=output,
+            check=False,
+            timeout=540,
+        )
+    if finished.returncode:
+        raise AssertionError(f"{case} failed:\n{log.read_text()[-6000:]}")
+    return torch.load(folder / "result-0.pt", weights_only=False, map_location="cpu")
 
 
 def _run_rank(case: str, folder: Path, environment: dict[str, str], log: Path) -> None:

@@ -178,6 +178,7 @@ FOREIGN = {
     "_attn_implementation",  # transformers: the attention a configuration was loaded with
     "_cdata",  # torch: whether two tensors share a storage
     "_forward_pre_hooks",  # torch
+    "_fused_sdp_choice",  # torch: the kernel that SDPA would run
     "_model_mapping",  # transformers: the class that a configuration is loaded with
     "_zero3_consolidated_16bit_state_dict",  # DeepSpeed: whole weights on rank 0
     "_buffers",  # torch: a module's buffers, replaced in place

@@ -12,21 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from alphatoken.batch import make_batch
 from alphatoken.cli import app
 from alphatoken.config.file import load_config
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
+from alphatoken.models.decoder import decoder_of
+from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.planner.plan import GIB, Plan, make_plan
+from alphatoken.planner.tracing import PeakBytes
 from alphatoken.planner.workload import Rows, longest_rows
+from alphatoken.values.exact.gradient import MeanGradient
+from alphatoken.values.registry import build_scorer
 from benchmarks.plan_accuracy import CASES
 from benchmarks.preference_memory import save_data
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import CASES as TINY
-from tests.tiny import by_architecture
+from tests.tiny import SMALL, by_architecture, collate, random_sequences
 
+CPU = torch.device("cpu")
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 MODELS = {
     "llama3.2_3b": "llama-3.2-3b",
@@ -198,6 +208,75 @@ def test_what_does_not_fit_is_told_how_to_fit() -> None:
     assert plan.advice[0].change == "train.gradient_checkpointing=true"
     assert plan.capacity is not None
     assert sizes[-1] <= plan.capacity
+
+
+def test_what_is_too_close_to_tell_is_not_said_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`exact` over all parameters of 70 billion on four nodes."""
+    monkeypatch.setenv("DATA_DIR", "data")
+    monkeypatch.chdir(ROOT)
+    settings = {"estimator": "exact", "layers": "all", "parameters": "all"}
+    overrides = [f"valuation.{key}={value}" for key, value in settings.items()]
+    command = ["plan", "--config", "configs/sft/llama3.3_70b_4x8gpu.yaml", "--world", "32"]
+    command += ["--gpu", "h100-80g", "model.name_or_path=tests/models/llama-3.3-70b"]
+    result = CliRunner().invoke(app, [*command, *overrides])
+    assert "It may not fit: " in result.output
+    values = json.loads(CliRunner().invoke(app, [*command, *overrides, "--json"]).output)
+    assert values["memory"]["fits"] is False
+    assert values["memory"]["needed"] < values["memory"]["capacity"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "sizes", "lengths"),
+    [
+        ("refresh", {"vocab_size": 20_000}, [(3, 1), (2, 2)]),
+        ("score", {"intermediate_size": 16}, [(3, 509), (2, 510)]),
+    ],
+    ids=["large embeddings", "long rows"],
+)
+def test_exact_takes_what_is_planned(
+    moment: str, sizes: dict[str, int], lengths: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Tensors that a refresh and scoring make, where what is planned is nearly all embeddings, and
+    nearly all attention; within 15 %."""
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes}))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    everything = {"estimator": "exact", "layers": "all", "parameters": "all", "split_terms": False}
+    values = {"stability_weight": 0.0, "validation_sequences": 2, **everything}
+    config = RunConfig.model_validate(
+        {
+            "model": {"name_or_path": str(tmp_path), "dtype": "float32"},
+            "data": {"train": "rows.jsonl", "validation": "rows.jsonl"},
+            "train": {"output_dir": "run", "global_batch_size": 2, "micro_batch_size": 2},
+            "valuation": values,
+        }
+    )
+    responses = sum(response for _, response in lengths)
+    rows = Rows(sum(lengths[0]), responses / sum(map(sum, lengths)))
+    planned = make_plan(config, rows, 1).memory
+    decoder = decoder_of(model)
+    scorer = build_scorer(decoder, config.valuation, CPU, None)
+    batch = make_batch(collate(random_sequences(lengths, seed=1)))
+    given = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
+    scorer.refresh([batch])
+    streamer = LayerStreamer(decoder, 0, CPU, resident=True)
+    scored = decoder.scored_parameters(len(decoder.layers), "all")
+    gradient = MeanGradient(decoder, scored, streamer, CPU)
+    streamer.refresh()
+    with PeakBytes(given) as refresh:
+        gradient.refresh([batch], decoder.hidden_states)
+    with torch.no_grad(), scorer.capture() as capture:
+        decoder.hidden_states(batch)
+    with PeakBytes([*given, *tree_leaves(capture.entry)]) as score:
+        scorer.score(capture.entry, batch)
+    left_out = ("gathered weights", "activations", "slices of the directions")
+    parts = [part for part in planned.moments[moment] if part.name not in left_out]
+    expected = sum(part.bytes for part in parts)
+    if moment == "refresh":  # of a single process, the gradients of a segment are its slice of G
+        before = {name: weight for name, weight in model.named_parameters() if "embed" not in name}
+        expected += sum(weight.nbytes for weight in before.values())
+    measured = {"refresh": refresh.total, "score": score.total}[moment]
+    assert expected == pytest.approx(measured, rel=0.15), parts
 
 
 def test_what_can_never_fit_gets_no_false_hope() -> None:

@@ -53,19 +53,12 @@ def batch_of(model: Path, problems: list[make_data.Problem]) -> dict[str, Tensor
     return batch
 
 
-def values_with(
-    folder: Path, dtype: torch.dtype, attention: str, device: str = "cpu"
-) -> tuple[Tensor, TokenValues]:
+def values_with(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Tensor, TokenValues]:
     """The response mask at loss positions, and the values of four generated problems by four
     others."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
-    ).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     problems = make_data.problems(seed=0)
-    batch, validation = (
-        {key: tensor.to(device) for key, tensor in batch_of(folder, problems[part][rows]).items()}
-        for part, rows in PARTS.items()
-    )
+    batch, validation = (batch_of(folder, problems[part][rows]) for part, rows in PARTS.items())
     response_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
     response_BT[:, :-1] = batch["labels"][:, 1:] != -100
     return response_BT, score_tokens(model, batch, validation, config=ValuationConfig())
@@ -103,12 +96,3 @@ def test_the_example_of_the_readme_prints_what_it_says() -> None:
     for (value, *token), (actual, *actual_token) in zip(promised, printed, strict=True):
         assert token == actual_token
         assert float(value) == pytest.approx(float(actual), rel=0.05, abs=0.05)
-
-
-@pytest.mark.gpu
-def test_flash_attention_2_ranks_tokens_like_sdpa(smollm2: Path) -> None:
-    """Not run yet: no CUDA device with flash-attn has been at hand."""
-    pytest.importorskip("flash_attn")
-    response_BT, sdpa = values_with(smollm2, torch.bfloat16, "sdpa", "cuda")
-    _, flash = values_with(smollm2, torch.bfloat16, "flash_attention_2", "cuda")
-    assert rank_correlation(sdpa.composite[response_BT], flash.composite[response_BT]) >= 0.99

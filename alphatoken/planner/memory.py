@@ -145,6 +145,8 @@ def _moments(blueprint: Blueprint) -> dict[str, tuple[Part, ...]]:
     if valued:
         cost = cost_of(blueprint.config.valuation.estimator)
         moments["score"] = (gathered, activations, *cost.score_parts(blueprint))
+        renewed = tuple(cost.renewed_parts(blueprint))
+        moments = {name: (*renewed, *parts) for name, parts in moments.items()}
         moments["refresh"] = (gathered, *cost.refresh_parts(blueprint))
     return moments
 

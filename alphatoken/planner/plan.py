@@ -38,6 +38,10 @@ GPUS = {
 GPU_CONTEXT_BYTES = int(1.5 * GIB)
 GPU_FRAGMENTATION = 0.05
 
+# How far plans were below what runs took, at most, as a share of that (docs/planning.md,
+# "Accuracy").
+PLANNED_BELOW_MEASURED = 0.062
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -71,7 +75,14 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else self.needed <= self.capacity
+        """Whether it fits even if the plan is as far below what the run takes as plans have been;
+        None where there is no device to fit into."""
+        return None if self.budget is None else self.needed <= self.budget
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes that may be planned for the device."""
+        return None if self.capacity is None else _budget(self.capacity)
 
     @property
     def activations(self) -> dict[str, int]:
@@ -89,13 +100,18 @@ def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = No
     blueprint = draw(config, rows, ranks)
     memory = memory_of(blueprint, on_cpu=device == "cpu")
     needed = _with_overhead(memory, device)
-    capacity = GPUS.get(device or "", float("inf")) * GIB
+    capacity = _budget(GPUS.get(device or "", float("inf")) * GIB)
     advice = tuple(_advise(config, rows, ranks, device, capacity)) if needed > capacity else ()
     own = compute_of(blueprint)
     compute = _compute_by_estimator(config, rows, ranks, own)
     return Plan(
         blueprint, memory, tuple(traffic_of(blueprint)), compute, own, device, needed, advice
     )
+
+
+def _budget(capacity: float) -> float:
+    """Bytes that may be planned for a device of that size."""
+    return capacity * (1 - PLANNED_BELOW_MEASURED)
 
 
 def _with_overhead(memory: Memory, device: str | None) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from alphatoken.planner.compute import Compute
 from alphatoken.planner.parts import Part
-from alphatoken.planner.plan import Plan
+from alphatoken.planner.plan import PLANNED_BELOW_MEASURED, Plan
 from alphatoken.util.wording import plural, size
 
 
@@ -148,14 +148,18 @@ def _compute_table(plan: Plan) -> Table:
 
 
 def _print_verdict(plan: Plan, console: Console) -> None:
-    if plan.capacity is None:
+    if plan.capacity is None or plan.budget is None:
         return
     room = f"{size(plan.needed)} of {size(plan.capacity)} on {plan.device}"
     if plan.fits:
         console.print(f"It fits: {room}.", highlight=False)
         return
-    console.print(f"It does not fit: {room}.", highlight=False)
+    if plan.needed <= plan.capacity:
+        off = f"up to {PLANNED_BELOW_MEASURED:.0%} below what runs took"
+        console.print(f"It may not fit: {room}, and plans were {off}.", highlight=False)
+    else:
+        console.print(f"It does not fit: {room}.", highlight=False)
     for each in plan.advice:
         console.print(f"  {each.change}  ->  {size(each.bytes)}", highlight=False, markup=False)
-    if not plan.advice or plan.advice[-1].bytes > plan.capacity:
+    if not plan.advice or plan.advice[-1].bytes > plan.budget:
         console.print("  and that is not enough: use more or larger devices", highlight=False)

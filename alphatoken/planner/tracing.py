@@ -8,11 +8,13 @@ keeps what fused kernels keep.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,36 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
+
+
+class PeakBytes(TorchDispatchMode):
+    """How many bytes tensors take that were made inside: `now`, and at most (`total`). `shared`
+    ones are not counted."""
+
+    def __init__(self, shared: Iterable[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = WeakSet(each.untyped_storage() for each in shared if isinstance(each, Tensor))
+        self.now: int = 0
+        self.total: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.total = max(self.total, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
 
 
 class _CountedAttention(torch.autograd.Function):

@@ -28,6 +28,10 @@ class ScoringCost(ABC):
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
         """Memory that scoring keeps between steps, besides scored weights and Fisher."""
 
+    def renewed_parts(self, blueprint: Blueprint) -> list[Part]:
+        """Memory that scoring keeps between steps too, but lets go of before a refresh begins."""
+        return []
+
     @abstractmethod
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         """Memory that scoring a micro-batch adds to what training holds."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch.utils._pytree import tree_leaves
 
 from alphatoken.errors import UserError
 from alphatoken.models.head import block_rows
@@ -11,11 +14,20 @@ from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs.base import ScoringCost
 from alphatoken.planner.messages import Message, gather, merged, reduce
 from alphatoken.planner.parts import FLOAT32, Part, chunk_share, logits, scored_layer
-from alphatoken.planner.tracing import FlopCounter, TracedLayer
+from alphatoken.planner.tracing import FlopCounter, PeakBytes, TracedLayer
 
 
-def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> int:
-    """Floating-point operations of one pass through a layer in dual numbers, in one direction."""
+@dataclass(frozen=True)
+class LayerScoring:
+    """One layer in dual numbers on one micro-batch, in one direction."""
+
+    flops: int
+    peak_bytes: int
+    """The most that it makes at a time, its output and the derivative included."""
+
+
+def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> LayerScoring:
+    """Runs one layer as scoring does."""
     module, state_BTH = layer.streamer.module(layer.index), layer.state_BTH
     scored = layer.decoder.scored_parameters(layer.depth, parameters)
     direction = {
@@ -23,15 +35,24 @@ def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> int:
         for each in scored
         if each.segment == layer.index
     }
+    tangent_BTH = torch.empty_like(state_BTH)
+    inputs = tree_leaves((layer.inputs.args, layer.inputs.kwargs))
+    given = [state_BTH, tangent_BTH, *inputs, *module.parameters(), *direction.values()]
     try:
-        with FlopCounter() as counter:
-            tangent_BTH = torch.empty_like(state_BTH)
+        with FlopCounter() as counter, PeakBytes(given) as peak:
             layer.streamer.jvp(module, state_BTH, tangent_BTH, layer.inputs, direction)
     except (RuntimeError, UserError):
         # Experts and layer norms have no forward derivative without values. Counted are every
-        # product, and its derivative by either factor.
-        return 3 * layer.training.forward
-    return int(counter.total)
+        # product, and its derivative by either factor; and the three largest activations, with
+        # theirs.
+        return LayerScoring(3 * layer.training.forward, 6 * layer.training.largest_bytes)
+    return LayerScoring(counter.total, peak.total)
+
+
+def _traced(blueprint: Blueprint) -> list[LayerScoring]:
+    """Every scored layer on a micro-batch."""
+    parameters, rows = blueprint.config.valuation.parameters, blueprint.workload.rows
+    return blueprint.scoring(trace_layer, parameters, rows=rows)
 
 
 def _directions(blueprint: Blueprint) -> int:
@@ -39,6 +60,11 @@ def _directions(blueprint: Blueprint) -> int:
     valuation = blueprint.config.valuation
     terms = 1 + (valuation.contrast > 0) + blueprint.has_drift
     return (terms if valuation.split_terms else 1) + valuation.reliability
+
+
+def _scored(blueprint: Blueprint) -> list[int]:
+    """Elements of every scored parameter."""
+    return [numel for numels in blueprint.scored_numels.values() for numel in numels]
 
 
 def _sums(blueprint: Blueprint) -> int:
@@ -57,11 +83,10 @@ def _reads_moment(blueprint: Blueprint) -> bool:
 class ExactCost(ScoringCost):
     """The true first-order effect, by forward-mode differentiation."""
 
-    loaded_later_bytes = 24 * 2**20
+    loaded_later_bytes = 8 * 2**20
 
     def score_flops(self, blueprint: Blueprint) -> int:
-        parameters, rows = blueprint.config.valuation.parameters, blueprint.workload.rows
-        tower = sum(blueprint.scoring(trace_layer, parameters, rows=rows))
+        tower = sum(each.flops for each in _traced(blueprint))
         head = (3 if "head" in blueprint.scored_numels else 2) * blueprint.head_flops
         return _directions(blueprint) * (tower + blueprint.workload.responses * head)
 
@@ -77,20 +102,22 @@ class ExactCost(ScoringCost):
         return blueprint.steering_documents * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
+        own = blueprint.sliced(_scored(blueprint))
+        return [Part("slices of G", own * FLOAT32 * _sums(blueprint))]
+
+    def renewed_parts(self, blueprint: Blueprint) -> list[Part]:
         weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)
-        scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
+        scored = _scored(blueprint)
         own = blueprint.sliced(scored)
-        parts = [
-            Part("slices of G", own * FLOAT32 * _sums(blueprint)),
-            Part("slices of the directions", own * weight * directions),
-        ]
+        parts = [Part("slices of the directions", own * weight * directions)]
         if blueprint.resident:
             parts.append(Part("directions, whole", sum(scored) * weight * directions))
         return parts
 
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         body, directions = blueprint.body, _directions(blueprint)
-        working = int(6 * chunk_share(blueprint) * body.largest_bytes)
+        largest = max(each.peak_bytes for each in _traced(blueprint))
+        working = int(chunk_share(blueprint) * largest)
         return (
             Part("states and derivatives", (1 + 2 * directions) * body.state_bytes),
             *scored_layer(blueprint, matrices=directions, working=working),

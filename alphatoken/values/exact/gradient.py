@@ -191,9 +191,10 @@ class MeanGradient:
     ) -> None:
         gradients = self._zeros("embeddings")
         # What is linear in its weights has the same gradient whatever they are, so they need
-        # not be gathered.
+        # not be gathered: one zero stands for all of them.
+        zero = torch.zeros((), device=self._device)
         weights = {
-            path: torch.zeros_like(each).requires_grad_() for path, each in gradients.items()
+            path: zero.expand(each.shape).requires_grad_() for path, each in gradients.items()
         }
         for batch, outgrad_BTH in zip(batches, outgrads, strict=True):
             with torch.enable_grad():
