@@ -6,6 +6,7 @@ tests wait for a GPU.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -72,6 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that was imported out of garbage collection, which DeepSpeed asks for in every
+    engine it builds."""
+    gc.collect()
+    gc.freeze()
 
 
 def place(item: pytest.Item) -> int:

@@ -1,4 +1,5 @@
-"""Runs a function of `tests.cases` in several gloo processes and collects what each returns.
+"""Runs a function of `tests.cases` in several gloo processes and collects what each returns, or a
+program and collects what it writes.
 
 The processes are forked from a server that has imported everything (`tests.preload`), which saves
 each of them some ten seconds.
@@ -11,10 +12,13 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -40,6 +44,9 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
+        # As DeepSpeed's launcher sets it; otherwise its CPU accelerator starts numactl in every
+        # backward pass, to count what it has.
+        "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -62,11 +69,7 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, folder / "arguments.pt")
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }  # read when the server imports torch and DeepSpeed
-    forkserver.ensure_running()
+    _ensure_server()
     port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     processes = [
@@ -135,10 +138,71 @@ def run_alone(
     return torch.load(folder / "result-0.pt", weights_only=False, map_location="cpu")
 
 
+def run_program(
+    *words: str | Path, environments: Sequence[Mapping[str, str]] = ({},), timeout: float = 300
+) -> list[subprocess.CompletedProcess[str]]:
+    """What `python WORDS` does in the project's folder, once with each of the environments, which
+    add to this one, all at the same time; the first words are `-m MODULE` or a file.
+
+    Nothing is imported, so what a program loads, when and with which settings needs a process of
+    its own. Raises TimeoutExpired after so many seconds.
+    """
+    _ensure_server()
+    command = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as name:
+        logs = [(Path(name, f"{n}.out"), Path(name, f"{n}.err")) for n in range(len(environments))]
+        processes = [
+            _context.Process(target=_run_program, args=(command, {**os.environ, **added}, *files))
+            for added, files in zip(environments, logs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.join(end - time.monotonic())
+                if process.exitcode is None:
+                    raise subprocess.TimeoutExpired(command, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            subprocess.CompletedProcess(
+                command, int(process.exitcode or 0), *(file.read_text() for file in files)
+            )
+            for process, files in zip(processes, logs, strict=True)
+        ]
+
+
+def _ensure_server() -> None:
+    # Read when the server imports torch and DeepSpeed.
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    forkserver.ensure_running()
+
+
+def _run_program(words: list[str], environment: dict[str, str], output: Path, error: Path) -> None:
+    _redirect(1, output)
+    _redirect(2, error)
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(ROOT)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _redirect(descriptor: int, file: Path) -> None:
+    with file.open("w") as opened:
+        os.dup2(opened.fileno(), descriptor)
+
+
 def _run_rank(case: str, folder: Path, environment: dict[str, str], log: Path) -> None:
-    with log.open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    _redirect(1, log)
+    os.dup2(1, 2)
     os.environ |= environment
     importlib.import_module("tests.cases").run(case, folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import alphatoken.training.trainer  # noqa: F401  declares the metrics of runs
 from alphatoken.util.metrics import metric_of
-from tests.ranks import ROOT
+from tests.ranks import ROOT, run_program
 
 
 def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +33,19 @@ def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
 def start_recipe(
     file: Path, *overrides: str, recipe: str = "sft"
 ) -> subprocess.CompletedProcess[str]:
-    """What a user types: the local launcher, two CPU ranks."""
+    """What a user types: the local launcher, two CPU ranks. Nearly all of its time goes to imports,
+    in five processes: `run_recipe` shows what needs no launcher."""
     command = ["launch/local.sh", f"recipes/{recipe}.py", "--config", str(file), *overrides]
     environment = {**os.environ, "RANKS": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
+
+
+def run_recipe(
+    file: Path, *overrides: str, recipe: str = "sft"
+) -> subprocess.CompletedProcess[str]:
+    """The recipe with its command line on one rank, without a launcher and without imports."""
+    words = [f"recipes/{recipe}.py", "--config", str(file), *overrides]
+    (finished,) = run_program(*words, environments=[{"COLUMNS": "200"}])
+    return finished

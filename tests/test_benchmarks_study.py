@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks.studies.job import BadTokens, configuration, pull_to_start, repo
 from benchmarks.studies.settings import StudySettings
 from benchmarks.studies.tables import Estimate, Outcome, markdown, picture
 from recipes.quickstart.get_model import save_tiny
-from tests.ranks import ROOT
+from tests.ranks import ROOT, run_program
 
 STUDIES = sorted((ROOT / "benchmarks/studies").glob("*.yaml"))
 
@@ -101,8 +102,20 @@ def test_mistakes_are_named_before_anything_runs(
         load_config(StudySettings, file, [override])
 
 
+def forked(
+    command: list[str], *, env: dict[str, str], stdout: TextIO, **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """Stands in for the processes of runs: without their imports."""
+    (finished,) = run_program(*command[1:], environments=[env])
+    stdout.write(finished.stdout + finished.stderr)
+    return finished
+
+
 @pytest.mark.slow
-def test_a_study_runs_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_runs_once_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that is added is a process of its own, as all are; those before are forked."""
     save_tiny(tmp_path / "tiny")
     file = tmp_path / "study.yaml"
     file.write_text(STUDY.format(model=tmp_path / "tiny"))
@@ -117,7 +130,9 @@ def test_a_study_runs_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         "--together",
         "2",
     ]
-    study.main(command)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "subprocess", SimpleNamespace(run=forked, STDOUT=None))
+        study.main(command)
     metrics = {run["arm"]: run["metrics"] for run in json.loads(results.read_text())["runs"]}
     assert list(metrics) == ["untrained", "all", "oracle", "both", "ghost, half"]
     assert "bad_trained" not in metrics["untrained"]

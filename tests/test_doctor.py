@@ -36,7 +36,7 @@ from alphatoken.doctor.findings import Finding
 from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
-from tests.ranks import ROOT, free_port, rank_environment, run_ranks
+from tests.ranks import ROOT, free_port, rank_environment, run_program, run_ranks
 
 TURN = "'<|im_start|>' + message['role'] + '\n'"
 TRAINED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -559,42 +559,20 @@ def test_more_ranks_than_devices() -> None:
 def test_a_taken_port_is_named_and_nobody_hangs(run_values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(run_values))
-    command = [
-        sys.executable,
-        "-m",
-        "alphatoken",
-        "--local_rank=0",
-        "doctor",
-        "--config",
-        str(file),
-        "--patience",
-        "2",
-    ]
+    command = ["-m", "alphatoken", "--local_rank=0", "doctor", "--config", str(file)]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        processes = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **rank_environment(rank, 2, port), "DS_ACCELERATOR": "cpu"},
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(2)
-        ]
-        (first, first_errors), (second, second_errors) = (
-            each.communicate(timeout=180) for each in processes
-        )
-    assert [each.returncode for each in processes] == [1, 1]
+        ranks = [rank_environment(rank, 2, port) for rank in range(2)]
+        first, second = run_program(*command, "--patience", "2", environments=ranks)
+    assert (first.returncode, second.returncode) == (1, 1)
     node = socket.gethostname()
-    assert f"{node}: port {port} is taken by another process" in " ".join(first.split())
-    assert first.splitlines()[-1] == f"1 problem on {node}, 0 warnings (1 rank on {node})"
-    assert second == ""
-    assert f"what listens at 127.0.0.1:{port} is not rank 0" in second_errors
-    assert "Traceback" not in first_errors + second_errors
+    assert f"{node}: port {port} is taken by another process" in " ".join(first.stdout.split())
+    assert first.stdout.splitlines()[-1] == f"1 problem on {node}, 0 warnings (1 rank on {node})"
+    assert second.stdout == ""
+    assert f"what listens at 127.0.0.1:{port} is not rank 0" in second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import Selection, select
 from alphatoken.selection.weights import WEIGHT_RULES
+from tests.ranks import ROOT, run_program
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 
 
@@ -50,13 +50,18 @@ def names_of(code: str) -> dict[str, Any]:
 
 
 def run_example(
-    heading: str, folder: Path, values: dict[str, Any], *overrides: str
+    heading: str, folder: Path, values: dict[str, Any], *overrides: str, forked: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the section's code as a user would: a file of its own, with a configuration file."""
+    """Runs the section's code as a user would: a file of its own, with a configuration file. It has
+    imports of its own to make where it is not forked."""
     (folder / "mine.py").write_text(python_block(heading), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    words = [str(folder / "mine.py"), "--config", str(folder / "config.yaml"), *overrides]
+    if forked:
+        (finished,) = run_program(*words)
+        return finished
     return subprocess.run(
-        [sys.executable, folder / "mine.py", "--config", folder / "config.yaml", *overrides],
+        [sys.executable, *words],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -146,7 +151,7 @@ def test_the_policy_of_the_page_trains_from_a_configuration_file(
         "valuation": {**run_values["valuation"], "stability_weight": 0},
         "selection": {"policy": "unlearned_value", "keep_ratio": 0.5},
     }
-    ran = run_example("A selection policy", tmp_path, values)
+    ran = run_example("A selection policy", tmp_path, values, forked=False)
     assert ran.returncode == 0, ran.stderr
     metrics = last_metrics(values)
     assert metrics["step"] == 2

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alphatoken import UserError, ValuationConfig, score_tokens
+from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.batch import Batch, make_batch
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -24,7 +24,7 @@ from alphatoken.values.registry import build_scorer
 from tests.exact_oracle import exact_values
 from tests.oracle import Scored, oracle_copy, relative_error, token_values
 from tests.ranks import run_ranks
-from tests.runs import changed, metrics_of, start_recipe
+from tests.runs import changed, metrics_of, run_recipe
 from tests.test_distributed import check, exact, stability, stage, variant
 from tests.test_pairs import REFERENCE_FREE, REPORTED, PlainPairs
 from tests.test_preference import OBJECTIVES, objective_of, section, standard
@@ -198,9 +198,8 @@ def test_exact_values_are_those_of_the_held_out_preference_loss(name: str, param
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_values_masks_and_gradients_equal_one_process(
-    world_size: int, pair_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+def test_values_masks_and_gradients_equal_one_process_on_1_2_and_3_ranks(
+    pair_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
 ) -> None:
     """Five held-out pairs, which no number of ranks divides, with references cached, online and
     offloaded."""
@@ -233,21 +232,26 @@ def test_values_masks_and_gradients_equal_one_process(
         "exact, orpo": ("orpo", {"valuation": exact("linears", 2)}),
         "cpo": ("cpo", packed),
     }
-    if world_size == 1:
-        variants = {name: variants[name] for name in ("resident", "exact, packed")}
-    configs = {}
+    configs, plain = {}, {}
+    alone: dict[str, TokenValues] = {}
     for name, (objective, sections) in variants.items():
         valuation = {**stability, "target": "preference", **sections.get("valuation", {})}
         merged = {**sections, "preference": section(objective), "valuation": valuation}
         if section(objective)["objective"] not in REFERENCE_FREE:
             merged["reference"] = {"model": stability["reference"], **sections.get("reference", {})}
         configs[name] = variant(pair_values, tmp_path / name.replace(" ", "-"), **merged)
-    results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
-    for name, values in configs.items():
         reference = {"model": stability["reference"]}
-        plain = PlainPairs({**values, "reference": reference}, variants[name][0])
-        assert plain.values.direct_proxy.any()
-        check(results, name, plain)
+        plain[name] = PlainPairs({**configs[name], "reference": reference}, objective, alone)
+        assert plain[name].values.direct_proxy.any()
+    for ranks in (1, 2, 3):
+        names = ("resident", "exact, packed") if ranks == 1 else tuple(configs)
+        own = {
+            name: changed(configs[name], train={"output_dir": str(tmp_path / f"{name}-{ranks}")})
+            for name in names
+        }
+        results = run_ranks("valued_steps", ranks, tmp_path / f"ranks-{ranks}", configs=own)
+        for name in names:
+            check(results, name, plain[name])
 
 
 @pytest.mark.slow
@@ -258,7 +262,7 @@ def test_the_recipe_runs_and_refuses_rows_that_are_no_pairs(
     values = changed(pair_values, valuation={"target": "preference"}, train={"save_every": 1})
     file.write_text(yaml.safe_dump(values))
     validation = f"data.validation={run_values['data']['validation']}"
-    wrong = start_recipe(file, validation, recipe="preference")
+    wrong = run_recipe(file, validation, recipe="preference")
     assert wrong.returncode != 0
     assert (
         "validation.jsonl:1: valuation.target=preference compares held-out pairs, but this row of "
@@ -266,7 +270,7 @@ def test_the_recipe_runs_and_refuses_rows_that_are_no_pairs(
         "'rejected', or set valuation.target=sft"
     ) in " ".join(wrong.stderr.split())
 
-    finished = start_recipe(file, recipe="preference")
+    finished = run_recipe(file, recipe="preference")
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert "Reference losses of data.validation" in finished.stdout
     _, *steps = metrics_of(values["train"]["output_dir"])
@@ -275,7 +279,7 @@ def test_the_recipe_runs_and_refuses_rows_that_are_no_pairs(
         assert step.keys() >= METRICS | REPORTED
         assert math.isfinite(step["composite_mean_chosen"])
     (file.parent / "run" / "metrics.jsonl").rename(tmp_path / "whole.jsonl")
-    resumed = start_recipe(file, "train.resume=auto", "valuation.target=sft", recipe="preference")
+    resumed = run_recipe(file, "train.resume=auto", "valuation.target=sft", recipe="preference")
     assert "valuation.target" in resumed.stderr
 
 

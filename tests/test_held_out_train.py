@@ -62,9 +62,7 @@ def test_the_next_rows_are_never_those_of_the_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_values_are_by_the_rows_that_come_next(
-    world_size: int,
+def test_values_are_by_the_rows_that_come_next_on_1_and_2_ranks(
     run_values: dict[str, Any],
     pair_values: dict[str, Any],
     stability: dict[str, str],
@@ -102,9 +100,14 @@ def test_values_are_by_the_rows_that_come_next(
         held_out.write_text("".join(lines[row] + "\n" for row in order[GLOBAL_BATCH:]))
         known = changed(values, data={"validation": str(held_out)})
         plain[name] = PlainPairs(known, "dpo") if base is pair_values else PlainStep(known)
-    results = run_ranks("valued_steps", world_size, tmp_path / "ranks", configs=configs)
-    for name in configs:
-        check(results, name, plain[name])
+    for ranks in (1, 2):
+        own = {
+            name: changed(values, train={"output_dir": str(tmp_path / f"{name}-{ranks}")})
+            for name, values in configs.items()
+        }
+        results = run_ranks("valued_steps", ranks, tmp_path / f"ranks-{ranks}", configs=own)
+        for name in configs:
+            check(results, name, plain[name])
 
 
 @pytest.mark.slow

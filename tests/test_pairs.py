@@ -3,6 +3,7 @@ references; bad data."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -30,7 +31,7 @@ from alphatoken.data.batches import Order
 from alphatoken.reference.cache import CachedLosses, CacheFolder, longest_chain
 from alphatoken.reference.losses import check_reference
 from tests.ranks import run_ranks
-from tests.runs import metrics_of, start_recipe
+from tests.runs import metrics_of, run_recipe, start_recipe
 from tests.test_distributed import (
     SCORED_BY,
     TERMS,
@@ -135,7 +136,11 @@ class PlainPairs:
     """The step in one process: values of all documents at once, masks by sorting, the gradient by
     autograd."""
 
-    def __init__(self, values: dict[str, Any], name: str) -> None:
+    def __init__(
+        self, values: dict[str, Any], name: str, known: dict[str, TokenValues] | None = None
+    ) -> None:
+        """known: values by each held-out set and way to score, for steps of the same model, rows
+        and stability to share; it grows."""
         folder, valuation = values["model"]["name_or_path"], values["valuation"]
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -149,15 +154,20 @@ class PlainPairs:
         documents = [(place, int(row), side) for place, row in enumerate(rows) for side in (0, 1)]
         self.places = {2 * row + side: 2 * place + side for place, row, side in documents}
 
+        known = {} if known is None else known
+
         def scored(held_out: list[tuple[Tensor, Tensor]]) -> TokenValues:
-            return score_tokens(
-                model,
-                batch,
-                collate(held_out),
-                fisher=fisher,
-                reference=stability_reference,
-                config=ValuationConfig.model_validate(config),
-            )
+            key = json.dumps([config, [ids.tolist() for ids, _ in held_out]])
+            if key not in known:
+                known[key] = score_tokens(
+                    model,
+                    batch,
+                    collate(held_out),
+                    fisher=fisher,
+                    reference=stability_reference,
+                    config=ValuationConfig.model_validate(config),
+                )
+            return copy.deepcopy(known[key])  # they will be multiplied in place
 
         reference_model = AutoModelForCausalLM.from_pretrained(values["reference"]["model"])
         pairs = [held_out[row] for row in validation]
@@ -496,7 +506,7 @@ def test_the_recipe_starts_from_a_supervised_runs_export(
     )
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values["preference"]))
-    wrong = start_recipe(file, f"data.train={run_values['data']['train']}", recipe="preference")
+    wrong = run_recipe(file, f"data.train={run_values['data']['train']}", recipe="preference")
     assert wrong.returncode != 0
     assert "train.jsonl:1: a row needs 'prompt', 'chosen' and 'rejected'" in wrong.stderr
     assert "Traceback" not in wrong.stderr

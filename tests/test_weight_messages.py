@@ -11,7 +11,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.runs import changed
 
-STEPS = 5
+STEPS = 3
 TIMES = ("seconds_", "tokens_per_second", "peak_memory_bytes")
 
 
@@ -23,7 +23,7 @@ def zero3(**settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def configs(run_values: dict[str, Any], pair_values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Runs of five steps with a refresh and an evaluation in each."""
+    """Runs of three steps with a refresh and an evaluation in each."""
     train = {"max_steps": STEPS, "eval_every": 1}
     unstable = {"stability_weight": 0.0}
     sft = changed(run_values, deepspeed=zero3(), train=train, valuation=unstable)
