@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -27,10 +29,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from alphatoken.batch import Batch
-from alphatoken.checkpoints import saving
+from alphatoken.checkpoints import saving, weight_files
+from alphatoken.checkpoints.export import export_model
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
@@ -43,6 +47,7 @@ from alphatoken.doctor.rendezvous import Arrival
 from alphatoken.errors import RemoteError, UserError
 from alphatoken.models import head
 from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.models.loading import load_model
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
@@ -669,6 +674,74 @@ def drifts(
             "reference_bytes": drift.reference_bytes,
         }
         trainer.run.engine.destroy()
+    return results
+
+
+class HeldBytes:
+    """How many bytes of some tensors are in memory: now, and at most so far."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A copy that counts until nothing, no view of it either, refers to its memory."""
+        array = tensor.detach().numpy().copy()
+        self.now += array.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(array, self._freed, array.nbytes)
+        return torch.from_numpy(array)
+
+    def _freed(self, count: int) -> None:
+        self.now -= count
+
+
+def exports(
+    folder: Path, models: dict[str, dict[str, Any]], shard_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Trains models under ZeRO-3 for a step and exports each, into `NAME/ours`, and with what
+    DeepSpeed and transformers have for it, into `NAME/theirs`.
+
+    Returns the most bytes of weights that this rank held during ours, and the bytes of the largest
+    weight.
+    """
+    weight_files.SHARD_BYTES = shard_bytes
+    device = initialise_ranks(5)
+    gather = zero3.weight_on_rank_0
+    results = {}
+    for name, values in models.items():
+        engine_values = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
+            "zero_allow_untested_optimizer": True,
+        }
+        lm = load_model(validate(ModelConfig, values, "of the test"), engine_values, seed=0)
+        wrapper = torch.nn.Module()
+        wrapper.lm = lm
+        wrapper.forward = lm.forward
+        trained = [each for each in lm.parameters() if each.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=wrapper, model_parameters=trained, config=engine_values
+        )
+        ids = torch.arange(3, 15, device=device)[None] + collectives.rank()
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        held = HeldBytes()
+
+        def counted(parameter: Any, device: torch.device, held: HeldBytes = held) -> Tensor | None:
+            whole = gather(parameter, device)
+            return None if whole is None else held.hold(whole)
+
+        zero3.weight_on_rank_0 = counted
+        nothing: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+        export_model(engine, nothing, folder / name / "ours")
+        largest = max(zero3.full_shape(each).numel() for each in lm.parameters())
+        results[name] = {"peak": held.peak, "left": held.now, "largest": 4 * largest}
+        state = engine._zero3_consolidated_16bit_state_dict()
+        if collectives.rank() == 0:
+            weights = {each.removeprefix("lm."): tensor for each, tensor in state.items()}
+            lm.save_pretrained(folder / name / "theirs", state_dict=weights)
+        collectives.barrier()
     return results
 
 

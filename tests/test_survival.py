@@ -728,7 +728,7 @@ def test_an_export_of_shards_is_the_engines_model(
 ) -> None:
     """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's
     own export."""
-    monkeypatch.setattr("alphatoken.checkpoints.export.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("alphatoken.checkpoints.weight_files.SHARD_BYTES", 50_000)
     configs = {}
     kinds: dict[str, dict[str, Any]] = {
         "zero-3": {},

@@ -109,8 +109,8 @@ def knows_order(engine: Any) -> bool:
 def release_weights(engine: Any) -> None:
     """Lets go of all gathered weights, those on their way included; nothing below stage 3.
 
-    For after forward passes that no optimizer step follows: when it exports a model, DeepSpeed
-    takes weights that are on their way for gathered ones.
+    For after forward passes that no optimizer step follows: when it gathers a model outside of
+    them, DeepSpeed takes weights that are on their way for gathered ones.
     """
     engine.empty_partition_cache()
 
@@ -132,6 +132,13 @@ def full_weights(parameters: Sequence[Parameter], device: torch.device) -> list[
     return [
         next(gathered) if is_sharded(parameter) else parameter.detach() for parameter in parameters
     ]
+
+
+def weight_on_rank_0(parameter: Parameter, device: torch.device) -> Tensor | None:
+    """The whole weight in the host's memory of rank 0, in the parameter's dtype; None on other
+    ranks, all of which must call it. On the way it is on every rank's device, and released."""
+    (whole,) = full_weights([parameter], device)
+    return whole.cpu() if collectives.rank() == 0 else None
 
 
 @torch.no_grad()
@@ -356,12 +363,3 @@ def release(model: nn.Module) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
-    """The wrapped module's whole weights by name, on rank 0's CPU; None on other ranks, all of
-    which must call it."""
-    if engine.zero_optimization_partition_weights():
-        state: dict[str, Tensor] | None = engine._zero3_consolidated_16bit_state_dict()
-        return state
-    return engine.module.state_dict() if collectives.rank() == 0 else None
