@@ -698,8 +698,8 @@ class HeldBytes:
 def exports(
     folder: Path, models: dict[str, dict[str, Any]], shard_bytes: int
 ) -> dict[str, dict[str, int]]:
-    """Trains models under ZeRO-3 for a step and exports each, into `NAME/ours`, and with what
-    DeepSpeed and transformers have for it, into `NAME/theirs`.
+    """Trains models under ZeRO-3 for a step and exports each, into `NAME/ours`; and, gathered by
+    DeepSpeed, from a model that was loaded without it (which knows how), into `NAME/theirs`.
 
     Returns the most bytes of weights that this rank held during ours, and the bytes of the largest
     weight.
@@ -740,7 +740,12 @@ def exports(
         state = engine._zero3_consolidated_16bit_state_dict()
         if collectives.rank() == 0:
             weights = {each.removeprefix("lm."): tensor for each, tensor in state.items()}
-            lm.save_pretrained(folder / name / "theirs", state_dict=weights)
+            saved = lm
+            if values.get("lora") is None:
+                saved = AutoModelForCausalLM.from_pretrained(values["name_or_path"])
+                saved.load_state_dict(weights)
+                weights = saved.state_dict()
+            saved.save_pretrained(folder / name / "theirs", state_dict=weights)
         collectives.barrier()
     return results
 

@@ -132,9 +132,9 @@ def test_the_export_of_shards_is_what_deepspeed_gathers_and_transformers_saves(
     tmp_path: Path,
 ) -> None:
     """On two ranks under ZeRO-3, after a step: tied weights, converted experts, a head of another
-    name, biases and adapters; rank 0 holds a file and a weight, rank 1 nothing."""
+    name, prefixes, biases and adapters; rank 0 holds a file and a weight, rank 1 nothing."""
     models: dict[str, dict[str, Any]] = {}
-    for name in ("llama", "gemma2", "gpt2", "gpt_neox", "mixtral"):
+    for name in ("llama", "gemma2", "gemma3_multimodal", "gpt2", "gpt_neox", "mixtral", "qwen3_5"):
         CASES[name].build().save_pretrained(tmp_path / "models" / name)
         models[name] = {
             "name_or_path": str(tmp_path / "models" / name),

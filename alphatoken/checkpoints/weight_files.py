@@ -193,7 +193,8 @@ def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
     """What transformers did with the weights when it loaded them, or would have done."""
     kept: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     if kept is not None:
-        return kept
+        # Under ZeRO-3 transformers 5.23 keeps those of its mapping that matched no name as well.
+        return [each for each in kept if each.was_used()]
     # Without a load nobody knows whether the files had the prefix.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     return [each for each in mapping if not isinstance(each, PrefixChange)]
