@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import deepspeed
+import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from alphatoken.batch import Batch
+from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints import saving, weight_files
 from alphatoken.checkpoints.export import export_model
 from alphatoken.config.file import validate
@@ -675,6 +677,55 @@ def drifts(
         }
         trainer.run.engine.destroy()
     return results
+
+
+def saved_with_late_listings(
+    folder: Path, configs: dict[str, dict[str, Any]], late: str
+) -> dict[str, list[Tensor]]:
+    """Saves a checkpoint of each run after a step, while no folder shows names that contain
+    `late`; returns this rank's random states at that time."""
+    states = {}
+    for number, (name, values) in enumerate(configs.items()):
+        trainer = trainer_of(values)
+        trainer.step.take(0, evaluates=False)
+        torch.manual_seed(100 * number + collectives.rank())
+        states[name] = saving.random_state(trainer.run.device)
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, method in ((Path, "iterdir"), (Path, "glob"), (Path, "rglob")):
+                patch.setattr(owner, method, without(late, getattr(owner, method)))
+            patch.setattr(os, "listdir", without(late, os.listdir))
+            trainer.save(1)
+    return states
+
+
+def without(late: str, listing: Callable[..., Any]) -> Callable[..., Any]:
+    """A listing that does not show some names."""
+
+    def shown(*arguments: Any, **named: Any) -> Any:
+        return [each for each in listing(*arguments, **named) if late not in Path(each).name]
+
+    return shown
+
+
+def opened_again(
+    folder: Path, configs: dict[str, dict[str, Any]]
+) -> dict[str, tuple[list[Tensor], list[str], str]]:
+    """Resumes each run: this rank's random states afterwards, the files that it hashed, and the
+    error message, if any."""
+    digest, opened = checkpoint_files.file_sha256, {}
+    hashed: list[str] = []
+
+    def counted(file: Path) -> str:
+        hashed.append(f"{file.parent.name}/{file.name}")
+        return digest(file)
+
+    checkpoint_files.file_sha256 = counted
+    for name, values in configs.items():
+        torch.manual_seed(7)
+        hashed.clear()
+        message = messages_of({name: values}, trainer_of)[name]
+        opened[name] = saving.random_state(torch.device("cpu")), list(hashed), message
+    return opened
 
 
 class HeldBytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def sources_of(model: PreTrainedModel, held: HeldBytes | None = None) -> dict[st
         return state[name] if held is None else held.hold(state[name])
 
     return {
-        name: Source(state[name].numel(), state[name].dtype, lambda name=name: read(name))
+        name: Source(state[name].numel(), state[name].dtype, functools.partial(read, name))
         for name in names_to_save(model)
     }
 

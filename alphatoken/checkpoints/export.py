@@ -227,7 +227,7 @@ def _weights(checkpoint: Path) -> Mapping[str, Any]:
         state = zero3.masters_of(checkpoint)
     else:
         (file,) = checkpoint.glob("*model_states.pt")
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["module"]
     return {
         name.removeprefix(WEIGHTS): weight
         for name, weight in state.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from alphatoken.checkpoints.files import (
     workers,
     write_description,
 )
+from alphatoken.distributed import collectives
+from alphatoken.distributed.pickles import opened_as_data
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush
 
@@ -24,13 +27,27 @@ UNIVERSAL = "-universal"
 
 def universal_checkpoint(checkpoint: Path) -> Path:
     """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once,
-    beside it.
+    beside it, by rank 0. Every rank must call it.
 
     Raises UserError with DeepSpeed's last words where it cannot be made.
     """
     target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
-    if target.exists() and damage(target) is None and source_of(target) == source_of(checkpoint):
-        return target
+    is_there = collectives.on_rank_0(lambda: _is_form_of(target, checkpoint))
+    if not is_there or damage(target, together=True) is not None:
+        collectives.on_rank_0(lambda: _convert(checkpoint, target))
+    return target
+
+
+def _is_form_of(target: Path, checkpoint: Path) -> bool:
+    """Whether a folder says that it was made from this checkpoint."""
+    try:
+        return source_of(target) == source_of(checkpoint)
+    except UserError:
+        return False
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    """Makes the universal form, in place of what is there."""
     shutil.rmtree(target, ignore_errors=True)
     for killed in target.parent.glob(f"{target.name}.*{PARTIAL}"):
         shutil.rmtree(killed, ignore_errors=True)
@@ -40,7 +57,7 @@ def universal_checkpoint(checkpoint: Path) -> Path:
         *("--num_extract_workers", str(_extracting(checkpoint))),
         *("--num_merge_workers", str(workers())),
     ]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *at_once]
+    command = [sys.executable, "-m", __name__, *folders, *at_once]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -49,12 +66,13 @@ def universal_checkpoint(checkpoint: Path) -> Path:
             f"ranks:\n{finished.stderr.strip()[-1000:]}"
         )
     names = sorted(path for path in partial.rglob("*") if path.is_file())
-    write_description(partial, {**source_of(checkpoint), "files": described_files(partial, names)})
+    write_description(
+        partial, {**source_of(checkpoint), "files": described_files(partial, names, workers())}
+    )
     partial.rename(target)
     # DeepSpeed's converter notes the new tag beside the checkpoints.
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     flush(checkpoint.parent)
-    return target
 
 
 def _extracting(checkpoint: Path) -> int:
@@ -63,3 +81,17 @@ def _extracting(checkpoint: Path) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     largest = max(file.stat().st_size for file in checkpoint.glob("*.pt"))
     return max(1, min(workers(), memory // (4 * largest)))
+
+
+def main() -> None:
+    """Runs DeepSpeed's converter with its own arguments, and has it open files as data."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    # Its worker processes inherit which classes count as data.
+    multiprocessing.set_start_method("fork", force=True)
+    with opened_as_data():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+if __name__ == "__main__":
+    main()

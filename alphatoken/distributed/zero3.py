@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.distributed import collectives
+from alphatoken.distributed.pickles import opened_as_data
 from alphatoken.errors import UserError
 
 
@@ -194,19 +195,21 @@ def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
 
 def save_shards(
     engine: Any, folder: Path, tag: str, client_state: dict[str, Any]
-) -> Exception | None:
-    """Has every rank write its part of a checkpoint into `folder / tag`; returns what the disk
-    refused on this rank.
+) -> tuple[list[Path], Exception | None]:
+    """Has every rank write its part of a checkpoint into `folder / tag`; returns the files that
+    this rank wrote, and what the disk refused.
 
     DeepSpeed's ranks wait for each other between their files, so nothing is raised before all are
     through. The scripts that DeepSpeed puts beside its checkpoints are left out.
     """
+    written: list[Path] = []
     refused: list[Exception] = []
     write = engine.checkpoint_engine.save
 
-    def save(*arguments: Any, **named: Any) -> None:
+    def save(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
         try:
-            write(*arguments, **named)
+            write(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
             refused.append(error)
 
@@ -218,7 +221,15 @@ def save_shards(
         engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     finally:
         del engine.checkpoint_engine.save, engine._copy_recovery_script
-    return refused[0] if refused else None
+    return written, refused[0] if refused else None
+
+
+def load_shards(engine: Any, checkpoint: Path) -> dict[str, Any] | None:
+    """Loads the engine's state, and returns the client state that was saved with this rank's, or
+    rank 0's; None where DeepSpeed finds nothing. Files are opened as data."""
+    with opened_as_data():
+        loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return None if loaded is None else client_state
 
 
 def separate_step_counts(engine: Any) -> None:
@@ -241,9 +252,10 @@ def masters_of(checkpoint: Path) -> Mapping[str, Any]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-    )
+    with opened_as_data():
+        found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+        )
     return found
 
 

@@ -127,7 +127,7 @@ class Trainer:
         state = TrainingState(
             scales=None if scorer is None else scorer.scales.state,
             inputs=self.run.inputs,
-            random=collectives.gather_objects(random_state(self.run.device)),
+            random=random_state(self.run.device),
         )
         slices = None if scorer is None else scorer.state()
         saved = self.checkpoints.save(done, state, slices)
@@ -146,8 +146,8 @@ class Trainer:
             scorer.scales.state = state.scales
         if scorer is not None and slices is not None:
             scorer.restore(slices)
-        if len(state.random) == collectives.world_size():
-            set_random_state(state.random[collectives.rank()], run.device)
+        if state.random is not None:
+            set_random_state(state.random, run.device)
         self.first_step = continuation.step
         self.notes = (*self.notes, *changed, *map(str, continuation.notes))
 
