@@ -712,18 +712,21 @@ def opened_again(
 ) -> dict[str, tuple[list[Tensor], list[str], str]]:
     """Resumes each run: this rank's random states afterwards, the files that it hashed, and the
     error message, if any."""
-    digest, opened = checkpoint_files.file_sha256, {}
-    hashed: list[str] = []
+    verification: Any = checkpoint_files
+    digest, hashed, opened = verification.file_sha256, list[str](), {}
 
-    def counted(file: Path) -> str:
+    def counted(file: Path) -> Any:
         hashed.append(f"{file.parent.name}/{file.name}")
         return digest(file)
 
-    checkpoint_files.file_sha256 = counted
+    def open_run(values: dict[str, Any]) -> None:
+        trainer_of(values)
+
+    verification.file_sha256 = counted
     for name, values in configs.items():
         torch.manual_seed(7)
         hashed.clear()
-        message = messages_of({name: values}, trainer_of)[name]
+        message = messages_of({name: values}, open_run)[name]
         opened[name] = saving.random_state(torch.device("cpu")), list(hashed), message
     return opened
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import (
     DESCRIPTION,
@@ -23,10 +22,9 @@ from alphatoken.checkpoints.files import (
 )
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.errors import UserError
+from alphatoken.util.files import file_sha256
 from tests.ranks import run_ranks
 from tests.runs import changed
-
-Configs = dict[str, dict[str, Any]]
 
 
 class Command:
@@ -154,7 +152,7 @@ def test_ranks_list_hash_and_keep_what_is_their_own(
             "lost": f"{checkpoint_of(resumed['lost']) / lost} is missing",
             "unlisted": f"{checkpoint_of(resumed['unlisted']) / lost} is missing from ",
             "flipped": f"{flipped} does not have the content that was saved: its SHA-256 is "
-            f"{checkpoint_files.file_sha256(flipped)} instead of {listed['3'][lost]['sha256']}",
+            f"{file_sha256(flipped)} instead of {listed['3'][lost]['sha256']}",
         }.items():
             assert text in opened[name][2], (name, rank)
     assert not torch.equal(states[0]["3"][0], states[1]["3"][0])
