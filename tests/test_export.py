@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from alphatoken.checkpoints import weight_files
 from alphatoken.checkpoints.weight_files import (
+    Prefix,
     Source,
     WeightFiles,
     batches_to_save,
     names_to_save,
+    prefixes_of,
 )
 from tests.cases import HeldBytes
 from tests.ranks import run_ranks
@@ -55,10 +58,15 @@ def sources_of(model: PreTrainedModel, held: HeldBytes | None = None) -> dict[st
     }
 
 
-def written(model: PreTrainedModel, folder: Path, held: HeldBytes | None = None) -> WeightFiles:
+def written(
+    model: PreTrainedModel,
+    folder: Path,
+    held: HeldBytes | None = None,
+    prefixes: Sequence[Prefix] = (),
+) -> WeightFiles:
     folder.mkdir()
     files = WeightFiles(folder)
-    for batch in batches_to_save(model, sources_of(model, held)):
+    for batch in batches_to_save(model, sources_of(model, held), prefixes):
         files.write(batch)
     files.finish()
     return files
@@ -105,6 +113,27 @@ def test_one_file_and_one_weight_are_in_memory(
         sizes = [file.stat().st_size for file in (tmp_path / str(limit)).glob("*.safetensors")]
         header = 4000
         assert max(sizes) <= max(limit, max(weights)) + header
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3_multimodal", "llama"])
+def test_a_model_that_is_built_again_is_written_under_the_names_it_was_read_under(
+    name: str, tmp_path: Path
+) -> None:
+    """For exports of checkpoints, which know the model's configuration and `prefixes_of` only."""
+    built = CASES[name].build()
+    built.save_pretrained(tmp_path / "built")
+    names = tensors_of(tmp_path / "built")
+    if name == "qwen3_5":  # as published, with a vision tower beside it
+        names = {
+            key.replace("model.", "model.language_model.", 1): tensor
+            for key, tensor in names.items()
+        }
+        save_file(names, tmp_path / "built" / "model.safetensors", {"format": "pt"})
+    loaded = type(built).from_pretrained(tmp_path / "built")
+    prefixes = json.loads(json.dumps(prefixes_of(loaded)))
+    assert bool(prefixes) == (name == "qwen3_5")
+    written(built, tmp_path / "again", prefixes=[(*each,) for each in prefixes])
+    assert_equal(tensors_of(tmp_path / "again"), names)
 
 
 def test_few_weights_are_one_file_without_an_index(tmp_path: Path) -> None:

@@ -28,19 +28,31 @@ from alphatoken.checkpoints.files import (
     read_description,
     step_folders,
 )
-from alphatoken.checkpoints.weight_files import Source, WeightFiles, batches_to_save, names_to_save
+from alphatoken.checkpoints.weight_files import (
+    Prefix,
+    Source,
+    WeightFiles,
+    batches_to_save,
+    names_to_save,
+)
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
 from alphatoken.util.files import PARTIAL, PartialFolder
 
 
-def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def export_model(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
     """Writes the current weights as a Hugging Face folder, which is there whole or not at all, in
     place of an older one.
 
     Every rank must call it: weights are gathered one by one, and rank 0 holds those of one file.
-    Raises UserError where the disk refuses, and on the other ranks RemoteError.
+    `on_file` is called on every rank whenever those of another one are there. Raises UserError
+    where the disk refuses, and on the other ranks RemoteError.
     """
     model: PreTrainedModel = engine.module.lm
     folder = PartialFolder(target)
@@ -68,6 +80,7 @@ def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) 
             files = WeightFiles(folder.path)
             sources = _sources(model, names_to_save(model), engine.device)
             for batch in batches_to_save(model, sources):
+                on_file()
                 on_rank_0(functools.partial(files.write, batch))
             on_rank_0(files.finish)
         on_rank_0(lambda: tokenizer.save_pretrained(folder.path))
@@ -188,7 +201,9 @@ def export_checkpoint(
             (partial / "config.json").unlink()
     else:
         (partial / "adapter_config.json").unlink(missing_ok=True)
-        written = _save_whole(partial, weights, dtype)
+        # Runs of before have noted no prefixes.
+        prefixes = [(add, remove, part) for add, remove, part in about.get("prefixes", ())]
+        written = _save_whole(partial, weights, dtype, prefixes)
         parameters, files = written.parameters, written.files
     card = _model_card(
         run, description, about, adapter=config["model"]["lora"] is not None and not merge
@@ -235,7 +250,9 @@ def _weights(checkpoint: Path) -> Mapping[str, Any]:
     }
 
 
-def _save_whole(folder: Path, weights: Mapping[str, Any], dtype: torch.dtype) -> WeightFiles:
+def _save_whole(
+    folder: Path, weights: Mapping[str, Any], dtype: torch.dtype, prefixes: Sequence[Prefix]
+) -> WeightFiles:
     """Writes the weights of the model whose configuration lies in the folder."""
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -252,7 +269,7 @@ def _save_whole(folder: Path, weights: Mapping[str, Any], dtype: torch.dtype) ->
         for name in names_to_save(model)
     }
     files = WeightFiles(folder)
-    for batch in batches_to_save(model, sources):
+    for batch in batches_to_save(model, sources, prefixes):
         files.write(batch)
     files.finish()
     return files

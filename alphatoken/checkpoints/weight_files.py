@@ -58,18 +58,30 @@ def names_to_save(model: PreTrainedModel) -> list[str]:
     return list(remove_tied_weights_from_state_dict(state, model))
 
 
+Prefix = tuple[str | None, str | None, str]
+"""What transformers put before names in files, or took from them, to get those in memory; and of
+which part of the model."""
+
+
+def prefixes_of(model: PreTrainedModel) -> list[Prefix]:
+    """What only loading can tell of the names in the files that a model was loaded from."""
+    used = [each for each in _conversions(model, ()) if isinstance(each, PrefixChange)]
+    return [_prefix(each) for each in used]
+
+
 def batches_to_save(
-    model: PreTrainedModel, weights: Mapping[str, Source]
+    model: PreTrainedModel, weights: Mapping[str, Source], prefixes: Sequence[Prefix] = ()
 ) -> Iterator[dict[str, Tensor]]:
     """All weights in order, at most SHARD_BYTES of them at a time (or what is converted together),
     by the names that they have in files of transformers: `save_pretrained`, piece by piece.
 
-    Empty on ranks other than 0, all of which must take as many. Whoever takes a batch empties it,
-    or it stays in memory.
+    `prefixes`: what `prefixes_of` gave, where `model` was built here. Batches are empty on ranks
+    other than 0, all of which must take as many. Whoever takes a batch empties it, or it stays in
+    memory.
     """
     batch: dict[str, Tensor] = {}
     size = 0
-    for group in _groups(model, weights):
+    for group in _groups(model, list(weights), _conversions(model, prefixes)):
         size_of_group = sum(weights[name].nbytes for name in group.names)
         if size and size + size_of_group > SHARD_BYTES:
             yield batch
@@ -171,10 +183,12 @@ class _Group:
         }
 
 
-def _groups(model: PreTrainedModel, names: Mapping[str, Source]) -> list[_Group]:
+def _groups(
+    model: PreTrainedModel, names: Sequence[str], conversions: Sequence[WeightTransform]
+) -> list[_Group]:
     """What `transformers.core_model_loading.revert_weight_conversion` does with each weight, which
     wants all of them at once."""
-    reverses = [conversion.reverse_transform() for conversion in _conversions(model)[::-1]]
+    reverses = [conversion.reverse_transform() for conversion in conversions[::-1]]
     renamings = [each for each in reverses if isinstance(each, WeightRenaming)]
     converters = [each for each in reverses if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -189,12 +203,17 @@ def _groups(model: PreTrainedModel, names: Mapping[str, Source]) -> list[_Group]
     return list(groups.values())
 
 
-def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
+def _conversions(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> list[WeightTransform]:
     """What transformers did with the weights when it loaded them, or would have done."""
     kept: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     if kept is not None:
         # Under ZeRO-3 transformers 5.23 keeps those of its mapping that matched no name as well.
         return [each for each in kept if each.was_used()]
-    # Without a load nobody knows whether the files had the prefix.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
-    return [each for each in mapping if not isinstance(each, PrefixChange)]
+    return [
+        each for each in mapping if not isinstance(each, PrefixChange) or _prefix(each) in prefixes
+    ]
+
+
+def _prefix(change: PrefixChange) -> Prefix:
+    return change.prefix_to_add, change.prefix_to_remove, change.model_prefix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from alphatoken.checkpoints.export import export_model
@@ -115,8 +116,9 @@ class Trainer:
             if self.stop.is_agreed():
                 self._stop_after(total, report)
                 return
-            self.watchdog.moved("the export")
-            export_model(run.engine, run.tokenizer, run.folder.export)
+            moved = partial(self.watchdog.moved, "the export")
+            moved()
+            export_model(run.engine, run.tokenizer, run.folder.export, moved)
             report.finish(run.folder.path, self._sample)
 
     def save(self, done: int) -> Path:
