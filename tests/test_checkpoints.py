@@ -14,6 +14,8 @@ import torch
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import (
     DESCRIPTION,
+    FORMAT_VERSION,
+    check_listing,
     damage,
     described_files,
     missing_files,
@@ -80,6 +82,25 @@ def test_a_list_without_a_ranks_file_is_told_by_its_name() -> None:
     }
     assert set(missing_files(set(whole) - lacking, 12)) == lacking
     assert len(missing_files(whole, 13)) == 3
+
+
+def test_a_folder_that_does_not_show_all_files_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "step-1"
+    (checkpoint / "random").mkdir(parents=True)
+    names = ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "random/00000-of-00001.safetensors"]
+    for name in names:
+        torch.save({}, checkpoint / name)
+    files = described_files(checkpoint, [checkpoint / name for name in names], 1)
+    description = {"format_version": FORMAT_VERSION, "world_size": 1, "files": files}
+    write_description(checkpoint, description)
+    assert damage(checkpoint) is None
+    check_listing(checkpoint)
+    shown = checkpoint / names[1]
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter([shown]))
+    with pytest.raises(UserError, match=f"does not show its file {names[0]}; a shared file system"):
+        universal_checkpoint(checkpoint)
 
 
 def in_version_3(checkpoint: Path, states: list[list[torch.Tensor]]) -> None:

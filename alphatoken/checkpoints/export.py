@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alphatoken.checkpoints.files import (
     ABOUT,
     SHARDS,
+    check_listing,
     damage,
     read_description,
     step_folders,
@@ -231,6 +232,7 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     for checkpoint in wanted:
         problem = damage(checkpoint)
         if problem is None:
+            check_listing(checkpoint)
             return checkpoint
         problems.append(problem)
     raise UserError(f"no undamaged checkpoint in {run}: " + "; ".join(problems))

@@ -183,6 +183,19 @@ def _damage_of_share(checkpoint: Path, share: slice, threads: int) -> str | None
             pool.shutdown(cancel_futures=True)
 
 
+def check_listing(checkpoint: Path) -> None:
+    """Whether the folder shows all its files, for readers of DeepSpeed's that take what they see.
+    Raises UserError where it does not yet, as on a file system that other machines have written
+    to."""
+    shown = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")}
+    hidden = [name for name in read_description(checkpoint)["files"] if name not in shown]
+    if hidden:
+        raise UserError(
+            f"the folder {checkpoint} does not show its file {hidden[0]}; a shared file system "
+            "may show it in a minute: start again"
+        )
+
+
 def workers(sharing: int = 1) -> int:
     """How many files of a checkpoint each of so many processes of this machine reads or makes at
     once."""

@@ -10,7 +10,10 @@ import sys
 import uuid
 from pathlib import Path
 
+from rich.console import Console
+
 from alphatoken.checkpoints.files import (
+    check_listing,
     damage,
     described_files,
     source_of,
@@ -48,6 +51,10 @@ def _is_form_of(target: Path, checkpoint: Path) -> bool:
 
 def _convert(checkpoint: Path, target: Path) -> None:
     """Makes the universal form, in place of what is there."""
+    check_listing(checkpoint)
+    Console(stderr=True, highlight=False).print(
+        f"converting {checkpoint} for another number of ranks, which wait", markup=False
+    )
     shutil.rmtree(target, ignore_errors=True)
     for killed in target.parent.glob(f"{target.name}.*{PARTIAL}"):
         shutil.rmtree(killed, ignore_errors=True)
