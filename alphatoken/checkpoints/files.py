@@ -158,7 +158,8 @@ def damage(checkpoint: Path, *, together: bool = False) -> str | None:
     if not together:
         return _damage_of_share(checkpoint, slice(None), workers())
     share = slice(collectives.rank(), None, collectives.world_size())
-    found = _damage_of_share(checkpoint, share, workers(process.local_ranks()))
+    threads = workers(process.local_ranks())
+    found = collectives.agree(lambda: _damage_of_share(checkpoint, share, threads))
     return next((each for each in collectives.gather_objects(found) if each is not None), None)
 
 
