@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -20,8 +19,7 @@ from alphatoken.checkpoints.files import (
     workers,
     write_description,
 )
-from alphatoken.distributed import collectives
-from alphatoken.distributed.pickles import opened_as_data
+from alphatoken.distributed import collectives, conversion
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush
 
@@ -64,7 +62,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
         *("--num_extract_workers", str(_extracting(checkpoint))),
         *("--num_merge_workers", str(workers())),
     ]
-    command = [sys.executable, "-m", __name__, *folders, *at_once]
+    command = [sys.executable, "-m", conversion.__name__, *folders, *at_once]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,17 +86,3 @@ def _extracting(checkpoint: Path) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     largest = max(file.stat().st_size for file in checkpoint.glob("*.pt"))
     return max(1, min(workers(), memory // (4 * largest)))
-
-
-def main() -> None:
-    """Runs DeepSpeed's converter with its own arguments, and has it open files as data."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    # Its worker processes inherit which classes count as data.
-    multiprocessing.set_start_method("fork", force=True)
-    with opened_as_data():
-        ds_to_universal.main(ds_to_universal.parse_arguments())
-
-
-if __name__ == "__main__":
-    main()
