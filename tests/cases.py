@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -23,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import deepspeed
+import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -30,10 +33,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from alphatoken.batch import Batch
-from alphatoken.checkpoints import saving
+from alphatoken.checkpoints import files as checkpoint_files
+from alphatoken.checkpoints import saving, weight_files
+from alphatoken.checkpoints.export import export_model
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
@@ -46,6 +52,7 @@ from alphatoken.doctor.rendezvous import Arrival
 from alphatoken.errors import RemoteError, UserError
 from alphatoken.models import head
 from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.models.loading import load_model
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
@@ -772,6 +779,131 @@ def memory_of_one_of_many(
         }
         trainer.run.engine.destroy()
         del trainer
+    return results
+
+
+def saved_with_late_listings(
+    folder: Path, configs: dict[str, dict[str, Any]], late: str
+) -> dict[str, list[Tensor]]:
+    """Saves a checkpoint of each run after a step, while no folder shows names that contain
+    `late`; returns this rank's random states at that time."""
+    states = {}
+    for number, (name, values) in enumerate(configs.items()):
+        trainer = trainer_of(values)
+        trainer.step.take(0, evaluates=False)
+        torch.manual_seed(100 * number + collectives.rank())
+        states[name] = saving.random_state(trainer.run.device)
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, method in ((Path, "iterdir"), (Path, "glob"), (Path, "rglob")):
+                patch.setattr(owner, method, without(late, getattr(owner, method)))
+            patch.setattr(os, "listdir", without(late, os.listdir))
+            trainer.save(1)
+    return states
+
+
+def without(late: str, listing: Callable[..., Any]) -> Callable[..., Any]:
+    """A listing that does not show some names."""
+
+    def shown(*arguments: Any, **named: Any) -> Any:
+        return [each for each in listing(*arguments, **named) if late not in Path(each).name]
+
+    return shown
+
+
+def opened_again(
+    folder: Path, configs: dict[str, dict[str, Any]]
+) -> dict[str, tuple[list[Tensor], list[str], str]]:
+    """Resumes each run: this rank's random states afterwards, the files that it hashed, and the
+    error message, if any."""
+    verification: Any = checkpoint_files
+    digest, hashed, opened = verification.file_sha256, list[str](), {}
+
+    def counted(file: Path) -> Any:
+        hashed.append(f"{file.parent.name}/{file.name}")
+        return digest(file)
+
+    def open_run(values: dict[str, Any]) -> None:
+        trainer_of(values)
+
+    verification.file_sha256 = counted
+    for name, values in configs.items():
+        torch.manual_seed(7)
+        hashed.clear()
+        message = messages_of({name: values}, open_run)[name]
+        opened[name] = saving.random_state(torch.device("cpu")), list(hashed), message
+    return opened
+
+
+class HeldBytes:
+    """How many bytes of some tensors are in memory: now, and at most so far."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A copy that counts until nothing, no view of it either, refers to its memory."""
+        array = tensor.detach().numpy().copy()
+        self.now += array.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(array, self._freed, array.nbytes)
+        return torch.from_numpy(array)
+
+    def _freed(self, count: int) -> None:
+        self.now -= count
+
+
+def exports(
+    folder: Path, models: dict[str, dict[str, Any]], shard_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Trains models under ZeRO-3 for a step and exports each, into `NAME/ours`; and, gathered by
+    DeepSpeed, from a model that was loaded without it (which knows how), into `NAME/theirs`.
+
+    Returns the most bytes of weights that this rank held during ours, and the bytes of the largest
+    weight.
+    """
+    weight_files.SHARD_BYTES = shard_bytes
+    device = initialise_ranks(5)
+    gather = zero3.weight_on_rank_0
+    results = {}
+    for name, values in models.items():
+        engine_values = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
+            "zero_allow_untested_optimizer": True,
+        }
+        lm = load_model(validate(ModelConfig, values, "of the test"), engine_values, seed=0)
+        wrapper = torch.nn.Module()
+        wrapper.lm = lm
+        wrapper.forward = lm.forward
+        trained = [each for each in lm.parameters() if each.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=wrapper, model_parameters=trained, config=engine_values
+        )
+        ids = torch.arange(3, 15, device=device)[None] + collectives.rank()
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        held = HeldBytes()
+
+        def counted(parameter: Any, device: torch.device, held: HeldBytes = held) -> Tensor | None:
+            whole = gather(parameter, device)
+            return None if whole is None else held.hold(whole)
+
+        zero3.weight_on_rank_0 = counted
+        nothing: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+        export_model(engine, nothing, folder / name / "ours")
+        largest = max(zero3.full_shape(each).numel() for each in lm.parameters())
+        results[name] = {"peak": held.peak, "left": held.now, "largest": 4 * largest}
+        state = engine._zero3_consolidated_16bit_state_dict()
+        if collectives.rank() == 0:
+            weights = {each.removeprefix("lm."): tensor for each, tensor in state.items()}
+            saved = lm
+            if values.get("lora") is None:
+                saved = AutoModelForCausalLM.from_pretrained(values["name_or_path"])
+                saved.load_state_dict(weights)
+                weights = saved.state_dict()
+            saved.save_pretrained(folder / name / "theirs", state_dict=weights)
+        collectives.barrier()
     return results
 
 

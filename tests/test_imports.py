@@ -180,7 +180,9 @@ FOREIGN = {
     "_forward_pre_hooks",  # torch
     "_fused_sdp_choice",  # torch: the kernel that SDPA would run
     "_model_mapping",  # transformers: the class that a configuration is loaded with
+    "_keys_to_ignore_on_save",  # transformers: what save_pretrained leaves out
     "_zero3_consolidated_16bit_state_dict",  # DeepSpeed: whole weights on rank 0
+    "_weight_conversions",  # transformers: how a model's weights were loaded
     "_buffers",  # torch: a module's buffers, replaced in place
     "_commit_hash",  # transformers: the commit that a hub name stood for
     "_current_frames",  # sys: where every thread is

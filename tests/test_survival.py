@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import obsolete, step_folders
-from alphatoken.checkpoints.resuming import open_run_folder
+from alphatoken.checkpoints.resuming import find_checkpoint, open_run_folder
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
@@ -360,12 +360,9 @@ def damaged_run(
 
 
 @pytest.mark.slow
-def test_no_damage_to_a_checkpoint_is_accepted(
-    damaged_run: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_damage_to_a_checkpoint_is_accepted(damaged_run: RunConfig) -> None:
     """100 random files of the newest checkpoint cut, changed in one bit, or deleted: the one before
     is used."""
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     newest = damaged_run.train.output_dir / "checkpoints" / "step-2"
     rng = random.Random(SEED)
     for number in range(100):
@@ -381,13 +378,13 @@ def test_no_damage_to_a_checkpoint_is_accepted(
                 file.write_bytes(flipped)
             case "delete":
                 file.unlink()
-        _, found = open_run_folder(damaged_run)
+        found = find_checkpoint(damaged_run, 2)
         assert found is not None, number
         assert found.step == 1, f"corruption {number} of {file.name} was accepted"
         warnings = [note.text for note in found.notes if note.severity == "warning"]
         assert any(str(newest) in text and str(file) in text for text in warnings), found.notes
         file.write_bytes(content)
-    _, found = open_run_folder(damaged_run)
+    found = find_checkpoint(damaged_run, 2)
     assert found is not None
     assert found.step == 2
     for step in (1, 2):
@@ -397,7 +394,7 @@ def test_no_damage_to_a_checkpoint_is_accepted(
     with pytest.raises(
         UserError, match=r"no usable checkpoint, but some that are not; remove them to start anew"
     ):
-        open_run_folder(damaged_run)
+        find_checkpoint(damaged_run, 2)
     for step in (1, 2):
         newest.with_name(f"{step}.json").rename(newest.with_name(f"step-{step}") / "complete.json")
 
@@ -405,27 +402,30 @@ def test_no_damage_to_a_checkpoint_is_accepted(
 def test_files_of_a_checkpoint_are_hashed_at_once_and_the_first_wrong_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"{number}.pt" for number in range(4)]
+    names = [f"{number}.bin" for number in range(4)]
     for name in names:
         (tmp_path / name).write_text(name)
-    files = checkpoint_files.described_files(tmp_path, [tmp_path / name for name in names])
-    checkpoint_files.write_description(
-        tmp_path, {"format_version": checkpoint_files.FORMAT_VERSION, "files": files}
-    )
+    files = checkpoint_files.described_files(tmp_path, [tmp_path / name for name in names], 2)
+    description = {"format_version": checkpoint_files.FORMAT_VERSION, "world_size": 1}
+    checkpoint_files.write_description(tmp_path, {**description, "files": files})
+    expected = file_sha256(tmp_path / "1.bin")
     met, digest = threading.Barrier(2), file_sha256
 
     def hash_two_at_once(file: Path) -> str:
         met.wait(timeout=20)
         return digest(file)
 
-    monkeypatch.setattr(checkpoint_files, "workers", lambda: 2)
+    monkeypatch.setattr(checkpoint_files, "workers", lambda sharing=1: 2)
     monkeypatch.setattr(checkpoint_files, "file_sha256", hash_two_at_once)
     assert checkpoint_files.damage(tmp_path) is None
     monkeypatch.setattr(checkpoint_files, "file_sha256", digest)
-    (tmp_path / "3.pt").unlink()
-    (tmp_path / "1.pt").write_text("1.bt")
+    (tmp_path / "3.bin").unlink()
+    (tmp_path / "1.bin").write_text("1.bim")
     found = checkpoint_files.damage(tmp_path)
-    assert found == f"{tmp_path / '1.pt'} does not have the content that was saved"
+    assert found == (
+        f"{tmp_path / '1.bin'} does not have the content that was saved: its SHA-256 is "
+        f"{file_sha256(tmp_path / '1.bin')} instead of {expected}"
+    )
 
 
 @pytest.mark.slow
@@ -444,7 +444,7 @@ def test_a_killed_conversion_starts_clean_with_several_workers(
         return start(command, **named)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr("alphatoken.checkpoints.universal.workers", lambda: 2)
+    monkeypatch.setattr("alphatoken.checkpoints.universal.workers", lambda sharing=1: 2)
     assert universal_checkpoint(checkpoint) == target
     assert checkpoint_files.damage(target) is None
     assert not killed.exists()
@@ -726,7 +726,7 @@ def test_an_export_of_shards_is_the_engines_model(
 ) -> None:
     """Of a run on 2 ranks that was interrupted and continued: weights and logits as in the engine's
     own export."""
-    monkeypatch.setattr("alphatoken.checkpoints.export.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("alphatoken.checkpoints.weight_files.SHARD_BYTES", 50_000)
     configs = {}
     kinds: dict[str, dict[str, Any]] = {
         "zero-3": {},

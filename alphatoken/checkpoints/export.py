@@ -1,12 +1,13 @@
-"""A checkpoint as a Hugging Face folder, from its shards, on any machine: no ranks, no GPU, one
-file of memory."""
+"""Hugging Face folders: of the engine's weights at the end of a run, and of a checkpoint, from its
+shards, on any machine without ranks or GPU. Either takes the memory of one file of weights."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,52 +19,105 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alphatoken.checkpoints.files import (
     ABOUT,
     SHARDS,
+    check_listing,
     damage,
     read_description,
     step_folders,
 )
+from alphatoken.checkpoints.weight_files import (
+    Prefix,
+    Source,
+    WeightFiles,
+    batches_to_save,
+    names_to_save,
+)
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
-from alphatoken.util.files import PARTIAL, publish_folder
+from alphatoken.util.files import PARTIAL, PartialFolder
 
 
-def export_model(engine: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def export_model(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
     """Writes the current weights as a Hugging Face folder, which is there whole or not at all, in
-    place of an older one. Every rank must call it; rank 0 holds the whole model.
+    place of an older one.
 
-    Raises UserError where the disk refuses, and on the other ranks RemoteError.
+    Every rank must call it: weights are gathered one by one, and rank 0 holds those of one file.
+    `on_file` is called on every rank whenever those of another one are there. Raises UserError
+    where the disk refuses, and on the other ranks RemoteError.
     """
-    state = zero3.consolidated_state(engine)
+    model: PreTrainedModel = engine.module.lm
+    folder = PartialFolder(target)
 
-    def write(partial: Path) -> None:
-        assert state is not None
-        weights = {
-            name.removeprefix(WEIGHTS): tensor
-            for name, tensor in state.items()
-            if name.startswith(WEIGHTS)
-        }
-        engine.module.lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
+    def on_rank_0(work: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"cannot write the export {target}: {error}; make room, then continue with "
+                    "train.resume=auto where the run has checkpoints"
+                ) from None
 
-    def publish() -> None:
-        try:
-            publish_folder(target, write)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write the export {target}: {error}; make room, then continue with "
-                "train.resume=auto where the run has checkpoints"
-            ) from None
+        collectives.on_rank_0(attempt)
 
-    collectives.on_rank_0(publish)
+    try:
+        on_rank_0(folder.create)
+        if hasattr(model, "peft_config"):
+            adapters = _read(model, _adapter_names(model), engine.device)
+            on_rank_0(lambda: model.save_pretrained(folder.path, state_dict=adapters))
+        else:
+            # All that it writes but weights.
+            on_rank_0(lambda: model.save_pretrained(folder.path, state_dict={}))
+            files = WeightFiles(folder.path)
+            sources = _sources(model, names_to_save(model), engine.device)
+            for batch in batches_to_save(model, sources):
+                on_file()
+                on_rank_0(functools.partial(files.write, batch))
+            on_rank_0(files.finish)
+        on_rank_0(lambda: tokenizer.save_pretrained(folder.path))
+        on_rank_0(folder.publish)
+    finally:
+        if collectives.rank() == 0:
+            folder.discard()
 
 
-SHARD_BYTES = 2 * 2**30
+def _adapter_names(model: PreTrainedModel) -> list[str]:
+    """The names in memory of what peft keeps of a model with adapters."""
+    places = {name: torch.empty(0, device="meta") for name in model.state_dict()}
+    kept = {id(place) for place in model.get_adapter_state_dict(state_dict=places).values()}
+    return [name for name, place in places.items() if id(place) in kept]
+
+
+def _sources(
+    model: PreTrainedModel, names: Sequence[str], device: torch.device
+) -> dict[str, Source]:
+    """The engine's weights by their names in memory."""
+    parameters = {name: model.get_parameter_or_buffer(name) for name in names}
+    return {
+        name: Source(
+            zero3.full_shape(parameter).numel(),
+            parameter.dtype,
+            functools.partial(zero3.weight_on_rank_0, parameter, device),
+        )
+        for name, parameter in parameters.items()
+    }
+
+
+def _read(model: PreTrainedModel, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """Some weights, all at once, on rank 0."""
+    read = {name: source.read() for name, source in _sources(model, names, device).items()}
+    return {name: tensor for name, tensor in read.items() if tensor is not None}
+
 
 MODEL_CARD = """\
 ---
@@ -133,21 +187,25 @@ def export_checkpoint(
     (partial / ABOUT).unlink()
 
     dtype = getattr(torch, config["model"]["dtype"])
-    weights = ((name, tensor.to(dtype)) for name, tensor in _weights(checkpoint))
+    weights = _weights(checkpoint)
     if config["model"]["lora"] is not None:
         adapters = {
-            _adapter_name(name): tensor.contiguous() for name, tensor in weights if "lora_" in name
+            _adapter_name(name): weight.contiguous().to(dtype)
+            for name, weight in weights.items()
+            if "lora_" in name
         }
         save_file(adapters, partial / "adapter_model.safetensors", {"format": "pt"})
-        parameters = sum(tensor.numel() for tensor in adapters.values())
-        written = _Written(parameters=parameters, files=1)
+        parameters, files = sum(tensor.numel() for tensor in adapters.values()), 1
         if merge:
             _merge(partial, config["model"]["name_or_path"], dtype)
         else:
             (partial / "config.json").unlink()
     else:
         (partial / "adapter_config.json").unlink(missing_ok=True)
-        written = _save_shards(partial, _untied(partial, weights))
+        # Runs of before have noted no prefixes.
+        prefixes = [(add, remove, part) for add, remove, part in about.get("prefixes", ())]
+        written = _save_whole(partial, weights, dtype, prefixes)
+        parameters, files = written.parameters, written.files
     card = _model_card(
         run, description, about, adapter=config["model"]["lora"] is not None and not merge
     )
@@ -156,8 +214,8 @@ def export_checkpoint(
     return Exported(
         folder=target,
         step=description["step"],
-        parameters=written.parameters,
-        files=written.files,
+        parameters=parameters,
+        files=files,
     )
 
 
@@ -174,77 +232,49 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     for checkpoint in wanted:
         problem = damage(checkpoint)
         if problem is None:
+            check_listing(checkpoint)
             return checkpoint
         problems.append(problem)
     raise UserError(f"no undamaged checkpoint in {run}: " + "; ".join(problems))
 
 
-def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, by its name in the model; one at a time."""
+def _weights(checkpoint: Path) -> Mapping[str, Any]:
+    """Every weight by its name in the model, whole when `.contiguous()` is called on it."""
     if any(checkpoint.glob(SHARDS)):
         state = zero3.masters_of(checkpoint)
     else:
         (file,) = checkpoint.glob("*model_states.pt")
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    for name in state:
-        if name.startswith(WEIGHTS):
-            yield name.removeprefix(WEIGHTS), state[name].contiguous()
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["module"]
+    return {
+        name.removeprefix(WEIGHTS): weight
+        for name, weight in state.items()
+        if name.startswith(WEIGHTS)
+    }
 
 
-def _untied(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Without what the model class ties to another weight by itself."""
+def _save_whole(
+    folder: Path, weights: Mapping[str, Any], dtype: torch.dtype, prefixes: Sequence[Prefix]
+) -> WeightFiles:
+    """Writes the weights of the model whose configuration lies in the folder."""
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    tied = set(model.all_tied_weights_keys)
-    return ((name, tensor) for name, tensor in weights if name not in tied)
 
+    def read(name: str) -> Tensor:
+        whole: Tensor = weights[name].contiguous()
+        return whole.to(dtype) if whole.is_floating_point() else whole
 
-@dataclass(frozen=True)
-class _Written:
-    """How much was written to safetensors files."""
-
-    parameters: int
-    files: int
-
-
-def _save_shards(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> _Written:
-    """Writes safetensors files of at most SHARD_BYTES (or one weight) and their index."""
-    shards: list[Path] = []
-    places: dict[str, int] = {}
-    pending: dict[str, Tensor] = {}
-    pending_bytes = parameters = total_bytes = 0
-
-    def flush() -> None:
-        file = folder / f"shard-{len(shards)}.safetensors"
-        save_file(pending, file, {"format": "pt"})
-        places.update(dict.fromkeys(pending, len(shards)))
-        shards.append(file)
-        pending.clear()
-
-    for name, tensor in weights:
-        if pending and pending_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        parameters += tensor.numel()
-    flush()
-    if len(shards) == 1:
-        shards[0].rename(folder / "model.safetensors")
-        return _Written(parameters=parameters, files=1)
-    names = [
-        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
-    ]
-    for file, name in zip(shards, names, strict=True):
-        file.rename(folder / name)
-    weight_map = {key: names[place] for key, place in places.items()}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=1), encoding="utf-8"
-    )
-    return _Written(parameters=parameters, files=len(shards))
+    sources = {
+        name: Source(
+            model.get_parameter_or_buffer(name).numel(), dtype, functools.partial(read, name)
+        )
+        for name in names_to_save(model)
+    }
+    files = WeightFiles(folder)
+    for batch in batches_to_save(model, sources, prefixes):
+        files.write(batch)
+    files.finish()
+    return files
 
 
 def _adapter_name(name: str) -> str:

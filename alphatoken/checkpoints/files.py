@@ -2,8 +2,9 @@
 which may go.
 
 A checkpoint is written into `step-N.partial`, described in `complete.json` (format version, step,
-ranks, configuration, and the size and SHA-256 of every file), and only then renamed; `latest` names
-the newest. A folder without a valid description does not exist for us.
+ranks, configuration, and the size and SHA-256 of every file, as told by the rank that wrote it),
+and only then renamed; `latest` names the newest. A folder without a valid description does not
+exist for us, and none of its files is opened.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from alphatoken.distributed import collectives, process
+from alphatoken.distributed.pickles import opened_as_data, refused_content
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, file_sha256, fingerprint, flush, publish_text
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (3, 4)  # in version 3 every rank's file holds all ranks' random states
 DESCRIPTION = "complete.json"
 LATEST = "latest"
 SHARDS = "*optim_states.pt"  # what DeepSpeed calls them; at stage 0 there are none
 ABOUT = "about.json"  # in the run's model folder
+# In names of files that every rank writes: which rank did.
+RANK = re.compile(r"(?<=zero_pp_rank_)\d+(?=_)|(?<![^/-])\d{5}(?=-of-\d{5}\.)")
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -103,9 +109,10 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
         sealed = description.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in READABLE_VERSIONS:
         raise UserError(
-            f"{file} has format version {description.get('format_version')}, not {FORMAT_VERSION}"
+            f"{file} has format version {description.get('format_version')}, not "
+            + " or ".join(map(str, READABLE_VERSIONS))
         )
     if text != _sealed(description):
         raise UserError(
@@ -126,16 +133,50 @@ def write_description(checkpoint: Path, description: dict[str, Any]) -> None:
     publish_text(checkpoint / DESCRIPTION, _sealed(description))
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, naming the first wrong one, or None."""
+def missing_files(names: Iterable[str], ranks: int) -> list[str]:
+    """Names that a list of files lacks: where one rank has written a file of a kind, every rank
+    has."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        match = RANK.search(name)
+        if match is not None:
+            found.setdefault((name[: match.start()], name[match.end() :]), set()).add(match[0])
+    missing = []
+    for (before, after), written in found.items():
+        width = 5 if after.startswith("-of-") else 1
+        expected = (str(rank).zfill(width) for rank in range(ranks))
+        missing += [f"{before}{rank}{after}" for rank in expected if rank not in written]
+    return missing
+
+
+def damage(checkpoint: Path, *, together: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, naming the first wrong one, or None.
+
+    `together`: every rank calls it, reads its share of the files, and gets the same answer. Files
+    that pass have the content that was saved, and hold nothing but data.
+    """
+    if not together:
+        return _damage_of_share(checkpoint, slice(None), workers())
+    share = slice(collectives.rank(), None, collectives.world_size())
+    threads = workers(process.local_ranks())
+    found = collectives.agree(lambda: _damage_of_share(checkpoint, share, threads))
+    return next((each for each in collectives.gather_objects(found) if each is not None), None)
+
+
+def _damage_of_share(checkpoint: Path, share: slice, threads: int) -> str | None:
+    """What is wrong with a part of the files, in an order that all ranks have."""
     try:
         description = read_description(checkpoint)
     except UserError as error:
         return str(error)
-    with ThreadPoolExecutor(workers()) as pool:
+    missing = missing_files(description["files"], description["world_size"])
+    if missing:
+        return f"{checkpoint / missing[0]} is missing from {checkpoint / DESCRIPTION}"
+    by_size = sorted(description["files"].items(), key=lambda item: -item[1]["bytes"])
+    with opened_as_data(), ThreadPoolExecutor(threads) as pool:
         wrong = [
             pool.submit(_damage_of, checkpoint / name, expected)
-            for name, expected in description["files"].items()
+            for name, expected in by_size[share]
         ]
         try:
             return next((found for each in wrong if (found := each.result()) is not None), None)
@@ -143,25 +184,54 @@ def damage(checkpoint: Path) -> str | None:
             pool.shutdown(cancel_futures=True)
 
 
-def workers() -> int:
-    """How many files of a checkpoint are read or made at once."""
-    return min(16, os.cpu_count() or 1)
+def check_listing(checkpoint: Path) -> None:
+    """Whether the folder shows all its files, for readers of DeepSpeed's that take what they see.
+    Raises UserError where it does not yet, as on a file system that other machines have written
+    to."""
+    shown = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")}
+    hidden = [name for name in read_description(checkpoint)["files"] if name not in shown]
+    if hidden:
+        raise UserError(
+            f"the folder {checkpoint} does not show its file {hidden[0]}; a shared file system "
+            "may show it in a minute: start again"
+        )
+
+
+def workers(sharing: int = 1) -> int:
+    """How many files of a checkpoint each of so many processes of this machine reads or makes at
+    once."""
+    return max(1, min(16, (os.cpu_count() or 1) // sharing))
 
 
 def _damage_of(file: Path, expected: Mapping[str, Any]) -> str | None:
     """What is wrong with one file, or None."""
-    if not file.is_file():
-        return f"{file} is missing"
-    if file.stat().st_size != expected["bytes"]:
-        return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-    if file_sha256(file) != expected["sha256"]:
-        return f"{file} does not have the content that was saved"
+    try:
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        digest = file_sha256(file)
+    except OSError as error:
+        return f"{file} cannot be read: {error}"
+    if digest != expected["sha256"]:
+        return (
+            f"{file} does not have the content that was saved: its SHA-256 is {digest} instead of "
+            f"{expected['sha256']}"
+        )
+    refused = refused_content(file) if file.suffix == ".pt" else None
+    if refused is not None:
+        return f"{file} holds more than data, or none, and is not opened: {refused}"
     return None
 
 
-def described_files(folder: Path, names: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def described_files(folder: Path, names: Sequence[Path], threads: int) -> dict[str, dict[str, Any]]:
     """Size and hash of files in `folder`, which are on the disk afterwards; by relative name."""
-    return {str(file.relative_to(folder)): _flush_and_digest(file) for file in names}
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(_flush_and_digest, names)
+        return {
+            str(file.relative_to(folder)): digest
+            for file, digest in zip(names, digests, strict=True)
+        }
 
 
 def free_bytes(folder: Path) -> int:

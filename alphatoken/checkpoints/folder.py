@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alphatoken.checkpoints.files import (
     ABOUT,
 )
+from alphatoken.checkpoints.weight_files import prefixes_of
 from alphatoken.config.file import save_config
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
@@ -58,7 +59,7 @@ def start_run_folder(
 ) -> None:
     """Creates the folder and writes what is known before the first step, on rank 0: the resolved
     configuration, and what an export needs besides weights (the model's configuration and
-    tokenizer, and `about`: the data).
+    tokenizer, `about`: the data, and the prefixes of the names in its files).
     """
 
     def write() -> None:
@@ -71,6 +72,7 @@ def start_run_folder(
         for adapters in getattr(model, "peft_config", {}).values():
             adapters.base_model_name_or_path = config.model.name_or_path
             adapters.save_pretrained(folder.model)
-        publish_text(folder.model / ABOUT, json.dumps(about, indent=1))
+        known = {**about, "prefixes": prefixes_of(model)}
+        publish_text(folder.model / ABOUT, json.dumps(known, indent=1))
 
     collectives.on_rank_0(write)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,17 +46,18 @@ class Continuation:
 
 
 def open_run_folder(config: RunConfig) -> tuple[RunFolder, Continuation | None]:
-    """The run's folder and the checkpoint to continue from, if any. Every rank must call it.
+    """The run's folder and the checkpoint to continue from, if any. Every rank must call it, and
+    reads its share of the files to be checked.
 
     A checkpoint of another number of ranks is converted first, beside itself; nothing else is
     written. Raises as `find_checkpoint` does, on every rank.
     """
-    found = collectives.on_rank_0(lambda: find_checkpoint(config, collectives.world_size()))
+    ranks = collectives.world_size()
+    candidates = collectives.on_rank_0(lambda: _candidates(config))
+    usable, problems = _first_usable(candidates, lambda each: damage(each, together=True))
+    found = collectives.on_rank_0(lambda: _continuation(config, ranks, usable, problems))
     if found is not None and found.universal:
-        written = found.checkpoint
-        found = replace(
-            found, checkpoint=collectives.on_rank_0(lambda: universal_checkpoint(written))
-        )
+        found = replace(found, checkpoint=universal_checkpoint(found.checkpoint))
     return RunFolder(config.train.output_dir), found
 
 
@@ -67,48 +68,67 @@ def find_checkpoint(config: RunConfig, ranks: int) -> Continuation | None:
     Raises UserError if the folder holds another run and `train.resume` is `never`, or if the
     checkpoint to resume does not exist, is damaged, or belongs to a different configuration.
     """
+    return _continuation(config, ranks, *_first_usable(_candidates(config), damage))
+
+
+def _candidates(config: RunConfig) -> list[Path]:
+    """The checkpoints to continue from, the best first. Raises UserError if there must be none."""
     folder = RunFolder(config.train.output_dir)
-    resume = config.train.resume
-    if resume == "never":
-        if folder.config.exists() or folder.checkpoints.exists():
-            raise UserError(
-                f"train.output_dir={folder.path} holds another run; choose another folder, or "
-                "continue that run with train.resume=auto"
-            )
-        return None
-    notes: list[Note] = []
-    found = _newest_complete(folder.checkpoints, notes) if resume == "auto" else Path(resume)
-    if found is None:
+    match config.train.resume:
+        case "never":
+            if folder.config.exists() or folder.checkpoints.exists():
+                raise UserError(
+                    f"train.output_dir={folder.path} holds another run; choose another folder, or "
+                    "continue that run with train.resume=auto"
+                )
+            return []
+        case "auto":
+            return list(step_folders(folder.checkpoints).values())
+        case path:
+            return [Path(path).with_name(Path(path).name.removesuffix(UNIVERSAL))]
+
+
+def _first_usable(
+    candidates: Sequence[Path], damage_of: Callable[[Path], str | None]
+) -> tuple[Path | None, dict[Path, str]]:
+    """The first undamaged checkpoint, and what is wrong with those before it."""
+    problems: dict[Path, str] = {}
+    for checkpoint in candidates:
+        problem = damage_of(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems[checkpoint] = problem
+    return None, problems
+
+
+def _continuation(
+    config: RunConfig, ranks: int, checkpoint: Path | None, problems: Mapping[Path, str]
+) -> Continuation | None:
+    """What to go on from. Raises UserError where nothing is usable of what there is, or where it
+    belongs to a different configuration."""
+    if config.train.resume != "auto":
+        for damaged, problem in problems.items():
+            raise UserError(f"cannot resume from {damaged}: {problem}")
+    notes = [
+        Note(f"not resuming from {damaged}: {problem}", "warning")
+        for damaged, problem in problems.items()
+    ]
+    if checkpoint is None:
         if notes:
             raise UserError(
                 "train.resume=auto finds no usable checkpoint, but some that are not; remove "
                 "them to start anew:\n  " + "\n  ".join(map(str, notes))
             )
         return None
-    checkpoint: Path = found.with_name(found.name.removesuffix(UNIVERSAL))
-    if resume != "auto":
-        problem = damage(checkpoint)
-        if problem is not None:
-            raise UserError(f"cannot resume from {checkpoint}: {problem}")
     description = read_description(checkpoint)
     notes += _accepted_changes(checkpoint, description["config"], config)
     written_by = description["world_size"]
-    moved = written_by != ranks and any(checkpoint.glob(SHARDS))
+    moved = written_by != ranks and any(fnmatch.filter(description["files"], SHARDS))
     if moved:
         notes.append(
             Note(f"{checkpoint} was written by {written_by} ranks and converted for {ranks}")
         )
     return Continuation(checkpoint, description["step"], moved, tuple(notes))
-
-
-def _newest_complete(checkpoints: Path, notes: list[Note]) -> Path | None:
-    """Finds the newest undamaged checkpoint; adds a warning to `notes` for each newer one."""
-    for checkpoint in step_folders(checkpoints).values():
-        problem = damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        notes.append(Note(f"not resuming from {checkpoint}: {problem}", "warning"))
-    return None
 
 
 def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[Note]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from alphatoken.checkpoints.files import (
@@ -16,33 +18,38 @@ from alphatoken.checkpoints.files import (
     LATEST,
     described_files,
     free_bytes,
+    missing_files,
     remove_leftovers,
     tidy,
+    workers,
     write_description,
 )
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.universal import UNIVERSAL
 from alphatoken.config.run import RunConfig
-from alphatoken.distributed import collectives, zero3
-from alphatoken.distributed.shard_files import EqualSlices, TensorFile
+from alphatoken.distributed import collectives, process, zero3
+from alphatoken.distributed.shard_files import EqualSlices, TensorFile, save_tensors
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush, publish_text
 
 SCORER = "scorer"  # the folder of a checkpoint with what its scorer keeps in slices
+RANDOM = "random"  # the folder of a checkpoint with every rank's random state
 STATE = "alphatoken"  # the key of our own state in DeepSpeed's client state
+GENERATORS = ("cpu", "cuda")  # in the order of `random_state`
 PACKAGES = ("alphatoken", "torch", "deepspeed", "transformers")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds besides the engine's own state; the same on every rank."""
+    """What a checkpoint holds besides the engine's own state."""
 
     scales: list[list[float]] | None
     """Running scales of adaptation and stability; None without a scorer."""
     inputs: dict[str, str | None]
     """Hashes of what the run was made from, by name."""
-    random: list[list[torch.Tensor]]
-    """Per rank, the states of its random number generators."""
+    random: list[torch.Tensor] | None
+    """The states of this rank's random number generators; None where another number of ranks wrote
+    the checkpoint."""
 
 
 class Checkpoints:
@@ -69,19 +76,19 @@ class Checkpoints:
         """Saves the engine's complete state, `state` and the scorer's slices after `done` optimizer
         steps.
 
-        All ranks write their shards, then each hashes and flushes its share of the files, and
-        rank 0 makes the checkpoint valid and removes those that `train.keep_last` does not keep.
-        Raises UserError when the disk refuses; older checkpoints stay as they are.
+        All ranks write their shards, and each tells names, sizes and hashes of the files it wrote;
+        of these rank 0 makes the list, which makes the checkpoint valid, and removes those that
+        `train.keep_last` does not keep. No rank looks for files of others: a shared file system may
+        show them late. Raises UserError when the disk refuses; older checkpoints stay as they are.
         """
         final = self._folder.checkpoints / f"step-{done}"
         partial = final.with_name(final.name + PARTIAL)
         self.check_space()
         try:
             collectives.on_rank_0(lambda: partial.mkdir(parents=True))
-            self._write_shards(partial, state)
-            if scorer is not None:
-                _write_slices(partial / SCORER, scorer)
-            files = _hash_together(partial)
+            own = self._write_shards(partial, state)
+            own += collectives.agree(lambda: _write_own(partial, state, scorer))
+            files = _describe_together(partial, own)
             collectives.on_rank_0(lambda: self._publish(partial, final, files))
         except (OSError, RuntimeError) as error:
             collectives.barrier()
@@ -98,20 +105,19 @@ class Checkpoints:
         Learning rate, decay, betas and epsilon stay those the engine was built with.
         """
         options = zero3.optimizer_options(self._engine)
-        loaded, client_state = self._engine.load_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name
-        )
-        if loaded is None:
+        client_state = zero3.load_shards(self._engine, checkpoint)
+        if client_state is None:
             raise UserError(f"DeepSpeed found nothing to load in {checkpoint}")
         zero3.separate_step_counts(self._engine)
         zero3.set_optimizer_options(self._engine, options)
         self.newest = step
-        return TrainingState(**client_state[STATE])
+        values = client_state[STATE]
+        return TrainingState(values["scales"], values["inputs"], _random_of(checkpoint, values))
 
     def scorer_slices(self, checkpoint: Path) -> TensorFile | None:
         """What the scorer of a checkpoint kept in slices, if anything; of one that was converted
         for another number of ranks, as it was written."""
-        folder = checkpoint.with_name(checkpoint.name.removesuffix(UNIVERSAL)) / SCORER
+        folder = _as_written(checkpoint) / SCORER
         return TensorFile(folder) if folder.is_dir() else None
 
     def _check_space(self) -> None:
@@ -124,10 +130,11 @@ class Checkpoints:
                 f"{self._needed / 2**30:.2f} GiB; make room, or keep fewer with train.keep_last"
             )
 
-    def _write_shards(self, partial: Path, state: TrainingState) -> None:
-        """Raises on every rank what any rank's disk refused."""
-        values = {"scales": state.scales, "inputs": state.inputs, "random": state.random}
-        refused = zero3.save_shards(
+    def _write_shards(self, partial: Path, state: TrainingState) -> list[Path]:
+        """Returns the files that this rank wrote. Raises on every rank what any rank's disk
+        refused."""
+        values = {"scales": state.scales, "inputs": state.inputs}
+        written, refused = zero3.save_shards(
             self._engine, self._folder.checkpoints, partial.name, {STATE: values}
         )
 
@@ -136,9 +143,13 @@ class Checkpoints:
                 raise refused
 
         collectives.agree(check)
+        return written
 
     def _publish(self, partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
         """Makes a written checkpoint the valid one of its step, and the latest."""
+        missing = missing_files(files, collectives.world_size())
+        if missing:
+            raise RuntimeError(f"no rank has written {', '.join(missing)}")
         step = int(final.name.removeprefix("step-"))
         description = {
             "format_version": FORMAT_VERSION,
@@ -187,25 +198,50 @@ def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _write_slices(folder: Path, slices: EqualSlices) -> None:
-    """Has every rank write its slices. Raises on every rank what any rank's disk refused."""
+def _as_written(checkpoint: Path) -> Path:
+    """The folder of a checkpoint, also of one that was converted for another number of ranks."""
+    return checkpoint.with_name(checkpoint.name.removesuffix(UNIVERSAL))
 
-    def write() -> None:
+
+def _random_file(checkpoint: Path) -> Path:
+    rank, ranks = collectives.rank(), collectives.world_size()
+    return _as_written(checkpoint) / RANDOM / f"{rank:05}-of-{ranks:05}.safetensors"
+
+
+def _random_of(checkpoint: Path, values: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """This rank's random state, if as many ranks wrote the checkpoint; `values` hold those of all
+    ranks up to format version 3."""
+    if "random" in values:
+        states: list[list[torch.Tensor]] = values["random"]
+        return states[collectives.rank()] if len(states) == collectives.world_size() else None
+    file = _random_file(checkpoint)
+    if not file.exists():
+        return None
+    saved = load_file(file)
+    return [saved[generator] for generator in GENERATORS if generator in saved]
+
+
+def _write_own(partial: Path, state: TrainingState, scorer: EqualSlices | None) -> list[Path]:
+    """Writes what this rank has besides the engine's shards; returns the files."""
+    written = []
+    if state.random is not None:
+        file = _random_file(partial)
+        file.parent.mkdir(exist_ok=True)
+        save_tensors(dict(zip(GENERATORS, state.random, strict=False)), file)
+        written.append(file)
+    if scorer is not None:
+        folder = partial / SCORER
         folder.mkdir(exist_ok=True)
-        slices.save(folder)
+        written.append(scorer.save(folder))
+    return written
 
-    collectives.agree(write)
 
-
-def _hash_together(partial: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes of all files below a folder by name, each rank hashing its share.
-
-    Rank 0 lists the files: what another rank does not see of them is an error, not a file without
-    a hash.
-    """
-    files = collectives.on_rank_0(
-        lambda: sorted(path for path in partial.rglob("*") if path.is_file())
-    )
-    own = files[collectives.rank() :: collectives.world_size()]
-    digests = collectives.gather_objects(collectives.agree(lambda: described_files(partial, own)))
-    return {name: digest for part in digests for name, digest in part.items()}
+def _describe_together(partial: Path, own: list[Path]) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes by name of the files that all ranks have written, each of its `own`."""
+    threads = workers(process.local_ranks())
+    described = collectives.agree(lambda: described_files(partial, own, threads))
+    return {
+        name: digest
+        for part in collectives.gather_objects(described)
+        for name, digest in part.items()
+    }

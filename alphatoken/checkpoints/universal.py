@@ -9,13 +9,17 @@ import sys
 import uuid
 from pathlib import Path
 
+from rich.console import Console
+
 from alphatoken.checkpoints.files import (
+    check_listing,
     damage,
     described_files,
     source_of,
     workers,
     write_description,
 )
+from alphatoken.distributed import collectives, conversion
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush
 
@@ -24,13 +28,31 @@ UNIVERSAL = "-universal"
 
 def universal_checkpoint(checkpoint: Path) -> Path:
     """The checkpoint in DeepSpeed's universal form, which any number of ranks can load; made once,
-    beside it.
+    beside it, by rank 0. Every rank must call it.
 
     Raises UserError with DeepSpeed's last words where it cannot be made.
     """
     target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
-    if target.exists() and damage(target) is None and source_of(target) == source_of(checkpoint):
-        return target
+    is_there = collectives.on_rank_0(lambda: _is_form_of(target, checkpoint))
+    if not is_there or damage(target, together=True) is not None:
+        collectives.on_rank_0(lambda: _convert(checkpoint, target))
+    return target
+
+
+def _is_form_of(target: Path, checkpoint: Path) -> bool:
+    """Whether a folder says that it was made from this checkpoint."""
+    try:
+        return source_of(target) == source_of(checkpoint)
+    except UserError:
+        return False
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    """Makes the universal form, in place of what is there."""
+    check_listing(checkpoint)
+    Console(stderr=True, highlight=False).print(
+        f"converting {checkpoint} for another number of ranks, which wait", markup=False
+    )
     shutil.rmtree(target, ignore_errors=True)
     for killed in target.parent.glob(f"{target.name}.*{PARTIAL}"):
         shutil.rmtree(killed, ignore_errors=True)
@@ -40,7 +62,7 @@ def universal_checkpoint(checkpoint: Path) -> Path:
         *("--num_extract_workers", str(_extracting(checkpoint))),
         *("--num_merge_workers", str(workers())),
     ]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *at_once]
+    command = [sys.executable, "-m", conversion.__name__, *folders, *at_once]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -49,12 +71,13 @@ def universal_checkpoint(checkpoint: Path) -> Path:
             f"ranks:\n{finished.stderr.strip()[-1000:]}"
         )
     names = sorted(path for path in partial.rglob("*") if path.is_file())
-    write_description(partial, {**source_of(checkpoint), "files": described_files(partial, names)})
+    write_description(
+        partial, {**source_of(checkpoint), "files": described_files(partial, names, workers())}
+    )
     partial.rename(target)
     # DeepSpeed's converter notes the new tag beside the checkpoints.
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     flush(checkpoint.parent)
-    return target
 
 
 def _extracting(checkpoint: Path) -> int:

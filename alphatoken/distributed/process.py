@@ -23,6 +23,11 @@ def running_comm() -> ModuleType | None:
     return comm if comm is not None and comm.is_initialized() else None
 
 
+def local_ranks() -> int:
+    """How many ranks share this machine, by what the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def barrier() -> None:
     """Every rank waits for every other, for hours if need be; no data."""
     comm = running_comm()

@@ -102,10 +102,7 @@ def initialise_ranks(timeout_minutes: float | None = None) -> torch.device:
         # gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(
-                os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-            )
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_ranks()))
         device = torch.device("cpu")
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

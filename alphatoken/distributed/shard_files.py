@@ -70,16 +70,28 @@ class EqualSlices:
     header: dict[str, Any]
     """What else belongs to them, as JSON has it."""
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's file. Every rank must call it; they do not wait for each other. Raises
-        OSError when the disk refuses."""
+    def save(self, folder: Path) -> Path:
+        """Writes this rank's file and returns it. Every rank must call it; they do not wait for
+        each other. Raises OSError when the disk refuses."""
         rank, own, places = collectives.rank(), {}, {}
         for name, flat in self.own.items():
             start, numel = rank * len(flat), math.prod(self.shapes[name])
             if start < numel:
                 own[name] = flat[: numel - start]
                 places[name] = {"shape": list(self.shapes[name]), "start": start}
-        _write(folder, own, places, self.header)
+        return _write(folder, own, places, self.header)
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes one safetensors file, which is on the disk afterwards. Raises OSError when that
+    refuses."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from None
+    flush(file)
 
 
 def _write(
@@ -87,17 +99,14 @@ def _write(
     own: Mapping[str, Tensor],
     places: Mapping[str, dict[str, Any]],
     header: Mapping[str, Any],
-) -> None:
+) -> Path:
     """Writes this rank's file of a folder: its elements of each tensor, and where they belong."""
     rank, ranks = collectives.rank(), collectives.world_size()
     tensors = {name: flat.detach().cpu().contiguous() for name, flat in own.items()}
     text = json.dumps({**header, "tensors": places}, sort_keys=True)
     file = folder / f"slices-{rank:05}-of-{ranks:05}.safetensors"
-    try:
-        save_file(tensors, file, {HEADER: text})
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from None
-    flush(file)
+    save_tensors(tensors, file, {HEADER: text})
+    return file
 
 
 class TensorFile(Mapping[str, Tensor]):

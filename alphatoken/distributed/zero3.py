@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.distributed import collectives
+from alphatoken.distributed.pickles import opened_as_data
 from alphatoken.errors import UserError
 
 
@@ -109,8 +110,8 @@ def knows_order(engine: Any) -> bool:
 def release_weights(engine: Any) -> None:
     """Lets go of all gathered weights, those on their way included; nothing below stage 3.
 
-    For after forward passes that no optimizer step follows: when it exports a model, DeepSpeed
-    takes weights that are on their way for gathered ones.
+    For after forward passes that no optimizer step follows: when it gathers a model outside of
+    them, DeepSpeed takes weights that are on their way for gathered ones.
     """
     engine.empty_partition_cache()
 
@@ -132,6 +133,13 @@ def full_weights(parameters: Sequence[Parameter], device: torch.device) -> list[
     return [
         next(gathered) if is_sharded(parameter) else parameter.detach() for parameter in parameters
     ]
+
+
+def weight_on_rank_0(parameter: Parameter, device: torch.device) -> Tensor | None:
+    """The whole weight in the host's memory of rank 0, in the parameter's dtype; None on other
+    ranks, all of which must call it. On the way it is on every rank's device, and released."""
+    (whole,) = full_weights([parameter], device)
+    return whole.cpu() if collectives.rank() == 0 else None
 
 
 @torch.no_grad()
@@ -187,19 +195,21 @@ def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
 
 def save_shards(
     engine: Any, folder: Path, tag: str, client_state: dict[str, Any]
-) -> Exception | None:
-    """Has every rank write its part of a checkpoint into `folder / tag`; returns what the disk
-    refused on this rank.
+) -> tuple[list[Path], Exception | None]:
+    """Has every rank write its part of a checkpoint into `folder / tag`; returns the files that
+    this rank wrote, and what the disk refused.
 
     DeepSpeed's ranks wait for each other between their files, so nothing is raised before all are
     through. The scripts that DeepSpeed puts beside its checkpoints are left out.
     """
+    written: list[Path] = []
     refused: list[Exception] = []
     write = engine.checkpoint_engine.save
 
-    def save(*arguments: Any, **named: Any) -> None:
+    def save(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
         try:
-            write(*arguments, **named)
+            write(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
             refused.append(error)
 
@@ -211,7 +221,15 @@ def save_shards(
         engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     finally:
         del engine.checkpoint_engine.save, engine._copy_recovery_script
-    return refused[0] if refused else None
+    return written, refused[0] if refused else None
+
+
+def load_shards(engine: Any, checkpoint: Path) -> dict[str, Any] | None:
+    """Loads the engine's state, and returns the client state that was saved with this rank's, or
+    rank 0's; None where DeepSpeed finds nothing. Files are opened as data."""
+    with opened_as_data():
+        loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return None if loaded is None else client_state
 
 
 def separate_step_counts(engine: Any) -> None:
@@ -234,9 +252,10 @@ def masters_of(checkpoint: Path) -> Mapping[str, Any]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-    )
+    with opened_as_data():
+        found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+        )
     return found
 
 
@@ -356,12 +375,3 @@ def release(model: nn.Module) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
-    """The wrapped module's whole weights by name, on rank 0's CPU; None on other ranks, all of
-    which must call it."""
-    if engine.zero_optimization_partition_weights():
-        state: dict[str, Tensor] | None = engine._zero3_consolidated_16bit_state_dict()
-        return state
-    return engine.module.state_dict() if collectives.rank() == 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from alphatoken.checkpoints.export import export_model
@@ -115,8 +116,9 @@ class Trainer:
             if self.stop.is_agreed():
                 self._stop_after(total, report)
                 return
-            self.watchdog.moved("the export")
-            export_model(run.engine, run.tokenizer, run.folder.export)
+            moved = partial(self.watchdog.moved, "the export")
+            moved()
+            export_model(run.engine, run.tokenizer, run.folder.export, moved)
             report.finish(run.folder.path, self._sample)
 
     def save(self, done: int) -> Path:
@@ -127,7 +129,7 @@ class Trainer:
         state = TrainingState(
             scales=None if scorer is None else scorer.scales.state,
             inputs=self.run.inputs,
-            random=collectives.gather_objects(random_state(self.run.device)),
+            random=random_state(self.run.device),
         )
         slices = None if scorer is None else scorer.state()
         saved = self.checkpoints.save(done, state, slices)
@@ -146,8 +148,8 @@ class Trainer:
             scorer.scales.state = state.scales
         if scorer is not None and slices is not None:
             scorer.restore(slices)
-        if len(state.random) == collectives.world_size():
-            set_random_state(state.random[collectives.rank()], run.device)
+        if state.random is not None:
+            set_random_state(state.random, run.device)
         self.first_step = continuation.step
         self.notes = (*self.notes, *changed, *map(str, continuation.notes))
 

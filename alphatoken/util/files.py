@@ -35,24 +35,34 @@ def publish(final: Path, write: Callable[[Path], object]) -> None:
     flush(final.parent)
 
 
-def publish_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a folder beside `final`, then renames it, in place of an older one. What one
-    that was killed left behind is removed. Raises OSError when the disk refuses."""
-    partial = final.with_name(f"{final.name}{PARTIAL}")
-    older = final.with_name(f"{final.name}.older{PARTIAL}")
-    for leftover in (partial, older):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        write(partial)
-        for path in (*partial.rglob("*"), partial):
+class PartialFolder:
+    """A folder that is filled beside its place, at `path`, and then renamed, in place of an older
+    one. Raises OSError when the disk refuses."""
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._older = final.with_name(f"{final.name}.older{PARTIAL}")
+        self.path = final.with_name(f"{final.name}{PARTIAL}")
+
+    def create(self) -> None:
+        """Makes it, empty. What one that was killed has left behind is removed."""
+        for leftover in (self.path, self._older):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.path.mkdir(parents=True)
+
+    def publish(self) -> None:
+        """Makes it appear whole in its place."""
+        for path in (*self.path.rglob("*"), self.path):
             flush(path)
-        if final.exists():
-            final.rename(older)
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    flush(final.parent)
-    shutil.rmtree(older, ignore_errors=True)
+        if self._final.exists():
+            self._final.rename(self._older)
+        self.path.rename(self._final)
+        flush(self._final.parent)
+        shutil.rmtree(self._older, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Removes it, where it was not published."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def publish_text(final: Path, text: str) -> None:

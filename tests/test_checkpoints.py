@@ -1,0 +1,224 @@
+"""What a checkpoint lists, who hashes it, what is refused before anything of it is opened, and
+whose random state it holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alphatoken.checkpoints.export import export_checkpoint
+from alphatoken.checkpoints.files import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    check_listing,
+    damage,
+    described_files,
+    missing_files,
+    read_description,
+    write_description,
+)
+from alphatoken.checkpoints.universal import universal_checkpoint
+from alphatoken.errors import UserError
+from alphatoken.util.files import file_sha256
+from tests.ranks import run_ranks
+from tests.runs import changed
+
+
+class Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self._command,)
+
+
+def describe_again(checkpoint: Path, **changes: Any) -> None:
+    """Describes the files of a checkpoint as they are now."""
+    names = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    names.remove(checkpoint / DESCRIPTION)
+    description = read_description(checkpoint)
+    files = {"files": described_files(checkpoint, names, 1)}
+    write_description(checkpoint, {**description, **files, **changes})
+
+
+def without_files(checkpoint: Path, *lacking: str) -> None:
+    """Leaves files out of a checkpoint and its description."""
+    for name in lacking:
+        (checkpoint / name).unlink()
+    describe_again(checkpoint)
+
+
+def checkpoint_of(values: dict[str, Any]) -> Path:
+    return Path(values["train"]["output_dir"]) / "checkpoints" / "step-1"
+
+
+def copied(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a run's folder, and its configuration."""
+    folder = Path(values["train"]["output_dir"])
+    shutil.copytree(folder, folder.with_name(name))
+    return changed(values, train={"output_dir": str(folder.with_name(name)), "resume": "auto"})
+
+
+def test_a_list_without_a_ranks_file_is_told_by_its_name() -> None:
+    whole = [
+        *(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(12)),
+        *(f"random/{rank:05}-of-00012.safetensors" for rank in range(12)),
+        *(f"scorer/slices-{rank:05}-of-00012.safetensors" for rank in range(12)),
+        "mp_rank_00_model_states.pt",
+    ]
+    assert missing_files(whole, 12) == []
+    lacking = {
+        "bf16_zero_pp_rank_10_mp_rank_00_optim_states.pt",
+        "random/00003-of-00012.safetensors",
+        "scorer/slices-00000-of-00012.safetensors",
+        "scorer/slices-00011-of-00012.safetensors",
+    }
+    assert set(missing_files(set(whole) - lacking, 12)) == lacking
+    assert len(missing_files(whole, 13)) == 3
+
+
+def test_a_folder_that_does_not_show_all_files_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "step-1"
+    (checkpoint / "random").mkdir(parents=True)
+    names = ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "random/00000-of-00001.safetensors"]
+    for name in names:
+        torch.save({}, checkpoint / name)
+    files = described_files(checkpoint, [checkpoint / name for name in names], 1)
+    description = {"format_version": FORMAT_VERSION, "world_size": 1, "files": files}
+    write_description(checkpoint, description)
+    assert damage(checkpoint) is None
+    check_listing(checkpoint)
+    shown = checkpoint / names[1]
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter([shown]))
+    with pytest.raises(UserError, match=f"does not show its file {names[0]}; a shared file system"):
+        universal_checkpoint(checkpoint)
+
+
+def in_version_3(checkpoint: Path, states: list[list[torch.Tensor]]) -> None:
+    """Turns a checkpoint into one of before, with all ranks' random states in every rank's file."""
+    for file in checkpoint.glob("*model_states.pt"):
+        content = torch.load(file, weights_only=True)
+        content["alphatoken"]["random"] = states
+        torch.save(content, file)
+    shutil.rmtree(checkpoint / "random")
+    describe_again(checkpoint, format_version=3)
+
+
+@pytest.mark.slow
+def test_ranks_list_hash_and_keep_what_is_their_own(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two runs, of stages 3 and 2, whose checkpoints are written while nobody can see rank 1's
+    files in a folder; resumed as they are, damaged in different ways, and by another number of
+    ranks."""
+    runs = {
+        str(stage): changed(
+            run_values,
+            deepspeed={"config": {"zero_optimization": {"stage": stage}}},
+            valuation={"enabled": False},
+            train={"save_every": 1, "output_dir": str(tmp_path / f"stage-{stage}")},
+        )
+        for stage in (3, 2)
+    }
+    states = run_ranks("saved_with_late_listings", 2, tmp_path / "saved", configs=runs, late="1")
+    listed = {
+        name: read_description(checkpoint_of(values))["files"] for name, values in runs.items()
+    }
+    for name, values in runs.items():
+        found = {
+            str(path.relative_to(checkpoint_of(values)))
+            for path in checkpoint_of(values).rglob("*")
+            if path.is_file()
+        }
+        assert found - {DESCRIPTION} == listed[name].keys()
+        assert damage(checkpoint_of(values)) is None
+
+    resumed = {
+        f"as it is, {name}": changed(each, train={"resume": "auto"}) for name, each in runs.items()
+    }
+    for name, values in runs.items():
+        old = resumed[f"of before, {name}"] = copied(values, f"before-{name}")
+        in_version_3(checkpoint_of(old), [rank[name] for rank in states])
+    lost = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    resumed["lost"] = copied(runs["3"], "lost")
+    (checkpoint_of(resumed["lost"]) / lost).unlink()
+    resumed["unlisted"] = copied(runs["3"], "unlisted")
+    without_files(checkpoint_of(resumed["unlisted"]), lost)
+    resumed["flipped"] = copied(runs["3"], "flipped")
+    flipped = checkpoint_of(resumed["flipped"]) / lost
+    flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
+    ranks = run_ranks("opened_again", 2, tmp_path / "again", configs=resumed)
+
+    for rank, opened in enumerate(ranks):
+        for name in runs:
+            for way in ("as it is", "of before"):
+                (state,), hashed, message = opened[f"{way}, {name}"]
+                assert message == ""
+                assert torch.equal(state, states[rank][name][0]), f"{way}, {name}, rank {rank}"
+                others = ranks[1 - rank][f"{way}, {name}"][1]
+                assert hashed
+                assert not set(hashed) & set(others)
+            as_it_is = [opened[f"as it is, {name}"] for opened in ranks]
+            assert sum(len(hashed) for _, hashed, _ in as_it_is) == len(listed[name])
+        for name, text in {
+            "lost": f"{checkpoint_of(resumed['lost']) / lost} is missing",
+            "unlisted": f"{checkpoint_of(resumed['unlisted']) / lost} is missing from ",
+            "flipped": f"{flipped} does not have the content that was saved: its SHA-256 is "
+            f"{file_sha256(flipped)} instead of {listed['3'][lost]['sha256']}",
+        }.items():
+            assert text in opened[name][2], (name, rank)
+    assert not torch.equal(states[0]["3"][0], states[1]["3"][0])
+
+    # Another number of ranks: random states start afresh.
+    ((state, _, message),) = (
+        rank["3"]
+        for rank in run_ranks(
+            "opened_again", 1, tmp_path / "alone", configs={"3": resumed["as it is, 3"]}
+        )
+    )
+    assert message == ""
+    assert not any(torch.equal(state[0], rank["3"][0]) for rank in states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["optim_states", "model_states"])
+def test_files_that_would_run_something_are_not_opened(
+    place: str, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever a checkpoint of others says of its files; nor are those that it does not list."""
+    values = changed(
+        run_values,
+        valuation={"enabled": False},
+        train={"max_steps": 1, "save_every": 1},
+    )
+    assert run_ranks("run_trainers", 1, tmp_path / "ranks", configs={"": values}) == [{"": ""}]
+    again = changed(values, train={"resume": "auto"})
+    checkpoint = checkpoint_of(values)
+    (file,) = checkpoint.glob(f"*{place}.pt")
+    content, ran = torch.load(file, weights_only=False), tmp_path / "ran"
+    content["more"] = Command(f"touch {ran}")
+    torch.save(content, file)
+    describe_again(checkpoint)
+    assert "posix.system" in (damage(checkpoint) or "")
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "again", configs={"": again})
+    assert f"{file} holds more than data, or none, and is not opened: " in messages[""]
+    with pytest.raises(UserError, match="is not opened"):
+        export_checkpoint(Path(values["train"]["output_dir"]), tmp_path / "exported")
+    # Conversion opens files in processes of its own.
+    with pytest.raises(UserError, match=r"posix\.system"):
+        universal_checkpoint(checkpoint)
+    (checkpoint / DESCRIPTION).unlink()
+    (messages,) = run_ranks("run_trainers", 1, tmp_path / "unlisted", configs={"": again})
+    assert f"{checkpoint / DESCRIPTION} cannot be read" in messages[""]
+    assert not ran.exists()
+    torch.load(file, weights_only=False)
+    assert ran.exists()
