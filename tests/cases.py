@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken.batch import Batch
+from alphatoken.batch import make_batch
 from alphatoken.checkpoints import saving
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -62,6 +62,7 @@ from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
 from tests.published import LOSSES
 from tests.runs import metrics_of
+from tests.tiny import with_index
 
 
 def run_flash_trainers(
@@ -212,9 +213,8 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     rows = trainer.feed.training(0)
     batches = rows.batches
     if collectives.rank() == 1:
-        for key in ("labels", "targets"):
-            batches[1][key].fill_(-100)
-        batches[1]["response"].zero_()
+        nothing_BT = torch.full_like(batches[1]["labels"], -100)
+        batches[1] = make_batch({**batches[1], "labels": nothing_BT})
     tokens = count_tokens(trainer.run.model.selections, batches)
     assert trainer.refresh is not None
     trainer.refresh.before(0, tokens.own_response)
@@ -276,7 +276,7 @@ def random_facts(number: int) -> TokenFacts:
         "rows": torch.arange(4),
     }
     return TokenFacts(
-        batch=cast(Batch, batch),
+        batch=with_index(batch),
         nll_BT=torch.randint(0, 9, shape, generator=generator).float(),
         protected_BT=torch.rand(shape, generator=generator) < 0.1,
         values={

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphatoken.batch import RowIndex
 from alphatoken.values.algebra import TERMS, Contraction, TokenValues
 from alphatoken.values.ghost.signals import LinearSignals
 
@@ -93,22 +94,22 @@ def _of_all_paths(signals: LinearSignals) -> Tensor:
 
 
 class TermSums:
-    """Sums over linears, (B, T) float32 per term, zero off the response.
+    """Sums over linears, float32 per term and response position of a batch.
 
-    split: whether the terms are kept apart, or only their weighted sum is computed. contrast: what
-    the contrast terms are multiplied by (c). spread: whether that is computed as well.
+    index: the batch's response positions. split: whether the terms are kept apart, or only their
+    weighted sum is computed. contrast: what the contrast terms are multiplied by (c). spread:
+    whether that is computed as well.
     """
 
     def __init__(
-        self, response_BT: Tensor, *, split: bool, contrast: float = 0.0, spread: bool = False
+        self, index: RowIndex, *, split: bool, contrast: float = 0.0, spread: bool = False
     ) -> None:
-        self._response_BT = response_BT
+        self._index = index
         self._split = split
         self._contrast = contrast
         names = [*(TERMS if split else ("composite",)), *(["spread"] if spread else [])]
-        self._sums = {
-            name: torch.zeros(response_BT.shape, device=response_BT.device) for name in names
-        }
+        device = index.index_R.device
+        self._sums = {name: torch.zeros(index.count, device=device) for name in names}
 
     def add(self, signals: LinearSignals, products: Products, stability_weight: float) -> Tensor:
         """Contracts one linear's signals and adds the result. Returns whether it was finite, a bool
@@ -121,17 +122,15 @@ class TermSums:
         if products.spread is not None:
             shares["spread"] = contract_spread(signals, products.spread)
         for name, share_R in shares.items():
-            chunk_BT = self._sums[name][signals.chunk.rows]
-            chunk_BT[signals.chunk.response_BT] += share_R
+            self._sums[name][signals.chunk.span] += share_R
         return torch.stack(list(shares.values())).isfinite().all()
 
     def values(self, part_weights: tuple[float, float]) -> TokenValues:
-        """The sums as values. `part_weights` multiply adaptation and stability where the terms were
-        kept apart; otherwise the terms are NaN on the response."""
-        spread_BT = self._sums.get("spread")
+        """The sums as values, (B, T) each. `part_weights` multiply adaptation and stability where
+        the terms were kept apart; otherwise the terms are NaN on the response."""
+        sums = {name: self._index.put(sum_R) for name, sum_R in self._sums.items()}
+        spread_BT = sums.pop("spread", None)
         if not self._split:
-            return TokenValues.from_composite(self._sums["composite"], self._response_BT, spread_BT)
-        terms = {term: self._sums[term] for term in TERMS}
-        return TokenValues.from_terms(
-            terms, part_weights, contrast=self._contrast, spread=spread_BT
-        )
+            response_BT = self._index.put(torch.ones_like(self._index.index_R, dtype=torch.bool))
+            return TokenValues.from_composite(sums["composite"], response_BT, spread_BT)
+        return TokenValues.from_terms(sums, part_weights, contrast=self._contrast, spread=spread_BT)
