@@ -664,7 +664,7 @@ def drifts(
         results[name] = {
             "first": dict(zip(names, first, strict=True)),
             "masters": dict(zip(names, masters, strict=True)),
-            "drift": dict(zip(names, drift.matrices(names), strict=True)),
+            "drift": dict(zip(names, drift.matrices(names, torch.float32), strict=True)),
             "magnitudes": drift.magnitudes(),
             "reference_bytes": drift.reference_bytes,
         }

@@ -14,13 +14,20 @@ features of a linear.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alphatoken.batch import RowIndex
-from alphatoken.values.algebra import TERMS, Contraction, TokenValues
+from alphatoken.values.algebra import (
+    TERMS,
+    Contraction,
+    FromMatrix,
+    TokenValues,
+    bilinear_products,
+)
 from alphatoken.values.ghost.signals import LinearSignals
 
 
@@ -40,6 +47,11 @@ class Products:
     """With D = (G_a - G_b) / 2 - c (B_a - B_b) / 2, where a and b are halves of the rows. None
     unless it is asked for."""
 
+    def by_direction(self) -> dict[str, Contraction]:
+        """Those that values are summed of, by name."""
+        every = {"target": self.target, "contrast": self.contrast, "proxy": self.proxy}
+        return {name: each for name, each in every.items() if each is not None}
+
 
 def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     """Contracts one linear's signals: its share of the terms, by name, (R,) float32 each.
@@ -50,16 +62,11 @@ def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     paths = {"direct": signals.outgrad_RO}
     if signals.mixed_RO is not None:
         paths["causal"] = signals.mixed_RO  # sum_k A[k,t] d_k
-    directions = {
-        "target": products.target,
-        "contrast": products.contrast,
-        "proxy": products.proxy,
-    }
+    contracted = contract_all([*paths.values()], products.by_direction(), signals.act_RI)
     return {
-        f"{path}_{direction}": contraction(d_RO, signals.act_RI)
-        for direction, contraction in directions.items()
-        if contraction is not None
-        for path, d_RO in paths.items()
+        f"{path}_{direction}": share_R
+        for direction, shares in contracted.items()
+        for path, share_R in zip(paths, shares, strict=True)
     }
 
 
@@ -72,13 +79,28 @@ def contract_at_once(
     value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
     more where `products.target` is with the sum of the three.
     """
-    h_RI, d_RO = signals.act_RI, _of_all_paths(signals)
-    value_R = products.target(d_RO, h_RI)
-    if products.contrast is not None:
-        value_R = value_R - contrast * products.contrast(d_RO, h_RI)
-    if products.proxy is not None:
-        value_R = value_R + stability_weight * products.proxy(d_RO, h_RI)
+    weights = {"target": 1.0, "contrast": -contrast, "proxy": stability_weight}
+    contracted = contract_all([_of_all_paths(signals)], products.by_direction(), signals.act_RI)
+    value_R = contracted.pop("target")[0]
+    for direction, (share_R,) in contracted.items():
+        value_R = value_R + weights[direction] * share_R
     return value_R
+
+
+def contract_all(
+    outgrads: Sequence[Tensor], contractions: Mapping[str, Contraction], act_RI: Tensor
+) -> dict[str, list[Tensor]]:
+    """Every contraction with every d, (R,) float32 by name and in order of `outgrads`; those with a
+    matrix together."""
+    matrices = {
+        name: each.matrix_OI for name, each in contractions.items() if isinstance(each, FromMatrix)
+    }
+    products = bilinear_products(outgrads, [*matrices.values()], act_RI)
+    found = dict(zip(matrices, products, strict=True))
+    return {
+        name: found[name] if name in found else [each(d_RO, act_RI) for d_RO in outgrads]
+        for name, each in contractions.items()
+    }
 
 
 def contract_spread(signals: LinearSignals, spread: Contraction) -> Tensor:

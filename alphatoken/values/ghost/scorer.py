@@ -224,16 +224,16 @@ class GhostScorer(Scorer):
         }
         if self._drift is None:
             return products
-        for name, drift in zip(names, self._drift.matrices(names), strict=True):
+        for name, drift in zip(names, self._drift.matrices(names, self._dtype), strict=True):
             drift_OI = drift.T if self.tower.linears[name].transposed else drift
             target = products[name].target
             if isinstance(target, FromMatrix) and not self.config.split_terms:
                 # lambda itself, not the part weights: `split_terms: false` is refused with
                 # `balance: std`.
-                fused_OI = target.matrix_OI.float() + weight * drift_OI
+                fused_OI = target.matrix_OI.float().add(drift_OI, alpha=weight)
                 changed = {"target": FromMatrix(fused_OI.to(self._dtype))}
             else:
-                changed = {"proxy": FromMatrix(drift_OI.to(self._dtype))}
+                changed = {"proxy": FromMatrix(drift_OI)}
             products[name] = replace(products[name], **changed)
         return products
 
