@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -51,7 +50,7 @@ class RowIndex:
         return RowIndex(
             index_R=mask_R.nonzero()[:, 0],
             counts=tuple(counts),
-            starts=(0, *accumulate(self.counts)),
+            starts=tuple(sum(self.counts[:row]) for row in range(len(self.counts) + 1)),
         )
 
     @property

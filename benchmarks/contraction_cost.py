@@ -37,7 +37,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+        self.bytes: int = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -83,7 +83,8 @@ def together(linears: list[Linear]) -> None:
 
 
 def traffic(call: Callable[[], None]) -> int:
-    with Traffic() as mode:
+    mode = Traffic()
+    with mode:
         call()
     return mode.bytes
 

@@ -72,6 +72,9 @@ class AttentionCall:
     scaling: float
     visibility: Visibility
     softcap: float | None = None
+    log_sums_BHT: Tensor | None = None
+    """Logarithm of every query's softmax denominator, float32, where the kernel gave it; of a query
+    that may attend to nothing anything."""
 
     def scores(self, products: Tensor) -> Tensor:
         """Attention scores from inner products <q, k>, before any mask."""
@@ -146,7 +149,9 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     batch, heads, length, _ = call.query_BHTD.shape
     kv_heads = call.key_BGTD.shape[1]
     groups = heads // kv_heads
-    lse_BHT = log_sum_exp(call)
+    lse_BHT = log_sum_exp(call) if call.log_sums_BHT is None else call.log_sums_BHT
+    # Scores of a query that sees nothing are -inf, and -inf - -inf would be NaN.
+    lse_BHT = torch.where(lse_BHT.isfinite(), lse_BHT, 0.0)
     keys = torch.arange(length, device=lse_BHT.device)[:, None]
     queries = keys + torch.arange(1, window + 1, device=lse_BHT.device)
     within = queries < length
@@ -161,13 +166,7 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
             call.query_BHTD[:, own].float(), call.key_BGTD[:, kv_head].float(), window
         )
         scores_BHTW = call.scores(products) + (bias if bias.shape[1] == 1 else bias[:, own])
-        # A query that sees nothing has lse = -inf; its scores are -inf too, and -inf - -inf
-        # would be NaN.
-        lse_BHTW = lse_BHT[:, own, queries]
-        probabilities = torch.exp(
-            scores_BHTW - lse_BHTW.masked_fill(lse_BHTW == float("-inf"), 0.0)
-        )
-        band_BTW += probabilities.sum(1)
+        band_BTW += torch.exp(scores_BHTW - lse_BHT[:, own, queries]).sum(1)
     return band_BTW / heads
 
 

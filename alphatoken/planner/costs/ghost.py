@@ -55,7 +55,8 @@ class Contracted:
 
 
 def trace_layer(layer: TracedLayer, window: int) -> LayerScoring:
-    """Runs one layer as the tower does, with a causal window of so many positions."""
+    """Runs one layer as the tower does, with a causal window of so many positions; softmax
+    denominators are counted as they are computed where the kernel gives none."""
     module = layer.streamer.module(layer.index)
     scored = [
         each for each in layer.decoder.scored_linears(layer.depth) if each.layer == layer.index

@@ -73,8 +73,7 @@ class ChunkSignals:
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Takes an attention layer's queries and keys; keeps its band, (B, T, W)."""
-        if self._window:
-            self._bands[layer] = attention_band(call, self._window)
+        self._bands[layer] = attention_band(call, self._window)
 
     def signals_of(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
