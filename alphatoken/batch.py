@@ -74,7 +74,7 @@ class RowIndex:
         )
 
     def take(self, values_BT: Tensor) -> Tensor:
-        """Of values by position, (B, T, ...), those that count: (R, ...)."""
+        """Picks from values by position, (B, T, ...), those that count: (R, ...)."""
         return values_BT.flatten(0, 1).index_select(0, self.index_R)
 
     def put(self, values_R: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Batch(TypedDict):
     response: Tensor
     """(B, T) bool, the response mask: where `targets` has a token, so where there is a loss."""
     response_index: RowIndex
-    """The same positions, as the host knows them."""
+    """Which positions the response mask marks, as the host knows them."""
     attention_mask: NotRequired[Tensor]
     """(B, T) int64; absent where all padding is on the right."""
     position_ids: NotRequired[Tensor]

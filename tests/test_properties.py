@@ -19,6 +19,7 @@ from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import head_loss
 from alphatoken.passes import chunks
 from alphatoken.stability.drift import Drift
+from alphatoken.util.products import float32_product, tensor_float_32
 from alphatoken.values import algebra
 from alphatoken.values.algebra import (
     bilinear_product,
@@ -391,6 +392,36 @@ def test_products_with_matrices_are_those_of_the_equation_and_bounded(
     expected_R = torch.einsum("ro,oi,ri->r", outgrads[0], mean_OI, act_RI)
     torch.testing.assert_close(ghost_R, expected_R, rtol=1e-5, atol=1e-5)
     assert largest.elements <= max(most, inputs, outputs, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_float32_are_of_the_numbers_given(dtype: torch.dtype) -> None:
+    left, right = torch.randn(5, 40).to(dtype), torch.randn(40, 3).to(dtype)
+    expected = left.double() @ right.double()
+    found = float32_product(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_is_left_as_it_was() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+
+    @tensor_float_32()
+    def fails() -> None:
+        assert settings.fp32_precision == "tf32"
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert settings.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_of_16_bits_are_as_good_in_tf32() -> None:
+    left, right = torch.randn(2, 8192, 256, device="cuda").to(torch.bfloat16)
+    found, expected = float32_product(left.T, right), left.double().T @ right.double()
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-3
 
 
 def test_the_cost_model_breaks_even_where_it_says() -> None:

@@ -25,7 +25,7 @@ class ResponseLosses:
 
     @property
     def response_index(self) -> RowIndex:
-        """The same positions, as the host knows them."""
+        """Which positions the response mask marks, as the host knows them."""
         return self.batch["response_index"]
 
 
@@ -41,7 +41,7 @@ class KeptLosses(ResponseLosses):
     """Losses of the kept tokens from the training graph, (R,) in order of (row, position)."""
 
     def of_kept(self, values_BT: Tensor) -> Tensor:
-        """Of values by position those of the kept tokens, (R,)."""
+        """Picks from values by position, (B, T), those of the kept tokens: (R,)."""
         return values_BT.flatten().index_select(0, self.kept_index_R)
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alphatoken.util.products import float32_product
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -162,9 +164,7 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     band_BTW = torch.zeros(batch, length, window, device=lse_BHT.device)
     for kv_head in range(kv_heads):
         own = slice(kv_head * groups, (kv_head + 1) * groups)
-        products = _band_products(
-            call.query_BHTD[:, own].float(), call.key_BGTD[:, kv_head].float(), window
-        )
+        products = _band_products(call.query_BHTD[:, own], call.key_BGTD[:, kv_head], window)
         scores_BHTW = call.scores(products) + (bias if bias.shape[1] == 1 else bias[:, own])
         band_BTW += torch.exp(scores_BHTW - lse_BHT[:, own, queries]).sum(1)
     return band_BTW / heads
@@ -189,8 +189,8 @@ def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor) -> Tensor:
 
 
 def _band_products(query_BHTD: Tensor, key_BTD: Tensor, window: int) -> Tensor:
-    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W), by blocks of W keys against the 2W queries that
-    can see them."""
+    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W) float32, by blocks of W keys against the 2W queries
+    that can see them."""
     batch, heads, length, _ = query_BHTD.shape
     block = window
     blocks = -(-length // block)
@@ -199,7 +199,7 @@ def _band_products(query_BHTD: Tensor, key_BTD: Tensor, window: int) -> Tensor:
     )
     padded_query = F.pad(query_BHTD, (0, 0, 0, blocks * block + window - length))
     reach = padded_query.unfold(2, block + window, block)
-    products = (padded_key @ reach).contiguous()
+    products = float32_product(padded_key, reach).contiguous()
     # Element (i, i+j) of each (block, block+window) tile, j = 1..W: a diagonal band read with a
     # longer row stride.
     tile = block * (block + window)

@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from alphatoken.util.products import float32_product
+
 ContractionName = Literal["signals", "matrix"]
 """What a target term is contracted with: the held-out signals themselves, or their mean outer
 product G."""
@@ -103,7 +105,7 @@ def target_matrix(val_outgrad_NO: Tensor, val_act_NI: Tensor) -> Tensor:
 
     Divide by the number of validation positions over all ranks to obtain G.
     """
-    return val_outgrad_NO.float().T @ val_act_NI.float()
+    return float32_product(val_outgrad_NO.T, val_act_NI)
 
 
 def ghost_product(
