@@ -322,7 +322,7 @@ def shard_of(rank: int, length: int) -> Tensor:
 
 def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
     """Values of the next step's rows after some optimizer steps, with the weights and Adam's
-    moments they depend on."""
+    moments they depend on, and how many rows this rank's held-out micro-batches have."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results = {}
@@ -345,6 +345,7 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
         }
         results[name] = {
             "rows": rows,
+            "held_out": [len(batch["rows"]) for batch in trainer.feed.held_out(steps)],
             "weights": {
                 key: safe_get_full_fp32_param(each).clone() for key, each in parameters.items()
             },

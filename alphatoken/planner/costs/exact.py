@@ -47,6 +47,11 @@ def _sums(blueprint: Blueprint) -> int:
     return blueprint.steering_passes * blueprint.halves
 
 
+def _slices_of_g(blueprint: Blueprint) -> Part:
+    scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
+    return Part("slices of G", blueprint.sliced(scored) * FLOAT32 * _sums(blueprint))
+
+
 def _reads_moment(blueprint: Blueprint) -> bool:
     """Whether B is gathered from the ranks that hold Adam's moments; at stage 3 every rank has its
     own slices."""
@@ -80,10 +85,9 @@ class ExactCost(ScoringCost):
         weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)
         scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
         own = blueprint.sliced(scored)
-        parts = [
-            Part("slices of G", own * FLOAT32 * _sums(blueprint)),
-            Part("slices of the directions", own * weight * directions),
-        ]
+        parts = [Part("slices of the directions", own * weight * directions)]
+        if blueprint.config.valuation.refresh_every > 1:
+            parts.append(_slices_of_g(blueprint))
         if blueprint.resident:
             parts.append(Part("directions, whole", sum(scored) * weight * directions))
         return parts
@@ -101,7 +105,12 @@ class ExactCost(ScoringCost):
         states = (blueprint.depth + 2) * body.state_bytes * work.held_out_batches
         largest = max(sum(numels) for numels in blueprint.scored_numels.values())
         kept = max(body.layers[index].kept_bytes for index in blueprint.scored_layers)
+        # Where they are not kept from one step to the next.
+        passing = (
+            (_slices_of_g(blueprint),) if blueprint.config.valuation.refresh_every == 1 else ()
+        )
         return (
+            *passing,
             Part("states", states),
             Part("activations of one layer", kept),
             Part("gradients of one layer", 2 * largest * FLOAT32),

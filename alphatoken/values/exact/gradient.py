@@ -70,6 +70,10 @@ class MeanGradient:
         like `zero3.master_slice`."""
         return (self._signed_sums if signed else self._sums)[name] / self._count
 
+    def free(self) -> None:
+        """Drops all slices, until the next `refresh`."""
+        self._sums, self._signed_sums = {}, {}
+
     @torch.no_grad()
     def refresh(
         self,

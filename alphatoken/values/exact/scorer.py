@@ -137,6 +137,9 @@ class ExactScorer(Scorer):
         if contrast is not None:
             losses += self._contrast.refresh(contrast, self.run_body, coefficients)
         self._slices = {segment: self._form(segment) for segment in self._segments}
+        if self.config.refresh_every == 1:  # the next directions are of new gradients
+            self._gradient.free()
+            self._contrast.free()
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}
         return losses
