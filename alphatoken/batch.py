@@ -1,11 +1,13 @@
 """What a micro-batch is: its keys, and the loss positions that follow from its labels.
 
-Shape legend: B rows, T positions, D documents (a row holds one, or several where they are packed).
+Shape legend: B rows, T positions, D documents (a row holds one, or several where they are packed),
+R response positions in order of (row, position).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -13,6 +15,77 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Which entries of an axis count, and how many of each row, which the host knows: to take them
+    by a mask, the host has to wait until the device has counted it.
+
+    The axis is that of all positions, B rows of T each; or that of other entries, unequally many
+    per row.
+    """
+
+    index_R: Tensor
+    """(R,) int64 into the axis, ascending."""
+    counts: tuple[int, ...]
+    """How many of them are in each row, on the host."""
+    starts: tuple[int, ...]
+    """Where each row begins on the axis; last, the axis's length."""
+
+    @classmethod
+    def of_mask(cls, mask_BT: Tensor) -> RowIndex:
+        """The positions that a mask marks. Waits where it is on a device."""
+        rows, length = mask_BT.shape
+        return cls(
+            index_R=mask_BT.flatten().nonzero()[:, 0],
+            counts=tuple(mask_BT.sum(1).tolist()),
+            starts=tuple(range(0, (rows + 1) * length, length)) if length else (0,) * (rows + 1),
+        )
+
+    def among(self, mask_R: Tensor) -> RowIndex:
+        """Those of these entries that a mask marks, as entries of the axis that these are. Waits
+        where it is on a device."""
+        counts = [int(part_R.sum()) for part_R in mask_R.split(list(self.counts))]
+        return RowIndex(
+            index_R=mask_R.nonzero()[:, 0],
+            counts=tuple(counts),
+            starts=tuple(sum(self.counts[:row]) for row in range(len(self.counts) + 1)),
+        )
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(self.counts)
+
+    def span(self, rows: slice) -> slice:
+        """Which of these entries are those of some rows."""
+        begin, end, _ = rows.indices(len(self.counts))
+        return slice(sum(self.counts[:begin]), sum(self.counts[:end]))
+
+    def of_rows(self, rows: slice) -> RowIndex:
+        """Those of some rows, of an axis that is cut to these rows."""
+        begin, end, _ = rows.indices(len(self.counts))
+        first = self.starts[begin]
+        return RowIndex(
+            index_R=self.index_R[self.span(rows)] - first,
+            counts=self.counts[begin:end],
+            starts=tuple(start - first for start in self.starts[begin : end + 1]),
+        )
+
+    def take(self, values_BT: Tensor) -> Tensor:
+        """Picks from values by position, (B, T, ...), those that count: (R, ...)."""
+        return values_BT.flatten(0, 1).index_select(0, self.index_R)
+
+    def put(self, values_R: Tensor) -> Tensor:
+        """Values in their positions, (B, T, ...), zero elsewhere. The reverse of `take`."""
+        rows, rest = len(self.counts), values_R.shape[1:]
+        flat = values_R.new_zeros(self.starts[-1] - self.starts[0], *rest)
+        return flat.index_copy_(0, self.index_R, values_R).view(rows, -1, *rest)
+
+    def to(self, device: torch.device) -> RowIndex:
+        """A copy on a device, which the host does not wait for."""
+        return replace(self, index_R=self.index_R.to(device, non_blocking=True))
 
 
 class Batch(TypedDict):
@@ -29,6 +102,8 @@ class Batch(TypedDict):
     """(B, T) int64, the token that position t predicts, t + 1; IGNORE_INDEX off the response."""
     response: Tensor
     """(B, T) bool, the response mask: where `targets` has a token, so where there is a loss."""
+    response_index: RowIndex
+    """Which positions the response mask marks, as the host knows them."""
     attention_mask: NotRequired[Tensor]
     """(B, T) int64; absent where all padding is on the right."""
     position_ids: NotRequired[Tensor]
@@ -46,6 +121,8 @@ class Batch(TypedDict):
     """(B, T) float32, which half of a draw a position's row is in: 1 for rows with an even number
     among the distinct ones of the draw, -1 for odd ones, 0 on padding. Where values under halves
     are asked for."""
+    half_index: NotRequired[tuple[RowIndex, RowIndex]]
+    """Which of the R response positions are in one half and in the other, as `half_sign` says."""
     noise: NotRequired[Tensor]
     """(B, T) float32, uniform in [0, 1), where a policy needs it."""
     reference_nll: NotRequired[Tensor]
@@ -70,20 +147,32 @@ def boundaries(lengths: Sequence[int]) -> tuple[Tensor, int]:
     return F.pad(ends, (1, 0)).int(), max(lengths)
 
 
-def make_batch(columns: Mapping[str, Tensor | int]) -> Batch:
-    """Completes `input_ids`, `labels` and whatever else a batch has by its loss positions."""
-    labels_BT = columns["labels"]
+def make_batch(columns: Mapping[str, object]) -> Batch:
+    """Completes `input_ids`, `labels` and whatever else a batch has by its loss positions, best
+    while it is on the host: for one on a device the host waits."""
+    labels_BT, sign_BT = columns["labels"], columns.get("half_sign")
     assert isinstance(labels_BT, Tensor)
     response_BT, targets_BT = loss_positions(labels_BT)
-    return cast(Batch, {**columns, "targets": targets_BT, "response": response_BT})
+    index = RowIndex.of_mask(response_BT)
+    found: dict[str, object] = {
+        "targets": targets_BT,
+        "response": response_BT,
+        "response_index": index,
+    }
+    if isinstance(sign_BT, Tensor):
+        sign_R = index.take(sign_BT)
+        found["half_index"] = (index.among(sign_R > 0), index.among(sign_R < 0))
+    return cast(Batch, {**columns, **found})
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copies a batch to a device."""
-    return cast(
-        Batch,
-        {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        },
-    )
+    """Copies a batch from the host to a device, without the host waiting for the copies."""
+
+    def moved(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return value.to(device) if isinstance(value, RowIndex) else value
+
+    return cast(Batch, {key: moved(value) for key, value in batch.items()})

@@ -143,8 +143,8 @@ def show_contraction(
 ) -> Tensor:
     """G and V of every linear, the four terms, and their sum: the value, (B, T)."""
     _, _, held_out_signals = run_tower(decoder, held_out)
-    shape = signals[SHOWN].chunk.response_BT.shape
-    sums = {term: torch.zeros(shape) for term in TERMS}
+    index = signals[SHOWN].chunk.index
+    sums = {term: torch.zeros(index.count) for term in TERMS}
     print("CONTRACTION")
     for name, ours in signals.items():
         theirs = held_out_signals[name]
@@ -153,12 +153,13 @@ def show_contraction(
         v_OI = decoder.model.get_parameter(name).detach() - reference[name]  # with a Fisher of 1
         terms = contract(ours, Products(target=FromMatrix(g_OI), proxy=FromMatrix(v_OI)))
         for term, value_R in terms.items():
-            sums[term][ours.chunk.response_BT] += value_R
+            sums[term] += value_R
         if name == SHOWN:
             print(f"  {name}: |G| = {float(g_OI.norm()):.4g}, |V| = {float(v_OI.norm()):.4g}")
-            place = int(ours.chunk.response_BT[0, :t].sum())
+            place = index.index_R.tolist().index(t)
             for term in TERMS:
                 print(f"    {term} {float(terms[term][place]):+.4g}")
+    sums = {term: index.put(sum_R) for term, sum_R in sums.items()}  # back in their positions
     adaptation_BT = sums["direct_target"] + sums["causal_target"]
     stability_BT = sums["direct_proxy"] + sums["causal_proxy"]
     value_BT = adaptation_BT + STABILITY_WEIGHT * stability_BT

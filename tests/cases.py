@@ -22,7 +22,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import pytest
@@ -32,7 +32,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken.batch import Batch
+from alphatoken.batch import make_batch
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints import saving, weight_files
 from alphatoken.checkpoints.export import export_model
@@ -77,6 +77,7 @@ from tests.flash_attention import stand_in
 from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
+from tests.tiny import with_index
 
 
 def run_flash_trainers(
@@ -236,9 +237,8 @@ def one_empty_micro_batch(folder: Path, values: dict[str, Any]) -> dict[str, Any
     rows = trainer.feed.training(0)
     batches = rows.batches
     if collectives.rank() == collectives.world_size() - 1:
-        for key in ("labels", "targets"):
-            batches[1][key].fill_(-100)
-        batches[1]["response"].zero_()
+        nothing_BT = torch.full_like(batches[1]["labels"], -100)
+        batches[1] = make_batch({**batches[1], "labels": nothing_BT})
     tokens = count_tokens(trainer.run.model.selections, batches)
     assert trainer.refresh is not None
     trainer.refresh.before(0, tokens.own_response)
@@ -300,7 +300,7 @@ def random_facts(number: int) -> TokenFacts:
         "rows": torch.arange(4),
     }
     return TokenFacts(
-        batch=cast(Batch, batch),
+        batch=with_index(batch),
         nll_BT=torch.randint(0, 9, shape, generator=generator).float(),
         protected_BT=torch.rand(shape, generator=generator) < 0.1,
         values={
@@ -346,7 +346,7 @@ def shard_of(rank: int, length: int) -> Tensor:
 
 def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
     """Values of the next step's rows after some optimizer steps, with the weights and Adam's
-    moments they depend on."""
+    moments they depend on, and how many rows this rank's held-out micro-batches have."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results = {}
@@ -369,6 +369,7 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
         }
         results[name] = {
             "rows": rows,
+            "held_out": [len(batch["rows"]) for batch in trainer.feed.held_out(steps)],
             "weights": {
                 key: safe_get_full_fp32_param(each).clone() for key, each in parameters.items()
             },
@@ -688,7 +689,7 @@ def drifts(
         results[name] = {
             "first": dict(zip(names, first, strict=True)),
             "masters": dict(zip(names, masters, strict=True)),
-            "drift": dict(zip(names, drift.matrices(names), strict=True)),
+            "drift": dict(zip(names, drift.matrices(names, torch.float32), strict=True)),
             "magnitudes": drift.magnitudes(),
             "reference_bytes": drift.reference_bytes,
         }

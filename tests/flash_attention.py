@@ -82,7 +82,12 @@ def _pad_input(packed: Tensor, indices_N: Tensor, batch: int, length: int) -> Te
     return padded.index_copy(0, indices_N, packed).view(batch, length, *packed.shape[1:])
 
 
-def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+WithSums = tuple[Tensor, Tensor, None]
+"""What version 2 returns if asked: the output, logarithms of softmax denominators, and no
+probabilities."""
+
+
+def _kernels(calls: Calls) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def dense(  # noqa: PLR0913 - what `transformers` looks for in flash_attn's signature
         q: Tensor,
         k: Tensor,
@@ -94,11 +99,12 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
-    ) -> Tensor:
-        """q (B, T, H, D), k and v (B, S, G, D); returns (B, T, H, D)."""
+        return_attn_probs: bool = False,
+    ) -> Tensor | WithSums:
+        """q (B, T, H, D), k and v (B, S, G, D); returns (B, T, H, D), and if asked (B, H, T)."""
         calls.append(("dense", [q.shape[1]] * q.shape[0]))
         assert dropout_p == 0.0
-        return _attention(
+        output, sums = _attention(
             q,
             k,
             v,
@@ -107,6 +113,7 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
             window_size=window_size,
             softcap=softcap,
         )
+        return (output, sums, None) if return_attn_probs else output
 
     def varlen(  # noqa: PLR0913
         q: Tensor,
@@ -123,8 +130,10 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
-    ) -> Tensor:
-        """q (N, H, D), k and v (N, G, D), boundaries of documents int32; returns (N, H, D)."""
+        return_attn_probs: bool = False,
+    ) -> Tensor | WithSums:
+        """q (N, H, D), k and v (N, G, D), boundaries of documents int32; returns (N, H, D), and if
+        asked (H, N)."""
         bounds = cu_seqlens_q.tolist()
         lengths = cu_seqlens_q.diff().tolist()
         calls.append(("varlen", lengths))
@@ -134,25 +143,26 @@ def _kernels(calls: Calls) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
         assert bounds[0] == 0
         assert bounds[-1] == len(q) == len(k)
         assert int(max_seqlen_q) == int(max_seqlen_k) == max(lengths)
-        return torch.cat(
-            [
-                _attention(
-                    q[None, start:end],
-                    k[None, start:end],
-                    v[None, start:end],
-                    scale=softmax_scale,
-                    causal=causal,
-                    window_size=window_size,
-                    softcap=softcap,
-                )[0]
-                for start, end in pairwise(bounds)
-            ]
-        )
+        documents = [
+            _attention(
+                q[None, start:end],
+                k[None, start:end],
+                v[None, start:end],
+                scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                softcap=softcap,
+            )
+            for start, end in pairwise(bounds)
+        ]
+        output = torch.cat([own[0] for own, _ in documents])
+        sums = torch.cat([own[0] for _, own in documents], dim=1)
+        return (output, sums, None) if return_attn_probs else output
 
     return dense, varlen
 
 
-def _of_version_3(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def _of_version_3(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     def version_3(  # noqa: PLR0913
         *tensors: Any,
         cu_seqlens_q: Tensor | None = None,
@@ -164,14 +174,14 @@ def _of_version_3(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor]:
         of_documents: dict[str, Any] = {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
             "max_seqlen_q": max_seqlen_q,
             "max_seqlen_k": max_seqlen_k,
         }
-        output = kernel(
+        output, sums, _ = kernel(
             *tensors,
             **{key: value for key, value in of_documents.items() if value is not None},
             softmax_scale=softmax_scale,
@@ -179,8 +189,9 @@ def _of_version_3(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
             window_size=window_size,
             softcap=softcap,
             deterministic=deterministic,
+            return_attn_probs=True,
         )
-        return output, None
+        return output, sums
 
     return version_3
 
@@ -194,8 +205,9 @@ def _attention(
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
-) -> Tensor:
-    """Softmax attention whose causal mask ends at the last query and the last key together."""
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention whose causal mask ends at the last query and the last key together, and the
+    logarithms of its denominators, (B, H, T)."""
     query_BHTD = q.transpose(1, 2)
     groups = q.shape[2] // k.shape[2]
     key_BHSD, value_BHSD = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k, v))
@@ -211,4 +223,5 @@ def _attention(
     if right >= 0:
         hidden_TS |= ahead_TS > right
     scores_BHTS = scores_BHTS.masked_fill(hidden_TS, float("-inf"))
-    return (torch.softmax(scores_BHTS, dim=-1) @ value_BHSD).transpose(1, 2)
+    output_BHTD = torch.softmax(scores_BHTS, dim=-1) @ value_BHSD
+    return output_BHTD.transpose(1, 2), scores_BHTS.logsumexp(-1)

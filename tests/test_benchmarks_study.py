@@ -258,6 +258,7 @@ def test_bad_tokens_are_counted_where_they_are_predicted() -> None:
             batch=batch,
             nll_BT=torch.zeros(2, 4),
             weight_BT=weight_BT,
+            kept_index_R=torch.tensor([0, 1, 5]),
             kept_nll_R=torch.zeros(3),
         )
     )

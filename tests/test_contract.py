@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alphatoken.batch import RowIndex
 from alphatoken.models.scored import ScoredLinear
 from alphatoken.passes.capture import Entry
 from alphatoken.passes.chunks import Chunk
@@ -19,14 +20,16 @@ LAMBDA = 1.5
 
 def random_signals(*, causal: bool) -> LinearSignals:
     """Signals of the last two of three rows, in float64."""
-    response_BT = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
+    targets_BT = torch.tensor([[-1, 7, 7, -1, -1], [7, -1, 7, 7, -1]])
     chunk = Chunk(
         rows=slice(1, 3),
         entry=Entry(
             layer_inputs=(), first_BTH=torch.zeros(ROWS, LENGTH, 1), between=None, last_BTH=None
         ),
-        response_BT=response_BT,
-        targets_BT=torch.where(response_BT, 7, -100),
+        index=RowIndex.of_mask(targets_BT == 7),
+        span=slice(1, 6),
+        halves=None,
+        targets_BT=targets_BT,
     )
     return LinearSignals(
         linear=ScoredLinear("v_proj", is_value=causal),
@@ -56,7 +59,7 @@ def test_the_terms_are_those_of_the_equation(causal: bool, with_drift: bool) -> 
         if with_drift:
             expected["causal_proxy"] = frobenius(signals.mixed_BTO, v_OI, signals.act_BTI)
 
-    response_BT = signals.chunk.response_BT
+    response_BT = signals.chunk.targets_BT == 7
     terms = contract(signals, products)
     assert terms.keys() == expected.keys()
     for term, value_BT in expected.items():
@@ -76,13 +79,14 @@ def test_sums_land_on_the_response_of_their_rows(split: bool) -> None:
         target=FromMatrix(torch.ones(OUTPUTS, INPUTS, dtype=torch.float64)), proxy=None
     )
     response_BT = torch.zeros(3, LENGTH, dtype=torch.bool)
-    response_BT[1:] = signals.chunk.response_BT
-    sums = TermSums(response_BT, split=split)
+    response_BT[0, 3] = True
+    response_BT[1:] = signals.chunk.targets_BT == 7
+    sums = TermSums(RowIndex.of_mask(response_BT), split=split)
     for _ in range(2):  # two linears
         assert sums.add(signals, products, LAMBDA)
     values = sums.values((1.0, LAMBDA))
     expected_BT = torch.zeros(3, LENGTH)
-    expected_BT[response_BT] = 2 * contract_at_once(signals, products, LAMBDA)
+    expected_BT[1:][response_BT[1:]] = 2 * contract_at_once(signals, products, LAMBDA)
     assert torch.allclose(values.composite, expected_BT, rtol=1e-4)
     assert values.direct_target.isnan().equal(response_BT & (not split))
 
@@ -92,6 +96,5 @@ def test_what_is_not_finite_is_noticed() -> None:
     products = Products(
         target=FromMatrix(torch.full((OUTPUTS, INPUTS), torch.inf).double()), proxy=None
     )
-    assert not TermSums(torch.ones(3, LENGTH, dtype=torch.bool), split=True).add(
-        signals, products, 1.0
-    )
+    every_BT = torch.ones(3, LENGTH, dtype=torch.bool)
+    assert not TermSums(RowIndex.of_mask(every_BT), split=True).add(signals, products, 1.0)

@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from alphatoken.batch import Batch
 from alphatoken.config.objectives import OBJECTIVE_TRAITS
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceConfig
@@ -29,6 +28,7 @@ from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import Selection, select
 from alphatoken.selection.weights import WEIGHT_RULES
 from tests.ranks import ROOT, run_program
+from tests.tiny import with_index
 
 PAGE = ROOT / "docs" / "extending.md"
 
@@ -96,7 +96,7 @@ def test_the_policy_of_the_page_sorts_as_it_says() -> None:
     response = torch.tensor([[True, True, True, True]])
     document = torch.zeros(1, 4, dtype=torch.int64)
     facts = TokenFacts(
-        batch=cast(Batch, {"document_ids": document, "response": response}),
+        batch=with_index({"document_ids": document, "response": response}),
         nll_BT=torch.tensor([[0.01, 2.0, 1.0, 0.5]]),
         protected_BT=~response,
         values={"composite": torch.tensor([[9.0, 1.0, 3.0, 2.0]])},
@@ -110,7 +110,7 @@ def test_the_weight_rule_of_the_page_weighs_as_it_says() -> None:
     names_of(python_block("A weight rule"))
     response = torch.tensor([[True, True, False, True]])
     facts = TokenFacts(
-        batch=cast(Batch, {"document_ids": response.long() - 1, "response": response}),
+        batch=with_index({"document_ids": response.long() - 1, "response": response}),
         nll_BT=torch.tensor([[0.0, math.log(2), 0.0, math.log(4)]]),
         protected_BT=~response,
         values={},

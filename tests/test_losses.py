@@ -75,7 +75,11 @@ def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:
     batch = make_batch({"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)})
     nll_BT, weight_BT = torch.tensor([[1.0, 2.5, 7.0]]), torch.tensor([[1.0, 2.0, 0.0]])
     losses = KeptLosses(
-        batch=batch, nll_BT=nll_BT, weight_BT=weight_BT, kept_nll_R=nll_BT[weight_BT > 0]
+        batch=batch,
+        nll_BT=nll_BT,
+        weight_BT=weight_BT,
+        kept_index_R=torch.tensor([0, 1]),
+        kept_nll_R=nll_BT[weight_BT > 0],
     )
     assert objective.total(losses) == 6.0
     assert objective.denominator(counted_tokens=4, rows=9) == 4

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from alphatoken.batch import RowIndex
 from alphatoken.config.objectives import OBJECTIVE_TRAITS, OPTIONAL_KEYS
 from alphatoken.config.preference import PreferenceConfig
 from alphatoken.objectives.base import KeptLosses
@@ -222,6 +223,8 @@ class Tokens:
                 length, generator=generator
             )
 
+        self.batch["response_index"] = RowIndex.of_mask(self.response_BT)
+
     def of_document(self, values_BT: Tensor, document: int) -> Tensor:
         return values_BT[self.response_BT & (self.batch["document_ids"] == document)]
 
@@ -232,6 +235,7 @@ class Tokens:
             batch=self.batch,
             nll_BT=self.nll_BT,
             weight_BT=weight_BT,
+            kept_index_R=(weight_BT > 0).flatten().nonzero()[:, 0],
             kept_nll_R=kept_nll_R,
         )
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.batch import make_batch
@@ -18,8 +19,11 @@ from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import head_loss
 from alphatoken.passes import chunks
 from alphatoken.stability.drift import Drift
+from alphatoken.util.products import float32_product, tensor_float_32
+from alphatoken.values import algebra
 from alphatoken.values.algebra import (
     bilinear_product,
+    bilinear_products,
     cheaper_contraction,
     ghost_product,
     target_matrix,
@@ -342,6 +346,82 @@ def test_both_contractions_are_the_same_bilinear_form(
     )
     matrix = target_matrix(val_outgrad, val_act) / held_out
     assert torch.allclose(bilinear_product(outgrad, matrix, act), explicit, atol=1e-4)
+
+
+class LargestResult(TorchDispatchMode):
+    """The most elements that an operation gave, of those that are no views of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 9), (9, 5)])
+@pytest.mark.parametrize("paths", [1, 2])
+@pytest.mark.parametrize("most", [1, 40, 10**6])
+def test_products_with_matrices_are_those_of_the_equation_and_bounded(
+    monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, paths: int, most: int
+) -> None:
+    """However many rows make a block, and from whichever side the matrix is multiplied."""
+    monkeypatch.setattr(algebra, "BLOCK_ELEMENTS", most)
+    rows, held_out = 23, 6
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    act_RI, outgrads = random(rows, inputs), [random(rows, outputs) for _ in range(paths)]
+    matrices = [random(outputs, inputs) for _ in range(3)]
+    val_act_NI, val_outgrad_NO = random(held_out, inputs), random(held_out, outputs)
+    with LargestResult() as largest:
+        found = bilinear_products(outgrads, matrices, act_RI)
+        ghost_R = ghost_product(outgrads[0], act_RI, val_outgrad_NO, val_act_NI, held_out)
+    for matrix_OI, by_outgrad in zip(matrices, found, strict=True):
+        for outgrad_RO, product_R in zip(outgrads, by_outgrad, strict=True):
+            expected_R = torch.einsum("ro,oi,ri->r", outgrad_RO, matrix_OI, act_RI)
+            torch.testing.assert_close(product_R, expected_R, rtol=1e-5, atol=1e-5)
+    mean_OI = val_outgrad_NO.T @ val_act_NI / held_out
+    expected_R = torch.einsum("ro,oi,ri->r", outgrads[0], mean_OI, act_RI)
+    torch.testing.assert_close(ghost_R, expected_R, rtol=1e-5, atol=1e-5)
+    assert largest.elements <= max(most, inputs, outputs, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_float32_are_of_the_numbers_given(dtype: torch.dtype) -> None:
+    left, right = torch.randn(5, 40).to(dtype), torch.randn(40, 3).to(dtype)
+    expected = left.double() @ right.double()
+    found = float32_product(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_is_left_as_it_was() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+
+    @tensor_float_32()
+    def fails() -> None:
+        assert settings.fp32_precision == "tf32"
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert settings.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_of_16_bits_are_as_good_in_tf32() -> None:
+    left, right = torch.randn(2, 8192, 256, device="cuda").to(torch.bfloat16)
+    found, expected = float32_product(left.T, right), left.double().T @ right.double()
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-3
 
 
 def test_the_cost_model_breaks_even_where_it_says() -> None:

@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken.batch import Batch
 from alphatoken.config.file import load_config
 from alphatoken.config.policies import Need
 from alphatoken.config.preference import PreferenceRunConfig
@@ -25,6 +24,7 @@ from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.selection import rules
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.weights import WEIGHT_RULES, WeightRule
+from tests.tiny import with_index
 
 # Numbers by sequence; a sequence may have no token.
 losses = st.lists(
@@ -165,7 +165,7 @@ def test_weight_rules_state_what_they_need() -> None:
         "values": {"values": {"composite": ones}},
         "entropy": {"entropy": ones},
     }
-    batch = cast(Batch, {"response": ones.bool()})
+    batch = with_index({"response": ones.bool()})
 
     def read(rule: WeightRule, needs: Iterable[Need]) -> None:
         known = {"values": {}, **{key: each for need in needs for key, each in given[need].items()}}

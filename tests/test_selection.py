@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import cast
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphatoken.batch import Batch
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.weights import WEIGHT_TRAITS
 from alphatoken.data.noise import uniform_noise
@@ -36,6 +34,7 @@ from alphatoken.training.dropped import DroppedTokens, counts_of
 from alphatoken.training.statistics import StepStatistics
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.values.algebra import TERMS
+from tests.tiny import with_index
 
 counts_of_rows = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 cuts = st.builds(
@@ -310,6 +309,7 @@ def test_a_value_or_spread_that_is_not_finite_stops_the_step(fault: str) -> None
         output = StepOutput(
             total=torch.tensor(3.0),
             weight_BT=weight,
+            kept_index_R=torch.arange(3),
             kept_nll_R=weight[0],
             metrics={},
             facts=known,
@@ -352,7 +352,7 @@ def test_branches_with_different_cuts_and_rules_are_weighed_each_by_its_own() ->
 def facts(values: dict[str, Tensor], nll: Tensor, columns: dict[str, Tensor]) -> TokenFacts:
     """What policies see of a micro-batch with these columns, where no token ends a turn."""
     protected = torch.zeros_like(nll, dtype=torch.bool)
-    batch = cast(Batch, columns)
+    batch = with_index(columns)
     return TokenFacts(batch=batch, nll_BT=nll, protected_BT=protected, values=values)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from alphatoken.batch import Batch, RowIndex
 
 VOCABULARY = 61
 SMALL = {
@@ -259,6 +261,11 @@ def collate(
         batch["attention_mask"][row, place] = 1
         batch["labels"][row, place] = labels
     return batch
+
+
+def with_index(columns: Mapping[str, Tensor]) -> Batch:
+    """A batch of some columns alone, with the response positions as `make_batch` adds them."""
+    return cast(Batch, {**columns, "response_index": RowIndex.of_mask(columns["response"])})
 
 
 def unpad(

@@ -306,6 +306,14 @@ class RunConfig(Section):
             )
         return self
 
+    def held_out_batch_rows(self, rows: int, longest: int, ranks: int) -> int:
+        """Rows per micro-batch of a draw of so many that steer values, the longest of so many
+        tokens. A few are spread over all ranks rather than left to one."""
+        size, tokens = self.train.micro_batch_size, self.valuation.held_out_batch_tokens
+        if tokens is not None:
+            size = max(1, tokens // longest)
+        return min(size, -(-rows // ranks))
+
     @model_validator(mode="after")
     def _keys_go_together(self) -> RunConfig:
         if (

@@ -88,6 +88,13 @@ class ValuationConfig(Section):
         description="Where held-out rows are from: data.validation, or those rows of data.train "
         "that come after the step, where there are no others.",
     )
+    held_out_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per held-out micro-batch of one rank, padding included, but at least "
+        "one row: fewer, larger ones gather the model's weights less often, and keep no graph. "
+        "None: train.micro_batch_size rows. The values are the same but for rounding.",
+    )
     refresh_every: int = Field(
         1,
         ge=1,

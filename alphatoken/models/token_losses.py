@@ -31,7 +31,5 @@ class TokenLosses(nn.Module):
 def losses_of(hidden_BTH: Tensor, head_loss: HeadLoss, batch: Batch) -> Tensor:
     """Losses of a batch's response tokens, (B, T) float32, zero off the response, from what enters
     the head, (B, T, H)."""
-    response_BT, targets_BT = batch["response"], batch["targets"]
-    nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
-    nll_BT[response_BT] = head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
-    return nll_BT
+    index = batch["response_index"]
+    return index.put(head_loss(index.take(hidden_BTH), index.take(batch["targets"])))

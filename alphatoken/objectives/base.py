@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from alphatoken.batch import Batch
+from alphatoken.batch import Batch, RowIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class ResponseLosses:
         """The response mask, (B, T) bool."""
         return self.batch["response"]
 
+    @property
+    def response_index(self) -> RowIndex:
+        """Which positions the response mask marks, as the host knows them."""
+        return self.batch["response_index"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeptLosses(ResponseLosses):
@@ -30,8 +35,14 @@ class KeptLosses(ResponseLosses):
 
     weight_BT: Tensor
     """Weights of the selection, (B, T) float32, zero where a token is not kept."""
+    kept_index_R: Tensor
+    """Where that is not zero, (R,) int64 into the B T positions, ascending."""
     kept_nll_R: Tensor
     """Losses of the kept tokens from the training graph, (R,) in order of (row, position)."""
+
+    def of_kept(self, values_BT: Tensor) -> Tensor:
+        """Picks from values by position, (B, T), those of the kept tokens: (R,)."""
+        return values_BT.flatten().index_select(0, self.kept_index_R)
 
 
 class Objective(Protocol):

@@ -66,14 +66,13 @@ class PreferenceObjective:
 
     def coefficients(self, losses: ResponseLosses) -> Tensor:
         coefficient_PB = self._derivatives(self._full(losses))
-        response_BT, document_BT = losses.response_BT, losses.batch["document_ids"]
-        coefficient_BT = torch.zeros_like(losses.nll_BT)
-        coefficient_BT[response_BT] = coefficient_PB.flatten().float()[document_BT[response_BT]]
-        return coefficient_BT * self._length_weights(losses)
+        document_R = losses.response_index.take(losses.batch["document_ids"])
+        coefficient_R = coefficient_PB.flatten().float()[document_R]
+        return losses.response_index.put(coefficient_R) * self._length_weights(losses)
 
     def total(self, losses: KeptLosses) -> Tensor:
-        counted_R = self._length_weights(losses)[losses.weight_BT > 0]
-        kept = self._pairs(losses.batch, losses.weight_BT, counted_R * losses.kept_nll_R)
+        counted_R = losses.of_kept(self._length_weights(losses))
+        kept = self._kept(losses, counted_R * losses.kept_nll_R)
         return self.loss(kept=kept, full=self._full(losses)).sum().float()
 
     def denominator(self, counted_tokens: int, rows: int) -> int:
@@ -83,8 +82,7 @@ class PreferenceObjective:
         """Rewards, omega, divergence, lengths and kept shares of the pairs, each (P,)."""
         full = self._full(losses)
         counted_BT = self._length_weights(losses) * losses.nll_BT
-        kept_nll_R = counted_BT[losses.weight_BT > 0]
-        kept = self._pairs(losses.batch, losses.weight_BT, kept_nll_R)
+        kept = self._kept(losses, losses.of_kept(counted_BT))
         metrics = {
             **self._rewards(full),
             **{f"{name}_masked": reward_P for name, reward_P in self._rewards(kept).items()},
@@ -117,28 +115,39 @@ class PreferenceObjective:
 
     def _full(self, losses: ResponseLosses) -> Pairs:
         """Sums over all response tokens."""
-        weight_BT = losses.response_BT.to(losses.nll_BT.dtype)
         counted_BT = self._length_weights(losses) * losses.nll_BT
-        return self._pairs(losses.batch, weight_BT, counted_BT[losses.response_BT])
+        return self._of_responses(losses, losses.response_index.take(counted_BT))
+
+    def _of_responses(self, losses: ResponseLosses, nll_R: Tensor) -> Pairs:
+        """Sums over all response tokens, where `nll_R` are their losses."""
+        index_R = losses.response_index.index_R
+        return self._pairs(losses.batch, index_R, torch.ones_like(nll_R), nll_R)
+
+    def _kept(self, losses: KeptLosses, nll_R: Tensor) -> Pairs:
+        """Sums over the kept tokens, where `nll_R` are their losses."""
+        weight_R = losses.of_kept(losses.weight_BT)
+        return self._pairs(losses.batch, losses.kept_index_R, weight_R, nll_R)
 
     def _length_weights(self, losses: ResponseLosses) -> Tensor:
         """What each token's loss counts in its response's sum, (B, T) float32, 1 off the
         response."""
         weight_BT = torch.ones_like(losses.nll_BT)
         if self._settings.length_decay != 1:
-            document_R = losses.batch["document_ids"][losses.response_BT]
-            weight_BT[losses.response_BT] = length_weights(
-                document_R, len(losses.batch["rows"]), self._settings.length_decay
+            index = losses.response_index
+            weight_R = length_weights(
+                index.take(losses.batch["document_ids"]),
+                len(losses.batch["rows"]),
+                self._settings.length_decay,
             )
+            weight_BT.view(-1).index_copy_(0, index.index_R, weight_R)
         return weight_BT
 
-    def _pairs(self, batch: Batch, weight_BT: Tensor, nll_R: Tensor) -> Pairs:
-        """Sums over the tokens whose weight is not zero; `nll_R` are their losses."""
-        kept_BT = weight_BT > 0
-        weight_R = weight_BT[kept_BT].double()
-        document_R = batch["document_ids"][kept_BT]
+    def _pairs(self, batch: Batch, index_R: Tensor, weight_R: Tensor, nll_R: Tensor) -> Pairs:
+        """Sums over the tokens at `index_R` of the B T positions, with these weights and losses."""
+        weight_R = weight_R.double()
+        document_R = batch["document_ids"].flatten().index_select(0, index_R)
         if self._settings.needs_reference:
-            reference_R = batch["reference_nll"][kept_BT].double()
+            reference_R = batch["reference_nll"].flatten().index_select(0, index_R).double()
         else:
             reference_R = torch.zeros_like(weight_R)
 
@@ -194,9 +203,8 @@ class PreferenceObjective:
         are given responses.
         """
         log_rho_BT = losses.nll_BT - losses.batch["reference_nll"]
-        log_rho_R = log_rho_BT[losses.response_BT].double()
-        weight_BT = losses.response_BT.to(losses.nll_BT.dtype)
-        terms = self._pairs(losses.batch, weight_BT, torch.expm1(log_rho_R) - log_rho_R)
+        log_rho_R = losses.response_index.take(log_rho_BT).double()
+        terms = self._of_responses(losses, torch.expm1(log_rho_R) - log_rho_R)
         tokens_P = (full.chosen.tokens_P + full.rejected.tokens_P).clamp_min(1)
         return (terms.chosen.nll_P + terms.rejected.nll_P) / tokens_P
 

@@ -18,8 +18,7 @@ class SupervisedObjective:
         return torch.ones_like(losses.nll_BT)
 
     def total(self, losses: KeptLosses) -> Tensor:
-        weight_R = losses.weight_BT[losses.weight_BT > 0]
-        return (weight_R * losses.kept_nll_R).sum()
+        return (losses.of_kept(losses.weight_BT) * losses.kept_nll_R).sum()
 
     def denominator(self, counted_tokens: int, rows: int) -> int:
         return counted_tokens
@@ -28,4 +27,4 @@ class SupervisedObjective:
         return {}
 
     def evaluation(self, losses: ResponseLosses) -> dict[str, Tensor]:
-        return {"loss": losses.nll_BT[losses.response_BT]}
+        return {"loss": losses.response_index.take(losses.nll_BT)}

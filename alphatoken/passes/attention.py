@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alphatoken.util.products import float32_product
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -72,6 +74,9 @@ class AttentionCall:
     scaling: float
     visibility: Visibility
     softcap: float | None = None
+    log_sums_BHT: Tensor | None = None
+    """Logarithm of every query's softmax denominator, float32, where the kernel gave it; of a query
+    that may attend to nothing anything."""
 
     def scores(self, products: Tensor) -> Tensor:
         """Attention scores from inner products <q, k>, before any mask."""
@@ -146,7 +151,9 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     batch, heads, length, _ = call.query_BHTD.shape
     kv_heads = call.key_BGTD.shape[1]
     groups = heads // kv_heads
-    lse_BHT = log_sum_exp(call)
+    lse_BHT = log_sum_exp(call) if call.log_sums_BHT is None else call.log_sums_BHT
+    # Scores of a query that sees nothing are -inf, and -inf - -inf would be NaN.
+    lse_BHT = torch.where(lse_BHT.isfinite(), lse_BHT, 0.0)
     keys = torch.arange(length, device=lse_BHT.device)[:, None]
     queries = keys + torch.arange(1, window + 1, device=lse_BHT.device)
     within = queries < length
@@ -157,17 +164,9 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     band_BTW = torch.zeros(batch, length, window, device=lse_BHT.device)
     for kv_head in range(kv_heads):
         own = slice(kv_head * groups, (kv_head + 1) * groups)
-        products = _band_products(
-            call.query_BHTD[:, own].float(), call.key_BGTD[:, kv_head].float(), window
-        )
+        products = _band_products(call.query_BHTD[:, own], call.key_BGTD[:, kv_head], window)
         scores_BHTW = call.scores(products) + (bias if bias.shape[1] == 1 else bias[:, own])
-        # A query that sees nothing has lse = -inf; its scores are -inf too, and -inf - -inf
-        # would be NaN.
-        lse_BHTW = lse_BHT[:, own, queries]
-        probabilities = torch.exp(
-            scores_BHTW - lse_BHTW.masked_fill(lse_BHTW == float("-inf"), 0.0)
-        )
-        band_BTW += probabilities.sum(1)
+        band_BTW += torch.exp(scores_BHTW - lse_BHT[:, own, queries]).sum(1)
     return band_BTW / heads
 
 
@@ -190,8 +189,8 @@ def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor) -> Tensor:
 
 
 def _band_products(query_BHTD: Tensor, key_BTD: Tensor, window: int) -> Tensor:
-    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W), by blocks of W keys against the 2W queries that
-    can see them."""
+    """<q_{t+j}, k_t> for j = 1..W, (B, H, T, W) float32, by blocks of W keys against the 2W queries
+    that can see them."""
     batch, heads, length, _ = query_BHTD.shape
     block = window
     blocks = -(-length // block)
@@ -200,7 +199,7 @@ def _band_products(query_BHTD: Tensor, key_BTD: Tensor, window: int) -> Tensor:
     )
     padded_query = F.pad(query_BHTD, (0, 0, 0, blocks * block + window - length))
     reach = padded_query.unfold(2, block + window, block)
-    products = (padded_key @ reach).contiguous()
+    products = float32_product(padded_key, reach).contiguous()
     # Element (i, i+j) of each (block, block+window) tile, j = 1..W: a diagonal band read with a
     # longer row stride.
     tile = block * (block + window)

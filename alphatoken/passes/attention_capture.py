@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alphatoken.config.choices import is_flash
 from alphatoken.passes.attention import AttentionCall, Visibility, blocked_attention
+from alphatoken.passes.kernel_sums import by_head, kernel_sums
 
 CAPTURING_ATTENTION = "alphatoken_capture"
 """The attention implementation that layers are configured with to run inside `AttentionCapture`."""
@@ -29,7 +30,7 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
 
     `implementation` is the one the model was loaded with; the same kernel runs, and masks are read
     as it reads them. With `blocked` an explicit softmax in query blocks runs instead: it has a
-    forward derivative, unlike fused kernels.
+    forward derivative, unlike fused kernels, and nothing is handed over.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs the attention of one layer and hands its arguments to the consumer.
+        """Runs the attention of one layer and hands its arguments, and what its kernel knows of
+        their softmax, to the consumer.
 
         Takes and returns what functions of the `transformers` attention interface do: `query`
         (B, H, T, D), `key` and `value` (B, G, T, D); the output (B, T, H, D), and weights or None.
@@ -75,22 +77,25 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         visibility = self._visibility(query, attention_mask, kwargs)
         softcap = kwargs.get("softcap")
-        if self._consume is not None:
-            layer = module.layer_idx
-            assert isinstance(layer, int)
-            self._consume(
-                layer, AttentionCall(query.detach(), key.detach(), scale, visibility, softcap)
-            )
         if self._blocked:
             call = AttentionCall(query, key, scale, visibility, softcap)
             return blocked_attention(call, value).transpose(1, 2).contiguous(), None
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self._consume is not None:
+            watched = kernel_sums(self._implementation)
         # Every Hugging Face modelling file brings its own eager function.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, eager)
-        with self._own_name(module):
+        with self._own_name(module), watched as sums:
             output: tuple[Tensor, Tensor | None] = attention(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
+        if self._consume is not None:
+            layer = module.layer_idx
+            assert isinstance(layer, int)
+            given_BHT = by_head(sums, query)
+            query, key = query.detach(), key.detach()
+            self._consume(layer, AttentionCall(query, key, scale, visibility, softcap, given_BHT))
         return output
 
     @contextmanager

@@ -4,12 +4,11 @@ pass."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from alphatoken.batch import Batch
+from alphatoken.batch import Batch, RowIndex
 from alphatoken.models.head import head_loss
 from alphatoken.passes.capture import Entry
 
@@ -21,15 +20,20 @@ class Chunk:
     rows: slice
     """Which rows of the batch they are."""
     entry: Entry
-    response_BT: Tensor
-    """Their response mask, bool."""
+    index: RowIndex
+    """Their response positions."""
+    span: slice
+    """Which of the batch's response positions these are."""
+    halves: tuple[Tensor, Tensor] | None
+    """Which of its own response positions are in one half of their draw, and in the other, int64
+    each; where halves are told apart."""
     targets_BT: Tensor
     """The token that each of their positions predicts."""
 
-    @cached_property
+    @property
     def has_response(self) -> bool:
         """Whether any position has a loss."""
-        return bool(self.response_BT.any())
+        return self.index.count > 0
 
 
 def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
@@ -38,11 +42,20 @@ def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
     count, length = batch["targets"].shape
     size = max(1, chunk_tokens // length)
     pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    index, both = batch["response_index"], batch.get("half_index")
+
+    def halves_of(rows: slice) -> tuple[Tensor, Tensor] | None:
+        if both is None:
+            return None
+        return both[0].of_rows(rows).index_R, both[1].of_rows(rows).index_R
+
     return [
         Chunk(
             rows=rows,
             entry=entry.rows(rows),
-            response_BT=batch["response"][rows],
+            index=index.of_rows(rows),
+            span=index.span(rows),
+            halves=halves_of(rows),
             targets_BT=batch["targets"][rows],
         )
         for rows in pieces
@@ -61,13 +74,10 @@ def top_backward(
     Returns the token losses (B, T), zero off the response, and the gradient of their sum at
     `hidden_BTH` (B, T, H).
     """
-    response_BT, targets_BT = chunk.response_BT, chunk.targets_BT
+    index = chunk.index
     with torch.enable_grad():
-        hidden_RH = hidden_BTH[response_BT].requires_grad_()
+        hidden_RH = index.take(hidden_BTH).requires_grad_()
         normed_RH = norm(hidden_RH)
-    nll_R, outgrad_RH = head_loss(normed_RH.detach(), head, targets_BT[response_BT], softcap)
-    nll_BT = torch.zeros(response_BT.shape, device=nll_R.device)
-    nll_BT[response_BT] = nll_R
-    outgrad_BTH = torch.zeros_like(hidden_BTH)
-    (outgrad_BTH[response_BT],) = torch.autograd.grad(normed_RH, hidden_RH, outgrad_RH)
-    return nll_BT, outgrad_BTH
+    nll_R, outgrad_RH = head_loss(normed_RH.detach(), head, index.take(chunk.targets_BT), softcap)
+    (ingrad_RH,) = torch.autograd.grad(normed_RH, hidden_RH, outgrad_RH)
+    return index.put(nll_R), index.put(ingrad_RH)

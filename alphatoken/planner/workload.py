@@ -87,12 +87,11 @@ def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
     # Where a schedule ends.
     selections = selections_at(config, max(1, config.valuation.start_step), 1)
     micro_rows = config.train.micro_batch_size
-    size = min(
-        config.train.micro_batch_size, math.ceil(config.valuation.validation_sequences / ranks)
-    )
-    batches = math.ceil(math.ceil(config.valuation.validation_sequences / size) / ranks)
-    valued = config.valuation.enabled
+    drawn = config.valuation.validation_sequences
     documents = len(selections) if config.valuation.target == "preference" else 1
+    size = config.held_out_batch_rows(drawn, documents * rows.tokens, ranks)
+    batches = math.ceil(math.ceil(drawn / size) / ranks)
+    valued = config.valuation.enabled
     return Workload(
         row_tokens=rows.tokens,
         rows=micro_rows * len(selections),  # a pair is two documents

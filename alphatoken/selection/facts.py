@@ -119,7 +119,7 @@ class Choice:
         return cls(weight_R=no_R.float(), kept_R=no_R, vetoed_R=no_R.clone(), below_R=no_R.clone())
 
     def where(self, own_R: Tensor) -> Choice:
-        """That among the tokens that a mask marks."""
+        """That among the tokens at these places, int64."""
         return Choice(**{each.name: getattr(self, each.name)[own_R] for each in fields(self)})
 
     def split(self, counts: Sequence[int]) -> list[Choice]:
@@ -129,7 +129,7 @@ class Choice:
         return [Choice(**dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
 
     def put(self, own_R: Tensor, choice: Choice) -> None:
-        """Takes over a choice among the tokens that a mask marks."""
+        """Takes over a choice among the tokens at these places, int64."""
         for each in fields(self):
             getattr(self, each.name)[own_R] = getattr(choice, each.name)
 

@@ -39,7 +39,7 @@ class ResponseTokens:
     """What selections read of each token, by name; float64."""
 
     def where(self, own_R: Tensor) -> ResponseTokens:
-        """Those that a mask marks."""
+        """Those at these places, int64."""
         return ResponseTokens(
             sequence_R=self.sequence_R[own_R],
             protected_R=self.protected_R[own_R],
@@ -159,16 +159,17 @@ class Selection:
         kept_R = among_first(group_R, by_group_R, budget_R) & ~out_R
 
         rule = WEIGHT_RULES[self.weights]
+        places = kept_R.nonzero()[:, 0]
         kept = KeptTokens(
-            facts={name: tokens.columns[RULE + name][kept_R] for name in rule.reads},
-            key_R=key_R[kept_R],
-            group_R=group_R[kept_R],
-            sequence_R=sequence_R[kept_R],
-            exempt_R=exempt_R[kept_R],
+            facts={name: tokens.columns[RULE + name][places] for name in rule.reads},
+            key_R=key_R[places],
+            group_R=group_R[places],
+            sequence_R=sequence_R[places],
+            exempt_R=exempt_R[places],
             parameters={**WEIGHT_TRAITS[self.weights].parameters, **self.parameters},
         )
         weight_R = torch.zeros(kept_R.shape, device=kept_R.device)
-        weight_R[kept_R] = torch.where(kept.exempt_R, 1.0, rule.weigh(kept)).float()
+        weight_R[places] = torch.where(kept.exempt_R, 1.0, rule.weigh(kept)).float()
         return Choice(weight_R=weight_R, kept_R=kept_R, vetoed_R=vetoed_R, below_R=below_R)
 
     def _marked(
@@ -186,9 +187,11 @@ class Selection:
 
     def _budgets(self, group_R: Tensor, forced_R: Tensor) -> Tensor:
         """How many tokens are kept of each group 0, 1, ..., (G,) int64."""
+        if self.scope != "sequence" and not self.min_keep:  # one group, whose size is known
+            return torch.full((1,), self.budget(len(group_R), 0), device=group_R.device)
         total_G = group_R.bincount()
         forced_G = torch.zeros_like(total_G).index_add_(0, group_R, forced_R.long())
-        counts = zip(total_G.tolist(), forced_G.tolist(), strict=True)
+        counts = torch.stack([total_G, forced_G], dim=1).tolist()
         budgets = [self.budget(total, forced) for total, forced in counts]
         return torch.tensor(budgets, dtype=torch.int64, device=group_R.device)
 
@@ -248,17 +251,17 @@ def response_tokens(selections: Sequence[Selection], facts: TokenFacts) -> Respo
     there. Raises LookupError where a policy or a weight rule reads a fact that it does not state
     among its needs.
     """
-    response_BT = facts.response_BT
-    sequence_R = facts.batch["document_ids"][response_BT]
+    index = facts.response_index
+    sequence_R = index.take(facts.batch["document_ids"])
     zero_R = torch.zeros(sequence_R.shape, dtype=torch.float64, device=sequence_R.device)
     columns: dict[str, Tensor] = {}
     for branch, selection in enumerate(selections):
         own_R = sequence_R % len(selections) == branch
         for name, read in selection.columns().items():
             column_R = columns.get(name, zero_R)
-            columns[name] = torch.where(own_R, read(facts)[response_BT].double(), column_R)
+            columns[name] = torch.where(own_R, index.take(read(facts)).double(), column_R)
     return ResponseTokens(
-        sequence_R=sequence_R, protected_R=facts.protected_BT[response_BT], columns=columns
+        sequence_R=sequence_R, protected_R=index.take(facts.protected_BT), columns=columns
     )
 
 
@@ -271,7 +274,7 @@ def choose_by_branch(selections: Sequence[Selection], tokens: ResponseTokens) ->
         return selections[0].choose(tokens)
     choice = Choice.nothing(len(tokens.sequence_R), tokens.sequence_R.device)
     for branch, selection in enumerate(selections):
-        own_R = tokens.sequence_R % len(selections) == branch
+        own_R = (tokens.sequence_R % len(selections) == branch).nonzero()[:, 0]
         choice.put(own_R, selection.choose(tokens.where(own_R)))
     return choice
 

@@ -153,7 +153,7 @@ def weigh_globally(
     gathered_RC = gathered_RC[gathered_RC[:, 0].argsort(stable=True)]
     micro_batch_R = gathered_RC[:, 0].long()
     choice = choose_by_branch(selections, _unpacked(gathered_RC, names, branches=len(selections)))
-    own_choice = choice.where(micro_batch_R % ranks == this_rank)
+    own_choice = choice.where((micro_batch_R % ranks == this_rank).nonzero()[:, 0])
     choices = own_choice.split([len(tokens.sequence_R) for tokens in own])
     weighed = [
         WeighedTokens(facts=facts, choice=choice)

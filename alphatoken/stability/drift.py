@@ -72,11 +72,11 @@ class Drift:
         master = zero3.master_slice(self.parameters[name], self._device)
         return weighted_drift(self._fisher[name], master, self._reference[name])
 
-    def matrices(self, names: Sequence[str]) -> list[Tensor]:
-        """The whole V of the named weights, float32: one all-gather of this rank's slices. Every
-        rank must call it."""
+    def matrices(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+        """The whole V of the named weights, rounded to `dtype`: one all-gather of this rank's
+        slices. Every rank must call it."""
         return zero3.whole_tensors(
-            [self.own(name) for name in names], [self.parameters[name] for name in names]
+            [self.own(name).to(dtype) for name in names], [self.parameters[name] for name in names]
         )
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alphatoken.batch import Batch
+from alphatoken.batch import Batch, RowIndex
 from alphatoken.distributed import zero3
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import head_outgrads
@@ -145,14 +145,11 @@ class FisherSum:
         outgrads = []
         with self._streamer.top() as (norm, head):
             for chunk in chunks:
-                response_BT = chunk.response_BT
 
                 def remember(
-                    path: str, act_RH: Tensor, outgrad_RH: Tensor, response_BT: Tensor = response_BT
+                    path: str, act_RH: Tensor, outgrad_RH: Tensor, index: RowIndex = chunk.index
                 ) -> None:
-                    signals[path].append(
-                        (_spread(act_RH, response_BT), _spread(outgrad_RH, response_BT))
-                    )
+                    signals[path].append((index.put(act_RH), index.put(outgrad_RH)))
 
                 with SignalCapture({"": norm}, remember):
                     states_BTH = chunk.entry.out
@@ -248,18 +245,19 @@ class FisherSum:
         }
         with self._streamer.top() as (norm, head):
             for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True):
-                for row, response_T in enumerate(chunk.response_BT):
-                    act_RH = norm(chunk.entry.out[row, response_T])
-                    targets_R = chunk.targets_BT[row, response_T]
+                for row in range(len(chunk.targets_BT)):
+                    one = slice(row, row + 1)
+                    index = chunk.index.of_rows(one)
+                    act_RH = norm(index.take(chunk.entry.out[one]))
+                    targets_R = index.take(chunk.targets_BT[one])
                     outgrad_RV = head_outgrads(act_RH, head, targets_R, self._decoder.logit_softcap)
                     tied = None
                     if tied_path is not None:
-                        ids_1T = ids_BT[chunk.rows][row : row + 1]
                         index_1T, entered_1TH = self._entered(
-                            tied_path, ids_1T, outgrad_BTH[row : row + 1]
+                            tied_path, ids_BT[chunk.rows][one], outgrad_BTH[one]
                         )
                         tied = TiedUse(
-                            position_R=response_T.nonzero()[:, 0],
+                            position_R=index.index_R,
                             ids_T=index_1T[0],
                             entered_TH=entered_1TH[0],
                         )
@@ -283,10 +281,3 @@ class FisherSum:
 
     def _reduce(self, name: str, total: Tensor) -> None:
         self.slices[name] += zero3.sum_to_slices([total], [self.parameters[name]])[0]
-
-
-def _spread(values_RH: Tensor, response_BT: Tensor) -> Tensor:
-    """Response positions back in their places, (B, T, H); zero elsewhere."""
-    spread_BTH = values_RH.new_zeros(*response_BT.shape, values_RH.shape[1])
-    spread_BTH[response_BT] = values_RH
-    return spread_BTH

@@ -38,18 +38,18 @@ COUNTS = ("response", "trained", "vetoed", "below", "weight", "squared_spread", 
 
 def counts_of(facts: TokenFacts, choice: Choice, branches: int) -> Tensor:
     """Sums over the response tokens of a micro-batch, by branch: (branches, COUNTS) float64."""
-    response_BT = facts.response_BT
+    index = facts.response_index
     ones_R = torch.ones_like(choice.weight_R)
     spread_R, harmful_R = torch.zeros_like(ones_R), torch.zeros_like(ones_R)
     if "spread" in facts.values:
-        spread_R = facts.spread_BT[response_BT]
-        harmful_R = (facts.composite_BT[response_BT] + spread_R.abs() < 0).float()
+        spread_R = index.take(facts.spread_BT)
+        harmful_R = (index.take(facts.composite_BT) + spread_R.abs() < 0).float()
     columns = (
         *(ones_R, choice.weight_R > 0, choice.vetoed_R, choice.below_R),
         *(choice.weight_R, spread_R.double().square(), harmful_R),
     )
     table_RC = torch.stack([column_R.double() for column_R in columns], dim=1)
-    branch_R = facts.batch["document_ids"][response_BT] % branches
+    branch_R = index.take(facts.batch["document_ids"]) % branches
     sums_NC = torch.zeros(branches, len(COUNTS), dtype=torch.float64, device=table_RC.device)
     return sums_NC.index_add_(0, branch_R, table_RC)
 

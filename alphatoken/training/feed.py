@@ -62,23 +62,24 @@ class Feed:
         splits, config = self._run.splits, self._run.config
         if config.valuation.held_out == "train":
             rows = self._next_rows(draw * config.valuation.refresh_every)
-            return self._micro_batches(splits.train, rows, draw, steers=True)
+            return self._held_out_batches(splits.train, rows, draw)
         assert splits.validation is not None, "valuation needs held-out rows"
         count = config.valuation.validation_sequences
         rows = self._order(splits.validation, HELD_OUT).step(draw, count)
-        return self._micro_batches(splits.validation, rows, draw, steers=True)
+        return self._held_out_batches(splits.validation, rows, draw)
 
     def contrast(self, step: int) -> list[Batch]:
         """Training rows for B at the refresh before optimizer step `step`: the next ones of the
         order that are neither scored before the next refresh nor held out, as many as held-out
         rows."""
-        return self._micro_batches(self._run.splits.train, self._contrast_rows(step), step)
+        rows, train = self._contrast_rows(step), self._run.splits.train
+        return self._micro_batches(train, rows, step, size=self._steering_size(train, rows))
 
     def first_held_out(self, count: int) -> list[Batch]:
         """The first `count` rows of `data.validation` in the order of the file, for benchmarks."""
         validation = self._run.splits.validation
         assert validation is not None, "valuation needs held-out rows"
-        return self._micro_batches(validation, np.arange(count), 0, steers=True)
+        return self._held_out_batches(validation, np.arange(count), 0)
 
     def evaluation(self) -> Iterator[Batch]:
         """All rows of `data.eval`; nothing where there are none."""
@@ -104,18 +105,35 @@ class Feed:
     def _order(self, part: TokenDataset, stream: int) -> Order:
         return Order(part.sizes, part.weights, (self._run.config.train.seed, stream))
 
+    def _steering_size(self, part: TokenDataset, rows: Indices) -> int:
+        """Rows per micro-batch of rows that steer values."""
+        longest = int(part.lengths[rows].max(initial=1))
+        ranks = collectives.world_size()
+        return self._run.config.held_out_batch_rows(len(rows), longest, ranks)
+
+    def _held_out_batches(self, part: TokenDataset, rows: Indices, draw: int) -> list[Batch]:
+        """This rank's micro-batches of held-out rows; unless they are compared as pairs, of the
+        chosen response alone."""
+        alone = self._run.config.valuation.target == "sft"
+        size = self._steering_size(part, rows)
+        return self._micro_batches(part, rows, draw, size=size, alone=alone)
+
     def _micro_batches(
-        self, part: TokenDataset, rows: Indices, step: int, *, steers: bool = False
+        self,
+        part: TokenDataset,
+        rows: Indices,
+        step: int,
+        *,
+        size: int | None = None,
+        alone: bool = False,
     ) -> list[Batch]:
-        """This rank's micro-batches of the rows, with the losses of the reference, where there is
-        one; of rows that steer, unless they are compared as pairs, the chosen response alone."""
+        """This rank's micro-batches of the rows, of `size` rows or as many as training takes, with
+        the losses of the reference, where there is one; or with the chosen response `alone`."""
         run, ranks = self._run, collectives.world_size()
         config = run.config
-        alone = steers and config.valuation.target == "sft"
         reference = None if alone else run.reference
         layout = Layout(
-            # A few held-out rows are spread over all ranks rather than left to one.
-            size=min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
+            size=size or min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=run.tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if config.needs_noise else None,

@@ -55,8 +55,10 @@ class ValueColumns:
         """Adaptation and stability of every token, before any weight: (R, 2)."""
         sums = []
         for terms in self.parts.values():
-            weight_P = table_RC.new_tensor(list(terms.values()))
-            sums.append((table_RC[:, self._places(terms)] * weight_P).sum(1))
+            part_R = torch.zeros_like(table_RC[:, 0])
+            for place, weight in zip(self._places(terms), terms.values(), strict=True):
+                part_R.add_(table_RC[:, place], alpha=weight)
+            sums.append(part_R)
         return torch.stack(sums, dim=1)
 
     def moments(self, moment_CC: Tensor) -> dict[str, float]:

@@ -93,7 +93,7 @@ class StepStatistics:
         self._sums.add(LOSS, output["total"])
         self._sums.add_vectors(output["metrics"], prefix=OBJECTIVE)
         if "composite" in facts.values:
-            self._add_values(batch, facts.values, facts.response_BT)
+            self._add_values(batch, facts.values)
         self._check("data.train", batch, _everything(batch, output))
 
     def reduce(self, denominator: int) -> StepSums:
@@ -146,15 +146,16 @@ class StepStatistics:
         ]
         return list(dict.fromkeys(found))  # both documents of a pair
 
-    def _add_values(self, batch: Batch, values: Mapping[str, Tensor], response_BT: Tensor) -> None:
+    def _add_values(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
         """Adds each branch's Gram matrix, and keeps adaptation and stability of every token."""
-        terms_R = [values[name][response_BT].double() for name in self._columns.names[1:]]
+        index = batch["response_index"]
+        terms_R = [index.take(values[name]).double() for name in self._columns.names[1:]]
         table_RC = torch.stack([torch.ones_like(terms_R[0]), *terms_R], dim=1)
         branches = len(self._branches) or 1
-        branch_R = batch["document_ids"][response_BT] % branches
+        branch_R = index.take(batch["document_ids"]) % branches
         grams = []
         for branch in range(branches):
-            own_RC = table_RC[branch_R == branch]
+            own_RC = torch.where((branch_R == branch)[:, None], table_RC, 0.0)
             grams.append(own_RC.T @ own_RC)
         self._sums.add("gram", torch.stack(grams))
         self._parts.append(self._columns.part_sums(table_RC).float())
@@ -186,10 +187,10 @@ class StepStatistics:
     def _check(self, part: str, batch: Batch, number_BT: Tensor) -> None:
         """Remembers which documents have a number that is not finite."""
         rows, documents_BT = batch["rows"], batch["document_ids"]
-        inside_BT = documents_BT >= 0
-        faults = torch.zeros(len(rows), device=rows.device)
-        not_finite = ~torch.isfinite(number_BT[inside_BT])
-        faults.index_add_(0, documents_BT[inside_BT], not_finite.float())
+        faults = torch.zeros(len(rows) + 1, device=rows.device)
+        document_N = documents_BT.flatten() + 1  # padding, which is -1, is counted apart
+        faults.index_add_(0, document_N, (~torch.isfinite(number_BT)).flatten().float())
+        faults = faults[1:]
         self._sums.add("faults", faults.sum())
         self._seen.append((part, rows, faults == 0))
 
@@ -200,5 +201,5 @@ def _everything(batch: Batch, output: StepOutput) -> Tensor:
     everything_BT = facts.nll_BT + batch.get("reference_nll", 0.0)
     for name in ("composite", "spread"):
         everything_BT = everything_BT + facts.values.get(name, 0.0)
-    everything_BT[output["weight_BT"] > 0] += output["kept_nll_R"]
+    everything_BT.view(-1).index_add_(0, output["kept_index_R"], output["kept_nll_R"])
     return everything_BT

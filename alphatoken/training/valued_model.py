@@ -35,6 +35,8 @@ class StepOutput(TypedDict):
     """The objective summed over the kept tokens; divide by the step's denominator."""
     weight_BT: Tensor
     """Weight of each token in the objective, zero where it is masked out."""
+    kept_index_R: Tensor
+    """Where that is not zero, int64 into the B T positions."""
     kept_nll_R: Tensor
     """Losses of the kept tokens from the training graph."""
     metrics: dict[str, Tensor]
@@ -154,12 +156,13 @@ class ValuedModel(nn.Module):
     def _facts(
         self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor
     ) -> TokenFacts:
-        targets_BT = batch["targets"]
-        end_of_turn = torch.tensor(self._eos_token_ids, device=targets_BT.device)
+        protected_BT = torch.zeros_like(batch["response"])
+        for token in self._eos_token_ids:  # a few; a tensor of them would have to be copied
+            protected_BT |= batch["targets"] == token
         return TokenFacts(
             batch=batch,
             nll_BT=nll_BT,
-            protected_BT=torch.isin(targets_BT, end_of_turn),
+            protected_BT=protected_BT,
             values=values,
             contrast=0.0 if self.scorer is None else self.scorer.config.contrast,
             entropy=self._entropy(batch, hidden_BTH) if self._needs_entropy else None,
@@ -168,49 +171,56 @@ class ValuedModel(nn.Module):
     @torch.no_grad()
     def _entropy(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
         """Entropy of the predictions of response tokens, (B, T) float32, zero off the response."""
-        response_BT = batch["response"]
-        entropy_BT = torch.zeros(response_BT.shape, device=response_BT.device)
-        entropy_BT[response_BT] = self.head_loss(hidden_BTH[response_BT])
-        return entropy_BT
+        index = batch["response_index"]
+        return index.put(self.head_loss(index.take(hidden_BTH)))
 
     def _without_scorer(self, batch: Batch) -> StepOutput:
         """The objective where the training graph itself gives the losses that policies see, as
         nothing is scored before."""
-        response_BT, targets_BT = batch["response"], batch["targets"]
+        index = batch["response_index"]
         hidden_BTH = self._decoder.hidden_states(batch)
-        nll_R = self.head_loss(hidden_BTH[response_BT], targets_BT[response_BT])
-        nll_BT = torch.zeros(response_BT.shape, device=response_BT.device)
-        nll_BT[response_BT] = nll_R.detach()
+        nll_R = self.head_loss(index.take(hidden_BTH), index.take(batch["targets"]))
+        nll_BT = index.put(nll_R.detach())
         facts = self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
         weighed = select(self.selections, facts)
-        return self._output(weighed, kept_nll_R=nll_R[weighed.choice.weight_R > 0])
+        kept_R = _kept(weighed)
+        return self._output(weighed, kept_R, kept_nll_R=nll_R.index_select(0, kept_R))
 
     def _trained_on_kept(self, hidden_BTH: Tensor, weighed: WeighedTokens) -> StepOutput:
         """The objective where the head runs on the kept tokens only."""
-        facts = weighed.facts
-        targets_BT = facts.batch["targets"]
-        kept_BT = torch.zeros_like(facts.response_BT)
-        kept_BT[facts.response_BT] = weighed.choice.weight_R > 0
-        kept_nll_R = self.head_loss(hidden_BTH[kept_BT], targets_BT[kept_BT])
-        return self._output(weighed, kept_nll_R=kept_nll_R)
+        kept_R = _kept(weighed)
+        index_R = weighed.facts.response_index.index_R[kept_R]
+        kept_nll_R = self.head_loss(
+            hidden_BTH.flatten(0, 1).index_select(0, index_R),
+            weighed.facts.batch["targets"].flatten().index_select(0, index_R),
+        )
+        return self._output(weighed, kept_R, kept_nll_R=kept_nll_R)
 
-    def _output(self, weighed: WeighedTokens, *, kept_nll_R: Tensor) -> StepOutput:
-        """The objective and its metrics; `kept_nll_R` are the losses of the tokens whose weight is
-        not zero, with their graph."""
+    def _output(self, weighed: WeighedTokens, kept_R: Tensor, *, kept_nll_R: Tensor) -> StepOutput:
+        """The objective and its metrics; `kept_R` are the response tokens whose weight is not zero,
+        `kept_nll_R` their losses, with their graph."""
         facts = weighed.facts
-        weight_BT = torch.zeros_like(facts.nll_BT)
-        weight_BT[facts.response_BT] = weighed.choice.weight_R
+        weight_BT = facts.response_index.put(weighed.choice.weight_R)
+        kept_index_R = facts.response_index.index_R[kept_R]
         losses = KeptLosses(
             batch=facts.batch,
             nll_BT=facts.nll_BT,
             weight_BT=weight_BT,
+            kept_index_R=kept_index_R,
             kept_nll_R=kept_nll_R,
         )
         return StepOutput(
             total=self._objective.total(losses),
             metrics=self._objective.metrics(losses),
             weight_BT=weight_BT,
+            kept_index_R=kept_index_R,
             kept_nll_R=kept_nll_R.detach(),
             facts=facts,
             choice=weighed.choice,
         )
+
+
+def _kept(weighed: WeighedTokens) -> Tensor:
+    """Which response tokens have a weight, int64 into them. The host waits: how many they are
+    follows from values."""
+    return (weighed.choice.weight_R > 0).nonzero()[:, 0]

@@ -1,7 +1,8 @@
 """The algebra of token values: plain tensors, no modules, no ranks.
 
 Shape legend: B sequences, T loss positions, R scored positions (flattened over B and T), N
-validation positions, I and O the input and output features of one linear map with weight W (O, I).
+validation positions, I and O the input and output features of one linear map with weight W (O, I),
+F features of either side.
 
 `act` is the input h of a linear, `outgrad` the gradient d = dL/d(W h) of the *summed* loss. Both
 contractions of the target term are exact; they differ in cost only (see `cheaper_contraction`).
@@ -9,12 +10,14 @@ contractions of the target term are exact; they differ in cost only (see `cheape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from alphatoken.util.products import float32_product
 
 ContractionName = Literal["signals", "matrix"]
 """What a target term is contracted with: the held-out signals themselves, or their mean outer
@@ -102,7 +105,7 @@ def target_matrix(val_outgrad_NO: Tensor, val_act_NI: Tensor) -> Tensor:
 
     Divide by the number of validation positions over all ranks to obtain G.
     """
-    return val_outgrad_NO.float().T @ val_act_NI.float()
+    return float32_product(val_outgrad_NO.T, val_act_NI)
 
 
 def ghost_product(
@@ -118,22 +121,60 @@ def ghost_product(
     """1/N sum_v s_v <d_t, d_v> <h_t, h_v> for every scored position t, without forming G: Eq. 8,
     where every sign s_v is 1. Returns (R,) float32.
 
-    `val_count` is N over all ranks. Never more than (R, `block`) products are held at once.
+    `val_count` is N over all ranks. Held-out positions are taken `block` at a time, and scored ones
+    as many as keep their products within BLOCK_ELEMENTS.
     """
     total_R = torch.zeros(act_RI.shape[0], device=act_RI.device)
     for start in range(0, val_act_NI.shape[0], block):
         held = slice(start, start + block)
-        grad_dots_RN = outgrad_RO @ val_outgrad_NO[held].T
-        act_dots_RN = act_RI @ val_act_NI[held].T
-        dots_RN = grad_dots_RN.float() * act_dots_RN.float()
-        total_R += dots_RN.sum(-1) if sign_N is None else dots_RN @ sign_N[held]
+        outgrad_HO, act_HI = val_outgrad_NO[held], val_act_NI[held]
+        for rows in _row_blocks(len(act_RI), len(act_HI)):
+            dots_RH = (outgrad_RO[rows] @ outgrad_HO.T).float().mul_(act_RI[rows] @ act_HI.T)
+            total_R[rows] += dots_RH.sum(-1) if sign_N is None else dots_RH @ sign_N[held]
     return total_R / max(val_count, 1)
 
 
+def bilinear_products(
+    outgrads: Sequence[Tensor], matrices: Sequence[Tensor], act_RI: Tensor
+) -> list[list[Tensor]]:
+    """d_t^T M h_t of every scored position t, for each d, (R, O), and each M, (O, I): Eq. 8 with
+    M = G, Eq. 11 with M = V. Returns (R,) float32 by M, then by d.
+
+    M is multiplied once, with h for all d; or with d, if there is one and that leaves fewer numbers
+    per position. What is then multiplied with the other side is held in float32 for as many
+    positions as BLOCK_ELEMENTS allow, and summed there.
+    """
+    rows, out_features, in_features = len(act_RI), outgrads[0].shape[1], act_RI.shape[1]
+    from_left = len(outgrads) == 1 and in_features < out_features
+    products = [[torch.empty(rows, device=act_RI.device) for _ in outgrads] for _ in matrices]
+    for block in _row_blocks(rows, in_features if from_left else out_features):
+        for matrix_OI, by_outgrad in zip(matrices, products, strict=True):
+            if from_left:
+                wide_RF, others = outgrads[0][block] @ matrix_OI, [act_RI]
+            else:
+                wide_RF, others = act_RI[block] @ matrix_OI.T, [*outgrads]
+            wide_RF = wide_RF.float()
+            for place, (other_RF, product_R) in enumerate(zip(others, by_outgrad, strict=True)):
+                is_last = place == len(others) - 1
+                multiply = wide_RF.mul_ if is_last else wide_RF.mul
+                product_R[block] = multiply(other_RF[block]).sum(-1)
+    return products
+
+
 def bilinear_product(outgrad_RO: Tensor, matrix_OI: Tensor, act_RI: Tensor) -> Tensor:
-    """d_t^T M h_t for every scored position t: Eq. 8 with M = G, Eq. 11 with M = V.
-    (R,) float32."""
-    return ((act_RI @ matrix_OI.T).float() * outgrad_RO.float()).sum(-1)
+    """`bilinear_products` of one d and one M: (R,) float32."""
+    return bilinear_products([outgrad_RO], [matrix_OI], act_RI)[0][0]
+
+
+BLOCK_ELEMENTS = 2**24
+"""How many products of scored positions are held at once: 64 MiB in float32."""
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Parts of `rows` rows of so many columns, of at most BLOCK_ELEMENTS elements, and one row."""
+    size = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
 
 
 class Contraction(Protocol):

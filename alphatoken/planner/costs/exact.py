@@ -73,6 +73,11 @@ def _sums(blueprint: Blueprint) -> int:
     return blueprint.steering_passes * blueprint.halves
 
 
+def _slices_of_g(blueprint: Blueprint) -> Part:
+    own = blueprint.sliced(_scored(blueprint))
+    return Part("slices of G", own * FLOAT32 * _sums(blueprint))
+
+
 def _reads_moment(blueprint: Blueprint) -> bool:
     """Whether B is gathered from the ranks that hold Adam's moments; at stage 3 every rank has its
     own slices."""
@@ -102,8 +107,8 @@ class ExactCost(ScoringCost):
         return blueprint.steering_documents * one_draw
 
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:
-        own = blueprint.sliced(_scored(blueprint))
-        return [Part("slices of G", own * FLOAT32 * _sums(blueprint))]
+        kept = blueprint.config.valuation.refresh_every > 1
+        return [_slices_of_g(blueprint)] if kept else []
 
     def renewed_parts(self, blueprint: Blueprint) -> list[Part]:
         weight, directions = blueprint.sharding.weight_bytes, _directions(blueprint)
@@ -128,7 +133,12 @@ class ExactCost(ScoringCost):
         states = (blueprint.depth + 2) * body.state_bytes * work.held_out_batches
         largest = max(sum(numels) for numels in blueprint.scored_numels.values())
         kept = max(body.layers[index].kept_bytes for index in blueprint.scored_layers)
+        # Where they are not kept from one step to the next.
+        passing = (
+            (_slices_of_g(blueprint),) if blueprint.config.valuation.refresh_every == 1 else ()
+        )
         return (
+            *passing,
             Part("states", states),
             Part("activations of one layer", kept),
             Part("gradients of one layer", 2 * largest * FLOAT32),

@@ -55,7 +55,8 @@ class Contracted:
 
 
 def trace_layer(layer: TracedLayer, window: int) -> LayerScoring:
-    """Runs one layer as the tower does, with a causal window of so many positions."""
+    """Runs one layer as the tower does, with a causal window of so many positions; softmax
+    denominators are counted as they are computed where the kernel gives none."""
     module = layer.streamer.module(layer.index)
     scored = [
         each for each in layer.decoder.scored_linears(layer.depth) if each.layer == layer.index
@@ -156,23 +157,23 @@ class GhostCost(ScoringCost):
 
     def _products(self, blueprint: Blueprint, linear: Contracted) -> int:
         """Multiplications that one scored position takes in a linear: contractions, and what it
-        adds to B."""
+        adds to B. A matrix is multiplied once for both paths, signals are for each."""
         valuation, matrix = blueprint.config.valuation, linear.numel
         paths = 2 if linear.is_value and valuation.window and valuation.split_terms else 1
         by_rows = blueprint.held_out_count * (linear.out_features + linear.in_features)
-        target = matrix if linear.is_formed else by_rows
+        spread = matrix if linear.is_formed else by_rows
+        target = matrix if linear.is_formed else paths * by_rows
         scores = valuation.contrast_source == "scored"
         contrast = 0
         if valuation.contrast:
             contrast = matrix if scores else target
+            if not linear.is_formed:
+                spread += matrix if scores else by_rows
         drift = matrix if blueprint.has_drift else 0
-        spread = target
-        if contrast and not linear.is_formed:
-            spread += contrast
         if not valuation.split_terms and linear.is_formed:  # one matrix for all
             contrast = drift = 0
         added = matrix if scores else 0
-        return paths * (target + contrast + drift) + valuation.reliability * spread + added
+        return target + contrast + drift + valuation.reliability * spread + added
 
     def refresh_flops(self, blueprint: Blueprint) -> int:
         layers = _tower(blueprint, rows=blueprint.workload.held_out_rows)
@@ -323,7 +324,7 @@ class GhostCost(ScoringCost):
             messages.append(Message("held-out signals", "all_gather", count, signals))
             if blueprint.has_drift:
                 scored = [linear.numel for linear in linears]
-                messages.append(gather(blueprint, "drift V", scored, FLOAT32, uses))
+                messages.append(gather(blueprint, "drift V", scored, weight, uses))
         return merged(messages)
 
     def drift_uses(self, blueprint: Blueprint) -> int:

@@ -70,6 +70,10 @@ class MeanGradient:
         like `zero3.master_slice`."""
         return (self._signed_sums if signed else self._sums)[name] / self._count
 
+    def free(self) -> None:
+        """Drops all slices, until the next `refresh`."""
+        self._sums, self._signed_sums = {}, {}
+
     @torch.no_grad()
     def refresh(
         self,
@@ -85,7 +89,7 @@ class MeanGradient:
         sequences, and one segment's gradients in float32. Communication per segment: one
         all-gather, one reduce-scatter; with signed gradients twice that, and another pass back.
         """
-        count = torch.tensor(sum(int(batch["response"].sum()) for batch in batches))
+        count = torch.tensor(sum(batch["response_index"].count for batch in batches))
         self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
         self._sums, self._signed_sums = {}, {}
         entries = []
@@ -151,8 +155,8 @@ class MeanGradient:
         norm_gradients, head_gradients = self._zeros("norm"), self._zeros("head")
         with self._streamer.top() as (norm, head), torch.enable_grad():
             for batch, entry in zip(batches, entries, strict=True):
-                response_BT, targets_BT = batch["response"], batch["targets"]
-                hidden_RH = entry.out[response_BT].requires_grad_()
+                index = batch["response_index"]
+                hidden_RH = index.take(entry.out).requires_grad_()
                 norm_weights = {
                     path: norm.get_parameter(path).detach().requires_grad_()
                     for path in norm_gradients
@@ -166,22 +170,20 @@ class MeanGradient:
                     head_weights.get("weight", head.weight),
                     head_weights.get("bias", head.bias),
                 )
-                targets_R = targets_BT[response_BT]
+                targets_R = index.take(batch["targets"])
                 nll_R = head_nll(
                     normed_RH, weight_VH, bias_V, targets_R, self._decoder.logit_softcap
                 )
-                nll_BT = torch.zeros(response_BT.shape, device=nll_R.device)
-                nll_BT[response_BT] = nll_R.detach()
+                nll_BT = index.put(nll_R.detach())
                 losses.append(nll_BT)
-                weight_R = weights.of(ResponseLosses(batch=batch, nll_BT=nll_BT))[response_BT]
+                weight_R = index.take(weights.of(ResponseLosses(batch=batch, nll_BT=nll_BT)))
                 leaves = [hidden_RH, *norm_weights.values(), *head_weights.values()]
                 outgrad_RH, *found = torch.autograd.grad(nll_R, leaves, weight_R)
                 for total, gradient in zip(
                     [*norm_gradients.values(), *head_gradients.values()], found, strict=True
                 ):
                     total += gradient
-                outgrads.append(torch.zeros_like(entry.out))
-                outgrads[-1][response_BT] = outgrad_RH
+                outgrads.append(index.put(outgrad_RH))
         self._reduce("norm", norm_gradients, sums)
         self._reduce("head", head_gradients, sums)
         return losses, outgrads

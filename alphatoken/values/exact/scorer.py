@@ -137,6 +137,9 @@ class ExactScorer(Scorer):
         if contrast is not None:
             losses += self._contrast.refresh(contrast, self.run_body, coefficients)
         self._slices = {segment: self._form(segment) for segment in self._segments}
+        if self.config.refresh_every == 1:  # the next directions are of new gradients
+            self._gradient.free()
+            self._contrast.free()
         if self.config.is_resident:
             self._kept = {segment: self._slices[segment].gather() for segment in self._segments}
         return losses
@@ -198,27 +201,28 @@ class ExactScorer(Scorer):
     def _top(self, duals: Sequence[_Dual], batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
         response."""
-        nll_BT = torch.zeros(batch["response"].shape, device=self._device)
-        effects = [torch.zeros_like(nll_BT) for _ in self._directions]
+        responses = batch["response_index"]
+        nll_R = torch.zeros(responses.count, device=self._device)
+        effects = [torch.zeros_like(nll_R) for _ in self._directions]
         norms, heads = self._whole("norm"), self._whole("head")
         with self._streamer.top() as (norm, head):
             for dual, number in product(duals, range(len(effects))):
-                rows, response = dual.chunk.rows, dual.chunk.response_BT
+                index = dual.chunk.index
                 hidden_RH, tangent_RH = self._streamer.jvp(
                     norm,
-                    dual.hidden_BTH[response],
-                    dual.tangents[number][response],
+                    index.take(dual.hidden_BTH),
+                    index.take(dual.tangents[number]),
                     NO_INPUT,
                     norms[number],
                 )
-                targets_R, softcap = dual.chunk.targets_BT[response], self.decoder.logit_softcap
-                nll_R, effect_R = head_jvp(
+                targets_R, softcap = index.take(dual.chunk.targets_BT), self.decoder.logit_softcap
+                own_nll_R, effect_R = head_jvp(
                     hidden_RH, tangent_RH, head, heads[number], targets_R, softcap
                 )
-                nll_BT[rows][response] = nll_R
-                effects[number][rows][response] = effect_R
+                nll_R[dual.chunk.span] = own_nll_R
+                effects[number][dual.chunk.span] = effect_R
                 self._watch("head", effect_R)
-        return nll_BT, effects
+        return responses.put(nll_R), [responses.put(effect_R) for effect_R in effects]
 
     def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
         found = dict(zip(self._directions, effects, strict=True))

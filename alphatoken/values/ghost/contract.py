@@ -14,12 +14,20 @@ features of a linear.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alphatoken.values.algebra import TERMS, Contraction, TokenValues
+from alphatoken.batch import RowIndex
+from alphatoken.values.algebra import (
+    TERMS,
+    Contraction,
+    FromMatrix,
+    TokenValues,
+    bilinear_products,
+)
 from alphatoken.values.ghost.signals import LinearSignals
 
 
@@ -39,6 +47,11 @@ class Products:
     """With D = (G_a - G_b) / 2 - c (B_a - B_b) / 2, where a and b are halves of the rows. None
     unless it is asked for."""
 
+    def by_direction(self) -> dict[str, Contraction]:
+        """Those that values are summed of, by name."""
+        every = {"target": self.target, "contrast": self.contrast, "proxy": self.proxy}
+        return {name: each for name, each in every.items() if each is not None}
+
 
 def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     """Contracts one linear's signals: its share of the terms, by name, (R,) float32 each.
@@ -49,16 +62,11 @@ def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     paths = {"direct": signals.outgrad_RO}
     if signals.mixed_RO is not None:
         paths["causal"] = signals.mixed_RO  # sum_k A[k,t] d_k
-    directions = {
-        "target": products.target,
-        "contrast": products.contrast,
-        "proxy": products.proxy,
-    }
+    contracted = contract_all([*paths.values()], products.by_direction(), signals.act_RI)
     return {
-        f"{path}_{direction}": contraction(d_RO, signals.act_RI)
-        for direction, contraction in directions.items()
-        if contraction is not None
-        for path, d_RO in paths.items()
+        f"{path}_{direction}": share_R
+        for direction, shares in contracted.items()
+        for path, share_R in zip(paths, shares, strict=True)
     }
 
 
@@ -71,13 +79,28 @@ def contract_at_once(
     value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
     more where `products.target` is with the sum of the three.
     """
-    h_RI, d_RO = signals.act_RI, _of_all_paths(signals)
-    value_R = products.target(d_RO, h_RI)
-    if products.contrast is not None:
-        value_R = value_R - contrast * products.contrast(d_RO, h_RI)
-    if products.proxy is not None:
-        value_R = value_R + stability_weight * products.proxy(d_RO, h_RI)
+    weights = {"target": 1.0, "contrast": -contrast, "proxy": stability_weight}
+    contracted = contract_all([_of_all_paths(signals)], products.by_direction(), signals.act_RI)
+    value_R = contracted.pop("target")[0]
+    for direction, (share_R,) in contracted.items():
+        value_R = value_R + weights[direction] * share_R
     return value_R
+
+
+def contract_all(
+    outgrads: Sequence[Tensor], contractions: Mapping[str, Contraction], act_RI: Tensor
+) -> dict[str, list[Tensor]]:
+    """Every contraction with every d, (R,) float32 by name and in order of `outgrads`; those with a
+    matrix together."""
+    matrices = {
+        name: each.matrix_OI for name, each in contractions.items() if isinstance(each, FromMatrix)
+    }
+    products = bilinear_products(outgrads, [*matrices.values()], act_RI)
+    found = dict(zip(matrices, products, strict=True))
+    return {
+        name: found[name] if name in found else [each(d_RO, act_RI) for d_RO in outgrads]
+        for name, each in contractions.items()
+    }
 
 
 def contract_spread(signals: LinearSignals, spread: Contraction) -> Tensor:
@@ -93,22 +116,22 @@ def _of_all_paths(signals: LinearSignals) -> Tensor:
 
 
 class TermSums:
-    """Sums over linears, (B, T) float32 per term, zero off the response.
+    """Sums over linears, float32 per term and response position of a batch.
 
-    split: whether the terms are kept apart, or only their weighted sum is computed. contrast: what
-    the contrast terms are multiplied by (c). spread: whether that is computed as well.
+    index: the batch's response positions. split: whether the terms are kept apart, or only their
+    weighted sum is computed. contrast: what the contrast terms are multiplied by (c). spread:
+    whether that is computed as well.
     """
 
     def __init__(
-        self, response_BT: Tensor, *, split: bool, contrast: float = 0.0, spread: bool = False
+        self, index: RowIndex, *, split: bool, contrast: float = 0.0, spread: bool = False
     ) -> None:
-        self._response_BT = response_BT
+        self._index = index
         self._split = split
         self._contrast = contrast
         names = [*(TERMS if split else ("composite",)), *(["spread"] if spread else [])]
-        self._sums = {
-            name: torch.zeros(response_BT.shape, device=response_BT.device) for name in names
-        }
+        device = index.index_R.device
+        self._sums = {name: torch.zeros(index.count, device=device) for name in names}
 
     def add(self, signals: LinearSignals, products: Products, stability_weight: float) -> Tensor:
         """Contracts one linear's signals and adds the result. Returns whether it was finite, a bool
@@ -121,17 +144,15 @@ class TermSums:
         if products.spread is not None:
             shares["spread"] = contract_spread(signals, products.spread)
         for name, share_R in shares.items():
-            chunk_BT = self._sums[name][signals.chunk.rows]
-            chunk_BT[signals.chunk.response_BT] += share_R
+            self._sums[name][signals.chunk.span] += share_R
         return torch.stack(list(shares.values())).isfinite().all()
 
     def values(self, part_weights: tuple[float, float]) -> TokenValues:
-        """The sums as values. `part_weights` multiply adaptation and stability where the terms were
-        kept apart; otherwise the terms are NaN on the response."""
-        spread_BT = self._sums.get("spread")
+        """The sums as values, (B, T) each. `part_weights` multiply adaptation and stability where
+        the terms were kept apart; otherwise the terms are NaN on the response."""
+        sums = {name: self._index.put(sum_R) for name, sum_R in self._sums.items()}
+        spread_BT = sums.pop("spread", None)
         if not self._split:
-            return TokenValues.from_composite(self._sums["composite"], self._response_BT, spread_BT)
-        terms = {term: self._sums[term] for term in TERMS}
-        return TokenValues.from_terms(
-            terms, part_weights, contrast=self._contrast, spread=spread_BT
-        )
+            response_BT = self._index.put(torch.ones_like(self._index.index_R, dtype=torch.bool))
+            return TokenValues.from_composite(sums["composite"], response_BT, spread_BT)
+        return TokenValues.from_terms(sums, part_weights, contrast=self._contrast, spread=spread_BT)

@@ -75,19 +75,24 @@ class HeldOutSignals(MeanMatrices):
         self._rows = {}
 
     def add(
-        self, name: str, outgrad_NO: Tensor, act_NI: Tensor, sign_N: Tensor | None = None
+        self,
+        name: str,
+        outgrad_NO: Tensor,
+        act_NI: Tensor,
+        halves: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Signals of some validation positions of this rank; with `signed` also 1 or -1 for the
-        half that each is in."""
+        """Signals of some validation positions of this rank; with `signed` also which of them are
+        in either half, int64 each."""
         if name in self._formed:
-            self._formed.add(name, outgrad_NO, act_NI, sign_N)
+            self._formed.add(name, outgrad_NO, act_NI, halves)
             return
         rows = self._rows[name]
         rows.acts.append(act_NI)
         rows.outgrads.append(outgrad_NO)
         if self._signed:
-            assert sign_N is not None, "signed sums need the half of each position"
-            rows.signs.append(sign_N)
+            assert halves is not None, "signed sums need the half of each position"
+            sign_N = torch.zeros(len(act_NI), device=self._device)
+            rows.signs.append(sign_N.index_fill_(0, halves[0], 1).index_fill_(0, halves[1], -1))
 
     def reduce(self, names: Sequence[str]) -> None:
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of

@@ -44,14 +44,20 @@ class OuterSums:
         return name in self._slices
 
     def add(
-        self, name: str, outgrad_NO: Tensor, act_NI: Tensor, sign_N: Tensor | None = None
+        self,
+        name: str,
+        outgrad_NO: Tensor,
+        act_NI: Tensor,
+        halves: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Signals of some positions of this rank; `sign_N` is needed for signed sums."""
-        halves: list[Tensor | slice] = [slice(None)]
+        """Signals of some positions of this rank; for signed sums also which of them are in either
+        half, int64 each."""
         if self._signed:
-            assert sign_N is not None, "signed sums need the half of each position"
-            halves = [sign_N > 0, sign_N < 0]  # both together are as much work as one whole
-        parts = [algebra.target_matrix(outgrad_NO[half], act_NI[half]) for half in halves]
+            assert halves is not None, "signed sums need the half of each position"
+            # Both together are as much work as one whole.
+            parts = [algebra.target_matrix(outgrad_NO[half], act_NI[half]) for half in halves]
+        else:
+            parts = [algebra.target_matrix(outgrad_NO, act_NI)]
         if name not in self._pending:
             self._pending[name] = parts
             return

@@ -44,7 +44,7 @@ class ScoredMean(MeanMatrices):
         self._device = device
         self._kinds = KINDS if signed else KINDS[:1]
         self._step = OuterSums(features, device, signed=signed)
-        self._step_count = torch.zeros((), dtype=torch.int64, device=device)
+        self._step_count = 0
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._count = 0.0
         self._begin_step()
@@ -54,13 +54,16 @@ class ScoredMean(MeanMatrices):
         """Whether no token was scored in any step before."""
         return self._count == 0
 
-    def count(self, response_BT: Tensor) -> None:
+    def count(self, positions: int) -> None:
         """Counts the positions of a micro-batch whose signals are added."""
-        self._step_count += response_BT.sum()
+        self._step_count += positions
 
-    def add(self, name: str, outgrad_RO: Tensor, act_RI: Tensor, sign_R: Tensor | None) -> None:
-        """Signals of some scored positions of this rank; with halves also the sign of each."""
-        self._step.add(name, outgrad_RO, act_RI, sign_R)
+    def add(
+        self, name: str, outgrad_RO: Tensor, act_RI: Tensor, halves: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Signals of some scored positions of this rank; with `signed` also which of them are in
+        either half."""
+        self._step.add(name, outgrad_RO, act_RI, halves)
 
     def reduce(self, names: Sequence[str]) -> None:
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of
@@ -70,7 +73,8 @@ class ScoredMean(MeanMatrices):
     def fold(self, unreduced: Sequence[Sequence[str]]) -> None:
         """Takes the step's sums into the mean, and before that reduces each of the given groups of
         linears. One all-reduce of the count; a step in which nothing was scored changes nothing."""
-        count = int(collectives.sum_over_ranks(self._step_count))
+        own = torch.tensor(self._step_count, device=self._device)
+        count = int(collectives.sum_over_ranks(own))
         if count:
             for names in unreduced:
                 self.reduce(names)
@@ -133,4 +137,4 @@ class ScoredMean(MeanMatrices):
 
     def _begin_step(self) -> None:
         self._step.begin(list(self._features))
-        self._step_count = torch.zeros_like(self._step_count)
+        self._step_count = 0

@@ -142,7 +142,7 @@ class GhostScorer(Scorer):
     @torch.no_grad()
     def score(self, entry: Entry, batch: Batch) -> Scores:
         sums = TermSums(
-            batch["response"],
+            batch["response_index"],
             split=self.config.split_terms,
             contrast=self.config.contrast,
             spread=self.config.reliability,
@@ -159,14 +159,14 @@ class GhostScorer(Scorer):
                 finite = sums.add(signals, products[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
                 if self._scored is not None:
-                    _add_response(self._scored, signals, batch)
+                    _add_response(self._scored, signals)
 
             yield add
             if self._scored is not None and not self._resident:
                 self._scored.reduce(self._names(layer))
 
         if self._scored is not None:
-            self._scored.count(batch["response"])
+            self._scored.count(batch["response_index"].count)
 
         nll_BT = self.tower.run(entry, batch, contracting, window=self.config.window)
         return Scores(sums.values(self.part_weights), nll_BT)
@@ -180,7 +180,7 @@ class GhostScorer(Scorer):
     ) -> list[Tensor]:
         """Collects the signals of this rank's batches, in place of those that were there; returns
         their token losses."""
-        own_count = sum(int(batch["response"].sum()) for batch in batches)
+        own_count = sum(batch["response_index"].count for batch in batches)
         into.begin(own_count, scored_tokens)
         losses = [self._signals_of(batch, into, coefficients) for batch in batches]
         if self._resident:
@@ -195,7 +195,7 @@ class GhostScorer(Scorer):
 
         @contextmanager
         def collecting(layer: int) -> Iterator[SignalConsumer]:
-            yield lambda signals: _add_response(into, signals, batch)
+            yield lambda signals: _add_response(into, signals)
             if not self._resident:  # so that one layer's matrices are whole at a time
                 into.reduce(self._names(layer))
 
@@ -224,16 +224,16 @@ class GhostScorer(Scorer):
         }
         if self._drift is None:
             return products
-        for name, drift in zip(names, self._drift.matrices(names), strict=True):
+        for name, drift in zip(names, self._drift.matrices(names, self._dtype), strict=True):
             drift_OI = drift.T if self.tower.linears[name].transposed else drift
             target = products[name].target
             if isinstance(target, FromMatrix) and not self.config.split_terms:
                 # lambda itself, not the part weights: `split_terms: false` is refused with
                 # `balance: std`.
-                fused_OI = target.matrix_OI.float() + weight * drift_OI
+                fused_OI = target.matrix_OI.float().add(drift_OI, alpha=weight)
                 changed = {"target": FromMatrix(fused_OI.to(self._dtype))}
             else:
-                changed = {"proxy": FromMatrix(drift_OI.to(self._dtype))}
+                changed = {"proxy": FromMatrix(drift_OI)}
             products[name] = replace(products[name], **changed)
         return products
 
@@ -276,10 +276,6 @@ class GhostScorer(Scorer):
         return (columns, rows) if linear.transposed else (rows, columns)
 
 
-def _add_response(into: HeldOutSignals | ScoredMean, signals: LinearSignals, batch: Batch) -> None:
-    """Adds the signals of the response positions of a chunk of `batch`, and the half each is in
-    where halves are told apart."""
-    sign_R = None
-    if "half_sign" in batch:
-        sign_R = batch["half_sign"][signals.chunk.rows][signals.chunk.response_BT]
-    into.add(signals.linear.name, signals.outgrad_RO, signals.act_RI, sign_R)
+def _add_response(into: HeldOutSignals | ScoredMean, signals: LinearSignals) -> None:
+    """Adds the signals of a chunk's response positions."""
+    into.add(signals.linear.name, signals.outgrad_RO, signals.act_RI, signals.chunk.halves)

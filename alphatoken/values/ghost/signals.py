@@ -40,17 +40,17 @@ class LinearSignals:
     @cached_property
     def act_RI(self) -> Tensor:
         """h_t of the response positions."""
-        return self.act_BTI[self.chunk.response_BT]
+        return self.chunk.index.take(self.act_BTI)
 
     @cached_property
     def outgrad_RO(self) -> Tensor:
         """d_t of the response positions."""
-        return self.outgrad_BTO[self.chunk.response_BT]
+        return self.chunk.index.take(self.outgrad_BTO)
 
     @cached_property
     def mixed_RO(self) -> Tensor | None:
         """The mixed signal of the response positions."""
-        return None if self.mixed_BTO is None else self.mixed_BTO[self.chunk.response_BT]
+        return None if self.mixed_BTO is None else self.chunk.index.take(self.mixed_BTO)
 
 
 SignalConsumer = Callable[[LinearSignals], None]
@@ -73,8 +73,7 @@ class ChunkSignals:
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Takes an attention layer's queries and keys; keeps its band, (B, T, W)."""
-        if self._window:
-            self._bands[layer] = attention_band(call, self._window)
+        self._bands[layer] = attention_band(call, self._window)
 
     def signals_of(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor

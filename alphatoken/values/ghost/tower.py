@@ -131,11 +131,12 @@ class Tower:
                 if not chunk.has_response:
                     continue
                 signals = ChunkSignals(chunk, window, self.weight)
+                on_attention = signals.on_attention if window else None
                 hidden_BTH = chunk.entry.into(place).detach()
                 with torch.enable_grad(), self._capture(index, signals, consume):
                     hidden_BTH.requires_grad_(place > 0)
                     output_BTH = self._streamer.forward(
-                        module, hidden_BTH, chunk.entry.layer_inputs[place], signals.on_attention
+                        module, hidden_BTH, chunk.entry.layer_inputs[place], on_attention
                     )
                     output_BTH.backward(outgrads[number])
                 if hidden_BTH.grad is not None:
