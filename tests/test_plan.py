@@ -269,7 +269,7 @@ def test_exact_takes_what_is_planned(
         decoder.hidden_states(batch)
     with PeakBytes([*given, *tree_leaves(capture.entry)]) as score:
         scorer.score(capture.entry, batch)
-    left_out = ("gathered weights", "activations", "slices of the directions")
+    left_out = ("gathered weights", "activations", "slices of the directions", "slices of G")
     parts = [part for part in planned.moments[moment] if part.name not in left_out]
     expected = sum(part.bytes for part in parts)
     if moment == "refresh":  # of a single process, the gradients of a segment are its slice of G
