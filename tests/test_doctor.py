@@ -298,6 +298,29 @@ def test_a_template_may_speak_for_the_assistant_behind_the_question(
     assert judged(tokenizer, config).outcome == "ok"
 
 
+def test_calls_and_greetings_are_no_mistakes(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "</call>"]})
+    tokenizer.chat_template = template(
+        assistant="{{ message['content'] }}{% for call in message.tool_calls or [] %}<call>"
+        "{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    )
+    call = {"function": {"name": "weather", "arguments": {}}}
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "user", "content": "Ask two"},
+        {"role": "assistant", "content": "Say"},
+    ]
+    encoder = Encoder(tokenizer, 1000)
+    found = masks.judge_masks(tokenizer, encoder, [masks.Conversation(Chat(talk), 0, "here")])
+    assert (found.outcome, found.found[-31:]) == ("ok", " and 1 conversation of the data")
+    assert "[[I look.<call>" in "\n".join(found.details)
+
+
 def test_conversations_that_a_template_shortens_or_refuses(
     tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> None:

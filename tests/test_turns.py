@@ -18,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
@@ -302,6 +303,66 @@ def test_what_asks_for_an_answer_must_stand_before_it(load: Load) -> None:
     assert row.notes == (OTHER_OPENING,)
 
 
+@pytest.mark.parametrize("ask", ["Ask one", "a", "S", "<think>"])
+def test_what_stands_far_before_may_go_once_an_answer_follows(load: Load, ask: str) -> None:
+    """A system text before the last message alone, where that asks (Mistral)."""
+    tokenizer = load(
+        "{% for m in messages[1:] %}<{{ m.role }}>{% if loop.last and m.role == 'user' %}"
+        "{{ messages[0].content }} {% endif %}{{ m.content }}!<end>{% endfor %}" + ASKED
+    )
+    system = {"role": "system", "content": "Sum."}
+    first, second = rows(tokenizer, [system, user(ask), said("Say one"), *TWO[2:]])
+    assert shown(tokenizer, first) == f"<user>Sum. {ask}!<end><assistant>[[Say one!<end>]]"
+    assert shown(tokenizer, second) == (
+        f"<user>{ask}!<end><assistant>Say one!<end>"
+        "<user>Sum. Ask two!<end><assistant>[[Say two!<end>]]"
+    )
+    assert first.notes == (APART,)
+    pairs = PairEncoder(tokenizer, 100, 100).encode(
+        {"prompt": [system, user(ask)], "chosen": "Yes", "rejected": "No"}, "here"
+    )
+    assert isinstance(pairs, list)
+    assert shown(tokenizer, Encoded(pairs[0].documents[:1], ())) == (
+        f"<user>Sum. {ask}!<end><assistant>[[Yes!<end>]]"
+    )
+
+
+def test_an_answer_that_cannot_be_placed_is_refused(load: Load) -> None:
+    thinking = (
+        FOR_ALL
+        + TURN
+        + "<end>{% endfor %}{% if add_generation_prompt %}"
+        + ("<assistant><think>\n{% endif %}")
+    )
+    for ask in ("a", "n", "<think>", "<assistant>"):
+        with pytest.raises(UserError, match="inference would begin message 2 behind"):
+            rows(load(thinking), [user(ask), said("x <think>\n y")])
+
+
+def test_only_the_last_turn_must_be_what_inference_sees(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + TURN + "<end>{% endfor %}{% if add_generation_prompt %}<assistant><think>"
+        "{% endif %}"
+    )
+    talk = [*TWO[:3], said("<think>hm</think>two")]
+    (row,) = rows(tokenizer, talk, turns="last")
+    assert shown(tokenizer, row).endswith("<assistant><think>[[hm</think>two<end>]]")
+    with pytest.raises(UserError, match="inference would begin message 2"):
+        rows(tokenizer, talk)
+
+
+def test_turns_that_are_cut_away_are_counted(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + "<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '-' }}<end>"
+        "{% endfor %}" + ASKED
+    )
+    found = Encoder(tokenizer, 20).encode({"messages": TWO}, "here")
+    assert isinstance(found, list)
+    (row,) = found
+    assert shown(tokenizer, row) == "<user>Ask one<end><assistant>[[Say one<end>]]"
+    assert row.cut == ("turns cut away by truncation",)
+
+
 # Turns that are not trained.
 
 
@@ -329,6 +390,9 @@ def test_a_prefix_that_asks_nothing_is_not_rendered(load: Load) -> None:
     assert shown(tokenizer, row).endswith(
         "<assistant>Hello<end>\n<user>Ask one<end>\n<assistant>[[Say one<end>]]\n"
     )
+    assert row.notes == (UNASKED,)
+    (row,) = rows(load(ENDED), talk)
+    assert shown(tokenizer, row).count("[[") == 1
     assert row.notes == (UNASKED,)
     with pytest.raises(
         UserError, match="the chat template refuses this conversation: No user query"
@@ -414,6 +478,27 @@ def test_half_a_character_is_named(load: Load) -> None:
         rows(load(ENDED), [user("Ask"), said("Say \ud83d")])
 
 
+def test_what_a_template_cannot_render_is_named(load: Load) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "\ud83d"}}}
+    talk = [user("Ask"), said("", tool_calls=[call])]
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* refuses .* UnicodeEncodeError: .*ud83d"):
+        rows(load(FOR_ALL + TURN + CALLS + "<end>{% endfor %}" + ASKED), talk)
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* refuses .* TypeError: can only concat"):
+        rows(load(FOR_ALL + "{{ m.content + 1 }}{% endfor %}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tools", [], "sets tools, which each row gives"),
+        ("date_string", datetime.date(2024, 7, 26), "not a valid JSON value"),
+    ],
+)
+def test_variables_that_no_template_can_get(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(name_or_path="x", chat_template_kwargs={name: value})
+
+
 # Templates of a tokenizer.
 
 
@@ -443,6 +528,9 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
         ChatRules(stop_tokens=frozenset([5])),
     ]
     assert len({Encoder(tokenizer, 100, each).identity for each in rules}) == len(rules)
+    other = load(ENDED)
+    other.bos_token = "<user>"
+    assert Encoder(other, 100).identity != Encoder(tokenizer, 100).identity
 
 
 def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -128,10 +128,11 @@ class Encoder:
         tokens = self.tokens(chat, where)
         if not tokens:
             return Skipped("no answer to train")
-        found = [self._cut(each) for each in tokens]
-        return [each for each in found if each is not None] or Skipped(
-            "response cut away by truncation"
-        )
+        found = [each for each in map(self._cut, tokens) if each is not None]
+        if not found:
+            return Skipped("response cut away by truncation")
+        lost = ("turns cut away by truncation",) * (len(tokens) - len(found))
+        return [replace(found[0], cut=(*found[0].cut, *lost)), *found[1:]]
 
     def _cut(self, tokens: Tokens) -> Encoded | None:
         """A row of at most `max_length` tokens; None where no answer is left of it."""

@@ -134,6 +134,11 @@ def says_anything(message: Message) -> bool:
     return bool(message["content"].strip()) or bool(message.get("tool_calls"))
 
 
+def asks_anything(messages: Sequence[Message]) -> bool:
+    """Whether there is something to answer: more than instructions of the system."""
+    return any(message["role"] not in ("system", "developer") for message in messages)
+
+
 def has_text(messages: Sequence[Message], role: str | None = None) -> bool:
     """Whether anything is said, or anything by `role`."""
     return any(says_anything(message) for message in messages if role in (None, message["role"]))

@@ -12,6 +12,7 @@ becomes a row of its own.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import json
 import re
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alphatoken.config.sections import TODAY, Turns
-from alphatoken.data.rows import Chat, Message, is_trained, says_anything
+from alphatoken.data.rows import Chat, Message, asks_anything, is_trained, says_anything
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -111,6 +112,7 @@ class Renderer:
         )
         self._tokenizer = tokenizer
         self._rules = rules
+        self._variables = {**tokenizer.special_tokens_map, **rules.variables}
         self._is_marked = GENERATION_MARK.search(self.template) is not None
         self._stops = {*rules.stop_tokens, tokenizer.eos_token_id}
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -121,7 +123,7 @@ class Renderer:
         return {
             "template": self.template,
             "stops": sorted(self._stops),
-            "variables": dict(self._rules.variables),
+            "variables": self._variables,
             "turns": self._rules.turns,
         }
 
@@ -137,18 +139,20 @@ class Renderer:
         answer it drops, and one that it asks for with other text than it writes before it.
         """
         whole, _ = self._render(chat, where)
-        turns, notes = [], []
-        for index in range(first, len(chat.messages)):
+        turns: list[_Turn] = []
+        notes: list[str] = []
+        places, only_last = range(first, len(chat.messages)), self._rules.turns == "last"
+        for index in reversed(places) if only_last else places:
             message = chat.messages[index]
             if message["role"] != "assistant" or not is_trained(message):
                 continue
             found = EMPTY if not says_anything(message) else self._turn(chat, index, where)
             if isinstance(found, str):
                 notes.append(found)
-            else:
-                turns.append(found)
-        if self._rules.turns == "last":
-            turns = turns[-1:]
+                continue
+            turns.append(found)
+            if only_last:
+                break
         notes += [note for turn in turns for note in turn.notes]
         if not turns:
             return []
@@ -191,18 +195,18 @@ class Renderer:
     def _turn(self, chat: Chat, index: int, where: str) -> _Turn | str:
         """An answer with what precedes it; why it is not trained where nothing asks for it."""
         before = chat.first(index)
-        is_asked = any(message["role"] != "system" for message in before.messages)
+        if not asks_anything(before.messages):
+            return UNASKED
         try:
-            if not before.messages:
-                return UNASKED
             asked, _ = self._rendered(before, asks=True)
             text, marks = self._rendered(chat.first(index + 1))
             start = len(asked)
             if self._is_marked:
                 start = _alike(text, self._rendered(before)[0])
+            elif not text.startswith(asked):
+                plain, _ = self._rendered(before)
+                text = _behind(asked, plain, text, before.messages[-1]) or text
         except TemplateError as error:
-            if not is_asked:
-                return UNASKED
             raise self._refused(where, error) from None
         message = chat.messages[index]
         if self._is_marked:
@@ -262,15 +266,19 @@ class Renderer:
     def _rendered(self, chat: Chat, *, asks: bool = False) -> tuple[str, list[Span]]:
         """The text, and the template's own marks in it; with `asks` followed by what asks for an
         answer."""
-        options = {**self._tokenizer.special_tokens_map, **self._rules.variables}
-        texts, marks = render_jinja_template(
-            [chat.messages],
-            tools=chat.tools,
-            chat_template=self.template,
-            add_generation_prompt=asks,
-            return_assistant_tokens_mask=self._is_marked,
-            **options,
-        )
+        try:
+            texts, marks = render_jinja_template(
+                [chat.messages],
+                tools=chat.tools,
+                chat_template=self.template,
+                add_generation_prompt=asks,
+                return_assistant_tokens_mask=self._is_marked,
+                **self._variables,
+            )
+            texts[0].encode()
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            # What a template does to a value of another type; half of a character.
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
         return texts[0], [(start, end) for start, end in marks[0]] if self._is_marked else []
 
     @staticmethod
@@ -324,10 +332,27 @@ def _other_opening(asked: str, text: str, index: int) -> str:
     )
 
 
+def _behind(asked: str, plain: str, text: str, last: Message) -> str | None:
+    """What asks for an answer with the answer behind it, where a template that writes the answer
+    moves or drops something far before it (a system text, earlier reasoning). None where the last
+    message, and what asks behind it, stand differently in `text`, or twice.
+
+    `plain` is `asked` without what asks.
+    """
+    lengths = range(1, len(asked) + 1)
+    length = bisect.bisect_left(lengths, 1, key=lambda end: asked[-end:] not in text)
+    place = plain.rfind(last["content"].strip())
+    near = asked[len(asked) - length :]
+    if place < 0 or not asked.startswith(plain) or place < len(asked) - length:
+        return None
+    _, *answers = text.split(near)
+    return asked + answers[0] if len(answers) == 1 else None
+
+
 def _alike(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    places = range(1, min(len(first), len(second)) + 1)
+    return bisect.bisect_left(places, 1, key=lambda end: not first.startswith(second[:end]))
 
 
 def _shown(text: str) -> str:

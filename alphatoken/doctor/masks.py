@@ -24,6 +24,7 @@ from alphatoken.data.rows import (
     Message,
     as_chat,
     as_pair,
+    asks_anything,
     has_text,
     is_trained,
     says_anything,
@@ -61,7 +62,7 @@ class Conversation:
             and message["role"] == "assistant"
             and is_trained(message)
             and says_anything(message)
-            and any(earlier["role"] != "system" for earlier in self.chat.messages[:index])
+            and asks_anything(self.chat.messages[:index])
         )
 
     def speaker(self, index: int) -> str:
@@ -385,9 +386,12 @@ def _template_text_of_answers(
         is_last = index + 1 == len(layout.spans)
         limit = len(layout.text) + 1 if is_last else layout.spans[index + 1][0]
         behind = [place for place, (left, _) in enumerate(layout.offsets) if end <= left < limit]
-        closing = itertools.takewhile(lambda place: layout.ids[place] not in special, behind)
-        allowed.update(closing)
-        for place in itertools.dropwhile(lambda place: layout.ids[place] not in special, behind):
+        # Calls stand behind the content, with marks of their own.
+        calls = layout.conversation.chat.messages[index].get("tool_calls")
+        ends = [layout.ids[place] in (stops if calls else special) for place in behind]
+        closing = ends.index(True) if True in ends else len(behind)
+        allowed.update(behind[:closing])
+        for place in behind[closing:]:
             if layout.ids[place] not in special:
                 break
             allowed.add(place)  # several end a turn together where they stand side by side
