@@ -307,7 +307,7 @@ def test_calls_and_greetings_are_no_mistakes(
         "{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
     )
     call = {"function": {"name": "weather", "arguments": {}}}
-    talk = [
+    talk: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Ask"},

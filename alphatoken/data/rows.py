@@ -186,7 +186,16 @@ def _message(message: Any, name: str, where: str) -> Message:
     given["content"] = _text(f"content of {name}", content, where)
     if given.get("weight", 0) not in (0, 1):
         raise UserError(
-            f"{where}: {name} has weight={given['weight']}: a message is trained (1) or not (0)"
+            f"{where}: {name} has weight={given['weight']!r}: a message is trained (1) or not (0)"
+        )
+    if given.get("train", 0) not in (0, 1):
+        raise UserError(
+            f"{where}: {name} has train={given['train']!r}: a message is trained (true) or not "
+            "(false)"
+        )
+    if not isinstance(given.get("reasoning_content", ""), str):
+        raise UserError(
+            f"{where}: {name} needs text as its 'reasoning_content', but has {_shortened(message)}"
         )
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, name, where) for call in calls]
