@@ -219,7 +219,7 @@ def test_answers_that_look_like_transcripts_keep_their_prompt() -> None:
     ("more", "message"),
     [
         ({"train": "false"}, "message 2 of 'messages' has train='false': .* trained .true. or not"),
-        ({"reasoning_content": 3}, "message 2 of 'messages' needs text as its 'reasoning_content'"),
+        ({"reasoning_content": 3}, "message 2 of 'messages' has reasoning_content=3, which must"),
     ],
 )
 def test_what_a_message_says_of_itself_is_checked(more: dict[str, Any], message: str) -> None:

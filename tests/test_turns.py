@@ -29,7 +29,15 @@ from alphatoken.data.chat import Encoded, Encoder, Skipped
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import Chat
 from alphatoken.data.tokenizer import load_tokenizer
-from alphatoken.data.turns import APART, EMPTY, OTHER_OPENING, UNASKED, UNSAID_REASONING, ChatRules
+from alphatoken.data.turns import (
+    APART,
+    EMPTY,
+    OTHER_OPENING,
+    UNASKED,
+    UNSAID_REASONING,
+    UNSAID_TOOLS,
+    ChatRules,
+)
 from alphatoken.errors import UserError
 
 MARKS = ["<system>", "<user>", "<assistant>", "<end>", "<stop>", "<think>", "</think>", "<call>"]
@@ -458,8 +466,16 @@ def test_an_answer_that_disappears_is_an_error(load: Load) -> None:
 
 
 def test_reasoning_that_disappears_is_counted(load: Load) -> None:
-    (row,) = rows(load(ENDED), [user("Ask"), said("Say", reasoning_content="because")])
-    assert row.notes == (UNSAID_REASONING,)
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (row,) = rows(load(ENDED), [user("Ask"), said("Say", **{name: "because"})])
+        assert row.notes == (UNSAID_REASONING,)
+
+
+def test_tools_that_disappear_are_counted(load: Load) -> None:
+    (row,) = rows(load(ENDED), more={"tools": [TOOL]})
+    assert row.notes == (UNSAID_TOOLS,)
+    (row,) = rows(load("{{ tools | tojson }}" + ENDED), more={"tools": [TOOL]})
+    assert row.notes == ()
 
 
 def test_parts_of_text_are_joined_and_others_refused(load: Load) -> None:
@@ -519,6 +535,14 @@ def test_one_of_several_templates_is_chosen_by_name(load: Load, tmp_path: Path) 
         load_tokenizer(ModelConfig.model_validate({**values, "chat_template": "other"}))
 
 
+def test_a_template_for_tools_is_not_passed_over(load: Load) -> None:
+    tokenizer = load(ENDED)
+    tokenizer.chat_template = {"default": ENDED, "tool_use": "{{ tools | tojson }}" + ENDED}
+    assert rows(tokenizer)
+    with pytest.raises(UserError, match=r"rows.jsonl:7: the row has tools.* to tool_use, or"):
+        rows(tokenizer, more={"tools": [TOOL]})
+
+
 def test_all_that_decides_is_in_the_identity(load: Load) -> None:
     tokenizer = load(ENDED)
     rules = [
@@ -534,7 +558,7 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
 
 
 def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:
-    dated = "Today is {{ strftime_now('%d %b %Y') }}, {{ strftime_now(\"%A\") }}.\n" + ENDED
+    dated = "Today is {{ strftime_now('%d %b %Y') }}, {{ strftime_now(format=\"%A\") }}.\n" + ENDED
     tokenizer = load(dated)
     (row,) = rows(tokenizer, TWO[:2])
     assert shown(tokenizer, row).startswith("Today is 01 Jan 2026, Thursday.\n<user>Ask one<end>")
@@ -545,6 +569,11 @@ def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:
         for day in (3, 4)
     }
     assert len(identities) == 2
+
+
+def test_a_date_that_cannot_be_fixed_is_refused(load: Load) -> None:
+    with pytest.raises(UserError, match="strftime_now with something else than a text"):
+        Encoder(load("{% set form = '%Y' %}{{ strftime_now(form) }}" + ENDED), 100)
 
 
 def test_a_preview_shows_what_is_trained(

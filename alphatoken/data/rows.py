@@ -16,6 +16,9 @@ PAIR_FORM = (
     "and 'rejected' as conversations that begin alike"
 )
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that chat templates read as its reasoning."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -193,10 +196,9 @@ def _message(message: Any, name: str, where: str) -> Message:
             f"{where}: {name} has train={given['train']!r}: a message is trained (true) or not "
             "(false)"
         )
-    if not isinstance(given.get("reasoning_content", ""), str):
-        raise UserError(
-            f"{where}: {name} needs text as its 'reasoning_content', but has {_shortened(message)}"
-        )
+    for part in REASONING:
+        if not isinstance(given.get(part, ""), str):
+            raise UserError(f"{where}: {name} has {part}={given[part]!r}, which must be text")
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, name, where) for call in calls]
     return given

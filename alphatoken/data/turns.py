@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alphatoken.config.sections import TODAY, Turns
-from alphatoken.data.rows import Chat, Message, asks_anything, is_trained, says_anything
+from alphatoken.data.rows import REASONING, Chat, Message, asks_anything, is_trained, says_anything
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(?P<form>[^'"]*)\1\s*\)""")
+DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(?P<form>[^'"]*)\1\s*\)""")
 TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 """What follows the text of a turn that is over: own tokens of the template (o), then white space
 (w)."""
@@ -46,6 +46,7 @@ UNASKED = "assistant turns that answer nothing (not trained)"
 EMPTY = "empty assistant turns (not trained)"
 APART = "conversations trained as a row per turn, as the chat template rewrites earlier ones"
 UNSAID_REASONING = "turns whose reasoning_content the chat template leaves out"
+UNSAID_TOOLS = "conversations whose tools the chat template leaves out"
 OTHER_OPENING = "answers that the chat template marks behind another text than inference has there"
 
 
@@ -95,7 +96,8 @@ class Renderer:
     """A tokenizer's chat template. Where it writes today's date (`strftime_now`), it writes that of
     its rules: the same row is then the same tokens on every day.
 
-    Raises UserError for a tokenizer with several templates and no default.
+    Raises UserError for a tokenizer with several templates and no default, and for a template that
+    writes the date in a form that only rendering tells.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> None:
@@ -110,6 +112,14 @@ class Renderer:
         self.template = DATE_CALL.sub(
             lambda call: json.dumps(rules.today.strftime(call["form"])), template
         )
+        if "strftime_now(" in self.template:
+            raise UserError(
+                "the chat template calls strftime_now with something else than a text, so its rows "
+                "would be other tokens on another day; write the form there, or the date itself "
+                "(model.chat_template)"
+            )
+        own = tokenizer.chat_template
+        self._has_another_for_tools = isinstance(own, dict) and "tool_use" in own
         self._tokenizer = tokenizer
         self._rules = rules
         self._variables = {**tokenizer.special_tokens_map, **rules.variables}
@@ -154,6 +164,9 @@ class Renderer:
             if only_last:
                 break
         notes += [note for turn in turns for note in turn.notes]
+        names = [tool.get("function", tool).get("name") for tool in chat.tools or []]
+        if names and not any(str(name) in whole for name in names):
+            notes.append(UNSAID_TOOLS)
         if not turns:
             return []
         if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
@@ -258,6 +271,12 @@ class Renderer:
         return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
 
     def _render(self, chat: Chat, where: str, *, asks: bool = False) -> tuple[str, list[Span]]:
+        if chat.tools and self._has_another_for_tools:
+            raise UserError(
+                f"{where}: the row has tools, for which the tokenizer has a chat template of its "
+                "own: set model.chat_template to tool_use, or to default to render such rows as "
+                "the others"
+            )
         try:
             return self._rendered(chat, asks=asks)
         except TemplateError as error:
@@ -304,7 +323,7 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
                 f"write tool calls ({_shown(said)}): the model would learn to say nothing; use a "
                 "model.chat_template that does, or leave the row out"
             )
-    reasoning = (message.get("reasoning_content") or "").strip()
+    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
     return (UNSAID_REASONING,) if reasoning and not _is_in(reasoning, text, start) else ()
 
 
