@@ -4,6 +4,7 @@ of turn included. Which characters those are is decided in `turns`; here they be
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Sequence
@@ -198,8 +199,10 @@ class Encoder:
         encoding = self._tokenizer(
             rendering.text, add_special_tokens=False, return_offsets_mapping=True
         )
+        firsts = [first for first, _ in rendering.spans]
+        lasts = [0, *(last for _, last in rendering.spans)]
         mask = [
-            any(first <= start < end <= last for first, last in rendering.spans)
+            start < end <= lasts[bisect.bisect_right(firsts, start)]
             for start, end in encoding["offset_mapping"]
         ]
         return Tokens(rendering, list(encoding["input_ids"]), encoding["offset_mapping"], mask)

@@ -197,13 +197,11 @@ class Renderer:
         """Characters of a stop token directly behind an answer that has none: of templates in which
         the next speaker's header ends a turn."""
         start, end = span
-        said = self._tokens(text[start:end])
-        if self._is_marked or any(token in self._stops for token, _ in said):
+        behind = [] if self._is_marked else self._tokens(text[end : end + LONGEST_STOP])
+        if not behind or behind[0][0] not in self._stops or behind[0][1][0] > 0:
             return 0
-        behind = self._tokens(text[end : end + LONGEST_STOP])
-        if behind and behind[0][0] in self._stops and behind[0][1][0] == 0:
-            return behind[0][1][1]
-        return 0
+        said = self._tokens(text[start:end])
+        return 0 if any(token in self._stops for token, _ in said) else behind[0][1][1]
 
     def _turn(self, chat: Chat, index: int, where: str) -> _Turn | str:
         """An answer with what precedes it; why it is not trained where nothing asks for it."""
