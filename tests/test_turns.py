@@ -311,7 +311,7 @@ def test_what_asks_for_an_answer_must_stand_before_it(load: Load) -> None:
     assert row.notes == (OTHER_OPENING,)
 
 
-@pytest.mark.parametrize("ask", ["Ask one", "a", "S", "<think>"])
+@pytest.mark.parametrize("ask", ["Ask one", "a", "S", "<think>", "Sum. Ask two", "Ask two"])
 def test_what_stands_far_before_may_go_once_an_answer_follows(load: Load, ask: str) -> None:
     """A system text before the last message alone, where that asks (Mistral)."""
     tokenizer = load(
@@ -613,6 +613,9 @@ TEMPLATES = {
     "ended, marked": FOR_ALL + "<{{ m.role }}>" + GENERATED + "{% endfor %}" + ASKED,
     "forgetful": FOR_ALL
     + "<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '-' }}<end>{% endfor %}"
+    + ASKED,
+    "last question marked": FOR_ALL
+    + "<{{ m.role }}>{{ 'a ' if loop.last and m.role == 'user' }}{{ m.content }}<end>\n{% endfor %}"
     + ASKED,
     "first turn only numbered": FOR_ALL
     + "{% if loop.first %}1{% endif %}"

@@ -216,7 +216,7 @@ class Renderer:
                 start = _alike(text, self._rendered(before)[0])
             elif not text.startswith(asked):
                 plain, _ = self._rendered(before)
-                text = _behind(asked, plain, text, before.messages[-1]) or text
+                text = _behind(asked, plain, text, *chat.messages[index - 1 : index + 1]) or text
         except TemplateError as error:
             raise self._refused(where, error) from None
         message = chat.messages[index]
@@ -349,21 +349,20 @@ def _other_opening(asked: str, text: str, index: int) -> str:
     )
 
 
-def _behind(asked: str, plain: str, text: str, last: Message) -> str | None:
+def _behind(asked: str, plain: str, text: str, last: Message, answer: Message) -> str | None:
     """What asks for an answer with the answer behind it, where a template that writes the answer
     moves or drops something far before it (a system text, earlier reasoning). None where the last
-    message, and what asks behind it, stand differently in `text`, or twice.
+    message, and what asks behind it, do not stand in `text` before the answer.
 
     `plain` is `asked` without what asks.
     """
-    lengths = range(1, len(asked) + 1)
-    length = bisect.bisect_left(lengths, 1, key=lambda end: asked[-end:] not in text)
-    place = plain.rfind(last["content"].strip())
-    near = asked[len(asked) - length :]
-    if place < 0 or not asked.startswith(plain) or place < len(asked) - length:
+    content, said = last["content"].strip(), answer["content"].strip()
+    place = plain.rfind(content)
+    if not content or place < 0 or not asked.startswith(plain):
         return None
-    _, *answers = text.split(near)
-    return asked + answers[0] if len(answers) == 1 else None
+    near, end = asked[place:], text.rfind(said)
+    start = text.rfind(near, 0, end if said and end >= 0 else len(text))
+    return asked + text[start + len(near) :] if start >= 0 else None
 
 
 def _alike(first: str, second: str) -> int:
