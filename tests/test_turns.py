@@ -35,6 +35,7 @@ from alphatoken.data.turns import (
     OTHER_OPENING,
     UNASKED,
     UNSAID_REASONING,
+    UNSAID_TEXT,
     UNSAID_TOOLS,
     ChatRules,
 )
@@ -469,6 +470,18 @@ def test_reasoning_that_disappears_is_counted(load: Load) -> None:
     for name in ("reasoning_content", "reasoning", "thinking"):
         (row,) = rows(load(ENDED), [user("Ask"), said("Say", **{name: "because"})])
         assert row.notes == (UNSAID_REASONING,)
+
+
+def test_a_text_that_disappears_beside_a_call_is_counted(load: Load) -> None:
+    """As the templates of Llama 3, Mistral and GLM-4 write calls."""
+    body = "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}<end>{% endfor %}"
+    tokenizer = load(FOR_ALL + "<{{ m.role }}>" + body + ASKED)
+    call = {"function": {"name": "weather", "arguments": {}}}
+    (row,) = rows(tokenizer, [user("Ask"), said("I look.", tool_calls=[call])], stops=["<end>"])
+    assert row.notes == (UNSAID_TEXT,)
+    assert shown(tokenizer, row) == (
+        '<user>Ask<end><assistant>[[<call>{"name": "weather", "arguments": {}}<end>]]'
+    )
 
 
 def test_tools_that_disappear_are_counted(load: Load) -> None:

@@ -46,6 +46,7 @@ UNASKED = "assistant turns that answer nothing (not trained)"
 EMPTY = "empty assistant turns (not trained)"
 APART = "conversations trained as a row per turn, as the chat template rewrites earlier ones"
 UNSAID_REASONING = "turns whose reasoning_content the chat template leaves out"
+UNSAID_TEXT = "tool calls beside a text that the chat template leaves out"
 UNSAID_TOOLS = "conversations whose tools the chat template leaves out"
 OTHER_OPENING = "answers that the chat template marks behind another text than inference has there"
 
@@ -307,7 +308,8 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
     """Notes on what the template leaves out of a turn that it asks for up to `start`. Raises
     UserError where that is the answer itself."""
     content, said = message["content"].strip(), text[start:]
-    if content and not _is_in(content, text, start):
+    is_unsaid = bool(content) and not _is_in(content, text, start)
+    if is_unsaid and not message.get("tool_calls"):
         raise UserError(
             f"{where} has a 'content' of which nothing is in the chat template's text "
             f"({_shown(said)}): the model would learn to say nothing; use another "
@@ -322,7 +324,8 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
                 "model.chat_template that does, or leave the row out"
             )
     reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
-    return (UNSAID_REASONING,) if reasoning and not _is_in(reasoning, text, start) else ()
+    notes = (UNSAID_TEXT,) if is_unsaid else ()
+    return (*notes, UNSAID_REASONING) if reasoning and not _is_in(reasoning, text, start) else notes
 
 
 def _is_in(part: str, text: str, start: int) -> bool:
