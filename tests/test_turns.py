@@ -453,6 +453,19 @@ def test_a_call_is_an_answer(load: Load, arguments: Any) -> None:
         rows(forgetful, talk)
 
 
+def test_a_call_that_is_only_spoken_of_is_an_error(load: Load) -> None:
+    call = {"function": {"name": "weather", "arguments": {}}}
+    complaint = r"rows.jsonl:7: message 2 calls the tool 'weather' .* not write all tool calls"
+    for fields in ({"content": "I ask weather."}, {"content": "I", "reasoning": "weather?"}):
+        speech = {"role": "assistant", "tool_calls": [call], **fields}
+        with pytest.raises(UserError, match=complaint):
+            rows(load(ENDED.replace("m.content", "m.reasoning ~ m.content")), [user("Ask"), speech])
+    first = FOR_ALL + TURN + CALLS.replace("or []", "and m.tool_calls[:1]") + "<end>{% endfor %}"
+    assert rows(load(first + ASKED), [user("Ask"), said("", tool_calls=[call])])
+    with pytest.raises(UserError, match=complaint):
+        rows(load(first + ASKED), [user("Ask"), said("", tool_calls=[call, call])])
+
+
 def test_arguments_must_be_json(load: Load) -> None:
     call = {"function": {"name": "weather", "arguments": "{city"}}
     with pytest.raises(UserError, match=r"message 2 of 'messages' calls 'weather' with .* no JSON"):

@@ -16,6 +16,7 @@ import bisect
 import datetime
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -315,15 +316,17 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
             f"({_shown(said)}): the model would learn to say nothing; use another "
             "model.chat_template, or leave the row out"
         )
-    for call in message.get("tool_calls") or []:
-        name = call.get("function", call).get("name", "")
-        if name not in said:
+    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
+    # Texts may name the tools that they are about to call.
+    beside = said.replace(content, "", 1).replace(reasoning, "", 1)
+    calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or [])
+    for name, count in calls.items():
+        if beside.count(name) < count:
             raise UserError(
                 f"{where} calls the tool {name!r} in 'tool_calls', but the chat template does not "
-                f"write tool calls ({_shown(said)}): the model would learn to say nothing; use a "
-                "model.chat_template that does, or leave the row out"
+                f"write all tool calls ({_shown(said)}): the model would learn to leave them out; "
+                "use a model.chat_template that does, or leave the row out"
             )
-    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
     notes = (UNSAID_TEXT,) if is_unsaid else ()
     return (*notes, UNSAID_REASONING) if reasoning and not _is_in(reasoning, text, start) else notes
 
