@@ -279,6 +279,8 @@ def test_other_files_are_read_as_well(
     expected, found = (read(path, tokenizer, tmp_path) for path in (plain, str(tmp_path / name)))
     for row in range(5):
         assert np.array_equal(expected[row][0][0], found[row][0][0])
+    is_lines = name.endswith((".ndjson", ".jsonl")) and "*" not in name
+    assert found.location(2) == f"{tmp_path / name}" + (":3" if is_lines else " row 3")
 
 
 def test_every_source_format_gives_the_same_rows(

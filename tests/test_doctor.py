@@ -36,6 +36,7 @@ from alphatoken.doctor.findings import Finding
 from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
+from alphatoken.errors import UserError
 from tests.ranks import ROOT, free_port, rank_environment, run_program, run_ranks
 
 TURN = "'<|im_start|>' + message['role'] + '\n'"
@@ -296,6 +297,47 @@ def test_a_template_may_speak_for_the_assistant_behind_the_question(
 ) -> None:
     tokenizer.chat_template = template(**parts)
     assert judged(tokenizer, config).outcome == "ok"
+
+
+def test_calls_and_greetings_are_no_mistakes(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "</call>"]})
+    tokenizer.chat_template = template(
+        assistant="{{ message['content'] }}{% for call in message.tool_calls or [] %}<call>"
+        "{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    )
+    call = {"function": {"name": "weather", "arguments": {}}}
+    talk: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "user", "content": "Ask two"},
+        {"role": "assistant", "content": "Say"},
+    ]
+    encoder = Encoder(tokenizer, 1000)
+    found = masks.judge_masks(tokenizer, encoder, [masks.Conversation(Chat(talk), 0, "here")])
+    assert (found.outcome, found.found[-31:]) == ("ok", " and 1 conversation of the data")
+    assert "[[I look.<call>" in "\n".join(found.details)
+
+
+def test_rows_with_reasoning_are_judged_where_the_probe_has_none(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = template(assistant="{{ message['content'] }}<|im_end|>\n") + (
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    encoder = Encoder(tokenizer, 1000)
+    talk = [
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "<think>hm</think>Say"},
+    ]
+    found = masks.judge_masks(tokenizer, encoder, [masks.Conversation(Chat(talk), 0, "here")])
+    assert (found.outcome, found.found[-35:]) == ("ok", "else, in 1 conversation of the data")
+    assert "<think>[[hm</think>Say<|im_end|>]]" in "\n".join(found.details)
+    with pytest.raises(UserError, match="inference would begin message 2"):
+        masks.judge_masks(tokenizer, encoder, [])
 
 
 def test_conversations_that_a_template_shortens_or_refuses(

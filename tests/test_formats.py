@@ -21,7 +21,7 @@ from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
 from alphatoken.data.formats import FORMATS, converted, format_of
 from alphatoken.data.pairs import PairEncoder
-from alphatoken.data.rows import as_chat, as_pair
+from alphatoken.data.rows import as_chat, as_pair, is_trained
 from alphatoken.data.sources import open_source
 from alphatoken.data.splits import load_prompts, load_splits
 from alphatoken.errors import UserError
@@ -83,6 +83,11 @@ SUPERVISED: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
             {"role": "tool", "content": "sun"},
             said("Say"),
         ],
+    ),
+    "ShareGPT's column, OpenAI's messages": (
+        "sharegpt",
+        {"system": "Be brief.", "conversations": ONE},
+        [SYSTEM, *ONE],
     ),
     "TRL": ("completion", {"prompt": [user("Ask")], "completion": [said("Say")]}, ONE),
     "TRL as text": ("completion", {"prompt": "Ask", "completion": "Say"}, ONE),
@@ -171,6 +176,57 @@ def test_pairs(name: str) -> None:
     assert (pair.chosen, pair.rejected) == ([said("Yes")], [said("No")])
 
 
+def test_a_turn_of_sharegpt_may_be_left_out() -> None:
+    turns = [
+        {"from": "human", "value": "Ask"},
+        {"from": "gpt", "value": "BAD", "weight": 0},
+        {"from": "gpt", "value": "BAD", "train": False},
+    ]
+    chat = as_chat(converted({"conversations": turns}, "auto", "here")[0], "here")
+    assert [is_trained(message) for message in chat.messages] == [True, False, False]
+
+
+def test_tools_of_a_pair_are_read() -> None:
+    row = {**PAIRS["ShareGPT"][1], "tools": json.dumps([{"name": "weather"}])}
+    ours, unread = converted(row, "auto", "here")
+    assert (as_pair(ours, "here").prompt.tools, unread) == ([{"name": "weather"}], frozenset())
+
+
+def test_scores_may_be_text() -> None:
+    answers = [{"response": "No", "overall_score": "9"}, {"response": "Yes", "overall_score": "10"}]
+    ours, _ = converted({"instruction": "Ask", "completions": answers}, "auto", "here")
+    assert (ours["chosen"], ours["rejected"]) == ("Yes", "No")
+
+
+def test_several_calls_at_once() -> None:
+    value = json.dumps([CALL, {"name": "read", "arguments": {}}])
+    turns = [{"from": "human", "value": "Ask"}, {"from": "function_call", "value": value}]
+    chat = as_chat(converted({"conversations": turns}, "auto", "here")[0], "here")
+    calls = chat.messages[1]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["weather", "read"]
+
+
+def test_answers_that_look_like_transcripts_keep_their_prompt() -> None:
+    talk = "Human: Hi\n\nAssistant: {}"
+    row = {"prompt": "Write a talk", "chosen": talk.format("Yes"), "rejected": talk.format("No")}
+    pair = as_pair(converted(row, "auto", "here")[0], "here")
+    assert (pair.prompt.messages, pair.chosen) == ([user("Write a talk")], [said(row["chosen"])])
+    pair = as_pair(converted({**row, "prompt": "Hi"}, "auto", "here")[0], "here")
+    assert (pair.prompt.messages, pair.chosen) == ([user("Hi")], [said("Yes")])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train": "false"}, "message 2 of 'messages' has train='false': .* trained .true. or not"),
+        ({"reasoning_content": 3}, "message 2 of 'messages' has reasoning_content=3, which must"),
+    ],
+)
+def test_what_a_message_says_of_itself_is_checked(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        as_chat({"messages": [user("Ask"), {**said("Say"), **more}]}, "here")
+
+
 def test_every_format_is_shown_here() -> None:
     shown = {each[0] for each in (*SUPERVISED.values(), *PAIRS.values())}
     assert shown == set(FORMATS) - {"unpaired"}
@@ -191,6 +247,29 @@ def test_every_format_is_shown_here() -> None:
             {"instruction": "Ask", "completions": [{"response": "a", "overall_score": 1}]},
             "at least two answers with different 'overall_score', but has 1",
         ),
+        (
+            {"instruction": "Ask", "completions": "x"},
+            "at least two answers with different 'overall_score', but has 0",
+        ),
+        (
+            {"instruction": "Ask", "completions": [{"response": "a", "overall_score": "N/A"}] * 2},
+            "at least two answers with different 'overall_score', but has 0",
+        ),
+        (
+            {"instruction": "Ask", "output": "Say", "history": [user("Ask")]},
+            r"'history' must be a list of \[question, answer\], but is \[\{'role'",
+        ),
+        (
+            {"instruction": "Ask", "output": "Say", "history": "Ask"},
+            r"'history' must be a list of \[question, answer\], but is Ask",
+        ),
+        (
+            {"instruction": "Ask", "output": "Say", "input": ["x"]},
+            r"'input' must be text, but is \['x'\]",
+        ),
+        ({"prompt": [user("Ask")], "completion": 3}, "'completion' must be text or a list"),
+        ({"conversations": 3}, "'conversations' must be a list, but is 3"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "turn 1 of 'conversations' needs"),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
             "turn 1 of 'conversations' needs 'value' and 'from', one of system, human",

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
@@ -28,7 +29,16 @@ from alphatoken.data.chat import Encoded, Encoder, Skipped
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import Chat
 from alphatoken.data.tokenizer import load_tokenizer
-from alphatoken.data.turns import APART, EMPTY, OTHER_OPENING, UNASKED, UNSAID_REASONING, ChatRules
+from alphatoken.data.turns import (
+    APART,
+    EMPTY,
+    OTHER_OPENING,
+    UNASKED,
+    UNSAID_REASONING,
+    UNSAID_TEXT,
+    UNSAID_TOOLS,
+    ChatRules,
+)
 from alphatoken.errors import UserError
 
 MARKS = ["<system>", "<user>", "<assistant>", "<end>", "<stop>", "<think>", "</think>", "<call>"]
@@ -302,6 +312,66 @@ def test_what_asks_for_an_answer_must_stand_before_it(load: Load) -> None:
     assert row.notes == (OTHER_OPENING,)
 
 
+@pytest.mark.parametrize("ask", ["Ask one", "a", "S", "<think>", "Sum. Ask two", "Ask two"])
+def test_what_stands_far_before_may_go_once_an_answer_follows(load: Load, ask: str) -> None:
+    """A system text before the last message alone, where that asks (Mistral)."""
+    tokenizer = load(
+        "{% for m in messages[1:] %}<{{ m.role }}>{% if loop.last and m.role == 'user' %}"
+        "{{ messages[0].content }} {% endif %}{{ m.content }}!<end>{% endfor %}" + ASKED
+    )
+    system = {"role": "system", "content": "Sum."}
+    first, second = rows(tokenizer, [system, user(ask), said("Say one"), *TWO[2:]])
+    assert shown(tokenizer, first) == f"<user>Sum. {ask}!<end><assistant>[[Say one!<end>]]"
+    assert shown(tokenizer, second) == (
+        f"<user>{ask}!<end><assistant>Say one!<end>"
+        "<user>Sum. Ask two!<end><assistant>[[Say two!<end>]]"
+    )
+    assert first.notes == (APART,)
+    pairs = PairEncoder(tokenizer, 100, 100).encode(
+        {"prompt": [system, user(ask)], "chosen": "Yes", "rejected": "No"}, "here"
+    )
+    assert isinstance(pairs, list)
+    assert shown(tokenizer, Encoded(pairs[0].documents[:1], ())) == (
+        f"<user>Sum. {ask}!<end><assistant>[[Yes!<end>]]"
+    )
+
+
+def test_an_answer_that_cannot_be_placed_is_refused(load: Load) -> None:
+    thinking = (
+        FOR_ALL
+        + TURN
+        + "<end>{% endfor %}{% if add_generation_prompt %}"
+        + ("<assistant><think>\n{% endif %}")
+    )
+    for ask in ("a", "n", "<think>", "<assistant>"):
+        with pytest.raises(UserError, match="inference would begin message 2 behind"):
+            rows(load(thinking), [user(ask), said("x <think>\n y")])
+
+
+def test_only_the_last_turn_must_be_what_inference_sees(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + TURN + "<end>{% endfor %}{% if add_generation_prompt %}<assistant><think>"
+        "{% endif %}"
+    )
+    talk = [*TWO[:3], said("<think>hm</think>two")]
+    (row,) = rows(tokenizer, talk, turns="last")
+    assert shown(tokenizer, row).endswith("<assistant><think>[[hm</think>two<end>]]")
+    with pytest.raises(UserError, match="inference would begin message 2"):
+        rows(tokenizer, talk)
+
+
+def test_turns_that_are_cut_away_are_counted(load: Load) -> None:
+    tokenizer = load(
+        FOR_ALL + "<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '-' }}<end>"
+        "{% endfor %}" + ASKED
+    )
+    found = Encoder(tokenizer, 20).encode({"messages": TWO}, "here")
+    assert isinstance(found, list)
+    (row,) = found
+    assert shown(tokenizer, row) == "<user>Ask one<end><assistant>[[Say one<end>]]"
+    assert row.cut == ("turns cut away by truncation",)
+
+
 # Turns that are not trained.
 
 
@@ -329,6 +399,9 @@ def test_a_prefix_that_asks_nothing_is_not_rendered(load: Load) -> None:
     assert shown(tokenizer, row).endswith(
         "<assistant>Hello<end>\n<user>Ask one<end>\n<assistant>[[Say one<end>]]\n"
     )
+    assert row.notes == (UNASKED,)
+    (row,) = rows(load(ENDED), talk)
+    assert shown(tokenizer, row).count("[[") == 1
     assert row.notes == (UNASKED,)
     with pytest.raises(
         UserError, match="the chat template refuses this conversation: No user query"
@@ -380,6 +453,19 @@ def test_a_call_is_an_answer(load: Load, arguments: Any) -> None:
         rows(forgetful, talk)
 
 
+def test_a_call_that_is_only_spoken_of_is_an_error(load: Load) -> None:
+    call = {"function": {"name": "weather", "arguments": {}}}
+    complaint = r"rows.jsonl:7: message 2 calls the tool 'weather' .* not write all tool calls"
+    for fields in ({"content": "I ask weather."}, {"content": "I", "reasoning": "weather?"}):
+        speech = {"role": "assistant", "tool_calls": [call], **fields}
+        with pytest.raises(UserError, match=complaint):
+            rows(load(ENDED.replace("m.content", "m.reasoning ~ m.content")), [user("Ask"), speech])
+    first = FOR_ALL + TURN + CALLS.replace("or []", "and m.tool_calls[:1]") + "<end>{% endfor %}"
+    assert rows(load(first + ASKED), [user("Ask"), said("", tool_calls=[call])])
+    with pytest.raises(UserError, match=complaint):
+        rows(load(first + ASKED), [user("Ask"), said("", tool_calls=[call, call])])
+
+
 def test_arguments_must_be_json(load: Load) -> None:
     call = {"function": {"name": "weather", "arguments": "{city"}}
     with pytest.raises(UserError, match=r"message 2 of 'messages' calls 'weather' with .* no JSON"):
@@ -394,8 +480,28 @@ def test_an_answer_that_disappears_is_an_error(load: Load) -> None:
 
 
 def test_reasoning_that_disappears_is_counted(load: Load) -> None:
-    (row,) = rows(load(ENDED), [user("Ask"), said("Say", reasoning_content="because")])
-    assert row.notes == (UNSAID_REASONING,)
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (row,) = rows(load(ENDED), [user("Ask"), said("Say", **{name: "because"})])
+        assert row.notes == (UNSAID_REASONING,)
+
+
+def test_a_text_that_disappears_beside_a_call_is_counted(load: Load) -> None:
+    """As the templates of Llama 3, Mistral and GLM-4 write calls."""
+    body = "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}<end>{% endfor %}"
+    tokenizer = load(FOR_ALL + "<{{ m.role }}>" + body + ASKED)
+    call = {"function": {"name": "weather", "arguments": {}}}
+    (row,) = rows(tokenizer, [user("Ask"), said("I look.", tool_calls=[call])], stops=["<end>"])
+    assert row.notes == (UNSAID_TEXT,)
+    assert shown(tokenizer, row) == (
+        '<user>Ask<end><assistant>[[<call>{"name": "weather", "arguments": {}}<end>]]'
+    )
+
+
+def test_tools_that_disappear_are_counted(load: Load) -> None:
+    (row,) = rows(load(ENDED), more={"tools": [TOOL]})
+    assert row.notes == (UNSAID_TOOLS,)
+    (row,) = rows(load("{{ tools | tojson }}" + ENDED), more={"tools": [TOOL]})
+    assert row.notes == ()
 
 
 def test_parts_of_text_are_joined_and_others_refused(load: Load) -> None:
@@ -412,6 +518,27 @@ def test_half_a_character_is_named(load: Load) -> None:
         UserError, match=r"rows.jsonl:7: content of message 2 .* surrogate '\\ud83d'\) at 5"
     ):
         rows(load(ENDED), [user("Ask"), said("Say \ud83d")])
+
+
+def test_what_a_template_cannot_render_is_named(load: Load) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "\ud83d"}}}
+    talk = [user("Ask"), said("", tool_calls=[call])]
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* refuses .* UnicodeEncodeError: .*ud83d"):
+        rows(load(FOR_ALL + TURN + CALLS + "<end>{% endfor %}" + ASKED), talk)
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* refuses .* TypeError: can only concat"):
+        rows(load(FOR_ALL + "{{ m.content + 1 }}{% endfor %}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tools", [], "sets tools, which each row gives"),
+        ("date_string", datetime.date(2024, 7, 26), "not a valid JSON value"),
+    ],
+)
+def test_variables_that_no_template_can_get(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(name_or_path="x", chat_template_kwargs={name: value})
 
 
 # Templates of a tokenizer.
@@ -434,6 +561,14 @@ def test_one_of_several_templates_is_chosen_by_name(load: Load, tmp_path: Path) 
         load_tokenizer(ModelConfig.model_validate({**values, "chat_template": "other"}))
 
 
+def test_a_template_for_tools_is_not_passed_over(load: Load) -> None:
+    tokenizer = load(ENDED)
+    tokenizer.chat_template = {"default": ENDED, "tool_use": "{{ tools | tojson }}" + ENDED}
+    assert rows(tokenizer)
+    with pytest.raises(UserError, match=r"rows.jsonl:7: the row has tools.* to tool_use, or"):
+        rows(tokenizer, more={"tools": [TOOL]})
+
+
 def test_all_that_decides_is_in_the_identity(load: Load) -> None:
     tokenizer = load(ENDED)
     rules = [
@@ -443,10 +578,13 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
         ChatRules(stop_tokens=frozenset([5])),
     ]
     assert len({Encoder(tokenizer, 100, each).identity for each in rules}) == len(rules)
+    other = load(ENDED)
+    other.bos_token = "<user>"
+    assert Encoder(other, 100).identity != Encoder(tokenizer, 100).identity
 
 
 def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:
-    dated = "Today is {{ strftime_now('%d %b %Y') }}, {{ strftime_now(\"%A\") }}.\n" + ENDED
+    dated = "Today is {{ strftime_now('%d %b %Y') }}, {{ strftime_now(format=\"%A\") }}.\n" + ENDED
     tokenizer = load(dated)
     (row,) = rows(tokenizer, TWO[:2])
     assert shown(tokenizer, row).startswith("Today is 01 Jan 2026, Thursday.\n<user>Ask one<end>")
@@ -457,6 +595,11 @@ def test_a_template_that_writes_the_date_writes_one_date(load: Load) -> None:
         for day in (3, 4)
     }
     assert len(identities) == 2
+
+
+def test_a_date_that_cannot_be_fixed_is_refused(load: Load) -> None:
+    with pytest.raises(UserError, match="strftime_now with something else than a text"):
+        Encoder(load("{% set form = '%Y' %}{{ strftime_now(form) }}" + ENDED), 100)
 
 
 def test_a_preview_shows_what_is_trained(
@@ -496,6 +639,9 @@ TEMPLATES = {
     "ended, marked": FOR_ALL + "<{{ m.role }}>" + GENERATED + "{% endfor %}" + ASKED,
     "forgetful": FOR_ALL
     + "<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '-' }}<end>{% endfor %}"
+    + ASKED,
+    "last question marked": FOR_ALL
+    + "<{{ m.role }}>{{ 'a ' if loop.last and m.role == 'user' }}{{ m.content }}<end>\n{% endfor %}"
     + ASKED,
     "first turn only numbered": FOR_ALL
     + "{% if loop.first %}1{% endif %}"

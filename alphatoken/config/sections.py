@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     JsonValue,
     Strict,
+    field_validator,
     model_validator,
 )
 
@@ -32,6 +33,19 @@ class Section(BaseModel):
     nearest key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+GIVEN_TO_TEMPLATES = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversations",
+    "documents",
+    "messages",
+    "return_assistant_tokens_mask",
+    "tools",
+}
+"""What a chat template gets from each row, or from how rows are rendered."""
 
 
 class LoraConfig(Section):
@@ -61,7 +75,7 @@ class ModelConfig(Section):
         description="Jinja file to use as the tokenizer's chat template, for base models, which "
         "have none; or the name of one of the tokenizer's own, where it has several.",
     )
-    chat_template_kwargs: dict[str, Any] = Field(
+    chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="Variables of the chat template, in every rendering, as in "
         "{enable_thinking: false}.",
@@ -97,6 +111,15 @@ class ModelConfig(Section):
         description="Dtype of weights and activations; the optimizer keeps float32 "
         "masters either way.",
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_what_rows_give(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := sorted(GIVEN_TO_TEMPLATES & value.keys()):
+            raise ValueError(
+                f"model.chat_template_kwargs sets {taken[0]}, which each row gives to the template"
+            )
+        return value
 
 
 class Source(Section):

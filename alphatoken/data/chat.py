@@ -4,10 +4,11 @@ of turn included. Which characters those are is decided in `turns`; here they be
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -128,10 +129,11 @@ class Encoder:
         tokens = self.tokens(chat, where)
         if not tokens:
             return Skipped("no answer to train")
-        found = [self._cut(each) for each in tokens]
-        return [each for each in found if each is not None] or Skipped(
-            "response cut away by truncation"
-        )
+        found = [each for each in map(self._cut, tokens) if each is not None]
+        if not found:
+            return Skipped("response cut away by truncation")
+        lost = ("turns cut away by truncation",) * (len(tokens) - len(found))
+        return [replace(found[0], cut=(*found[0].cut, *lost)), *found[1:]]
 
     def _cut(self, tokens: Tokens) -> Encoded | None:
         """A row of at most `max_length` tokens; None where no answer is left of it."""
@@ -197,8 +199,10 @@ class Encoder:
         encoding = self._tokenizer(
             rendering.text, add_special_tokens=False, return_offsets_mapping=True
         )
+        firsts = [first for first, _ in rendering.spans]
+        lasts = [0, *(last for _, last in rendering.spans)]
         mask = [
-            any(first <= start < end <= last for first, last in rendering.spans)
+            start < end <= lasts[bisect.bisect_right(firsts, start)]
             for start, end in encoding["offset_mapping"]
         ]
         return Tokens(rendering, list(encoding["input_ids"]), encoding["offset_mapping"], mask)

@@ -129,11 +129,18 @@ def _system(fields: Fields, name: str | None) -> list[Message]:
 
 def _alpaca(fields: Fields, where: str) -> Fields:
     """Instruction and input are one question; earlier questions and answers are in `history`."""
-    given = fields.get("input")
+    given, history = fields.get("input"), fields.get("history") or []
+    for name in ("instruction", "input"):
+        if not isinstance(fields.get(name) or "", str):
+            raise UserError(f"{where}: {name!r} must be text, but is {str(fields[name])[:80]}")
     question = f"{fields['instruction']}\n\n{given}" if given else fields["instruction"]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise UserError(
+            f"{where}: 'history' must be a list of [question, answer], but is {str(history)[:80]}"
+        )
     earlier = [
         {"role": role, "content": text}
-        for asked, answered in fields.get("history") or []
+        for asked, answered in history
         for role, text in (("user", asked), ("assistant", answered))
     ]
     turns = [
@@ -151,34 +158,48 @@ def _sharegpt(fields: Fields, where: str) -> Fields:
 
 
 def _sharegpt_turns(turns: Any, where: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: 'conversations' must be a list, but is {str(turns)[:80]}")
+    if turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return turns
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
+        speaker = str(turn.get("from")) if isinstance(turn, dict) else None
         if speaker not in SHAREGPT_ROLES or "value" not in turn:
             raise UserError(
                 f"{where}: turn {number} of 'conversations' needs 'value' and 'from', one of "
                 f"{', '.join(SHAREGPT_ROLES)}, but is {str(turn)[:80]}"
             )
-        message: Message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        said: Message = {"content": turn["value"]}
         if speaker == "function_call":
-            message = {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"function": _json(turn["value"], f"{where}: turn {number}")}],
-            }
-        messages.append(message)
+            calls = _json(turn["value"], f"{where}: turn {number}")
+            several = calls if isinstance(calls, list) else [calls]
+            said = {"content": None, "tool_calls": [{"function": call} for call in several]}
+        of_turn = {name: turn[name] for name in ("weight", "train") if name in turn}
+        messages.append({"role": SHAREGPT_ROLES[speaker], **said, **of_turn})
     return messages
 
 
 def _sharegpt_pair(fields: Fields, where: str) -> Fields:
     chosen, rejected = (_sharegpt_turns([fields[name]], where) for name in ("chosen", "rejected"))
     prompt = _sharegpt(fields, where)
-    return {"prompt": prompt["messages"], "chosen": chosen, "rejected": rejected}
+    return {
+        "prompt": prompt["messages"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "tools": prompt["tools"],
+    }
 
 
 def _completion(fields: Fields, where: str) -> Fields:
     """Prompt and completion, as text or as messages."""
     prompt, completion = fields["prompt"], fields["completion"]
+    for name in ("prompt", "completion"):
+        if not isinstance(fields[name], str | list):
+            raise UserError(
+                f"{where}: {name!r} must be text or a list of messages, but is "
+                f"{str(fields[name])[:80]}"
+            )
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "response": completion, "tools": fields.get("tools")}
     turns = [
@@ -199,7 +220,14 @@ def _pair(fields: Fields, where: str) -> Fields:
     both: Fields = {name: fields[name] for name in ("tools", "messages") if name in fields}
     if all(isinstance(text, str) and SPEAKER.match(text) for text in branches.values()):
         turns = {name: turns_of(str(text), where) for name, text in branches.items()}
-        return {**both, **turns}
+        # With another prompt than the one they begin with, they are answers that look like it.
+        begins = {"role": "user", "content": str(prompt).strip()}
+        if (
+            prompt is None
+            or (isinstance(prompt, str) and SPEAKER.match(prompt))
+            or all(turn[0] == begins for turn in turns.values())
+        ):
+            return {**both, **turns}
     if isinstance(prompt, str) and SPEAKER.match(prompt):
         asked = turns_of(prompt, where)
         if asked[-1] == {"role": "assistant", "content": ""}:
@@ -225,12 +253,14 @@ def _two_responses(fields: Fields, where: str) -> Fields:
 
 def _ranked(fields: Fields, where: str) -> Fields:
     """Several answers with scores: the best against the worst."""
+    given = fields["completions"] if isinstance(fields["completions"], list) else []
     rated = [
         (each.get("overall_score", each.get("score")), each.get("response", each.get("text")))
-        for each in fields["completions"]
+        for each in given
         if isinstance(each, dict)
     ]
-    known = [(float(score), text) for score, text in rated if score is not None and text]
+    scored = [(_number(score), text) for score, text in rated if text]
+    known = [(score, text) for score, text in scored if score is not None]
     if len(known) < 2 or min(known)[0] == max(known)[0]:
         raise UserError(
             f"{where}: 'completions' needs at least two answers with different 'overall_score', "
@@ -249,6 +279,13 @@ def _unpaired(fields: Fields, where: str) -> Fields:
     )
 
 
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def _json(text: Any, where: str) -> Any:
     try:
         return json.loads(text)
@@ -258,7 +295,7 @@ def _json(text: Any, where: str) -> Any:
 
 FORMATS: dict[str, Format] = {
     "sharegpt_pair": Format(
-        ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system",)
+        ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system", "tools")
     ),
     "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "tools", "messages")),
     "messages": Format(

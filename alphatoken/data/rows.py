@@ -16,6 +16,9 @@ PAIR_FORM = (
     "and 'rejected' as conversations that begin alike"
 )
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that chat templates read as its reasoning."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -134,6 +137,11 @@ def says_anything(message: Message) -> bool:
     return bool(message["content"].strip()) or bool(message.get("tool_calls"))
 
 
+def asks_anything(messages: Sequence[Message]) -> bool:
+    """Whether there is something to answer: more than instructions of the system."""
+    return any(message["role"] not in ("system", "developer") for message in messages)
+
+
 def has_text(messages: Sequence[Message], role: str | None = None) -> bool:
     """Whether anything is said, or anything by `role`."""
     return any(says_anything(message) for message in messages if role in (None, message["role"]))
@@ -181,8 +189,16 @@ def _message(message: Any, name: str, where: str) -> Message:
     given["content"] = _text(f"content of {name}", content, where)
     if given.get("weight", 0) not in (0, 1):
         raise UserError(
-            f"{where}: {name} has weight={given['weight']}: a message is trained (1) or not (0)"
+            f"{where}: {name} has weight={given['weight']!r}: a message is trained (1) or not (0)"
         )
+    if given.get("train", 0) not in (0, 1):
+        raise UserError(
+            f"{where}: {name} has train={given['train']!r}: a message is trained (true) or not "
+            "(false)"
+        )
+    for part in REASONING:
+        if not isinstance(given.get(part, ""), str):
+            raise UserError(f"{where}: {name} has {part}={given[part]!r}, which must be text")
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, name, where) for call in calls]
     return given

@@ -57,7 +57,8 @@ class Row:
 def location(source: Source, number: int) -> str:
     """`file:line`, or the row of a Parquet file or dataset."""
     path = _filled_in(source.path)
-    return f"{path}:{number}" if path.endswith(LINES) else f"{path} row {number}"
+    is_lines = path.endswith(LINES) and not _is_several(path)
+    return f"{path}:{number}" if is_lines else f"{path} row {number}"
 
 
 def open_source(source: Source) -> tuple[str, Iterator[Row]]:
@@ -66,8 +67,7 @@ def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     path = _filled_in(source.path)
     rows: Iterator[Row]
     file = Path(path)
-    several = ADDRESS.match(path) or (PATTERN.search(path) and not file.is_file())
-    if path.endswith(SUFFIXES) and not several:
+    if path.endswith(SUFFIXES) and not _is_several(path):
         if not file.is_file():
             raise UserError(f"data file {file} does not exist")
         fingerprint = file_sha256(file)
@@ -126,6 +126,11 @@ def _filled_in(path: str) -> str:
     if missing:
         raise UserError(f"data path {path}: the environment variable {missing[1]} is not set")
     return filled if ADDRESS.match(filled) else str(Path(filled).expanduser())
+
+
+def _is_several(path: str) -> bool:
+    """Whether `datasets` finds the rows: of an address, or of all files of a pattern."""
+    return bool(ADDRESS.match(path) or (PATTERN.search(path) and not Path(path).is_file()))
 
 
 def _json_rows(source: Source, file: Path) -> Iterator[Row]:

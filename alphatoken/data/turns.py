@@ -12,9 +12,11 @@ becomes a row of its own.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alphatoken.config.sections import TODAY, Turns
-from alphatoken.data.rows import Chat, Message, is_trained, says_anything
+from alphatoken.data.rows import REASONING, Chat, Message, asks_anything, is_trained, says_anything
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(?P<form>[^'"]*)\1\s*\)""")
+DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(?P<form>[^'"]*)\1\s*\)""")
 TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 """What follows the text of a turn that is over: own tokens of the template (o), then white space
 (w)."""
@@ -45,6 +47,8 @@ UNASKED = "assistant turns that answer nothing (not trained)"
 EMPTY = "empty assistant turns (not trained)"
 APART = "conversations trained as a row per turn, as the chat template rewrites earlier ones"
 UNSAID_REASONING = "turns whose reasoning_content the chat template leaves out"
+UNSAID_TEXT = "tool calls beside a text that the chat template leaves out"
+UNSAID_TOOLS = "conversations whose tools the chat template leaves out"
 OTHER_OPENING = "answers that the chat template marks behind another text than inference has there"
 
 
@@ -94,7 +98,8 @@ class Renderer:
     """A tokenizer's chat template. Where it writes today's date (`strftime_now`), it writes that of
     its rules: the same row is then the same tokens on every day.
 
-    Raises UserError for a tokenizer with several templates and no default.
+    Raises UserError for a tokenizer with several templates and no default, and for a template that
+    writes the date in a form that only rendering tells.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> None:
@@ -109,8 +114,17 @@ class Renderer:
         self.template = DATE_CALL.sub(
             lambda call: json.dumps(rules.today.strftime(call["form"])), template
         )
+        if "strftime_now(" in self.template:
+            raise UserError(
+                "the chat template calls strftime_now with something else than a text, so its rows "
+                "would be other tokens on another day; write the form there, or the date itself "
+                "(model.chat_template)"
+            )
+        own = tokenizer.chat_template
+        self._has_another_for_tools = isinstance(own, dict) and "tool_use" in own
         self._tokenizer = tokenizer
         self._rules = rules
+        self._variables = {**tokenizer.special_tokens_map, **rules.variables}
         self._is_marked = GENERATION_MARK.search(self.template) is not None
         self._stops = {*rules.stop_tokens, tokenizer.eos_token_id}
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -121,7 +135,7 @@ class Renderer:
         return {
             "template": self.template,
             "stops": sorted(self._stops),
-            "variables": dict(self._rules.variables),
+            "variables": self._variables,
             "turns": self._rules.turns,
         }
 
@@ -137,19 +151,24 @@ class Renderer:
         answer it drops, and one that it asks for with other text than it writes before it.
         """
         whole, _ = self._render(chat, where)
-        turns, notes = [], []
-        for index in range(first, len(chat.messages)):
+        turns: list[_Turn] = []
+        notes: list[str] = []
+        places, only_last = range(first, len(chat.messages)), self._rules.turns == "last"
+        for index in reversed(places) if only_last else places:
             message = chat.messages[index]
             if message["role"] != "assistant" or not is_trained(message):
                 continue
             found = EMPTY if not says_anything(message) else self._turn(chat, index, where)
             if isinstance(found, str):
                 notes.append(found)
-            else:
-                turns.append(found)
-        if self._rules.turns == "last":
-            turns = turns[-1:]
+                continue
+            turns.append(found)
+            if only_last:
+                break
         notes += [note for turn in turns for note in turn.notes]
+        names = [tool.get("function", tool).get("name") for tool in chat.tools or []]
+        if names and not any(str(name) in whole for name in names):
+            notes.append(UNSAID_TOOLS)
         if not turns:
             return []
         if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
@@ -180,29 +199,27 @@ class Renderer:
         """Characters of a stop token directly behind an answer that has none: of templates in which
         the next speaker's header ends a turn."""
         start, end = span
-        said = self._tokens(text[start:end])
-        if self._is_marked or any(token in self._stops for token, _ in said):
+        behind = [] if self._is_marked else self._tokens(text[end : end + LONGEST_STOP])
+        if not behind or behind[0][0] not in self._stops or behind[0][1][0] > 0:
             return 0
-        behind = self._tokens(text[end : end + LONGEST_STOP])
-        if behind and behind[0][0] in self._stops and behind[0][1][0] == 0:
-            return behind[0][1][1]
-        return 0
+        said = self._tokens(text[start:end])
+        return 0 if any(token in self._stops for token, _ in said) else behind[0][1][1]
 
     def _turn(self, chat: Chat, index: int, where: str) -> _Turn | str:
         """An answer with what precedes it; why it is not trained where nothing asks for it."""
         before = chat.first(index)
-        is_asked = any(message["role"] != "system" for message in before.messages)
+        if not asks_anything(before.messages):
+            return UNASKED
         try:
-            if not before.messages:
-                return UNASKED
             asked, _ = self._rendered(before, asks=True)
             text, marks = self._rendered(chat.first(index + 1))
             start = len(asked)
             if self._is_marked:
                 start = _alike(text, self._rendered(before)[0])
+            elif not text.startswith(asked):
+                plain, _ = self._rendered(before)
+                text = _behind(asked, plain, text, *chat.messages[index - 1 : index + 1]) or text
         except TemplateError as error:
-            if not is_asked:
-                return UNASKED
             raise self._refused(where, error) from None
         message = chat.messages[index]
         if self._is_marked:
@@ -254,6 +271,12 @@ class Renderer:
         return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
 
     def _render(self, chat: Chat, where: str, *, asks: bool = False) -> tuple[str, list[Span]]:
+        if chat.tools and self._has_another_for_tools:
+            raise UserError(
+                f"{where}: the row has tools, for which the tokenizer has a chat template of its "
+                "own: set model.chat_template to tool_use, or to default to render such rows as "
+                "the others"
+            )
         try:
             return self._rendered(chat, asks=asks)
         except TemplateError as error:
@@ -262,15 +285,19 @@ class Renderer:
     def _rendered(self, chat: Chat, *, asks: bool = False) -> tuple[str, list[Span]]:
         """The text, and the template's own marks in it; with `asks` followed by what asks for an
         answer."""
-        options = {**self._tokenizer.special_tokens_map, **self._rules.variables}
-        texts, marks = render_jinja_template(
-            [chat.messages],
-            tools=chat.tools,
-            chat_template=self.template,
-            add_generation_prompt=asks,
-            return_assistant_tokens_mask=self._is_marked,
-            **options,
-        )
+        try:
+            texts, marks = render_jinja_template(
+                [chat.messages],
+                tools=chat.tools,
+                chat_template=self.template,
+                add_generation_prompt=asks,
+                return_assistant_tokens_mask=self._is_marked,
+                **self._variables,
+            )
+            texts[0].encode()
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            # What a template does to a value of another type; half of a character.
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
         return texts[0], [(start, end) for start, end in marks[0]] if self._is_marked else []
 
     @staticmethod
@@ -282,22 +309,26 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
     """Notes on what the template leaves out of a turn that it asks for up to `start`. Raises
     UserError where that is the answer itself."""
     content, said = message["content"].strip(), text[start:]
-    if content and not _is_in(content, text, start):
+    is_unsaid = bool(content) and not _is_in(content, text, start)
+    if is_unsaid and not message.get("tool_calls"):
         raise UserError(
             f"{where} has a 'content' of which nothing is in the chat template's text "
             f"({_shown(said)}): the model would learn to say nothing; use another "
             "model.chat_template, or leave the row out"
         )
-    for call in message.get("tool_calls") or []:
-        name = call.get("function", call).get("name", "")
-        if name not in said:
+    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
+    # Texts may name the tools that they are about to call.
+    beside = said.replace(content, "", 1).replace(reasoning, "", 1)
+    calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or [])
+    for name, count in calls.items():
+        if beside.count(name) < count:
             raise UserError(
                 f"{where} calls the tool {name!r} in 'tool_calls', but the chat template does not "
-                f"write tool calls ({_shown(said)}): the model would learn to say nothing; use a "
-                "model.chat_template that does, or leave the row out"
+                f"write all tool calls ({_shown(said)}): the model would learn to leave them out; "
+                "use a model.chat_template that does, or leave the row out"
             )
-    reasoning = (message.get("reasoning_content") or "").strip()
-    return (UNSAID_REASONING,) if reasoning and not _is_in(reasoning, text, start) else ()
+    notes = (UNSAID_TEXT,) if is_unsaid else ()
+    return (*notes, UNSAID_REASONING) if reasoning and not _is_in(reasoning, text, start) else notes
 
 
 def _is_in(part: str, text: str, start: int) -> bool:
@@ -324,10 +355,26 @@ def _other_opening(asked: str, text: str, index: int) -> str:
     )
 
 
+def _behind(asked: str, plain: str, text: str, last: Message, answer: Message) -> str | None:
+    """What asks for an answer with the answer behind it, where a template that writes the answer
+    moves or drops something far before it (a system text, earlier reasoning). None where the last
+    message, and what asks behind it, do not stand in `text` before the answer.
+
+    `plain` is `asked` without what asks.
+    """
+    content, said = last["content"].strip(), answer["content"].strip()
+    place = plain.rfind(content)
+    if not content or place < 0 or not asked.startswith(plain):
+        return None
+    near, end = asked[place:], text.rfind(said)
+    start = text.rfind(near, 0, end if said and end >= 0 else len(text))
+    return asked + text[start + len(near) :] if start >= 0 else None
+
+
 def _alike(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    places = range(1, min(len(first), len(second)) + 1)
+    return bisect.bisect_left(places, 1, key=lambda end: not first.startswith(second[:end]))
 
 
 def _shown(text: str) -> str:

@@ -24,6 +24,7 @@ from alphatoken.data.rows import (
     Message,
     as_chat,
     as_pair,
+    asks_anything,
     has_text,
     is_trained,
     says_anything,
@@ -61,7 +62,7 @@ class Conversation:
             and message["role"] == "assistant"
             and is_trained(message)
             and says_anything(message)
-            and any(earlier["role"] != "system" for earlier in self.chat.messages[:index])
+            and asks_anything(self.chat.messages[:index])
         )
 
     def speaker(self, index: int) -> str:
@@ -198,8 +199,9 @@ def _account(
             foreign.append((place, conversation.speaker(owner)))
         elif not trained and conversation.is_trained(owner):
             # A first token that the tokenizer has fused with what precedes it is not the
-            # answer's own.
-            is_own = layout.offsets[place][0] >= layout.spans[owner][0]
+            # answer's own, and neither is what inference gives it (`<think>`).
+            own = max(layout.spans[owner][0], _given(layout, encoder, owner))
+            is_own = layout.offsets[place][0] >= own
             lacking += [(place, "assistant")] * is_own
     return Account(
         foreign=_runs(tokenizer, layout.ids, foreign),
@@ -249,12 +251,18 @@ def judge_masks(
     """That the mask covers the assistant's turns and nothing else, in a probe and in rows of the
     data; shows one row.
 
-    Raises UserError for a template that not even the probe can be encoded with.
+    Rows with reasoning may be encoded where the probe, which has none, is not: then they alone are
+    judged. Raises UserError for a template that the probe cannot be encoded with, without rows.
     """
     complaints: dict[str, list[str]] = {}
     known: list[tuple[Conversation, list[Account]]] = []
-    tried = probe(tokenizer, encoder)
-    for each in (tried, *conversations):
+    probes: list[Conversation] = []
+    try:
+        probes.append(probe(tokenizer, encoder))
+    except UserError:
+        if not conversations:
+            raise
+    for each in (*probes, *conversations):
         try:
             found = accounts(tokenizer, encoder, each)
         except UserError as error:
@@ -266,8 +274,8 @@ def judge_masks(
                 complaints.setdefault(what, []).append(f"{clipped(said, 60)!r} ({each.where})")
     rows = f"{plural(len(conversations), 'conversation')} of the data"
     details: tuple[str, ...] = ()
-    if len(known) > 1:
-        row, found = known[1]
+    if shown_row := next((each for each in known if each[0] not in probes), None):
+        row, found = shown_row
         shown = "\n".join(clipped(one.shown) for one in found)
         details = (f"What is trained of {row.where}, in [[ ]]:", *shown.splitlines())
     if complaints:
@@ -279,17 +287,13 @@ def judge_masks(
             "off the rest"
         )
         return Finding("response mask", "failed", text, fix, details=details)
-    unknown = 1 + len(conversations) - len(known)
+    unknown = len(probes) + len(conversations) - len(known)
     if unknown:
-        text = (
-            f"{unknown} of a probe and {rows} cannot be checked: the template rewrites what they "
-            "say"
-        )
+        among = f"a probe and {rows}" if probes else rows
+        text = f"{unknown} of {among} cannot be checked: the template rewrites what they say"
         return Finding("response mask", "warning", text, "look at the row below", details=details)
-    turns = len(tried.chat.messages)
-    text = (
-        f"trains what the assistant says and nothing else, in a probe of {turns} turns and {rows}"
-    )
+    tried = "".join(f"a probe of {len(each.chat.messages)} turns and " for each in probes)
+    text = f"trains what the assistant says and nothing else, in {tried}{rows}"
     return Finding("response mask", "ok", text, details=details)
 
 
@@ -385,9 +389,12 @@ def _template_text_of_answers(
         is_last = index + 1 == len(layout.spans)
         limit = len(layout.text) + 1 if is_last else layout.spans[index + 1][0]
         behind = [place for place, (left, _) in enumerate(layout.offsets) if end <= left < limit]
-        closing = itertools.takewhile(lambda place: layout.ids[place] not in special, behind)
-        allowed.update(closing)
-        for place in itertools.dropwhile(lambda place: layout.ids[place] not in special, behind):
+        # Calls stand behind the content, with marks of their own.
+        calls = layout.conversation.chat.messages[index].get("tool_calls")
+        ends = [layout.ids[place] in (stops if calls else special) for place in behind]
+        closing = ends.index(True) if True in ends else len(behind)
+        allowed.update(behind[:closing])
+        for place in behind[closing:]:
             if layout.ids[place] not in special:
                 break
             allowed.add(place)  # several end a turn together where they stand side by side
@@ -398,18 +405,25 @@ def _template_text_of_answers(
 
 def _opening(layout: _Layout, encoder: Encoder, index: int) -> set[int]:
     """Places of the template's tokens between what asks for message `index` and its content."""
-    if index == 0:
-        return set()
-    conversation = layout.conversation
-    asked = encoder.prompt_text(conversation.chat.first(index), conversation.where)
-    if not layout.text.startswith(asked):
+    given = _given(layout, encoder, index)
+    if not given:
         return set()
     start, _ = layout.spans[index]
     return {
         place
         for place, (left, right) in enumerate(layout.offsets)
-        if len(asked) <= left < right <= start
+        if given <= left < right <= start
     }
+
+
+def _given(layout: _Layout, encoder: Encoder, index: int) -> int:
+    """Characters of the text that ask for message `index`; 0 where the text does not begin with
+    what asks."""
+    if index == 0:
+        return 0
+    conversation = layout.conversation
+    asked = encoder.prompt_text(conversation.chat.first(index), conversation.where)
+    return len(asked) if layout.text.startswith(asked) else 0
 
 
 def _runs(
