@@ -42,6 +42,11 @@ CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 
 SUPERVISED: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
     "ours": ("prompt_response", {"prompt": "Ask", "response": "Say"}, ONE),
+    "ours, asked in messages": (
+        "prompt_response",
+        {"prompt": [SYSTEM, user("Ask")], "response": "Say"},
+        [SYSTEM, *ONE],
+    ),
     "UltraChat": ("messages", {"prompt": "Ask", "prompt_id": "x", "messages": ONE}, ONE),
     "Alpaca": ("alpaca", {"instruction": "Ask", "input": "", "output": "Say"}, ONE),
     "Alpaca with all": (

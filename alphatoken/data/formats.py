@@ -275,7 +275,7 @@ def _unpaired(fields: Fields, where: str) -> Fields:
     raise UserError(
         f"{where}: 'completion' with 'label' is an answer that was judged alone (KTO), and pairs "
         "are trained here: leave the rows with label=false out and train on the others with "
-        "recipes/sft.py, or give pairs"
+        "recipes/sft.py (format: completion), or give pairs"
     )
 
 

@@ -56,13 +56,9 @@ def as_chat(fields: dict[str, Any], where: str) -> Chat:
             )
         return Chat(messages, _tools(fields, where))
     if "prompt" in fields and "response" in fields and "messages" not in fields:
-        return Chat(
-            [
-                {"role": role, "content": _text(key, fields[key], where)}
-                for key, role in (("prompt", "user"), ("response", "assistant"))
-            ],
-            _tools(fields, where),
-        )
+        answer = {"role": "assistant", "content": _text("response", fields["response"], where)}
+        prompt = _turns("prompt", fields["prompt"], "user", where)
+        return Chat([*prompt, answer], _tools(fields, where))
     hint = "; pairs are for recipes/preference.py and configurations with a section preference"
     raise UserError(
         f"{where}: a row needs either 'prompt' and 'response', or 'messages'; this one has "

@@ -189,5 +189,5 @@ def _open_dataset(source: Source, path: str) -> Any:
         raise UserError(
             f"data source {source.path!r} is neither a file that can be read "
             f"({', '.join(LOADERS)}) nor a dataset that `datasets` can load with "
-            f"split={source.split!r}, subset={source.subset!r}: {reason}"
+            f"split={source.split!r}, subset={source.subset!r}: {str(reason) or repr(reason)}"
         ) from None
