@@ -23,42 +23,22 @@ from rich.table import Table
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.config.run import RunConfig
-from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.training.moments import rank_correlation
-from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.estimator import Scorer
 from alphatoken.values.registry import build_scorer
-from benchmarks.measuring import circumstances, cost_parser, run_cost
+from benchmarks.measuring import build_trainer, circumstances, cost_parser, run_cost
 
 
 def trainer_of(arguments: argparse.Namespace, folder: str) -> Trainer:
-    source = {"path": str(arguments.data)}
-    values = {
-        "model": {"name_or_path": str(arguments.model), "dtype": arguments.dtype},
-        "data": {
-            "train": {**source, "skip": 64},
-            "validation": {**source, "first": 64},
-            "max_length": arguments.max_length,
-            "cache_dir": folder,
-        },
-        "valuation": {
-            "layers": 3,
-            "stability_weight": 0.0,
-            "split_terms": False,
-            "validation_sequences": arguments.validation_sequences,
-        },
+    """One that keeps every token and its learning rate, with adaptation in one value."""
+    sections = {
         "selection": {"policy": "all"},
         "optim": {"lr": arguments.lr, "warmup_ratio": 0.0, "schedule": "constant"},
-        "train": {
-            "global_batch_size": arguments.rows,
-            "micro_batch_size": arguments.micro_batch,
-            "max_steps": max(arguments.ages),
-            "output_dir": f"{folder}/run",
-        },
+        "train": {"global_batch_size": arguments.rows, "max_steps": max(arguments.ages)},
     }
-    return Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective()))
+    rows = arguments.validation_sequences
+    return build_trainer(arguments, folder, sections, validation_sequences=rows)
 
 
 def train(trainer: Trainer, step: int) -> None:
@@ -138,6 +118,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = cost_parser(__doc__)
+    parser.set_defaults(split_terms=False)
     parser.add_argument("--ages", type=int, nargs="+", default=[1, 3, 15], help="in steps")
     parser.add_argument("--lr", type=float, default=2e-5, help="constant learning rate")
     parser.add_argument("--rows", type=int, default=4, help="rows of an optimizer step")

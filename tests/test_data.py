@@ -414,7 +414,7 @@ def test_a_conversation_is_asked_without_its_final_answer(
         "prompt over 9 tokens"
     )
     assert encoder.encode({"prompt": " "}, "here") == Skipped("empty prompt")
-    with pytest.raises(UserError, match="here: a row needs a text 'prompt', or 'messages'"):
+    with pytest.raises(UserError, match="here: a row needs a 'prompt', or 'messages'"):
         encoder.encode({"question": "?"}, "here")
 
 

@@ -33,6 +33,7 @@ from alphatoken.data.splits import read_splits
 from alphatoken.doctor import comparing, masks, measuring, refusals, rows, storage
 from alphatoken.doctor.facts import Facts
 from alphatoken.doctor.findings import Finding
+from alphatoken.doctor.layout import Conversation
 from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
@@ -317,7 +318,7 @@ def test_calls_and_greetings_are_no_mistakes(
         {"role": "assistant", "content": "Say"},
     ]
     encoder = Encoder(tokenizer, 1000)
-    found = masks.judge_masks(tokenizer, encoder, [masks.Conversation(Chat(talk), 0, "here")])
+    found = masks.judge_masks(tokenizer, encoder, [Conversation(Chat(talk), 0, "here")])
     assert (found.outcome, found.found[-31:]) == ("ok", " and 1 conversation of the data")
     assert "[[I look.<call>" in "\n".join(found.details)
 
@@ -333,7 +334,7 @@ def test_rows_with_reasoning_are_judged_where_the_probe_has_none(
         {"role": "user", "content": "Ask"},
         {"role": "assistant", "content": "<think>hm</think>Say"},
     ]
-    found = masks.judge_masks(tokenizer, encoder, [masks.Conversation(Chat(talk), 0, "here")])
+    found = masks.judge_masks(tokenizer, encoder, [Conversation(Chat(talk), 0, "here")])
     assert (found.outcome, found.found[-35:]) == ("ok", "else, in 1 conversation of the data")
     assert "<think>[[hm</think>Say<|im_end|>]]" in "\n".join(found.details)
     with pytest.raises(UserError, match="inference would begin message 2"):

@@ -21,7 +21,7 @@ from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
 from alphatoken.data.formats import FORMATS, converted, format_of
 from alphatoken.data.pairs import PairEncoder
-from alphatoken.data.rows import as_chat, as_pair, is_trained
+from alphatoken.data.rows import as_chat, as_pair, as_prompt, is_trained
 from alphatoken.data.sources import open_source
 from alphatoken.data.splits import load_prompts, load_splits
 from alphatoken.errors import UserError
@@ -170,6 +170,7 @@ def test_supervised_rows(name: str) -> None:
     ours, _ = converted(fields, "auto", "here")
     assert as_chat(ours, "here").messages == messages
     assert converted(fields, expected, "here")[0] == ours
+    assert as_prompt(ours, "here").messages == messages[:-1], "what the Fisher asks"
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from alphatoken.data.rows import Message
 from alphatoken.errors import UserError
 
 Fields = dict[str, Any]
-Message = dict[str, Any]
 Convert = Callable[[Fields, str], Fields]
 """From a row and its name in errors, ours. Raises UserError for a row that is not of the format."""
 
@@ -109,22 +109,19 @@ def _asked(question: str, answer: str, system: str | None = None) -> Convert:
     """A question and an answer in columns of other names."""
 
     def convert(fields: Fields, where: str) -> Fields:
-        turns = [
-            {"role": "user", "content": fields[question]},
-            {"role": "assistant", "content": fields[answer]},
-        ]
+        turns = [*_one("user", fields[question]), *_one("assistant", fields[answer])]
         return {"messages": [*_system(fields, system), *turns]}
 
     return convert
 
 
-def _one(role: str, text: str) -> list[Message]:
+def _one(role: str, text: Any) -> list[Message]:
     return [{"role": role, "content": text}]
 
 
 def _system(fields: Fields, name: str | None) -> list[Message]:
     text = fields.get(name) if name else None
-    return [{"role": "system", "content": text}] if text else []
+    return _one("system", text) if text else []
 
 
 def _alpaca(fields: Fields, where: str) -> Fields:
@@ -138,16 +135,13 @@ def _alpaca(fields: Fields, where: str) -> Fields:
         raise UserError(
             f"{where}: 'history' must be a list of [question, answer], but is {str(history)[:80]}"
         )
-    earlier = [
-        {"role": role, "content": text}
-        for asked, answered in history
-        for role, text in (("user", asked), ("assistant", answered))
-    ]
+    exchanges = [*history, (question, fields["output"])]
     turns = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": fields["output"]},
+        turn
+        for asked, said in exchanges
+        for turn in (*_one("user", asked), *_one("assistant", said))
     ]
-    return {"messages": [*_system(fields, "system"), *earlier, *turns]}
+    return {"messages": [*_system(fields, "system"), *turns]}
 
 
 def _sharegpt(fields: Fields, where: str) -> Fields:

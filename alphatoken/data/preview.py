@@ -4,12 +4,12 @@ apart."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.data.cache import Document, TokenDataset
+from alphatoken.data.cache import TokenDataset
 
 TRAINED = "bold green"
 GIVEN = "dim"
@@ -21,12 +21,12 @@ def previews(
     """The first rows of a data set: where each comes from, and its documents with `[[ ]]` around
     what is trained, in colour besides."""
     for row in range(min(rows, len(dataset))):
-        documents = [_marked(document, tokenizer) for document in dataset[row]]
+        documents = [marked(ids.tolist(), mask.tolist(), tokenizer) for ids, mask in dataset[row]]
         yield dataset.location(row), documents
 
 
-def _marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
-    ids, mask = (part.tolist() for part in document)
+def marked(ids: Sequence[int], mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Tokens as text, with `[[ ]]` around what is trained, in colour besides."""
     text = Text()
     for trained, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda each: each[1]):
         part = tokenizer.decode([token for token, _ in group])

@@ -77,11 +77,11 @@ def as_prompt(fields: dict[str, Any], where: str) -> Chat:
     if "messages" in fields and "response" not in fields:
         messages = _checked("messages", fields["messages"], where)
         return Chat(messages[:-1] if messages[-1]["role"] == "assistant" else messages, tools)
-    if not isinstance(fields.get("prompt"), str):
+    if "prompt" not in fields:
         raise UserError(
-            f"{where}: a row needs a text 'prompt', or 'messages'; this one is {_shortened(fields)}"
+            f"{where}: a row needs a 'prompt', or 'messages'; this one is {_shortened(fields)}"
         )
-    return Chat([{"role": "user", "content": _text("prompt", fields["prompt"], where)}], tools)
+    return Chat(_turns("prompt", fields["prompt"], "user", where), tools)
 
 
 def as_pair(fields: dict[str, Any], where: str) -> RawPair:

@@ -173,8 +173,10 @@ class Renderer:
             return []
         if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
             return [self._together(whole, len(chat.messages), turns, notes)]
+        if len(turns) > 1:
+            notes.append(APART)
         return [
-            self._together(turn.text, turn.index + 1, [turn], [] if number else [*notes, APART])
+            self._together(turn.text, turn.index + 1, [turn], [] if number else notes)
             for number, turn in enumerate(turns)
         ]
 

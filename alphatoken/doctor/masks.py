@@ -1,15 +1,9 @@
 """Whether what is trained is what the assistant says: an account of each token of a conversation,
-made without the code that makes the response mask.
-
-The template is rendered once more with every message replaced by a mark. What stands between the
-marks is the template's own text, and tells where each message lies in a real conversation, whatever
-it says.
-"""
+made without the code that makes the response mask (`layout`)."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,19 +13,18 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Source
 from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.preview import marked
 from alphatoken.data.rows import (
     Chat,
     Message,
     as_chat,
     as_pair,
-    asks_anything,
     has_text,
-    is_trained,
-    says_anything,
 )
 from alphatoken.data.sources import location, open_source
 from alphatoken.data.tokenizer import chat_rules
 from alphatoken.doctor.findings import Finding
+from alphatoken.doctor.layout import Conversation, Layout, lay_out
 from alphatoken.errors import UserError
 from alphatoken.util.wording import plural
 
@@ -44,38 +37,6 @@ PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "Only foxes yodel."},
 )
 LOOKED_AT = 32  # rows of the data
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A row's messages, and from which on the assistant's are trained: those of a pair's prompt are
-    not."""
-
-    chat: Chat
-    answered_from: int
-    where: str
-
-    def is_trained(self, index: int) -> bool:
-        message = self.chat.messages[index]
-        return (
-            index >= self.answered_from
-            and message["role"] == "assistant"
-            and is_trained(message)
-            and says_anything(message)
-            and asks_anything(self.chat.messages[:index])
-        )
-
-    def speaker(self, index: int) -> str:
-        """Whose text a message is, in reports."""
-        role: str = self.chat.messages[index]["role"]
-        return role if index >= self.answered_from else "prompt"
-
-    def parts(self, counts: Sequence[int]) -> list[Conversation]:
-        """The conversation; or, where it becomes several rows, its first messages, so many of them
-        each, of which the last is trained."""
-        if len(counts) == 1:
-            return [self]
-        return [Conversation(self.chat.first(count), count - 1, self.where) for count in counts]
 
 
 @dataclass(frozen=True)
@@ -143,22 +104,6 @@ def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:
     raise refused
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the messages and the tokens of a conversation lie in the template's text."""
-
-    conversation: Conversation
-    text: str
-    spans: list[tuple[int, int]]
-    """First and last character of each message's content, both behind the text where a message that
-    is not trained is rewritten."""
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    """First and last character of each token."""
-    mask: list[bool]
-    """Which tokens are trained."""
-
-
 def accounts(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation
 ) -> list[Account] | None:
@@ -184,13 +129,13 @@ def accounts(
 def _account(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, tokens: Tokens
 ) -> Account | None:
-    layout = _lay_out(tokenizer, encoder, conversation, tokens)
+    layout = lay_out(tokenizer, encoder, conversation, tokens)
     if layout is None:
         return None
     allowed = _template_text_of_answers(layout, tokenizer, encoder)
     foreign, lacking = [], []
     for place, trained in enumerate(layout.mask):
-        owner = _owner(layout.offsets[place], layout.spans)
+        owner = layout.owner(place)
         if owner is None:
             is_foreign = trained and place not in allowed
             if is_foreign and tokenizer.decode([layout.ids[place]]).strip():
@@ -206,31 +151,7 @@ def _account(
     return Account(
         foreign=_runs(tokenizer, layout.ids, foreign),
         lacking=_runs(tokenizer, layout.ids, lacking),
-        shown=_marked(tokenizer, layout.ids, layout.mask),
-    )
-
-
-def _lay_out(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, tokens: Tokens
-) -> _Layout | None:
-    """Finds messages and tokens in the template's text; None where that is not possible."""
-    text = _text(tokenizer, encoder, conversation.chat)
-    encoding = tokenizer(
-        text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True
-    )
-    ids, offsets = tokens.ids, list(encoding["offset_mapping"])
-    # The EOS that a row without template gets stands behind the text.
-    offsets += [(len(text), len(text))] * (len(ids) - len(offsets))
-    spans = _spans(tokenizer, encoder, conversation, text)
-    if spans is None or list(encoding["input_ids"]) != ids[: len(encoding["input_ids"])]:
-        return None
-    return _Layout(
-        conversation=conversation,
-        text=text,
-        spans=spans,
-        ids=ids,
-        offsets=offsets,
-        mask=tokens.mask,
+        shown=marked(layout.ids, layout.mask, tokenizer).plain,
     )
 
 
@@ -307,75 +228,8 @@ def _and_more(texts: Sequence[str]) -> str:
     return f" and {plural(len(texts) - 1, 'more place')}" if len(texts) > 1 else ""
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat) -> str:
-    if tokenizer.chat_template is None:
-        return "".join(message["content"] for message in chat.messages)
-    text: str = tokenizer.apply_chat_template(
-        chat.messages,
-        tools=chat.tools,
-        tokenize=False,
-        chat_template=encoder.template,
-        **encoder.rules.variables,
-    )
-    return text
-
-
-def _spans(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, conversation: Conversation, text: str
-) -> list[tuple[int, int]] | None:
-    """Where each message's content lies in `text`; behind it for one that the template rewrites,
-    where nothing of that is trained. None where it rewrites what is trained."""
-    places = range(len(conversation.chat.messages))
-    for sought in (places, list(filter(conversation.is_trained, places))):
-        found = _spans_of(sought, tokenizer, encoder, conversation.chat, text)
-        if found is not None:
-            return [found.get(place, (len(text) + 1, len(text) + 1)) for place in places]
-    return None
-
-
-def _spans_of(
-    sought: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    chat: Chat,
-    text: str,
-) -> dict[int, tuple[int, int]] | None:
-    """Where the content of some messages lies in `text`. None where the template does more than to
-    put text around it."""
-    marks = {index: f"zqj{index}vxk" for index in sought}
-    marked = [
-        {**message, "content": marks.get(index, message["content"])}
-        for index, message in enumerate(chat.messages)
-    ]
-    frame = re.split("|".join(marks.values()), _text(tokenizer, encoder, Chat(marked, chat.tools)))
-    if not marks or len(frame) != len(marks) + 1:
-        return None
-    for trim in (str, str.strip, str.lstrip, str.rstrip):
-        contents = [trim(chat.messages[index]["content"]) for index in sought]
-        if text == frame[0] + "".join(
-            content + piece for content, piece in zip(contents, frame[1:], strict=True)
-        ):
-            break
-    else:
-        return None
-    spans, place = {}, 0
-    for index, before, content in zip(sought, frame, contents, strict=False):
-        place += len(before)
-        spans[index] = (place, place + len(content))
-        place += len(content)
-    return spans
-
-
-def _owner(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int | None:
-    """The message that a token belongs to, by most of its characters; None: the template's own
-    text."""
-    shares = [min(offset[1], end) - max(offset[0], start) for start, end in spans]
-    most = max(range(len(spans)), key=lambda index: shares[index])
-    return most if shares[most] > 0 else None
-
-
 def _template_text_of_answers(
-    layout: _Layout, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
+    layout: Layout, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> set[int]:
     """Places of tokens that the template says for the assistant: behind what asks for an answer,
     and up to the end of turn."""
@@ -403,7 +257,7 @@ def _template_text_of_answers(
     return allowed
 
 
-def _opening(layout: _Layout, encoder: Encoder, index: int) -> set[int]:
+def _opening(layout: Layout, encoder: Encoder, index: int) -> set[int]:
     """Places of the template's tokens between what asks for message `index` and its content."""
     given = _given(layout, encoder, index)
     if not given:
@@ -416,7 +270,7 @@ def _opening(layout: _Layout, encoder: Encoder, index: int) -> set[int]:
     }
 
 
-def _given(layout: _Layout, encoder: Encoder, index: int) -> int:
+def _given(layout: Layout, encoder: Encoder, index: int) -> int:
     """Characters of the text that ask for message `index`; 0 where the text does not begin with
     what asks."""
     if index == 0:
@@ -436,12 +290,3 @@ def _runs(
     ):
         runs.append((whose, tokenizer.decode([ids[place] for _, (place, _) in group])))
     return tuple(runs)
-
-
-def _marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]) -> str:
-    """The text with brackets around what is trained."""
-    parts = []
-    for trained, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda each: each[1]):
-        part = tokenizer.decode([token for token, _ in group])
-        parts.append(f"[[{part}]]" if trained else part)
-    return "".join(parts)
