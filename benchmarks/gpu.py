@@ -51,9 +51,9 @@ from alphatoken.passes.attention import (
     AttentionCall,
     Visibility,
     attention_band,
-    blocked_attention,
     log_sum_exp,
 )
+from alphatoken.passes.blocked_attention import blocked_attention
 from alphatoken.stability.drift import Drift
 from alphatoken.training.trainer import Trainer
 from alphatoken.values.algebra import bilinear_product, ghost_product, target_matrix

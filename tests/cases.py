@@ -468,10 +468,10 @@ def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str
                 paths = [path for path, _ in module.named_parameters()]
                 gradient, weights = streamer.vjp(module, hidden, inputs, outgrad, paths)
                 tangents = {
-                    path: torch.randn(each.shape, generator=generator)
+                    path: torch.randn(1, *each.shape, generator=generator)
                     for path, each in weights.items()
                 }
-                _, derivative = streamer.jvp(module, hidden, outgrad, inputs, tangents)
+                _, derivative = streamer.jvp(module, hidden, outgrad[None], inputs, tangents)
             products[index] = {
                 "hidden": hidden,
                 "inputs": inputs,

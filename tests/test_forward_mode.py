@@ -35,9 +35,15 @@ CPU = torch.device("cpu")
 class Doubled(torch.autograd.Function):
     """2 x, without a forward derivative."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *outgrads: Any) -> Tensor:
@@ -107,6 +113,20 @@ def test_an_operation_without_forward_derivative_is_found_before_loading(
         check_forward_mode(saved_config("llama", tmp_path), CPU)
 
 
+def test_a_kernel_that_reads_memory_by_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it makes would have no tangent."""
+
+    def raw(x: Tensor) -> Tensor:
+        assert x.data_ptr()
+        return x
+
+    spoil(monkeypatch, raw)
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer has no forward derivative.*raw memory"):
+        check_forward_mode(saved_config("llama", tmp_path), CPU)
+
+
 def test_a_tangent_that_is_lost_whole_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """It once passed for a zero, and every value with it."""
     decoder = decoder_of(tiny_llama())
@@ -120,8 +140,9 @@ def test_a_tangent_that_is_lost_whole_is_an_error(monkeypatch: pytest.MonkeyPatc
     streamer = LayerStreamer(decoder, 1, CPU, resident=True, forward_mode=True)
     streamer.refresh()
     hidden = entry.first_BTH
+    tangents = torch.ones_like(hidden)[None]
     with pytest.raises(UserError, match="an operation in it loses the tangent"):
-        streamer.jvp(streamer.module(1), hidden, torch.ones_like(hidden), entry.layer_inputs[0], {})
+        streamer.jvp(streamer.module(1), hidden, tangents, entry.layer_inputs[0], {})
 
 
 def test_fused_linear_attention_gives_way_to_that_of_torch(
@@ -142,7 +163,7 @@ def test_fused_linear_attention_gives_way_to_that_of_torch(
         streamer = LayerStreamer(decoder, 1, CPU, resident=True, forward_mode=True)
         streamer.refresh()
         inputs = entry.layer_inputs[index - 1]
-        return streamer.jvp(streamer.module(index), hidden, tangent, inputs, {})[1]
+        return streamer.jvp(streamer.module(index), hidden, tangent[None], inputs, {})[1]
 
     expected = derivative()
     package = ModuleType("fused_standin")

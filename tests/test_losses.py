@@ -101,10 +101,8 @@ def test_the_heads_derivatives_equal_autograds(
     monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows_per_block * vocabulary)
     head = nn.Linear(6, vocabulary).requires_grad_(requires_grad=False)
     hidden, targets = torch.randn(rows, 6), torch.randint(0, vocabulary, (rows,))
-    tangent, directions = (
-        torch.randn(rows, 6),
-        {name: torch.randn(head.get_parameter(name).shape) for name in moving},
-    )
+    tangents = torch.randn(2, rows, 6)
+    directions = {name: torch.randn(2, *head.get_parameter(name).shape) for name in moving}
 
     def nll(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
         logits = hidden_RH.double() @ weight_VH.double().T + bias_V.double()
@@ -113,14 +111,18 @@ def test_the_heads_derivatives_equal_autograds(
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     inputs = (hidden, head.weight.detach(), head.bias.detach())
-    still = (tangent, torch.zeros_like(head.weight), torch.zeros_like(head.bias))
-    moved = (tangent, directions.get("weight", still[1]), directions.get("bias", still[2]))
-    expected, derivative = torch.func.jvp(nll, inputs, moved)  # type: ignore[misc]
-    actual_nll, actual = head_jvp(hidden, tangent, head, directions, targets, softcap)
-    assert actual.shape == (rows,)
-    if rows:
-        assert relative_error(actual_nll, expected) <= 1e-5
-        assert relative_error(actual, derivative) <= 1e-5
+    actual_nll, actual = head_jvp(hidden, tangents, head, directions, targets, softcap)
+    assert actual.shape == (2, rows)
+    for number, tangent in enumerate(tangents):
+        weight, bias = (
+            directions[name][number] if name in directions else torch.zeros_like(parameter)
+            for name, parameter in head.named_parameters()
+        )
+        moved = (tangent, weight, bias)
+        expected, derivative = torch.func.jvp(nll, inputs, moved)  # type: ignore[misc]
+        if rows:
+            assert relative_error(actual_nll, expected) <= 1e-5
+            assert relative_error(actual[number], derivative) <= 1e-5
 
     bias = head.bias.clone().requires_grad_()
     loss = nll(hidden, head.weight, bias)

@@ -225,23 +225,33 @@ def test_what_is_too_close_to_tell_is_not_said_to_fit(monkeypatch: pytest.Monkey
     assert values["memory"]["needed"] < values["memory"]["capacity"]
 
 
+ONE_DIRECTION: dict[str, Any] = {"split_terms": False}
+TWO_DIRECTIONS: dict[str, Any] = {"contrast": 1.0, "contrast_from": "drawn"}
+"""Of G and B."""
+
+
 @pytest.mark.parametrize(
-    ("moment", "sizes", "lengths"),
+    ("moment", "sizes", "lengths", "directions"),
     [
-        ("refresh", {"vocab_size": 20_000}, [(3, 1), (2, 2)]),
-        ("score", {"intermediate_size": 16}, [(3, 509), (2, 510)]),
+        ("refresh", {"vocab_size": 20_000}, [(3, 1), (2, 2)], ONE_DIRECTION),
+        ("score", {"intermediate_size": 16}, [(3, 509), (2, 510)], ONE_DIRECTION),
+        ("score", {"intermediate_size": 16}, [(3, 509), (2, 510)], TWO_DIRECTIONS),
     ],
-    ids=["large embeddings", "long rows"],
+    ids=["large embeddings", "long rows", "long rows in two directions"],
 )
 def test_exact_takes_what_is_planned(
-    moment: str, sizes: dict[str, int], lengths: list[tuple[int, int]], tmp_path: Path
+    moment: str,
+    sizes: dict[str, int],
+    lengths: list[tuple[int, int]],
+    directions: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """Tensors that a refresh and scoring make, where what is planned is nearly all embeddings, and
     nearly all attention; within 15 %."""
     model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes}))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
-    everything = {"estimator": "exact", "layers": "all", "parameters": "all", "split_terms": False}
+    everything = {"estimator": "exact", "layers": "all", "parameters": "all", **directions}
     values = {"stability_weight": 0.0, "validation_sequences": 2, **everything}
     config = RunConfig.model_validate(
         {
@@ -258,7 +268,7 @@ def test_exact_takes_what_is_planned(
     scorer = build_scorer(decoder, config.valuation, CPU, None)
     batch = make_batch(collate(random_sequences(lengths, seed=1)))
     given = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
-    scorer.refresh([batch])
+    scorer.refresh([batch], contrast=[batch] if config.valuation.contrast else None)
     streamer = LayerStreamer(decoder, 0, CPU, resident=True)
     scored = decoder.scored_parameters(len(decoder.layers), "all")
     gradient = MeanGradient(decoder, scored, streamer, CPU)

@@ -62,7 +62,18 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
         with streamer.segment(index) as module, torch.no_grad():
             assert relative_error(streamer.forward(module, hidden, inputs), output) <= 1e-12
             entry_gradient, gradients = streamer.vjp(module, hidden, inputs, outgrad, list(weights))
-            primal, derivative = streamer.jvp(module, hidden, tangent, inputs, tangents)
+            other = random_like(tangent)
+            primal, derivatives = streamer.jvp(
+                module,
+                hidden,
+                torch.stack([tangent, other, 2 * tangent - other]),
+                inputs,
+                {path: torch.stack([each, -each, 3 * each]) for path, each in tangents.items()},
+            )
+            derivative = derivatives[0]
+            # J(2 a - b) = 2 J a - J b
+            combined = 2 * derivative - derivatives[1]
+            assert relative_error(derivatives[2], combined) <= 1e-6
         assert relative_error(entry_gradient, expected[0]) <= 1e-12
         for weight, reference in zip(weights, expected[1:], strict=True):
             error = relative_error(gradients[weight], reference)
@@ -116,7 +127,7 @@ def test_products_under_zero_equal_one_process(
                 )
                 assert relative_error(product["gradient"], gradient) <= 1e-5
                 output, derivative = streamer.jvp(
-                    module, product["hidden"], product["outgrad"], inputs, product["tangents"]
+                    module, product["hidden"], product["outgrad"][None], inputs, product["tangents"]
                 )
                 assert relative_error(product["output"], output) <= 1e-5
                 assert relative_error(product["derivative"], derivative) <= 1e-5

@@ -75,16 +75,19 @@ def _gather_message(shard: Tensor) -> Tensor:
 def gather_slices(slices: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Whole tensors of the given shapes from every rank's equal slices of them, in one all-gather.
 
-    Slices are flat and padded as `sum_to_slices` and ZeRO-3 cut them; the padding is dropped.
+    Slices are flat and padded as `sum_to_slices` and ZeRO-3 cut them; the padding is dropped. N of
+    one shape may be stacked, (N, L); their whole tensors then are, too.
     """
     if not slices:
         return []
-    gathered = gather_equal(torch.cat(list(slices)) if len(slices) > 1 else slices[0])
-    columns = gathered.split([part.numel() for part in slices], dim=1)
-    return [
-        part.reshape(-1)[: math.prod(shape)].view(shape)
-        for part, shape in zip(columns, shapes, strict=True)
-    ]
+    flat = [part.flatten() for part in slices]
+    gathered = gather_equal(torch.cat(flat) if len(flat) > 1 else flat[0])
+    columns = gathered.split([part.numel() for part in flat], dim=1)
+    wholes = []
+    for column, part, shape in zip(columns, slices, shapes, strict=True):
+        by_rank = column.view(len(column), *part.shape).movedim(0, -2)
+        wholes.append(by_rank.flatten(-2)[..., : math.prod(shape)].unflatten(-1, shape))
+    return wholes
 
 
 def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -186,11 +186,12 @@ def sum_to_slices(wholes: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
 
 def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
     """Tensors shaped like the whole weights from this and all other ranks' slices of them, in one
-    all-gather."""
+    all-gather. Of several slices stacked, (N, L), come N tensors, stacked."""
     shapes = [full_shape(parameter) for parameter in parameters]
     if slices and is_sharded(parameters[0]):
         return collectives.gather_slices(slices, shapes)
-    return [part.view(shape) for part, shape in zip(slices, shapes, strict=True)]
+    pairs = zip(slices, shapes, strict=True)
+    return [part.view(*part.shape[:-1], *shape) for part, shape in pairs]
 
 
 def save_shards(

@@ -79,31 +79,32 @@ def head_outgrads(
 @torch.no_grad()
 def head_jvp(
     hidden_RH: Tensor,
-    tangent_RH: Tensor,
+    tangents_NRH: Tensor,
     head: nn.Linear,
     weight_tangents: Mapping[str, Tensor],
     targets_R: Tensor,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and their derivatives when the states after the norm move along `tangent_RH` and the
-    head's weights along `weight_tangents` (whole, by name; absent ones do not move): (R,) float32
-    each, one block of logits at a time.
+    """Losses, (R,), and their derivatives, (N, R), when the states after the norm move along each
+    of `tangents_NRH` and the head's weights along each of `weight_tangents` (by name N whole ones,
+    stacked; absent ones do not move). Float32, one block of logits of a direction at a time.
     """
     nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
-    derivative_R = torch.empty_like(nll_R)
+    derivative_NR = nll_R.new_empty(len(tangents_NRH), *nll_R.shape)
     rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
         nll_R[block], grad_RV = _block_loss(
             hidden_RH[block], head.weight, head.bias, targets_R[block], softcap
         )
-        tangent_RV = F.linear(tangent_RH[block], head.weight)
-        if "weight" in weight_tangents:
-            tangent_RV += F.linear(hidden_RH[block], weight_tangents["weight"])
-        if "bias" in weight_tangents:
-            tangent_RV += weight_tangents["bias"]
-        derivative_R[block] = torch.linalg.vecdot(grad_RV, tangent_RV.float())
-    return nll_R, derivative_R
+        for number, tangent_RH in enumerate(tangents_NRH):
+            tangent_RV = F.linear(tangent_RH[block], head.weight)
+            if "weight" in weight_tangents:
+                tangent_RV += F.linear(hidden_RH[block], weight_tangents["weight"][number])
+            if "bias" in weight_tangents:
+                tangent_RV += weight_tangents["bias"][number]
+            derivative_NR[number, block] = torch.linalg.vecdot(grad_RV, tangent_RV.float())
+    return nll_R, derivative_NR
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ t+j attends to t.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +53,12 @@ class Visibility:
             allowed = allowed & (own == other) & (own >= 0)
         return _forbid(~allowed)[:, None]
 
+    @property
+    def only_causal(self) -> bool:
+        """Whether every position sees all positions before it."""
+        given = (self.explicit, self.sliding_window, self.documents_BT)
+        return all(each is None for each in given)
+
 
 def _forbid(forbidden: Tensor) -> Tensor:
     return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill_(
@@ -80,7 +85,10 @@ class AttentionCall:
 
     def scores(self, products: Tensor) -> Tensor:
         """Attention scores from inner products <q, k>, before any mask."""
-        scores = products * self.scaling
+        return self.capped(products * self.scaling)
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores from those without the cap."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
@@ -102,44 +110,6 @@ def log_sum_exp(call: AttentionCall, block: int = 128) -> Tensor:
         scores = call.scores(products) + call.visibility.bias(queries[:, None], keys[None, :])
         blocks.append(torch.logsumexp(scores, dim=-1))
     return torch.cat(blocks, dim=-1)
-
-
-class _Softmax(torch.autograd.Function):
-    """Softmax over the last dimension whose forward derivative takes the probabilities; torch's
-    computes them anew."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        probabilities = torch.softmax(scores, dim=-1)
-        ctx.probabilities = probabilities
-        return probabilities
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        probabilities: Tensor = ctx.probabilities
-        moved = probabilities * tangent
-        return moved - probabilities * moved.sum(-1, keepdim=True)
-
-
-def blocked_attention(call: AttentionCall, value_BGTD: Tensor, block: int = 128) -> Tensor:
-    """softmax(scores) v, (B, H, T, D) in the dtype of the values, in blocks of `block` queries;
-    without a backward."""
-    groups = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
-    key_BHTD = call.key_BGTD.repeat_interleave(groups, dim=1)
-    value_BHTD = value_BGTD.repeat_interleave(groups, dim=1)
-    positions = torch.arange(call.query_BHTD.shape[2], device=key_BHTD.device)
-    blocks = []
-    for start in range(0, len(positions), block):
-        queries = slice(start, start + block)
-        keys = slice(None) if call.visibility.explicit is not None else slice(start + block)
-        products = (call.query_BHTD[:, :, queries] @ key_BHTD[:, :, keys].transpose(2, 3)).float()
-        # The most negative finite number, not -inf: a query that sees nothing must not become
-        # NaN.
-        bias = call.visibility.bias(positions[queries, None], positions[None, keys])
-        scores = call.scores(products) + bias.clamp_min(torch.finfo(torch.float32).min)
-        probabilities: Tensor = _Softmax.apply(scores)  # type: ignore[no-untyped-call]
-        blocks.append(probabilities.to(value_BHTD.dtype) @ value_BHTD[:, :, keys])
-    return torch.cat(blocks, dim=2)
 
 
 def attention_band(call: AttentionCall, window: int) -> Tensor:

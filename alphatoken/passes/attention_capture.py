@@ -15,7 +15,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alphatoken.config.choices import is_flash
-from alphatoken.passes.attention import AttentionCall, Visibility, blocked_attention
+from alphatoken.passes.attention import AttentionCall, Visibility
+from alphatoken.passes.blocked_attention import blocked_attention
 from alphatoken.passes.kernel_sums import by_head, kernel_sums
 
 CAPTURING_ATTENTION = "alphatoken_capture"

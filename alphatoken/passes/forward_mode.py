@@ -93,7 +93,14 @@ def _adjoint_error(
     weights = {path: weight.detach() for path, weight in module.named_parameters()}
     tangents = {path: random_like(weight) for path, weight in weights.items()}
     tangent_BTH = random_like(hidden_BTH)
-    output_BTH, derivative_BTH = streamer.jvp(module, hidden_BTH, tangent_BTH, inputs, tangents)
+    # Twice the same direction: operations have to work for several at once, too.
+    output_BTH, (derivative_BTH, _) = streamer.jvp(
+        module,
+        hidden_BTH,
+        torch.stack([tangent_BTH] * 2),
+        inputs,
+        {path: torch.stack([tangent] * 2) for path, tangent in tangents.items()},
+    )
     squares = torch.zeros((), device=hidden_BTH.device, dtype=torch.float64)
     for _ in range(PROBES):
         outgrad_BTH = random_like(torch.ones_like(output_BTH))

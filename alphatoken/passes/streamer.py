@@ -19,8 +19,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vmap
 
 from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
@@ -158,39 +157,44 @@ class LayerStreamer:
     def jvp(
         self,
         module: nn.Module,
-        hidden_BTH: Tensor,
-        tangent_BTH: Tensor,
+        hidden: Tensor,
+        tangents: Tensor,
         inputs: LayerInput,
         weight_tangents: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Jacobian-vector product of a filled layer or norm: output and its derivative, of the
-        input's shape each.
+        """Jacobian-vector products of a filled layer or norm in N directions at once: the output,
+        of the input's shape (..., H), and its derivatives, (N, ..., H). What does not move is
+        computed once.
 
-        `tangent_BTH` is the direction of the input, `weight_tangents` (by path inside the module,
-        whole weights) those of weights; absent ones do not move. Attention runs in query blocks,
-        the only kernel with a forward derivative, and torch's own functions in place of fused ones.
-        Raises UserError where a layer has an operation without one.
+        `tangents`, (N, ..., H), are the directions of the input, `weight_tangents` (by path inside
+        the module; N whole weights, stacked) those of weights; absent ones do not move. Attention
+        runs in query blocks, the only kernel with a forward derivative, and torch's own functions
+        in place of fused ones. Raises UserError where a layer has an operation without one.
         """
+        weights = {path: module.get_parameter(path).detach() for path in weight_tangents}
+
+        def output(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+            arguments = (hidden, *inputs.args)
+            return _output_of(functional_call(module, weights, arguments, dict(inputs.kwargs)))
+
+        def along(tangent: Tensor, moves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            # Strict: a tangent that is lost would otherwise be a zero, and pass for a value.
+            primal, derivative = jvp(output, (hidden, weights), (tangent, moves), strict=True)[:2]
+            return primal, derivative
+
         attention = AttentionCapture(self._attention, blocked=True)
         plain = _torch_functions(module)
-        with torch.no_grad(), forward_ad.dual_level(), attention, plain, zero3.plain_linears():
-            hidden = forward_ad.make_dual(hidden_BTH, tangent_BTH)
-            weights = {
-                path: forward_ad.make_dual(module.get_parameter(path).detach(), tangent)
-                for path, tangent in weight_tangents.items()
-            }
+        with torch.no_grad(), attention, plain, zero3.plain_linears():
             try:
-                result = functional_call(
-                    module, weights, (hidden, *inputs.args), dict(inputs.kwargs)
+                primal, derivatives = vmap(along, out_dims=(None, 0))(  # type: ignore[arg-type]
+                    tangents, dict(weight_tangents)
                 )
             except RuntimeError as error:
-                if not re.search("forward AD|forward-mode|jvp", str(error)):
+                lacking = _lacking(str(error))
+                if lacking is None:
                     raise
-                raise self._underivable(module, str(error).partition(" that does not")[0]) from None
-            primal, tangent = forward_ad.unpack_dual(_output_of(result))
-            if tangent is None:  # a zero would pass for a value
-                raise self._underivable(module, "an operation in it loses the tangent")
-            return primal, tangent
+                raise self._underivable(module, lacking) from None
+        return primal, derivatives
 
     def _underivable(self, module: nn.Module, lacking: str) -> UserError:
         return UserError(
@@ -244,6 +248,24 @@ def _torch_functions(module: nn.Module) -> Iterator[None]:
     finally:
         for file, name, function in replaced:
             setattr(file, name, function)
+
+
+LACKING = {
+    "independent of": "an operation in it loses the tangent",
+    "data pointer": "a kernel in it reads raw memory",
+    "setup_context": "an autograd.Function in it has no setup_context",
+    "forward AD|forward-mode|jvp|vmap|[Bb]atching rule": None,
+}
+"""What is missing for a forward derivative, by what torch says of it; None: its own words do."""
+
+
+def _lacking(error: str) -> str | None:
+    """What an error says is missing for a forward derivative; None where it is about another
+    thing."""
+    for pattern, words in LACKING.items():
+        if re.search(pattern, error):
+            return words or error.partition(" that does not")[0]
+    return None
 
 
 def _output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -1,10 +1,9 @@
-"""Costs of estimator `exact`: the scored layers in dual numbers, one pass for each direction."""
+"""Costs of estimator `exact`: the scored layers in dual numbers, in all directions at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.utils._pytree import tree_leaves
 
 from alphatoken.errors import UserError
@@ -19,40 +18,43 @@ from alphatoken.planner.tracing import FlopCounter, PeakBytes, TracedLayer
 
 @dataclass(frozen=True)
 class LayerScoring:
-    """One layer in dual numbers on one micro-batch, in one direction."""
+    """One layer in dual numbers on one micro-batch, in all directions."""
 
     flops: int
     peak_bytes: int
-    """The most that it makes at a time, its output and the derivative included."""
+    """The most that it makes at a time, its output and the derivatives included."""
 
 
-def trace_layer(layer: TracedLayer, parameters: ParameterSet) -> LayerScoring:
-    """Runs one layer as scoring does."""
+def trace_layer(layer: TracedLayer, setting: tuple[ParameterSet, int]) -> LayerScoring:
+    """Runs one layer as scoring does, with parameters that move in so many directions."""
+    parameters, count = setting
     module, state_BTH = layer.streamer.module(layer.index), layer.state_BTH
     scored = layer.decoder.scored_parameters(layer.depth, parameters)
-    direction = {
-        each.path: torch.empty_like(module.get_parameter(each.path))
-        for each in scored
-        if each.segment == layer.index
+    weights = {
+        each.path: module.get_parameter(each.path) for each in scored if each.segment == layer.index
     }
-    tangent_BTH = torch.empty_like(state_BTH)
+    directions = {path: weight.new_empty(count, *weight.shape) for path, weight in weights.items()}
+    tangents_NBTH = state_BTH.new_empty(count, *state_BTH.shape)
     inputs = tree_leaves((layer.inputs.args, layer.inputs.kwargs))
-    given = [state_BTH, tangent_BTH, *inputs, *module.parameters(), *direction.values()]
+    given = [state_BTH, tangents_NBTH, *inputs, *module.parameters(), *directions.values()]
     try:
         with FlopCounter() as counter, PeakBytes(given) as peak:
-            layer.streamer.jvp(module, state_BTH, tangent_BTH, layer.inputs, direction)
+            layer.streamer.jvp(module, state_BTH, tangents_NBTH, layer.inputs, directions)
     except (RuntimeError, UserError):
         # Experts and layer norms have no forward derivative without values. Counted are every
-        # product, and its derivative by either factor; and the three largest activations, with
+        # product, and its derivatives by either factor; and the three largest activations, with
         # theirs.
-        return LayerScoring(3 * layer.training.forward, 6 * layer.training.largest_bytes)
+        return LayerScoring(
+            (1 + 2 * count) * layer.training.forward,
+            3 * (1 + count) * layer.training.largest_bytes,
+        )
     return LayerScoring(counter.total, peak.total)
 
 
 def _traced(blueprint: Blueprint) -> list[LayerScoring]:
     """Every scored layer on a micro-batch."""
-    parameters, rows = blueprint.config.valuation.parameters, blueprint.workload.rows
-    return blueprint.scoring(trace_layer, parameters, rows=rows)
+    setting = (blueprint.config.valuation.parameters, _directions(blueprint))
+    return blueprint.scoring(trace_layer, setting, rows=blueprint.workload.rows)
 
 
 def _directions(blueprint: Blueprint) -> int:
@@ -92,8 +94,8 @@ class ExactCost(ScoringCost):
 
     def score_flops(self, blueprint: Blueprint) -> int:
         tower = sum(each.flops for each in _traced(blueprint))
-        head = (3 if "head" in blueprint.scored_numels else 2) * blueprint.head_flops
-        return _directions(blueprint) * (tower + blueprint.workload.responses * head)
+        products = 1 + _directions(blueprint) * (2 if "head" in blueprint.scored_numels else 1)
+        return tower + products * blueprint.workload.responses * blueprint.head_flops
 
     def refresh_flops(self, blueprint: Blueprint) -> int:
         layers = [blueprint.held_out.layers[index] for index in blueprint.scored_layers]

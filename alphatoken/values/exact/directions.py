@@ -3,33 +3,29 @@ of the first three, and D."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from alphatoken.distributed import zero3
 
-Direction = dict[str, Tensor]
-"""How the weights of a segment move: whole tensors by path inside it; absent ones do not move."""
+Directions = dict[str, Tensor]
+"""How the weights of a segment move in N directions: by path inside it N whole tensors, stacked;
+absent ones do not move."""
 
 
 @dataclass(frozen=True)
 class DirectionSlices:
-    """This rank's slices of the directions of one segment, each in a slice per parameter."""
+    """This rank's slices of the directions of one segment."""
 
     parameters: Mapping[str, nn.Parameter]
     """The parameters that move, by path inside the segment."""
-    directions: Sequence[Mapping[str, Tensor]]
-    """Per direction, this rank's slice of how each parameter moves, flat, by the same paths."""
+    slices: Mapping[str, Tensor]
+    """By the same paths this rank's slice of how each moves, flat, in each direction: (N, L)."""
 
-    def gather(self) -> list[Direction]:
+    def gather(self) -> Directions:
         """Makes the directions whole: one all-gather for all of them. Every rank must call it."""
-        paths = list(self.parameters)
-        slices = [own[path] for own in self.directions for path in paths]
-        parameters = [self.parameters[path] for _ in self.directions for path in paths]
-        wholes = zero3.whole_tensors(slices, parameters)
-        return [
-            dict(zip(paths, wholes[number * len(paths) :][: len(paths)], strict=True))
-            for number in range(len(self.directions))
-        ]
+        own = [self.slices[path] for path in self.parameters]
+        wholes = zero3.whole_tensors(own, list(self.parameters.values()))
+        return dict(zip(self.parameters, wholes, strict=True))

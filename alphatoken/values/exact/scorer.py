@@ -5,14 +5,13 @@ All tokens at once are one directional derivative, d/d_eps l_t(theta + eps u): a
 through the scored layers in dual numbers, one layer at a time, without a backward pass, and with
 attention in query blocks. Every path counts.
 
-Shape legend: B sequences, T positions, R response positions, H hidden size.
+Shape legend: N directions, B sequences, T positions, R response positions, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +30,24 @@ from alphatoken.passes.streamer import NO_INPUT, LayerStreamer
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import TokenValues
 from alphatoken.values.estimator import Coefficients, Scorer, Scores, SliceScale
-from alphatoken.values.exact.directions import Direction, DirectionSlices
+from alphatoken.values.exact.directions import Directions, DirectionSlices
 from alphatoken.values.exact.gradient import MeanGradient
 
 
 @dataclass(frozen=True)
 class _Dual:
-    """A chunk on its way up: the hidden state, (B, T, H), and its derivative in each direction."""
+    """A chunk on its way up: the hidden state and its derivative in each direction."""
 
     chunk: Chunk
     hidden_BTH: Tensor
-    tangents: tuple[Tensor, ...]
+    tangents_NBTH: Tensor
 
 
 class ExactScorer(Scorer):
     """Values response tokens on the chosen parameters of the last K layers.
 
-    With `split_terms` G, B and V are directions of their own, and a layer runs once for each that
-    there is; otherwise one, the weighted sum. D, for the spread, is one more. `balance` and
+    With `split_terms` G, B and V are directions of their own, and a layer is differentiated in each
+    that there is; otherwise in one, the weighted sum. D, for the spread, is one more. `balance` and
     `stability_weight` then work as in `ghost`.
     """
 
@@ -89,7 +88,7 @@ class ExactScorer(Scorer):
             for segment in self._segments
         }
         self._slices: dict[Segment, DirectionSlices] = {}
-        self._kept: dict[Segment, list[Direction]] = {}
+        self._kept: dict[Segment, Directions] = {}
         """Whole, where everything is resident."""
         self._nonfinite = torch.zeros(len(self._segments), dtype=torch.bool, device=device)
 
@@ -157,21 +156,23 @@ class ExactScorer(Scorer):
         stands still."""
         chunks = chunks_of(entry, batch, self.config.chunk_tokens)
         count = len(self._directions)
-        if not self._embeds:
-            still = [torch.zeros_like(chunk.entry.first_BTH) for chunk in chunks]
-            pairs = zip(chunks, still, strict=True)
-            return [
-                _Dual(chunk, chunk.entry.first_BTH, (zero_BTH,) * count)
-                for chunk, zero_BTH in pairs
-            ]
-        directions = self._whole("embeddings")
+        moves = self._whole("embeddings") if self._embeds else {}
         duals = []
         for chunk in chunks:
-            inputs = {"input_ids": batch["input_ids"][chunk.rows]}
-            if "position_ids" in batch:
-                inputs["position_ids"] = batch["position_ids"][chunk.rows]
-            tangents = (self._streamer.embed(direction, inputs) for direction in directions)
-            duals.append(_Dual(chunk, chunk.entry.first_BTH, tuple(tangents)))
+            hidden_BTH = chunk.entry.first_BTH
+            if self._embeds:
+                inputs = {"input_ids": batch["input_ids"][chunk.rows]}
+                if "position_ids" in batch:
+                    inputs["position_ids"] = batch["position_ids"][chunk.rows]
+                tangents_NBTH = torch.stack(
+                    [
+                        self._streamer.embed({path: moves[path][number] for path in moves}, inputs)
+                        for number in range(count)
+                    ]
+                )
+            else:
+                tangents_NBTH = torch.zeros_like(hidden_BTH).expand(count, *hidden_BTH.shape)
+            duals.append(_Dual(chunk, hidden_BTH, tangents_NBTH))
         return duals
 
     def _through(self, duals: Sequence[_Dual], place: int, index: int) -> list[_Dual]:
@@ -184,45 +185,38 @@ class ExactScorer(Scorer):
                 for dual in duals
             ]
 
-    def _layer(
-        self, module: nn.Module, dual: _Dual, place: int, directions: Sequence[Direction]
-    ) -> _Dual:
+    def _layer(self, module: nn.Module, dual: _Dual, place: int, directions: Directions) -> _Dual:
         """One chunk at the output of one layer."""
         inputs = dual.chunk.entry.layer_inputs[place]
-        results = [
-            self._streamer.jvp(module, dual.hidden_BTH, tangent_BTH, inputs, direction)
-            for tangent_BTH, direction in zip(dual.tangents, directions, strict=True)
-        ]
-        tangents = tuple(tangent_BTH for _, tangent_BTH in results)
-        for tangent_BTH in tangents:
-            self._watch(self._streamer.indices[place], tangent_BTH)
-        return replace(dual, hidden_BTH=results[0][0], tangents=tangents)
+        hidden_BTH, tangents_NBTH = self._streamer.jvp(
+            module, dual.hidden_BTH, dual.tangents_NBTH, inputs, directions
+        )
+        self._watch(self._streamer.indices[place], tangents_NBTH)
+        return replace(dual, hidden_BTH=hidden_BTH, tangents_NBTH=tangents_NBTH)
 
     def _top(self, duals: Sequence[_Dual], batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Token losses and, per direction, their derivatives: (B, T) float32 each, zero off the
         response."""
         responses = batch["response_index"]
         nll_R = torch.zeros(responses.count, device=self._device)
-        effects = [torch.zeros_like(nll_R) for _ in self._directions]
+        effects_NR = nll_R.new_zeros(len(self._directions), responses.count)
         norms, heads = self._whole("norm"), self._whole("head")
         with self._streamer.top() as (norm, head):
-            for dual, number in product(duals, range(len(effects))):
-                index = dual.chunk.index
-                hidden_RH, tangent_RH = self._streamer.jvp(
+            for dual in duals:
+                index, span = dual.chunk.index, dual.chunk.span
+                hidden_RH, tangents_NRH = self._streamer.jvp(
                     norm,
                     index.take(dual.hidden_BTH),
-                    index.take(dual.tangents[number]),
+                    torch.stack([index.take(tangent_BTH) for tangent_BTH in dual.tangents_NBTH]),
                     NO_INPUT,
-                    norms[number],
+                    norms,
                 )
                 targets_R, softcap = index.take(dual.chunk.targets_BT), self.decoder.logit_softcap
-                own_nll_R, effect_R = head_jvp(
-                    hidden_RH, tangent_RH, head, heads[number], targets_R, softcap
+                nll_R[span], effects_NR[:, span] = head_jvp(
+                    hidden_RH, tangents_NRH, head, heads, targets_R, softcap
                 )
-                nll_R[dual.chunk.span] = own_nll_R
-                effects[number][dual.chunk.span] = effect_R
-                self._watch("head", effect_R)
-        return responses.put(nll_R), [responses.put(effect_R) for effect_R in effects]
+        self._watch("head", effects_NR)
+        return responses.put(nll_R), [responses.put(effect_R) for effect_R in effects_NR]
 
     def _values(self, effects: Sequence[Tensor], response_BT: Tensor) -> TokenValues:
         found = dict(zip(self._directions, effects, strict=True))
@@ -246,7 +240,7 @@ class ExactScorer(Scorer):
             names += [] if self._drift is None else ["proxy"]
         return (*names, "spread") if self.config.reliability else tuple(names)
 
-    def _whole(self, segment: Segment) -> list[Direction]:
+    def _whole(self, segment: Segment) -> Directions:
         """A segment's directions, whole; gathered now unless everything is resident."""
         return self._kept[segment] if self.config.is_resident else self._slices[segment].gather()
 
@@ -259,14 +253,15 @@ class ExactScorer(Scorer):
         """
         in_segment = self.decoder.segment_parameters(segment)
         parameters = {scored.path: in_segment[scored.path] for scored in self._scored[segment]}
-        directions: list[Direction] = [{} for _ in self._directions]
+        slices: dict[str, Tensor] = {}
         for scored in self._scored[segment]:
             path = scored.path
             scale = 1.0 if self._scale is None else self._scale(parameters[path])
             own = self._own_directions(scored.name, parameters[path])
-            for direction, name in zip(directions, self._directions, strict=True):
-                direction[path] = (scale * own[name]).to(self._dtype)
-        return DirectionSlices(parameters=parameters, directions=directions)
+            slices[path] = torch.stack(
+                [(scale * own[name]).to(self._dtype) for name in self._directions]
+            )
+        return DirectionSlices(parameters=parameters, slices=slices)
 
     @property
     def needs_contrast_rows(self) -> bool:
