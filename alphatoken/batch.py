@@ -6,7 +6,7 @@ R response positions in order of (row, position).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict, cast
 
@@ -83,9 +83,9 @@ class RowIndex:
         flat = values_R.new_zeros(self.starts[-1] - self.starts[0], *rest)
         return flat.index_copy_(0, self.index_R, values_R).view(rows, -1, *rest)
 
-    def to(self, device: torch.device) -> RowIndex:
-        """A copy on a device, which the host does not wait for."""
-        return replace(self, index_R=self.index_R.to(device, non_blocking=True))
+    def map(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
+        """The same index with its tensor changed, such as moved."""
+        return replace(self, index_R=change(self.index_R))
 
 
 class Batch(TypedDict):
@@ -166,13 +166,22 @@ def make_batch(columns: Mapping[str, object]) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copies a batch from the host to a device, without the host waiting for the copies."""
+    """Copies a batch from the host to a device. The host does not wait for it where its memory is
+    pinned."""
+    return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def moved(value: object) -> object:
+
+def pinned(batch: Batch) -> Batch:
+    """A copy in pinned host memory, from which a GPU reads by itself."""
+    return _each_tensor(batch, torch.Tensor.pin_memory)
+
+
+def _each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    def changed(value: object) -> object:
         if isinstance(value, tuple):
-            return tuple(map(moved, value))
+            return tuple(map(changed, value))
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return value.to(device) if isinstance(value, RowIndex) else value
+            return change(value)
+        return value.map(change) if isinstance(value, RowIndex) else value
 
-    return cast(Batch, {key: moved(value) for key, value in batch.items()})
+    return cast(Batch, {key: changed(value) for key, value in batch.items()})

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from alphatoken.batch import Batch, to_device
+from alphatoken.batch import Batch, pinned, to_device
 from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import check_rows_of_b
 from alphatoken.distributed import collectives
 from alphatoken.training.setup import Run
+from alphatoken.util.ahead import Ahead
 
 # Streams of random numbers, so that draws of different parts are kept apart.
 TRAINING, HELD_OUT = 0, 1
@@ -41,18 +42,16 @@ class Feed:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._train_order = self._order(run.splits.train, TRAINING)
+        self._training = Ahead(self._training_on_host)
         if run.config.valuation.enabled and run.config.valuation.contrast:
             self._contrast_rows(0)  # raises before training if there are too few
 
     def training(self, step: int) -> StepRows:
-        """The rows of optimizer step `step` (from 0)."""
-        train = self._run.splits.train
-        rows = self._train_order.step(step, self._run.config.train.global_batch_size)
-        return StepRows(
-            rows=len(rows),
-            tokens=int(train.lengths[rows].sum()),
-            batches=self._micro_batches(train, rows, step),
-        )
+        """The rows of optimizer step `step` (from 0); those of the next are then read and laid out
+        in a thread."""
+        rows, batches = self._training.take(step)
+        tokens = int(self._run.splits.train.lengths[rows].sum())
+        return StepRows(rows=len(rows), tokens=tokens, batches=self._delivered(batches))
 
     def held_out(self, draw: int) -> list[Batch]:
         """The rows of a draw (from 0), which steer the values: of `data.validation`, in an order of
@@ -85,6 +84,11 @@ class Feed:
         """All rows of `data.eval`; nothing where there are none."""
         rows = self._run.splits.eval
         return iter([] if rows is None else self._micro_batches(rows, np.arange(len(rows)), 0))
+
+    def _training_on_host(self, step: int) -> tuple[Indices, list[Batch]]:
+        train = self._run.splits.train
+        rows = self._train_order.step(step, self._run.config.train.global_batch_size)
+        return rows, self._on_host(train, rows, step)
 
     def _contrast_rows(self, step: int) -> Indices:
         config, train = self._run.config, self._run.splits.train
@@ -127,8 +131,22 @@ class Feed:
         size: int | None = None,
         alone: bool = False,
     ) -> list[Batch]:
+        """This rank's micro-batches of the rows on its device; see `_on_host`."""
+        batches = self._on_host(part, rows, step, size=size, alone=alone)
+        return self._delivered(batches, alone=alone)
+
+    def _on_host(
+        self,
+        part: TokenDataset,
+        rows: Indices,
+        step: int,
+        *,
+        size: int | None = None,
+        alone: bool = False,
+    ) -> list[Batch]:
         """This rank's micro-batches of the rows, of `size` rows or as many as training takes, with
-        the losses of the reference, where there is one; or with the chosen response `alone`."""
+        the losses of a cached reference, where there is one; or with the chosen response
+        `alone`."""
         run, ranks = self._run, collectives.world_size()
         config = run.config
         reference = None if alone else run.reference
@@ -142,8 +160,14 @@ class Feed:
             first_only=alone,
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
+        return [pinned(batch) for batch in dealt] if run.device.type == "cuda" else dealt
+
+    def _delivered(self, dealt: Sequence[Batch], *, alone: bool = False) -> list[Batch]:
+        """Micro-batches on this rank's device, with the losses of a reference that runs online,
+        where there is one."""
+        run = self._run
         batches = [to_device(batch, run.device) for batch in dealt]
-        if reference is not None and reference.is_online:
+        if run.reference is not None and run.reference.is_online and not alone:
             with run.stopwatch.phase("reference"):
-                reference.complete(batches)
+                run.reference.complete(batches)
         return batches
