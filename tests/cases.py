@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
@@ -315,6 +317,16 @@ def long_gathers(folder: Path, lengths: list[int], message_bytes: int) -> list[T
     initialise_ranks()
     collectives.MESSAGE_BYTES = message_bytes
     return [collectives.gather_equal(shard_of(collectives.rank(), length)) for length in lengths]
+
+
+def counted_devices(folder: Path) -> int:
+    """How many ranks DeepSpeed takes this machine for, where it may start no program to find out:
+    it asks in every backward pass."""
+    initialise_ranks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "check_output", lambda *_, **__: pytest.fail("started a program"))
+        count: int = get_accelerator().device_count()
+        return count
 
 
 def slow_rank_0(folder: Path, limit_seconds: float, work_seconds: float) -> dict[str, Any]:

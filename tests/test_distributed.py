@@ -429,6 +429,11 @@ def test_a_shard_gathered_in_several_messages_is_whole(tmp_path: Path) -> None:
             assert torch.equal(gathered, torch.stack([shard_of(rank, length) for rank in range(3)]))
 
 
+def test_no_program_is_started_to_count_cpus(tmp_path: Path) -> None:
+    """With the variables that torchrun sets, too: DeepSpeed's launcher sets one more."""
+    assert run_ranks("counted_devices", 2, tmp_path) == [2, 2]
+
+
 @pytest.mark.slow
 def test_ranks_wait_for_work_on_rank_0_longer_than_for_tensors(tmp_path: Path) -> None:
     """What one rank does for all may take longer than a message of tensors may: nobody dies, and

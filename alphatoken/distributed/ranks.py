@@ -101,6 +101,8 @@ def initialise_ranks(timeout_minutes: float | None = None) -> torch.device:
         # Compiling DeepSpeed's shared-memory all-reduce takes half a minute and a compiler;
         # gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Without it, which torchrun does not set, every backward pass starts `numactl`.
+        os.environ.setdefault("LOCAL_SIZE", str(process.local_ranks()))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_ranks()))
         device = torch.device("cpu")
