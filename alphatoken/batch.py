@@ -127,6 +127,8 @@ class Batch(TypedDict):
     """(B, T) float32, uniform in [0, 1), where a policy needs it."""
     reference_nll: NotRequired[Tensor]
     """(B, T) float32, another model's losses of the response tokens, zero elsewhere."""
+    stored_value: NotRequired[Tensor]
+    """(B, T) float32, values of the response tokens that were made before, zero elsewhere."""
 
 
 def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,16 +62,18 @@ from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.tracing import PeakBytes
 from alphatoken.planner.workload import rows_of
-from alphatoken.reference.cache import CacheFolder
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection
 from alphatoken.selection.step import count_tokens, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
+from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.training import trainer as training_trainer
+from alphatoken.training import valuing
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
+from alphatoken.training.valuing import run_valuing
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
@@ -517,7 +519,7 @@ def run_trainers(
     if disk is not None:
         fill_disk(disk)
     if killed_in_block is not None:
-        die_in_call(CacheFolder, "add", killed_in_block, f"killed in block {killed_in_block}")
+        die_in_call(RowsFolder, "add", killed_in_block, f"killed in block {killed_in_block}")
 
     def run(values: dict[str, Any]) -> None:
         trainer = trainer_of(values)
@@ -525,6 +527,26 @@ def run_trainers(
         finish(trainer)
 
     return messages_of(configs, run)
+
+
+def valued_rows(
+    folder: Path,
+    configs: dict[str, dict[str, Any]],
+    block_rows: int,
+    killed_in_block: int | None = None,
+) -> dict[str, str]:
+    """Values of whole datasets, one after the other, in blocks of so many rows; returns the error
+    message of each, empty where it finished. Dies before it writes that block, if any."""
+    if killed_in_block is not None:
+        die_in_call(RowsFolder, "add", killed_in_block, f"killed in block {killed_in_block}")
+
+    def run(values: dict[str, Any]) -> None:
+        kind = PreferenceRunConfig if "preference" in values else RunConfig
+        run_valuing(validate(kind, values, "test"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(valuing, "BLOCK_ROWS", block_rows)
+        return messages_of(configs, run)
 
 
 def live_tensor_bytes(folder: Path, values: dict[str, Any]) -> int:

@@ -146,10 +146,13 @@ def run_program(
     """
     _ensure_server()
     command = [str(word) for word in words]
+    # This process may be a rank of its own group, which is not theirs.
+    of_ranks = {*rank_environment(0, 1, 0), "LOCAL_SIZE"}
+    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
     with tempfile.TemporaryDirectory() as name:
         logs = [(Path(name, f"{n}.out"), Path(name, f"{n}.err")) for n in range(len(environments))]
         processes = [
-            _context.Process(target=_run_program, args=(command, {**os.environ, **added}, *files))
+            _context.Process(target=_run_program, args=(command, {**inherited, **added}, *files))
             for added, files in zip(environments, logs, strict=True)
         ]
         for process in processes:

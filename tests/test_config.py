@@ -155,7 +155,7 @@ def test_a_mistake_in_one_of_several_files_names_them(file: Path, tmp_path: Path
         (
             "selection.rejected={policy: top_vlaue}",
             "selection.rejected.policy: input should be 'top_value', 'adaptation', "
-            "'agreement', 'random', 'loss', 'low_perplexity', 'probability', "
+            "'agreement', 'stored', 'random', 'loss', 'low_perplexity', 'probability', "
             "'reference_probability', 'excess_loss', 'retrospective_excess_loss', "
             "'below_mean_probability' or 'all', not 'top_vlaue'",
         ),
@@ -543,6 +543,7 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "reference.cache",
         "reference.offload",
         "reference.save_every",
+        "selection.store",
         "train.eval_every",
         "train.grace_seconds",
         "train.keep_every",

@@ -307,7 +307,9 @@ def test_a_pair_stays_together_and_every_token_has_its_reference(
         [Source(path=pair_data["train"])], PairEncoder(tokenizer, 200, 200), tmp_path / "cache"
     )
     rows = Order(dataset.sizes, None, (0, 0)).step(0, 12)
-    layout = Layout(3, tokenizer.pad_token_id, row_tokens, reference=Numbers(dataset))
+    layout = Layout(
+        3, tokenizer.pad_token_id, row_tokens, by_row={"reference_nll": Numbers(dataset)}
+    )
     seen = []
     for rank in range(3):
         for batch in micro_batches(dataset, rows, layout, rank, 3):

@@ -28,8 +28,8 @@ from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.data.batches import Order
-from alphatoken.reference.cache import CachedLosses, CacheFolder, longest_chain
-from alphatoken.reference.losses import check_reference
+from alphatoken.reference.losses import CONTENTS, check_reference
+from alphatoken.store.rows_folder import RowsFolder, StoredColumn, longest_chain
 from tests.ranks import run_ranks
 from tests.runs import metrics_of, run_recipe, start_recipe
 from tests.test_distributed import (
@@ -404,7 +404,10 @@ def test_a_killed_cache_goes_on_and_a_stale_one_is_refused(
     assert {name: (cache / "train" / name).stat().st_mtime_ns for name in files} == kept, (
         "what was there is used"
     )
-    one, other = (CachedLosses(longest_chain(folder / "train", 30)) for folder in (cache, whole))
+    one, other = (
+        StoredColumn(longest_chain(folder / "train", 30), "nll", CONTENTS)
+        for folder in (cache, whole)
+    )
     for row in range(30):
         assert np.allclose(one[row], other[row], rtol=1e-5, atol=1e-6)
     assert metrics_of(configs["resumed"]["train"]["output_dir"])[-1]["loss"] == pytest.approx(
@@ -552,41 +555,41 @@ def test_a_cache_survives_a_kill_at_any_moment_and_a_second_writer(tmp_path: Pat
     (folder / "settings.abc.partial").write_text(
         "{"
     )  # as a run leaves it that is killed while it writes
-    cache = CacheFolder(folder, 40, {"rows": 40})
+    cache = RowsFolder(folder, 40, {"rows": 40}, CONTENTS)
     assert cache.done() == 0
     losses = losses_of(40)
-    cache.add(0, losses[:10])
+    cache.add(0, {"nll": losses[:10]})
     (folder / "rows-000000010-000000020.xyz.partial").write_bytes(b"PAR1")
-    other = CacheFolder(folder, 40, {"rows": 40})
+    other = RowsFolder(folder, 40, {"rows": 40}, CONTENTS)
     assert other.done() == 10
-    other.add(0, losses[:16])  # cut in blocks of another size
-    other.add(16, losses[16:40])
-    cache.add(10, losses[10:20])
-    opened = CacheFolder(folder, 40, {"rows": 40}).open()
+    other.add(0, {"nll": losses[:16]})  # cut in blocks of another size
+    other.add(16, {"nll": losses[16:40]})
+    cache.add(10, {"nll": losses[10:20]})
+    opened = RowsFolder(folder, 40, {"rows": 40}, CONTENTS).column("nll")
     for row, expected in enumerate(losses):
         assert opened[row].tolist() == expected.tolist()
     with pytest.raises(UserError, match="rows: 40 there, 41 here"):
-        CacheFolder(folder, 41, {"rows": 41})
+        RowsFolder(folder, 41, {"rows": 41}, CONTENTS)
 
 
 def test_what_is_wrong_with_a_cache_is_said(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files; choose an empty or a new folder"):
-        CacheFolder(tmp_path, 3, {})
+        RowsFolder(tmp_path, 3, {}, CONTENTS)
     (tmp_path / "notes.txt").unlink()
-    cache = CacheFolder(tmp_path, 3, {})
-    cache.add(0, losses_of(3))
+    cache = RowsFolder(tmp_path, 3, {}, CONTENTS)
+    cache.add(0, {"nll": losses_of(3)})
     (file,) = tmp_path.glob("*.parquet")
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"rows-.*parquet is damaged .*; remove it"):
-        cache.open()
+        cache.column("nll")
     spans = [(0, 3, file)]
     file.unlink()
     with pytest.raises(UserError, match=r"set reference.cache to a folder that all nodes see"):
-        CachedLosses(spans)
+        StoredColumn(spans, "nll", CONTENTS)
     file.parent.joinpath("settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings.json cannot be read"):
-        CacheFolder(tmp_path, 3, {})
+        RowsFolder(tmp_path, 3, {}, CONTENTS)
 
 
 @pytest.mark.slow

@@ -363,6 +363,7 @@ def test_policies_sort_by_what_they_say() -> None:
     values |= {"direct_contrast": contrast, "causal_contrast": 2 * contrast, "spread": spread}
     everywhere = torch.ones(2, 4, dtype=torch.bool)
     columns = {"noise": noise, "reference_nll": reference, "response": everywhere}
+    columns["stored_value"] = torch.rand(2, 4)
     columns["document_ids"] = torch.arange(2)[:, None].expand(2, 4)
     probability = torch.exp(-loss.double())
     below = (probability.mean(1, keepdim=True) - probability).float()
@@ -371,6 +372,7 @@ def test_policies_sort_by_what_they_say() -> None:
         "top_value": value,
         "adaptation": direct + causal - 0.5 * 3 * contrast,
         "agreement": torch.maximum(value + spread, value - spread),
+        "stored": columns["stored_value"],
         "random": noise,
         "loss": loss,
         "low_perplexity": -loss,
@@ -397,6 +399,7 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
         "noise": ({}, {"noise": torch.rand(2, 3)}),
         "reference": ({}, {"reference_nll": torch.rand(2, 3)}),
         "start": ({}, {"reference_nll": torch.rand(2, 3)}),
+        "store": ({}, {"stored_value": torch.rand(2, 3)}),
     }
     assert SORT_KEYS.keys() == POLICY_TRAITS.keys()
     for policy, traits in POLICY_TRAITS.items():

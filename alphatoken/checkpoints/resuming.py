@@ -167,6 +167,7 @@ INPUTS = {
     "deepspeed.config": "the DeepSpeed configuration",
     "reference.model": "the reference model (reference.model, by default model.name_or_path)",
     "valuation.fisher": "the Fisher or the stability reference",
+    "selection.store": "the stored values",
 }
 
 

@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 
 from alphatoken.config.choices import OneOf
 
-Need = Literal["values", "terms", "spread", "noise", "reference", "start", "entropy"]
+Need = Literal["values", "terms", "spread", "noise", "reference", "start", "entropy", "store"]
 """Token values (`valuation.enabled`), the terms they are made of (`valuation.split_terms`), how
 reliable they are (`valuation.reliability`), reproducible noise, the losses of `reference.model`,
-those of the starting model where no `reference.model` is given, or the entropy of the model's
-predictions, at the price of the head once more."""
+those of the starting model where no `reference.model` is given, the entropy of the model's
+predictions, at the price of the head once more, or values that were made before
+(`selection.store`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ POLICY_TRAITS: dict[str, PolicyTraits] = {
     "top_value": PolicyTraits(needs=frozenset({"values"}), in_value=True),
     "adaptation": PolicyTraits(needs=frozenset({"terms"}), in_value=True),
     "agreement": PolicyTraits(needs=frozenset({"values", "spread"}), in_value=True),
+    "stored": PolicyTraits(needs=frozenset({"store"})),
     "random": PolicyTraits(needs=frozenset({"noise"}), grades=False),
     "loss": PolicyTraits(),
     "low_perplexity": PolicyTraits(),

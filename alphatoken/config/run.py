@@ -240,6 +240,11 @@ class RunConfig(Section):
         """Whether the token losses of a reference model are needed."""
         return any({"reference", "start"} & needs for _, needs in self._needs())
 
+    @property
+    def needs_store(self) -> bool:
+        """Whether a selection reads values that were made before."""
+        return any("store" in needs for _, needs in self._needs())
+
     def selects_at(self, step: int) -> bool:
         """Whether optimizer step `step` (from 0) values and selects tokens."""
         return step >= self.valuation.start_step
@@ -354,6 +359,11 @@ class RunConfig(Section):
         if "spread" in needs and not self.valuation.reliability:
             raise ValueError(
                 f"{setting} needs to know how reliable values are: valuation.reliability=true"
+            )
+        if "store" in needs and self.selection.store is None:
+            raise ValueError(
+                f"{setting} needs selection.store, a folder that recipes/value_tokens.py has "
+                "written"
             )
         if "reference" in needs and self.reference.model is None:
             raise ValueError(f"{setting} needs reference.model, trained on data that is wanted")

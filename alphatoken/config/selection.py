@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from alphatoken.config.policies import POLICY_TRAITS, PolicyName
-from alphatoken.config.sections import Section
+from alphatoken.config.sections import MAY_CHANGE, FilePath, Section
 from alphatoken.config.weights import WEIGHT_TRAITS, WeightsName
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -65,7 +65,8 @@ class SelectionConfig(Section):
     policy: PolicyName | None = Field(
         None,
         description="What is kept: highest value, its adaptation part alone, highest value in the "
-        "kinder half of the held-out rows (agreement), a random choice, highest or lowest loss, "
+        "kinder half of the held-out rows (agreement), highest value that recipes/value_tokens.py "
+        "has stored, a random choice, highest or lowest loss, "
         "highest probability under the model or the reference, highest loss above that of "
         "reference.model (Rho-1), or below that of reference.model or the start (retrospective), "
         "lowest probability of those below their response's mean (ConfPO), or everything; "
@@ -134,6 +135,12 @@ class SelectionConfig(Section):
         False, description="Keep end-of-turn tokens first, so that the model still learns to stop."
     )
     min_keep: int = Field(0, ge=0, description="Keep at least this many tokens of every response.")
+    store: FilePath | None = Field(
+        None,
+        description="Folder of token values that recipes/value_tokens.py writes (default: values "
+        "in train.output_dir) and policy stored reads.",
+        json_schema_extra=MAY_CHANGE,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -7,8 +7,8 @@ The rows of step s depend on (seed, s) alone. They are sorted by length and cut 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -111,9 +111,9 @@ class Layout:
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
     tokens as first-fit finds; ONE_ROW packs all of them into one, and adds the boundaries that
     flash attention takes. noise_key: (seed, step) adds noise, for policies that need it.
-    halves: adds which half of the draw each position's row is in. reference: by dataset row,
-    another model's losses of its response tokens, (R,) float32. first_only: lay out the chosen
-    document of a pair alone; without `reference` only.
+    halves: adds which half of the draw each position's row is in. by_row: by the name of the column
+    that they become, and by dataset row, numbers of its response tokens, (R,) float32. first_only:
+    lay out the chosen document of a pair alone; without `by_row` only.
     """
 
     size: int
@@ -121,7 +121,7 @@ class Layout:
     row_tokens: int | None = None
     noise_key: tuple[int, int] | None = None
     halves: bool = False
-    reference: ByRow | None = None
+    by_row: Mapping[str, ByRow] = field(default_factory=dict)
     first_only: bool = False
 
 
@@ -141,9 +141,9 @@ def micro_batches(
 
     Rows are padded on the right, so no attention mask is needed. Documents are numbered row by row,
     so that those of pair i are 2 i and 2 i + 1. `position_ids` are there where documents are
-    packed, `cu_seq_lens` and `max_length` where into one row, `noise`, `half_sign` and
-    `reference_nll` where the layout asks for them. Every rank gets equally many micro-batches:
-    where they run out, a placeholder with one padding token and no label.
+    packed, `cu_seq_lens` and `max_length` where into one row, `noise`, `half_sign` and the columns
+    of `by_row` where the layout asks for them. Every rank gets equally many micro-batches: where
+    they run out, a placeholder with one padding token and no label.
     """
     by_length = np.argsort(-dataset.lengths[rows], kind="stable")
     groups = [
@@ -212,9 +212,7 @@ def _columns(layout: Layout) -> dict[str, torch.dtype]:
         columns["noise"] = torch.float32
     if layout.halves:
         columns["half_sign"] = torch.float32
-    if layout.reference is not None:
-        columns["reference_nll"] = torch.float32
-    return columns
+    return columns | dict.fromkeys(layout.by_row, torch.float32)
 
 
 def _position_ids(
@@ -244,14 +242,13 @@ def _documents(dataset: TokenDataset, row: int, layout: Layout) -> list[dict[str
         noise = uniform_noise(*layout.noise_key, row, sum(lengths)).split(lengths)
         for document, noise_T in zip(documents, noise, strict=True):
             document["noise"] = noise_T
-    if layout.reference is not None:
+    if layout.by_row:
         responses = [loss_positions(document["labels"][None])[0][0] for document in documents]
-        nll_R = torch.from_numpy(layout.reference[row])
-        parts = nll_R.split([int(response_T.sum()) for response_T in responses])
+        counts = [int(response_T.sum()) for response_T in responses]
+    for name, numbers in layout.by_row.items():
+        parts = torch.from_numpy(numbers[row]).split(counts)
         for document, response_T, part_R in zip(documents, responses, parts, strict=True):
-            document["reference_nll"] = torch.zeros(len(response_T)).masked_scatter(
-                response_T, part_R
-            )
+            document[name] = torch.zeros(len(response_T)).masked_scatter(response_T, part_R)
     return documents
 
 

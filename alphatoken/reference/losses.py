@@ -1,9 +1,5 @@
 """Token losses of a reference model: of all rows once, before training and cached on disk, or of
 each micro-batch.
-
-A cache is a folder of Parquet files, one for some consecutive rows of a dataset each, and
-`settings.json`, which says what they are of. It is complete when the files cover the dataset;
-whoever finds an unfinished one goes on with it.
 """
 
 from __future__ import annotations
@@ -12,15 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from alphatoken.batch import Batch, to_device
-from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.batch import Batch
 from alphatoken.config.run import RunConfig
-from alphatoken.data.batches import Layout, micro_batches
+from alphatoken.data.batches import Layout
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.distributed import collectives, zero3
@@ -31,11 +25,16 @@ from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.identity import model_identity
 from alphatoken.models.loading import load_model, usable_attention
 from alphatoken.models.token_losses import TokenLosses
-from alphatoken.reference.cache import FORMAT_VERSION, CachedLosses, CacheFolder
+from alphatoken.store.filling import fill
+from alphatoken.store.rows_folder import Contents, RowsFolder, StoredColumn
+from alphatoken.store.values import lengths_of
 from alphatoken.util.files import file_sha256, fingerprint
-from alphatoken.util.progress import Countdown
 
 Losses = Callable[[Batch], Tensor]
+
+FORMAT_VERSION = 1
+CONTENTS = Contents("losses", "the losses of the reference", "reference.cache")
+NLL = "nll"
 
 
 class Reference:
@@ -64,7 +63,7 @@ class Reference:
         self.identity = (
             _identity_of_start(decoder, device) if name is None else _identity_of_files(name)
         )
-        self._cached: dict[TokenDataset, CachedLosses] = {}
+        self._cached: dict[TokenDataset, StoredColumn] = {}
         self._online: TokenLosses | None = None
         if config.reference.mode == "online":
             self._online = self._load()
@@ -83,9 +82,9 @@ class Reference:
                 )
         if other is not None:
             zero3.release(other)
-        self._cached = {part: folders[each].open() for each, part in parts.items()}
+        self._cached = {part: folders[each].column(NLL) for each, part in parts.items()}
 
-    def cached(self, part: TokenDataset) -> CachedLosses | None:
+    def cached(self, part: TokenDataset) -> StoredColumn | None:
         """The losses of a part's rows, where they are cached."""
         return self._cached.get(part)
 
@@ -102,14 +101,14 @@ class Reference:
 
     def _folders(
         self, tokenizer: PreTrainedTokenizerBase, parts: dict[str, TokenDataset]
-    ) -> dict[str, CacheFolder]:
+    ) -> dict[str, RowsFolder]:
         config = self._config
         settings = {
             "format_version": FORMAT_VERSION,
             "model_sha256": self.identity,
             "dtype": config.model.dtype,
             "tokenizer_sha256": tokenizer_identity(tokenizer),
-            "lengths": _lengths(config),
+            "lengths": lengths_of(config),
         }
         folders = {}
         for part_name, part in parts.items():
@@ -118,7 +117,7 @@ class Reference:
                 path = config.reference.cache.expanduser() / part_name.removeprefix("data.")
             else:
                 path = config.data.cache_dir.expanduser() / f"reference-{fingerprint(own)[:32]}"
-            folders[part_name] = CacheFolder(path, len(part), own)
+            folders[part_name] = RowsFolder(path, len(part), own, CONTENTS)
         return folders
 
     def _load(self) -> TokenLosses:
@@ -136,43 +135,24 @@ class Reference:
         return model
 
     def _fill(
-        self, folder: CacheFolder, name: str, part: TokenDataset, losses: Losses, pad_token: int
+        self, folder: RowsFolder, name: str, part: TokenDataset, losses: Losses, pad_token: int
     ) -> None:
-        """Computes what is missing, in blocks of consecutive rows; the rows of a block are dealt to
-        the ranks."""
-        done, config = folder.done(), self._config
-        rank, ranks = collectives.rank(), collectives.world_size()
-        title = f"Reference losses of {name}"
-        with Countdown(title, "rows", done, len(part), active=rank == 0) as countdown:
-            while done < len(part):
-                rows = np.arange(done, min(done + config.reference.save_every, len(part)))
-                layout = Layout(
-                    size=min(config.train.micro_batch_size, -(-len(rows) // ranks)),
-                    pad_token=pad_token,
-                )
-                own = [torch.zeros(0, 2, dtype=torch.float64, device=self._device)]
-                for number, dealt in enumerate(
-                    micro_batches(part, rows, layout, rank, ranks), start=1
-                ):
-                    batch = to_device(dealt, self._device)
-                    own.append(_by_row(batch, losses(batch)))
-                    countdown.advance(done + min(number * layout.size * ranks, len(rows)))
-                everywhere = collectives.gather_rows(torch.cat(own)).cpu()
-                everywhere = everywhere[everywhere[:, 0].argsort(stable=True)]
-                found, counts = everywhere[:, 0].long().unique_consecutive(return_counts=True)
-                assert found.tolist() == rows.tolist(), (
-                    "every row has a response token, and is dealt once"
-                )
-                finite = torch.isfinite(everywhere[:, 1])
-                if not bool(finite.all()):
-                    faulty = part.location(int(everywhere[~finite][0, 0]))
-                    raise UserError(
-                        f"the reference's loss of {faulty} is not finite; try model.dtype=float32"
-                    )
-                folder.add(
-                    done, [each.float().numpy() for each in everywhere[:, 1].split(counts.tolist())]
-                )
-                done = int(rows[-1]) + 1
+        config, ranks = self._config, collectives.world_size()
+
+        def layout(rows: int) -> Layout:
+            size = min(config.train.micro_batch_size, -(-rows // ranks))
+            return Layout(size=size, pad_token=pad_token)
+
+        fill(
+            folder,
+            part,
+            lambda batch: {NLL: losses(batch).float()},
+            layout=layout,
+            block_rows=config.reference.save_every,
+            device=self._device,
+            title=f"Reference losses of {name}",
+            number="the reference's loss",
+        )
 
 
 def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -204,21 +184,6 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
             f"{config.model.name_or_path} ({own_size} tokens), so losses of tokens cannot be "
             "compared; choose a reference of the same family"
         )
-
-
-def _by_row(batch: Batch, nll_BT: Tensor) -> Tensor:
-    """(row, loss) of each response token in order of documents, (R, 2) float64."""
-    response_BT = batch["response"]
-    document_R, order_R = batch["document_ids"][response_BT].sort(stable=True)
-    return torch.stack(
-        [batch["rows"][document_R].double(), nll_BT[response_BT][order_R].double()], dim=1
-    )
-
-
-def _lengths(config: RunConfig) -> dict[str, int]:
-    if isinstance(config, PreferenceRunConfig):
-        return config.preference.model_dump(include={"max_prompt_tokens", "max_response_tokens"})
-    return {"max_length": config.data.max_length}
 
 
 def _identity_of_start(decoder: Decoder, device: torch.device) -> str:

@@ -77,6 +77,14 @@ class TokenFacts(ResponseLosses):
             raise _missing("reference_nll_BT", needs=("reference", "start"))
         return self.batch["reference_nll"]
 
+    @property
+    def stored_value_BT(self) -> Tensor:
+        """Values that were made before, zero off the response. Raises LookupError where nothing of
+        the run needs them."""
+        if "stored_value" not in self.batch:
+            raise _missing("stored_value_BT", needs=("store",))
+        return self.batch["stored_value"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeptTokens:

@@ -24,6 +24,7 @@ SORT_KEYS: dict[str, SortKey] = {
     "adaptation": lambda facts: facts.adaptation_BT,
     # Negative only where both halves of the held-out rows call the token harmful.
     "agreement": lambda facts: facts.composite_BT + facts.spread_BT.abs(),
+    "stored": lambda facts: facts.stored_value_BT,
     "random": lambda facts: facts.noise_BT,
     "loss": lambda facts: facts.nll_BT,
     "low_perplexity": lambda facts: -facts.nll_BT,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alphatoken.batch import Batch, pinned, to_device
-from alphatoken.data.batches import Indices, Layout, Order, micro_batches, row_tokens
+from alphatoken.data.batches import ByRow, Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import check_rows_of_b
 from alphatoken.distributed import collectives
@@ -90,6 +90,17 @@ class Feed:
         rows = self._train_order.step(step, self._run.config.train.global_batch_size)
         return rows, self._on_host(train, rows, step)
 
+    def by_row(self, part: TokenDataset, *, alone: bool = False) -> dict[str, ByRow]:
+        """What micro-batches of a part bring along of what lies on disk, by the name of the column;
+        `alone` are the chosen responses of pairs."""
+        run, found = self._run, dict[str, ByRow]()
+        nll = None if run.reference is None or alone else run.reference.cached(part)
+        if nll is not None:
+            found["reference_nll"] = nll
+        if run.stored is not None and part is run.splits.train:
+            found["stored_value"] = run.stored
+        return found
+
     def _contrast_rows(self, step: int) -> Indices:
         config, train = self._run.config, self._run.splits.train
         held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
@@ -149,14 +160,13 @@ class Feed:
         `alone`."""
         run, ranks = self._run, collectives.world_size()
         config = run.config
-        reference = None if alone else run.reference
         layout = Layout(
             size=size or min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
             pad_token=run.tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if config.needs_noise else None,
             halves=config.valuation.reliability,
-            reference=None if reference is None else reference.cached(part),
+            by_row=self.by_row(part, alone=alone),
             first_only=alone,
         )
         dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)

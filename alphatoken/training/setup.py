@@ -29,6 +29,8 @@ from alphatoken.selection.step import selections_at
 from alphatoken.stability.drift import Drift
 from alphatoken.stability.estimate import estimate_fisher
 from alphatoken.stability.of_run import build_drift, check_files
+from alphatoken.store.rows_folder import StoredColumn
+from alphatoken.store.values import identity_of_store, stored_values
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.files import fingerprint
 from alphatoken.util.stopwatch import Stopwatch
@@ -55,6 +57,8 @@ class Run:
     adam_scale: AdamScale | None
     """For `valuation.preconditioner: adam`."""
     reference: Reference | None
+    stored: StoredColumn | None
+    """Values of the rows of `data.train` that were made before; of `selection.store`."""
     inputs: dict[str, str | None]
     """Hashes of everything that a continued run must share with the one before, by name."""
     continuation: Continuation | None
@@ -83,6 +87,9 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         engine_config["checkpoint"] = {**checkpoint_config, "load_universal": True}
     # One that has to tokenise longer than the others must not keep them waiting for weights.
     splits = collectives.agree(lambda: load_splits(config, tokenizer))
+    stored = None
+    if config.needs_store:
+        stored = collectives.agree(lambda: stored_values(config, tokenizer, splits.train))
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
 
@@ -115,25 +122,14 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         model.attach(scorer)
     reference = None
     if config.needs_reference:
-        wanted = {"data.train"}
-        if objective.branches:
-            wanted.add("data.eval")
-        if config.valuation.target == "preference":
-            wanted.add("data.validation")
-        reference = Reference(
-            config=config,
-            tokenizer=tokenizer,
-            parts={name: part for name, part in splits.named().items() if name in wanted},
-            decoder=decoder,
-            starting_losses=model.token_losses,
-            device=device,
-        )
+        reference = _build_reference(config, model, objective, tokenizer, splits, device)
     inputs = {
         **{name: fingerprint(part.identity) for name, part in splits.named().items()},
         "model.tokenizer": tokenizer_identity(tokenizer),
         "deepspeed.config": fingerprint(without_ranks(engine_config)),
         "reference.model": None if reference is None else reference.identity,
         "valuation.fisher": None if drift is None else drift.identity(),
+        "selection.store": identity_of_store(config) if config.needs_store else None,
     }
     return Run(
         config=config,
@@ -148,6 +144,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         drift=drift,
         adam_scale=adam_scale,
         reference=reference,
+        stored=stored,
         inputs=inputs,
         continuation=continuation,
         notes=tuple(notes),
@@ -181,6 +178,29 @@ def _engine_around(
     engine = build_engine(model, config, engine_config, total_steps)
     model.engaged(partial(zero3.knows_order, engine))
     return engine
+
+
+def _build_reference(
+    config: RunConfig,
+    model: ValuedModel,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    device: torch.device,
+) -> Reference:
+    wanted = {"data.train"}
+    if objective.branches:
+        wanted.add("data.eval")
+    if config.valuation.target == "preference":
+        wanted.add("data.validation")
+    return Reference(
+        config=config,
+        tokenizer=tokenizer,
+        parts={name: part for name, part in splits.named().items() if name in wanted},
+        decoder=decoder_of(model.lm),
+        starting_losses=model.token_losses,
+        device=device,
+    )
 
 
 def _build_drift(

@@ -20,6 +20,7 @@ from alphatoken.checkpoints.saving import (
 from alphatoken.distributed import collectives, zero3
 from alphatoken.training.evaluation import evaluate
 from alphatoken.training.feed import Feed
+from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.report import Report
 from alphatoken.training.setup import Run
 from alphatoken.training.step import OptimizerStep, StepResult
@@ -27,7 +28,6 @@ from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.valued_text import ValuedText
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.metrics import Metrics
-from alphatoken.values.refresh import HeldOutRefresh
 
 
 class Trainer:
@@ -41,19 +41,7 @@ class Trainer:
         config = run.config
         self.run = run
         self.feed = Feed(run)
-        self.refresh: HeldOutRefresh | None = None
-        if run.model.scorer is not None:
-            compares = config.valuation.target == "preference"
-            self.refresh = HeldOutRefresh(
-                scorer=run.model.scorer,
-                draw=self.feed.held_out,
-                draw_contrast=self.feed.contrast,
-                every=config.valuation.refresh_every,
-                start=config.valuation.start_step,
-                adam_scale=run.adam_scale,
-                first_moment=run.model.scorer.first_moment,
-                coefficients=run.objective.coefficients if compares else None,
-            )
+        self.refresh = held_out_refresh(run, self.feed)
         self.stop = StopRequest(run.device, config.train.grace_seconds)
         self.watchdog = Watchdog(
             run.folder.heartbeats,

@@ -1,0 +1,157 @@
+"""Values of all tokens of a dataset under one model, which is not trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from alphatoken.batch import Batch
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import Section
+from alphatoken.data.batches import Layout, row_tokens
+from alphatoken.distributed import collectives
+from alphatoken.errors import UserError
+from alphatoken.models.decoder import evaluating
+from alphatoken.models.identity import model_identity
+from alphatoken.objectives.base import Objective
+from alphatoken.objectives.preference import PreferenceObjective
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.selection.select import select
+from alphatoken.store.filling import fill
+from alphatoken.store.rows_folder import RowsFolder
+from alphatoken.store.values import CONTENTS, FORMAT_VERSION, VALUE, rows_settings, store_folder
+from alphatoken.training.feed import Feed
+from alphatoken.training.refresh import held_out_refresh
+from alphatoken.training.setup import Run, build_run
+from alphatoken.util.memory import peak_memory
+
+BLOCK_ROWS = 512
+"""Rows that are written together, and lost together by a kill."""
+
+
+def check_valuing(config: RunConfig) -> None:
+    """What can be known before weights are read. Raises UserError."""
+    if not config.valuation.enabled:
+        raise UserError(
+            "valuation.enabled=false: there is nothing to value tokens by; set it to true"
+        )
+    if config.valuation.start_step:
+        raise UserError(
+            f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
+            "no later steps; leave it at 0"
+        )
+    if config.selection.scope == "global_batch":
+        raise UserError(
+            "selection.scope=global_batch chooses among the rows of an optimizer step, of which "
+            "there is none here; choose sequence or micro_batch"
+        )
+
+
+def run_valuing(config: RunConfig) -> None:
+    """Values every response token of `data.train` by the configured model and says where the
+    values are. Every rank must call it."""
+    check_valuing(config)
+    objective: Objective = SupervisedObjective()
+    if isinstance(config, PreferenceRunConfig):
+        objective = PreferenceObjective(config.preference)
+    run = build_run(config, objective)
+    began = time.monotonic()
+    folder = value_rows(run)
+    if collectives.rank() == 0:
+        took = timedelta(seconds=round(time.monotonic() - began))
+        memory = f"{peak_memory(run.device) / 2**30:.2f} GiB"
+        Console(highlight=False).print(
+            f"{folder}: values of {len(run.splits.train)} rows; {took}, peak memory of rank 0 "
+            f"{memory}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def value_rows(run: Run) -> Path:
+    """The folder with the values of every response token of `data.train`; what it has already is
+    not computed again.
+
+    Held-out rows and B are those of a run's first step. Rows are laid out in micro-batches of
+    `train.micro_batch_size` in order of length, within blocks of BLOCK_ROWS, whatever the number of
+    ranks is. Every rank must call it. Raises UserError where the folder holds the values of
+    something else, or one is not finite.
+    """
+    config, part = run.config, run.splits.train
+    folder = RowsFolder(store_folder(config), len(part), _settings(run), CONTENTS)
+    if folder.done() == len(part):
+        return folder.path
+    tokens = sum(report.response_tokens for report in part.reports)
+    own_tokens = math.ceil(tokens / collectives.world_size())
+    with evaluating(run.model.lm), torch.no_grad():
+        feed = Feed(run)
+        refresh = held_out_refresh(run, feed)
+        assert refresh is not None, "valuation is enabled"
+        refresh.before(0, own_tokens)
+        fill(
+            folder,
+            part,
+            lambda batch: _columns(run, batch),
+            layout=lambda rows: Layout(
+                size=config.train.micro_batch_size,
+                pad_token=run.tokenizer.pad_token_id,
+                row_tokens=row_tokens(config),
+                noise_key=(config.train.seed, 0) if config.needs_noise else None,
+                by_row=feed.by_row(part),
+            ),
+            block_rows=BLOCK_ROWS,
+            device=run.device,
+            title="Values of data.train",
+            number="a value",
+        )
+    return folder.path
+
+
+def _columns(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """What is kept of each response token."""
+    if run.reference is not None and run.reference.is_online:
+        run.reference.complete([batch])
+    facts = run.model.assess(batch)
+    weighed = select(run.model.selections, facts)
+    kept_BT = facts.response_index.put(weighed.choice.kept_R)
+    terms = {name: term_BT for name, term_BT in facts.values.items() if name != "composite"}
+    return {
+        "id": batch["targets"].int(),
+        VALUE: facts.composite_BT,
+        **terms,
+        "nll": facts.nll_BT,
+        "kept": kept_BT,
+    }
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """What decides the values."""
+    config = run.config
+    model_sha256, _ = model_identity(dict(run.model.lm.named_parameters()), run.device)
+    held_out = config.valuation.held_out == "validation"
+    return {
+        "format_version": FORMAT_VERSION,
+        **rows_settings(config, run.tokenizer, run.splits.train),
+        "model_sha256": model_sha256,
+        "dtype": config.model.dtype,
+        "validation": run.inputs["data.validation"] if held_out else None,
+        "fisher": run.inputs["valuation.fisher"],
+        "reference": run.inputs["reference.model"],
+        "seed": config.train.seed,
+        "micro_batch_size": config.train.micro_batch_size,
+        # Key by key, so that a difference is named by its key.
+        **_keys("valuation", config.valuation, without={"fisher", "reference"}),
+        **_keys("selection", config.selection, without={"store"}),
+    }
+
+
+def _keys(section: str, values: Section, without: set[str]) -> dict[str, object]:
+    dumped = values.model_dump(mode="json", exclude=without)
+    return {f"{section}.{key}": value for key, value in dumped.items()}
