@@ -84,7 +84,7 @@ class RowIndex:
         return flat.index_copy_(0, self.index_R, values_R).view(rows, -1, *rest)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
-        """The same index with its tensor changed, such as moved."""
+        """A copy with the tensor changed, such as moved to a device."""
         return replace(self, index_R=change(self.index_R))
 
 

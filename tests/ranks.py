@@ -203,6 +203,7 @@ def _redirect(descriptor: int, file: Path) -> None:
 def _run_rank(case: str, folder: Path, environment: dict[str, str], log: Path) -> None:
     _redirect(1, log)
     os.dup2(1, 2)
+    os.environ.pop("LOCAL_SIZE", None)  # of the test's own process
     os.environ |= environment
     importlib.import_module("tests.cases").run(case, folder)
 

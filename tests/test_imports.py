@@ -26,8 +26,6 @@ PACKAGES = (
     "values",
     "store",
     "reference",
-    "store",
-    "reference",
     "checkpoints",
     "training",
     "planner",
