@@ -89,13 +89,12 @@ def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list
 
 def end_of_turn(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends the assistant's turns in the rows: `model.end_of_turn`, else what the
-    chat template ends them with, else EOS; None without one.
+    chat template ends them with, or EOS without a template; None where that is text.
 
     Raises UserError where `model.end_of_turn` is no token, or not what the template ends them with.
     """
     configured = config.end_of_turn
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    token = None if configured is None else vocabulary.get(configured)
+    token: int | None = None if configured is None else tokenizer.get_vocab().get(configured)
     if configured is not None and token is None:
         raise UserError(
             f"model.end_of_turn={configured} is no token of {config.name_or_path}: name one, such "
@@ -110,7 +109,7 @@ def end_of_turn(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int 
             today=config.chat_template_date,
         )
         own = Renderer(tokenizer, rules).end_of_turn()
-        found = next((each for each in (own, token) if each is not None), found)
+        found = token if own is None else own
     if token is not None and token != found:
         ends = "the chat template ends turns" if tokenizer.chat_template else "rows end"
         raise UserError(
