@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install quickstart study-small test-fast test test-long gpu lint types golden metrics
+.PHONY: install quickstart study-small test-fast test test-long gpu lint types golden metrics exports
 
 install: $(VENV)/installed
 
@@ -84,3 +84,7 @@ golden: $(VENV)/dev
 # Rewrites docs/metrics.md from the metrics that the code declares.
 metrics: $(VENV)/dev
 	python -m tests.test_metrics
+
+# Rewrites docs/exports.md from the files that tiny models of every class are published as.
+exports: $(VENV)/dev
+	python -m tests.export_names

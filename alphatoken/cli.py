@@ -89,7 +89,12 @@ def options(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (train.output_dir).")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run (train.output_dir); with --merge also of LoRA adapters."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="New folder to write.")],
     step: Annotated[
         int | None, typer.Option(help="Of which checkpoint; default: the newest undamaged one.")
@@ -97,14 +102,23 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge LoRA adapters into the model they belong to.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Upload it to this repository of the Hugging Face Hub; a new one is private."
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
     from alphatoken.checkpoints.export import export_checkpoint
+    from alphatoken.checkpoints.publishing import prepare_repository, push_folder
 
+    repository = None if push is None else prepare_repository(push)
     done = export_checkpoint(run, target, step, merge=merge)
-    typer.echo(
-        f"{done.folder}: {done.parameters} parameters of step {done.step} in {done.files} file(s)"
-    )
+    of_step = "" if done.step is None else f" of step {done.step}"
+    typer.echo(f"{done.folder}: {done.parameters} parameters{of_step} in {done.files} file(s)")
+    if repository is not None:
+        typer.echo(push_folder(target, repository, f"Export of {run.resolve().name}{of_step}"))
 
 
 @app.command()

@@ -63,13 +63,13 @@ from alphatoken.planner.plan import make_plan
 from alphatoken.planner.tracing import PeakBytes
 from alphatoken.planner.workload import rows_of
 from alphatoken.selection.facts import TokenFacts
-from alphatoken.selection.select import Cut, Selection
+from alphatoken.selection.select import Cut, Selection, select
 from alphatoken.selection.step import count_tokens, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.training import trainer as training_trainer
-from alphatoken.training import valuing
+from alphatoken.training import valued_model, valuing
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
@@ -1031,3 +1031,38 @@ def run(case: str, folder: Path) -> None:
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
     collectives.barrier()
     process.end_process(0)
+
+
+def grown(
+    folder: Path, models: dict[str, dict[str, Any]], tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Loads models with an embedding for each token under ZeRO-3 and runs them on the last one, on
+    other rows on each rank; their weights, whole, and whether embeddings and head are one."""
+    device = initialise_ranks(5)
+    results = {}
+    for name, values in models.items():
+        engine_values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        lm = load_model(validate(ModelConfig, values, "of the test"), engine_values, 0, tokens)
+        named = dict(lm.named_parameters())
+        assert all(zero3.is_sharded(parameter) for parameter in named.values())
+        whole = zero3.full_weights(list(named.values()), device)
+        engine, *_ = deepspeed.initialize(model=lm, config=engine_values)
+        ids = torch.tensor([[3, 4, tokens - 1, 5 + collectives.rank()]])
+        assert torch.isfinite(engine(input_ids=ids, labels=ids).loss)
+        tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+        results[name] = {"weights": dict(zip(named, whole, strict=True)), "tied": tied}
+    return results
+
+
+def protected(folder: Path, values: dict[str, Any]) -> set[int]:
+    """A whole run; the tokens that it protected."""
+    found: set[int] = set()
+
+    def recorded(selections: Any, facts: TokenFacts) -> Any:
+        assert all(selection.protect_eos for selection in selections)
+        found.update(facts.batch["targets"][facts.protected_BT].tolist())
+        return select(selections, facts)
+
+    setattr(valued_model, "select", recorded)  # noqa: B010  mypy: it is imported there
+    trainer_of(values).train()
+    return found

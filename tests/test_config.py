@@ -271,6 +271,13 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ),
         ("train.lr=1e-5", "train.lr: unknown key; did you mean optim.lr?"),
         ("modle.dtype=float32", "modle: unknown key; did you mean model?"),
+        (
+            "optim.name=adafactor",
+            "optim.name=adafactor is not possible here: it keeps the second moment of a matrix by",
+        ),
+        ("optim.name=muon", "optim.name=muon is not possible here: it makes the update of a whole"),
+        ("optim.name=adamw8bit", "neither checkpoints, opened as tensors and numbers alone, nor"),
+        ("optim.name=adm", "optim.name: input should be 'adamw', not 'adm'"),
         ("selection.keep_ratio=0", "selection.keep_ratio: input should be greater than 0, not 0"),
         (
             "selection.keep_ratio=1.5",

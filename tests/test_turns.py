@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -544,7 +545,9 @@ def test_variables_that_no_template_can_get(name: str, value: Any, message: str)
 # Templates of a tokenizer.
 
 
-def test_one_of_several_templates_is_chosen_by_name(load: Load, tmp_path: Path) -> None:
+def test_one_of_several_templates_is_chosen_by_name(
+    load: Load, tiny_model: Path, tmp_path: Path
+) -> None:
     tokenizer = load(ENDED)
     tokenizer.chat_template = {"tool_use": ENDED, "rag": "x"}
     with pytest.raises(
@@ -552,6 +555,7 @@ def test_one_of_several_templates_is_chosen_by_name(load: Load, tmp_path: Path) 
     ):
         Encoder(tokenizer, 100)
     tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_model / "config.json", tmp_path)
     values = {"name_or_path": str(tmp_path), "chat_template": "tool_use"}
     chosen = load_tokenizer(ModelConfig.model_validate(values))
     assert chosen.chat_template == ENDED

@@ -11,6 +11,8 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -182,6 +184,41 @@ CASES: dict[str, TinyCase] = {
         linears=ATTENTION,
     ),
 }
+
+
+def save_published(name: str, folder: Path) -> PreTrainedModel:
+    """Writes a tiny model as models of its class are published, and returns it: Qwen3.5's text
+    model, whose files have a vision tower beside it, under its names there."""
+    model = CASES[name].build()
+    model.save_pretrained(folder)
+    if name == "qwen3_5":
+        file = folder / "model.safetensors"
+        renamed = {
+            key.replace("model.", "model.language_model.", 1): tensor
+            for key, tensor in load_file(file).items()
+        }
+        save_file(renamed, file, {"format": "pt"})
+    return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of letters, digits and a few signs, with a chat template, for `SMALL` models."""
+    special = ["<pad>", "<s>", "</s>"]
+    signs = "\u0120\u010a?!.,abcdefghijklmnopqrstuvwxyzHY0123456789"  # byte level: space, new line
+    vocabulary = {token: index for index, token in enumerate([*special, *signs])}
+    assert len(vocabulary) <= VOCABULARY
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
 
 
 # A plain one, one with transposed weights and fused values, and a recurrent one: enough to see

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from alphatoken.checkpoints.files import (
     ABOUT,
@@ -36,6 +37,7 @@ from alphatoken.checkpoints.weight_files import (
     batches_to_save,
     names_to_save,
 )
+from alphatoken.data.pretrained import holds_adapters, read_settings
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
@@ -154,7 +156,8 @@ class Exported:
     """What was written."""
 
     folder: Path
-    step: int
+    step: int | None
+    """None of merged adapters that are not a checkpoint's."""
     parameters: int
     files: int
 
@@ -166,11 +169,16 @@ def export_checkpoint(
     `target`.
 
     Weights get the run's `model.dtype`, from the fp32 masters. Adapters are written as such, or
-    merged into the model they belong to, which then has to fit in memory. Raises UserError for a
-    folder that is no run, a damaged checkpoint, or a target that exists.
+    merged into the model they belong to, which then has to fit in memory; those of a finished run
+    without checkpoints, or of a folder or hub name of adapters, too. Raises UserError for a folder
+    that is no run, a damaged checkpoint, or a target that exists.
     """
     if target.exists():
         raise UserError(f"{target} exists; name a new folder")
+    if merge and step is None:
+        place = _adapters_without_checkpoint(run)
+        if place is not None:
+            return _export_merged(run, place, target)
     checkpoint = _checkpoint_of(run, step)
     description = read_description(checkpoint)
     config = description["config"]
@@ -197,7 +205,11 @@ def export_checkpoint(
         save_file(adapters, partial / "adapter_model.safetensors", {"format": "pt"})
         parameters, files = sum(tensor.numel() for tensor in adapters.values()), 1
         if merge:
-            _merge(partial, config["model"]["name_or_path"], dtype)
+            base = config["model"]["name_or_path"]
+            parameters = _merge(str(partial), partial, base, dtype, generation=partial)
+            for file in partial.glob("adapter_*"):
+                file.unlink()
+            files = len(list(partial.glob("*.safetensors")))
         else:
             (partial / "config.json").unlink()
     else:
@@ -222,7 +234,8 @@ def export_checkpoint(
 def _checkpoint_of(run: Path, step: int | None) -> Path:
     folders = step_folders(run / "checkpoints")
     if not folders:
-        raise UserError(f"{run / 'checkpoints'} has no checkpoint; was train.save_every set?")
+        own = f"; the run's own export is {run / 'export'}" if (run / "export").is_dir() else ""
+        raise UserError(f"{run / 'checkpoints'} has no checkpoint; was train.save_every set?{own}")
     if step is not None and step not in folders:
         raise UserError(
             f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}"
@@ -282,15 +295,48 @@ def _adapter_name(name: str) -> str:
     return "base_model.model." + name.replace(".default.", ".")
 
 
-def _merge(folder: Path, base: str, dtype: torch.dtype) -> None:
-    """Replaces adapters by the whole weights they make."""
+def _adapters_without_checkpoint(run: Path) -> str | None:
+    """The folder of a finished run's adapters where there is no checkpoint of them, or what holds
+    adapters itself."""
+    if holds_adapters(str(run)):
+        return str(run)
+    exported = run / "export"
+    finished = exported.is_dir() and holds_adapters(str(exported))
+    return str(exported) if finished and not step_folders(run / "checkpoints") else None
+
+
+def _export_merged(run: Path, adapters: str, target: Path) -> Exported:
+    """Writes the model that adapters make of the one they belong to, in a run's dtype or else the
+    model's own. Raises UserError where that cannot be loaded."""
+    import peft
+
+    base = peft.PeftConfig.from_pretrained(adapters).base_model_name_or_path
+    read_settings(str(base), f"base_model_name_or_path in {adapters}")
+    settings = run / "config.yaml"
+    dtype = "auto"
+    if settings.is_file():
+        dtype = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["dtype"]
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+    parameters = _merge(adapters, partial, str(base), dtype, generation=run / "model")
+    own_tokenizer = Path(adapters, "tokenizer_config.json").is_file()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapters if own_tokenizer else base)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+    files = len(list(target.glob("*.safetensors")))
+    return Exported(folder=target, step=None, parameters=parameters, files=files)
+
+
+def _merge(adapters: str, folder: Path, base: str, dtype: Any, generation: Path) -> int:
+    """Writes the whole weights that adapters make, and how they generate as `generation` says, if
+    it does; returns how many they are."""
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    merged: Any = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    for file in folder.glob("adapter_*"):
-        file.unlink()
+    merged: Any = peft.PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    if (generation / GENERATION_CONFIG_NAME).is_file():
+        merged.generation_config = transformers.GenerationConfig.from_pretrained(generation)
     merged.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in merged.parameters())
 
 
 def _model_card(

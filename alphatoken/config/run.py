@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
@@ -24,10 +24,24 @@ from alphatoken.config.selection import Normalise, SelectionConfig
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.config.weights import WEIGHT_TRAITS
 
+OTHER_OPTIMIZERS = {
+    "adamw8bit": "its moments lie in integers with scales, which neither checkpoints, opened as "
+    "tensors and numbers alone, nor valuation.preconditioner=adam read",
+    "adafactor": "it keeps the second moment of a matrix by its rows and columns, and ZeRO hands "
+    "optimizers flat slices, on which torch's keeps the whole moment",
+    "muon": "it makes the update of a whole matrix orthogonal and keeps no second moment; values "
+    "and resumed runs have not been tested on what DeepSpeed makes of that in its slices",
+}
+"""Why an optimizer of the field is refused."""
+
 
 class OptimConfig(Section):
-    """AdamW and its learning rate schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    name: Literal["adamw"] = Field(
+        "adamw",
+        description="Optimizer. AdamW is the only one: others are refused with the reason.",
+    )
     lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(
         0.01, ge=0, description="Decoupled weight decay; norms and biases are exempt."
@@ -41,6 +55,15 @@ class OptimConfig(Section):
         "cosine", description="Learning rate after the warmup."
     )
     clip: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 turns clipping off.")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _others_have_a_reason(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in OTHER_OPTIMIZERS:
+            raise ValueError(
+                f"optim.name={value} is not possible here: {OTHER_OPTIMIZERS[value]}; use adamw"
+            )
+        return value
 
 
 class TrainConfig(Section):

@@ -85,6 +85,11 @@ class ModelConfig(Section):
         description="What a chat template that writes today's date writes in its place, so that "
         "rows are the same tokens on every day, in every part of the data and after resuming.",
     )
+    end_of_turn: str | None = Field(
+        None,
+        description="Token that ends the assistant's turns: what protect_eos protects, and where "
+        "the exported model stops. Default: what the chat template ends them with, else EOS.",
+    )
     attn_implementation: Literal[
         "auto",
         "flash_attention_3",
@@ -100,6 +105,11 @@ class ModelConfig(Section):
         "it is installed and possible, else sdpa, else eager. The run's own config.yaml names it.",
         json_schema_extra=MAY_CHANGE,
     )
+    resize_embeddings: bool = Field(
+        False,
+        description="Give every token of the tokenizer an embedding where the model has fewer, for "
+        "added tokens: each new one starts as the mean of the others.",
+    )
     lora: LoraConfig | None = Field(
         None,
         description="Train LoRA adapters {r, alpha, target_modules} instead of all weights; "
@@ -111,6 +121,15 @@ class ModelConfig(Section):
         description="Dtype of weights and activations; the optimizer keeps float32 "
         "masters either way.",
     )
+
+    @model_validator(mode="after")
+    def _new_embeddings_are_trained(self) -> ModelConfig:
+        if self.resize_embeddings and self.lora is not None:
+            raise ValueError(
+                "model.resize_embeddings=true, but model.lora trains no embeddings, nor would the "
+                "new ones be part of the adapters: leave one of them out"
+            )
+        return self
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -118,6 +118,18 @@ class TokenDataset:
         part, row = self._find(index)
         return location(self._sources[part], int(self._parts[part][row]["number"]))
 
+    def first_beyond(self, tokens: int) -> tuple[int, int] | None:
+        """The first row with a token of id `tokens` or above, and its id; None without one."""
+        for start, part in zip(self._starts, self._parts, strict=False):
+            column = part.data.column("input_ids")
+            if pc.max(pc.list_flatten(column)).as_py() < tokens:
+                continue
+            for row, ids in enumerate(column):
+                highest = max(ids.as_py())
+                if highest >= tokens:
+                    return int(start) + row, highest
+        return None
+
     def digests(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """A 64-bit hash of every document's tokens, int64, and the row it belongs to."""
         digests = [pc.list_flatten(part.data.column("digests")) for part in self._parts]

@@ -16,7 +16,8 @@ from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
 from alphatoken.data.pairs import ChosenEncoder, HeldOutPairEncoder, PairEncoder
-from alphatoken.data.tokenizer import chat_rules
+from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.tokenizer import chat_rules, tokens_of
 from alphatoken.errors import UserError
 
 
@@ -59,11 +60,39 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     train = load(config.data.train, encoders.rows)
     assert train is not None
     held_out = config.data.validation if config.valuation.enabled else None
-    return Splits(
+    splits = Splits(
         train=train,
         validation=load(held_out, encoders.held_out),
         eval=load(config.data.eval, encoders.rows),
     )
+    for name, part in splits.named().items():
+        _check_tokens(name, part, config, tokenizer)
+    return splits
+
+
+def _check_tokens(
+    name: str, part: TokenDataset, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises UserError for a row with a token that the model, or the reference, has no embedding
+    for."""
+    if config.model.resize_embeddings:
+        return
+    models = {"model.name_or_path": config.model.name_or_path}
+    if config.needs_reference and config.reference.model is not None:
+        models["reference.model"] = config.reference.model
+    tokens = tokens_of(tokenizer)
+    for key, model in models.items():
+        embeddings = embeddings_of(model, key)
+        found = part.first_beyond(embeddings) if tokens > embeddings else None
+        if found is not None:
+            row, token = found
+            raise UserError(
+                f"{name}: {part.location(row)} has the token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r} of id {token}, but {key}={model} has "
+                f"{embeddings} embeddings, and its tokenizer {tokens} tokens: set "
+                "model.resize_embeddings=true, which adds the missing ones, or use the tokenizer "
+                "that the model was published with"
+            )
 
 
 def check_sizes(splits: Splits, config: RunConfig) -> None:
@@ -171,6 +200,7 @@ def load_prompts(
         rules = chat_rules(config, tokenizer)
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens, rules)
     dataset = tokenise(sources, encoder, config.data.cache_dir)
+    _check_tokens("fisher.prompts", dataset, config, tokenizer)
     trained_on = np.isin(dataset.last_asked(), train.asked())
     epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))
     _, first = np.unique(epoch, return_index=True)  # a mixture with weights repeats rows

@@ -8,13 +8,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
-from alphatoken.data.turns import ChatRules
+from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.turns import ChatRules, Renderer
 from alphatoken.errors import UserError
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token and the configured chat template. Raises
-    UserError without one."""
+    """The model's tokenizer, with the configured chat template and a padding token that has an
+    embedding. Raises UserError without one, and without a model."""
+    embeddings = embeddings_of(config.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
     except (OSError, ValueError) as error:
@@ -32,33 +34,118 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             raise UserError(
                 f"cannot read model.chat_template={config.chat_template}: {error.strerror}{named}"
             ) from None
-    if tokenizer.pad_token_id is None:
+    pad = tokenizer.pad_token_id
+    if pad is None or (pad >= embeddings and not config.resize_embeddings):
         tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
     return tokenizer
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many embeddings a model needs for every token to have one."""
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
+
+
+def vocabulary_note(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What becomes of tokens that the model as published has no embedding for; None where it has
+    one for each, as asked for."""
+    tokens, embeddings = tokens_of(tokenizer), embeddings_of(config.name_or_path)
+    if config.resize_embeddings:
+        grown = (
+            f"from {embeddings} to {tokens}, new ones are the mean of the others"
+            if tokens > embeddings
+            else f"by none: the model has {embeddings}, the tokenizer {tokens} tokens"
+        )
+        return f"model.resize_embeddings: embeddings grow {grown}"
+    if tokens <= embeddings:
+        return None
+    return (
+        f"the tokenizer has {tokens} tokens, the model {embeddings} embeddings: no row uses the "
+        f"others, and padding is {tokenizer.pad_token}"
+    )
 
 
 def eos_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
 ) -> list[int]:
-    """Every token that ends a turn: the tokenizer's and those that stop generation."""
+    """The tokenizer's EOS and the tokens that stop generation."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*own, *generation_stops(generation)})
+
+
+def generation_stops(generation: GenerationConfig | None) -> list[int]:
+    """The tokens that stop generation, in their order."""
     stops: Any = generation.eos_token_id if generation is not None else None
-    return sorted(
-        {
-            tokenizer.eos_token_id,
-            *(stops if isinstance(stops, list) else [stops] if stops is not None else []),
-        }
-    )
+    return list(stops) if isinstance(stops, list) else [stops] if stops is not None else []
 
 
 def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`eos_token_ids` of a model that is not loaded."""
-    try:
-        generation = GenerationConfig.from_pretrained(config.name_or_path)
-    except OSError:  # as loading does where there is no such file
-        generation = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(config.name_or_path)
+    """Every token that ends a turn: `eos_token_ids` of the model, which need not be loaded, and its
+    `end_of_turn`."""
+    known = eos_token_ids(tokenizer, _published(config))
+    end = end_of_turn(config, tokenizer)
+    return sorted({*known} if end is None else {*known, end})
+
+
+def end_of_turn(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends the assistant's turns in the rows: `model.end_of_turn`, else what the
+    chat template ends them with, or EOS without a template; None where that is text.
+
+    Raises UserError where `model.end_of_turn` is no token, or not what the template ends them with.
+    """
+    configured = config.end_of_turn
+    token: int | None = None if configured is None else tokenizer.get_vocab().get(configured)
+    if configured is not None and token is None:
+        raise UserError(
+            f"model.end_of_turn={configured} is no token of {config.name_or_path}: name one, such "
+            f"as {tokenizer.eos_token}"
         )
-    return eos_token_ids(tokenizer, generation)
+    found: int | None = tokenizer.eos_token_id
+    if tokenizer.chat_template is not None:
+        known = eos_token_ids(tokenizer, _published(config))
+        rules = ChatRules(
+            stop_tokens=frozenset(known if token is None else [*known, token]),
+            variables=config.chat_template_kwargs,
+            today=config.chat_template_date,
+        )
+        own = Renderer(tokenizer, rules).end_of_turn()
+        found = token if own is None else own
+    if token is not None and token != found:
+        ends = "the chat template ends turns" if tokenizer.chat_template else "rows end"
+        raise UserError(
+            f"model.end_of_turn={configured}, but {ends} with "
+            f"{tokenizer.convert_ids_to_tokens(found)}: leave it out, or set model.chat_template "
+            f"to one that ends them with {configured}"
+        )
+    return found
+
+
+def stop_at_end_of_turn(
+    generation: GenerationConfig, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Has a model stop at the end of a turn, where it does not yet; what is to be said of that."""
+    token = end_of_turn(config, tokenizer)
+    stops = generation_stops(generation)
+    if token is None or (token in stops and config.end_of_turn is None):
+        return None
+    name, eos = tokenizer.convert_ids_to_tokens(token), tokenizer.eos_token
+    whose = "as model.end_of_turn says" if config.end_of_turn else "as rows are rendered"
+    others = tokenizer.convert_ids_to_tokens(stops)
+    if token not in stops:
+        generation.eos_token_id = [*stops, token]
+    return (
+        f"turns end with {name}, {whose} (EOS is {eos}; as published, generation stops at "
+        f"{', '.join(others) or 'none'}): protect_eos protects it, and the exported "
+        "generation_config.json stops at it"
+    )
+
+
+def _published(config: ModelConfig) -> GenerationConfig:
+    """How a model generates, as loading it gives it."""
+    try:
+        return GenerationConfig.from_pretrained(config.name_or_path)
+    except OSError:  # as loading does where there is no such file
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(config.name_or_path))
 
 
 def chat_rules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatRules:

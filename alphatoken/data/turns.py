@@ -40,6 +40,12 @@ RECOGNISED = 20
 """Characters at either end of a text, or half of it, by which it is found in what a template made
 of it."""
 
+PROBE: list[Message] = [
+    {"role": "user", "content": "Ready?"},
+    {"role": "assistant", "content": "Yes."},
+]
+"""A conversation that every template can render, but those that want more than a chat."""
+
 Span = tuple[int, int]
 """First character, and the first behind the last."""
 
@@ -138,6 +144,17 @@ class Renderer:
             "variables": self._variables,
             "turns": self._rules.turns,
         }
+
+    def end_of_turn(self) -> int | None:
+        """The token of its own with which the template ends an answer, as far as that is trained;
+        None where it ends with text, or where the template refuses a question and its answer."""
+        try:
+            (found,) = self.renderings(Chat(PROBE), "a question and its answer")
+        except (UserError, ValueError):
+            return None
+        (start, end), *_ = found.spans[-1:]
+        *_, (token, _) = self._tokens(found.text[start:end].rstrip())
+        return token if token in self._special else None
 
     def prompt(self, chat: Chat, where: str) -> str:
         """The text that precedes an answer to a conversation."""

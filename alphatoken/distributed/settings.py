@@ -216,10 +216,11 @@ def inference_config(config: RunConfig, *, offload: bool = False) -> dict[str, A
 def _shared_config(config: RunConfig) -> dict[str, Any]:
     values = read_deepspeed_config(config.deepspeed.config)
     offload = _value_at(values, "zero_optimization.offload_param.device")
-    if offload == "nvme" and (config.valuation.enabled or config.needs_reference):
+    reads = config.valuation.enabled or config.needs_reference or config.model.resize_embeddings
+    if offload == "nvme" and reads:
         raise UserError(
-            "zero_optimization.offload_param.device=nvme is not possible with valuation or a "
-            "reference, which read the weight shards: use cpu"
+            "zero_optimization.offload_param.device=nvme is not possible with valuation, a "
+            "reference or model.resize_embeddings, which read the weight shards: use cpu"
         )
     return {
         **values,

@@ -194,6 +194,29 @@ def whole_tensors(slices: Sequence[Tensor], parameters: Sequence[Parameter]) -> 
     return [part.view(*part.shape[:-1], *shape) for part, shape in pairs]
 
 
+@torch.no_grad()
+def with_more_rows(parameter: Parameter, rows: int) -> nn.Parameter:
+    """A parameter (N, ...) with more rows, `rows` in all: the new ones are the mean of the others.
+    Sharded as the parameter is, whose memory is released then.
+
+    Before there is an engine. Every rank must call it, and holds both of them whole meanwhile.
+    """
+    if not is_sharded(parameter):
+        return nn.Parameter(_more_rows(parameter, rows), parameter.requires_grad)
+    from deepspeed.accelerator import get_accelerator
+
+    (whole,) = full_weights([parameter], torch.device(get_accelerator().current_device_name()))
+    grown = nn.Parameter(_more_rows(whole, rows), parameter.requires_grad)
+    parameter.convert_to_zero_parameters([grown])
+    parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)  # DeepSpeed holds on to it
+    return grown
+
+
+def _more_rows(whole: Tensor, rows: int) -> Tensor:
+    mean = whole.float().mean(0, keepdim=True).to(whole.dtype)
+    return torch.cat([whole, mean.expand(rows - len(whole), *whole.shape[1:])])
+
+
 def save_shards(
     engine: Any, folder: Path, tag: str, client_state: dict[str, Any]
 ) -> tuple[list[Path], Exception | None]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
 )
 
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import LoraConfig, ModelConfig
+from alphatoken.data.pretrained import read_settings
+from alphatoken.data.tokenizer import load_tokenizer, tokens_of
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.compatibility import (
@@ -32,12 +35,7 @@ def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
 
     `here`: whether this machine is to run it.
     """
-    try:
-        model_config = AutoConfig.from_pretrained(config.model.name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path} cannot be loaded: {error}"
-        ) from None
+    model_config = read_settings(config.model.name_or_path)
     architecture = architecture_of_config(model_config)
     check_attention(model_config, config.model.attn_implementation, config.model.dtype, here=here)
     if config.data.packing and architecture.recurrent:
@@ -54,12 +52,12 @@ def attention_of(model: ModelConfig) -> str:
     stands for."""
     if model.attn_implementation != "auto":
         return model.attn_implementation
-    return best_attention(AutoConfig.from_pretrained(model.name_or_path), model.dtype)
+    return best_attention(read_settings(model.name_or_path), model.dtype)
 
 
 def usable_attention(model: ModelConfig) -> str:
     """The configured attention kernel where this model can run it, else the best that it can."""
-    model_config = AutoConfig.from_pretrained(model.name_or_path)
+    model_config = read_settings(model.name_or_path)
     try:
         check_attention(model_config, model.attn_implementation, model.dtype)
     except UserError:
@@ -101,9 +99,11 @@ def different_kernels(by_rank: Sequence[str]) -> str | None:
     )
 
 
-def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, deepspeed_values: dict[str, Any], seed: int, tokens: int | None = None
+) -> PreTrainedModel:
     """The pretrained model, with fresh adapters if LoRA is configured (`seed` makes them alike on
-    every rank).
+    every rank), and with `model.resize_embeddings` an embedding for each of `tokens` tokens.
 
     Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read.
     """
@@ -119,6 +119,8 @@ def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int)
     )
     del sharding
     assert isinstance(model, PreTrainedModel)
+    if config.resize_embeddings and tokens is not None:
+        grow_embeddings(model, tokens)
     if config.lora is not None:
         _add_adapters(model, config.lora, seed)
     if stage == 3:
@@ -126,10 +128,37 @@ def load_model(config: ModelConfig, deepspeed_values: dict[str, Any], seed: int)
     return model
 
 
+def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
+    """Gives each of `tokens` tokens a row of the embeddings and of the head, where there are fewer:
+    new ones are the mean of the others. What is tied stays tied, what is sharded is sharded.
+
+    Before there is an engine. Every rank must call it. (`resize_token_embeddings` of transformers
+    draws new rows at random, and leaves them whole on every rank under ZeRO-3.)
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embeddings, nn.Embedding) and isinstance(head, nn.Linear)
+    before = zero3.full_shape(embeddings.weight)[0]
+    if tokens <= before:
+        return
+    grown: dict[int, nn.Parameter] = {}
+    for module in (embeddings, head):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in grown:
+                grown[id(parameter)] = zero3.with_more_rows(parameter, tokens)
+            setattr(module, name, grown[id(parameter)])
+    embeddings.num_embeddings = head.out_features = tokens
+    for owner in (model.config.get_text_config(), *model.modules()):
+        if getattr(owner, "vocab_size", None) == before:
+            owner.vocab_size = tokens
+
+
 def model_without_weights(config: ModelConfig, attention: str) -> PreTrainedModel:
     """Builds the configured model on the meta device, from its `config.json` alone, with the named
     attention implementation."""
-    model_config = AutoConfig.from_pretrained(config.name_or_path)
+    model_config = read_settings(config.name_or_path)
+    if config.resize_embeddings:
+        text = model_config.get_text_config()
+        text.vocab_size = max(text.vocab_size, tokens_of(load_tokenizer(config)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=getattr(torch, config.dtype), attn_implementation=attention
@@ -158,10 +187,12 @@ def _add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None
             "model.lora needs the peft package: pip install 'alphatoken[lora]'"
         ) from None
     torch.manual_seed(seed)
+    towers = _targeted_towers(model, config)
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         target_modules=_adapter_targets(model, config),
+        exclude_modules="|".join(rf"{re.escape(each)}(\..*)?" for each in towers) or None,
         task_type="CAUSAL_LM",
     )
     # Adapters in the weights' own dtype: the engine keeps float32 masters of them.
@@ -173,6 +204,36 @@ def _add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+def adapters_note(model: PreTrainedModel, config: ModelConfig) -> str | None:
+    """Which parts of the model get no adapters although linears of theirs have the names of those
+    that do; None without one."""
+    towers = [] if config.lora is None else _targeted_towers(model, config.lora)
+    if not towers:
+        return None
+    return f"adapters are in the decoder alone: no text runs through {', '.join(towers)}"
+
+
+def _targeted_towers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The largest parts of the model that text never runs through (a vision tower), and in which
+    the names of linears that get adapters occur."""
+    decoder = decoder_of(model)
+    reached = {id(each) for part in (decoder.body, decoder.head) for each in part.modules()}
+    ends = tuple(f".{target}" for target in _adapter_targets(model, config))
+
+    def unreached(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if not any(id(each) in reached for each in module.modules()):
+            yield path, module
+        elif id(module) not in reached:
+            for name, child in module.named_children():
+                yield from unreached(f"{path}.{name}", child)
+
+    return [
+        path.removeprefix(".")
+        for path, part in unreached("", model)
+        if any(f"{path}.{inner}".rstrip(".").endswith(ends) for inner, _ in part.named_modules())
+    ]
 
 
 def _adapter_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:

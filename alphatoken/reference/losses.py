@@ -17,6 +17,8 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import tokenizer_identity
+from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.tokenizer import tokens_of
 from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.engine import build_inference_engine
 from alphatoken.distributed.settings import inference_config
@@ -66,11 +68,11 @@ class Reference:
         self._cached: dict[TokenDataset, StoredColumn] = {}
         self._online: TokenLosses | None = None
         if config.reference.mode == "online":
-            self._online = self._load()
+            self._online = self._load(tokens_of(tokenizer))
             return
         folders = self._folders(tokenizer, parts)
         unfinished = [each for each, folder in folders.items() if folder.done() < folder.rows]
-        other = self._load() if unfinished and name is not None else None
+        other = self._load(tokens_of(tokenizer)) if unfinished and name is not None else None
         with evaluating(decoder.model) if unfinished else nullcontext():
             for each in unfinished:
                 self._fill(
@@ -120,7 +122,7 @@ class Reference:
             folders[part_name] = RowsFolder(path, len(part), own, CONTENTS)
         return folders
 
-    def _load(self) -> TokenLosses:
+    def _load(self, tokens: int) -> TokenLosses:
         """The reference model, sharded as the configuration has it, for forward passes."""
         config = self._config
         values = inference_config(config, offload=config.reference.offload)
@@ -130,9 +132,10 @@ class Reference:
                 update={"name_or_path": config.reference.model, "lora": None}
             )
             chosen = chosen.model_copy(update={"attn_implementation": usable_attention(chosen)})
-        model = TokenLosses(decoder_of(load_model(chosen, values, config.train.seed).eval()))
-        build_inference_engine(model, values, self._device)
-        return model
+        model = load_model(chosen, values, config.train.seed, tokens).eval()
+        losses = TokenLosses(decoder_of(model))
+        build_inference_engine(losses, values, self._device)
+        return losses
 
     def _fill(
         self, folder: RowsFolder, name: str, part: TokenDataset, losses: Losses, pad_token: int
@@ -165,13 +168,8 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
         return
     if name is None:
         return
-    try:
-        size = AutoConfig.from_pretrained(name).get_text_config().vocab_size
-        own_size = (
-            AutoConfig.from_pretrained(config.model.name_or_path).get_text_config().vocab_size
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"reference.model={name} cannot be loaded: {error}") from None
+    size = embeddings_of(name, "reference.model")
+    own_size = embeddings_of(config.model.name_or_path)
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):  # a folder of weights alone

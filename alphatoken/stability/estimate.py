@@ -23,7 +23,7 @@ from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.noise import uniform_noise
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
-from alphatoken.data.tokenizer import eos_token_ids, load_tokenizer
+from alphatoken.data.tokenizer import load_tokenizer, stop_tokens, tokens_of
 from alphatoken.distributed import collectives
 from alphatoken.distributed.engine import build_inference_engine
 from alphatoken.distributed.ranks import initialise_ranks
@@ -97,7 +97,7 @@ def estimate_fisher(
         size=chosen.batch_size, pad_token=tokenizer.pad_token_id, noise_key=(chosen.seed, 0)
     )
     batches = micro_batches(prompts.dataset, by_length[done:], layout, collectives.rank(), ranks)
-    stops = eos_token_ids(tokenizer, decoder.model.generation_config)
+    stops = stop_tokens(config.model, tokenizer)
     title = f"Fisher ({chosen.sampling}, {chosen.square} square)"
     countdown = Countdown(title, "prompts", done, len(by_length), active=collectives.rank() == 0)
     with evaluating(decoder.model), torch.no_grad(), countdown:
@@ -165,7 +165,7 @@ def prepare_estimate(config: RunConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     config = settle_model(config)
     prompts = load_prompts(config, tokenizer, load_splits(config, tokenizer).train)
-    model = load_model(config.model, deepspeed_values, config.train.seed)
+    model = load_model(config.model, deepspeed_values, config.train.seed, tokens_of(tokenizer))
     build_inference_engine(model, deepspeed_values, device)
     return Prepared(decoder=decoder_of(model), tokenizer=tokenizer, prompts=prompts, device=device)
 

@@ -12,17 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import Continuation, open_run_folder
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import FisherConfig
+from alphatoken.config.sections import FisherConfig, ModelConfig
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
-from alphatoken.data.tokenizer import eos_token_ids, load_tokenizer
+from alphatoken.data.tokenizer import (
+    load_tokenizer,
+    stop_at_end_of_turn,
+    stop_tokens,
+    tokens_of,
+    vocabulary_note,
+)
 from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
-from alphatoken.models.loading import load_model, settle_model
+from alphatoken.models.loading import adapters_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
@@ -94,14 +100,15 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     total_steps = config.train.total_steps(len(splits.train))
 
     stopwatch = Stopwatch(device)
-    lm = _load(config, engine_config)
+    lm = _load(config, engine_config, tokenizer)
+    notes = _model_notes(config.model, lm, tokenizer)
     decoder = decoder_of(lm.train())
     decoder.freeze_unreached()
     model = ValuedModel(
         decoder=decoder,
         objective=objective,
         selections=selections_at(config, 0, total_steps),
-        eos_token_ids=eos_token_ids(tokenizer, lm.generation_config),
+        eos_token_ids=stop_tokens(config.model, tokenizer),
         stopwatch=stopwatch,
         needs_entropy=config.needs_entropy,
     )
@@ -109,7 +116,6 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
 
     # By default stability and the reference losses are measured from the weights the run starts
     # with: both are built when the engine has its masters, and before a checkpoint is loaded.
-    notes: list[str] = []
     drift, adam_scale = None, None
     if config.valuation.enabled:
         notes += valuation_notes(decoder, config.valuation)
@@ -165,11 +171,25 @@ def _settled(
     return config
 
 
-def _load(config: RunConfig, engine_config: dict[str, Any]) -> PreTrainedModel:
-    model = load_model(config.model, engine_config, config.train.seed)
+def _load(
+    config: RunConfig, engine_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    model = load_model(config.model, engine_config, config.train.seed, tokens_of(tokenizer))
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _model_notes(
+    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """What differs from the model as published, once `lm` stops where turns end."""
+    found = (
+        vocabulary_note(config, tokenizer),
+        stop_at_end_of_turn(lm.generation_config, config, tokenizer),
+        adapters_note(lm, config),
+    )
+    return [note for note in found if note is not None]
 
 
 def _engine_around(
