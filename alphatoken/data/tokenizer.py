@@ -67,5 +67,6 @@ def chat_rules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatRul
         stop_tokens=frozenset(stop_tokens(config.model, tokenizer)),
         variables=config.model.chat_template_kwargs,
         turns=config.data.turns,
+        train_reasoning=config.data.train_reasoning,
         today=config.model.chat_template_date,
     )

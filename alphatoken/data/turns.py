@@ -26,11 +26,21 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alphatoken.config.sections import TODAY, Turns
-from alphatoken.data.rows import REASONING, Chat, Message, asks_anything, is_trained, says_anything
+from alphatoken.data.rows import (
+    END_OF_REASONING,
+    Chat,
+    Message,
+    answer_of,
+    asks_anything,
+    is_trained,
+    reasoning_of,
+    says_anything,
+)
 from alphatoken.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(?P<form>[^'"]*)\1\s*\)""")
+WORD = re.compile(r"\w+")
 TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 """What follows the text of a turn that is over: own tokens of the template (o), then white space
 (w)."""
@@ -46,9 +56,10 @@ Span = tuple[int, int]
 UNASKED = "assistant turns that answer nothing (not trained)"
 EMPTY = "empty assistant turns (not trained)"
 APART = "conversations trained as a row per turn, as the chat template rewrites earlier ones"
-UNSAID_REASONING = "turns whose reasoning_content the chat template leaves out"
+UNSAID_REASONING = "turns whose reasoning the chat template leaves out"
 UNSAID_TEXT = "tool calls beside a text that the chat template leaves out"
 UNSAID_TOOLS = "conversations whose tools the chat template leaves out"
+UNSAID_MESSAGE = "conversations where the chat template leaves out a message of others"
 OTHER_OPENING = "answers that the chat template marks behind another text than inference has there"
 
 
@@ -62,6 +73,8 @@ class ChatRules:
     """What the template gets besides the messages (`model.chat_template_kwargs`)."""
     turns: Turns = "all"
     """Which of the assistant's turns are trained (`data.turns`)."""
+    train_reasoning: bool = True
+    """Whether reasoning is trained with the answer behind it (`data.train_reasoning`)."""
     today: datetime.date = TODAY
     """What a template that writes today's date writes (`model.chat_template_date`)."""
 
@@ -125,7 +138,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._rules = rules
         self._variables = {**tokenizer.special_tokens_map, **rules.variables}
-        self._is_marked = GENERATION_MARK.search(self.template) is not None
+        self.is_marked = GENERATION_MARK.search(self.template) is not None
         self._stops = {*rules.stop_tokens, tokenizer.eos_token_id}
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
@@ -171,6 +184,10 @@ class Renderer:
             notes.append(UNSAID_TOOLS)
         if not turns:
             return []
+        texts = [whole, *(turn.text for turn in turns)]
+        others = [message for message in chat.messages if message["role"] != "assistant"]
+        if not all(any(_stands(message, text) for text in texts) for message in others):
+            notes.append(UNSAID_MESSAGE)
         if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
             return [self._together(whole, len(chat.messages), turns, notes)]
         if len(turns) > 1:
@@ -201,7 +218,7 @@ class Renderer:
         """Characters of a stop token directly behind an answer that has none: of templates in which
         the next speaker's header ends a turn."""
         start, end = span
-        behind = [] if self._is_marked else self._tokens(text[end : end + LONGEST_STOP])
+        behind = [] if self.is_marked else self._tokens(text[end : end + LONGEST_STOP])
         if not behind or behind[0][0] not in self._stops or behind[0][1][0] > 0:
             return 0
         said = self._tokens(text[start:end])
@@ -216,7 +233,7 @@ class Renderer:
             asked, _ = self._rendered(before, asks=True)
             text, marks = self._rendered(chat.first(index + 1))
             start = len(asked)
-            if self._is_marked:
+            if self.is_marked:
                 start = _alike(text, self._rendered(before)[0])
             elif not text.startswith(asked):
                 plain, _ = self._rendered(before)
@@ -224,7 +241,7 @@ class Renderer:
         except TemplateError as error:
             raise self._refused(where, error) from None
         message = chat.messages[index]
-        if self._is_marked:
+        if self.is_marked:
             spans = tuple(span for span in marks if span[0] >= start) or tuple(
                 span for span in marks if span[1] > start
             )
@@ -236,10 +253,13 @@ class Renderer:
                 )
         else:
             if not text.startswith(asked):
-                raise UserError(f"{where}: {_other_opening(asked, text, index)}")
+                raise UserError(f"{where}: {_other_opening(asked, text, index, message)}")
             spans = ((start, self._end(text, start, message)),)
             opening = ()
         unsaid = _check_said(message, text, start, f"{where}: message {index + 1}")
+        if not self._rules.train_reasoning:
+            answered = behind_reasoning(message, text, start)
+            spans = tuple((max(left, answered), right) for left, right in spans if right > answered)
         return _Turn(index, text, spans, asked, (*opening, *unsaid))
 
     def _end(self, text: str, start: int, message: Message) -> int:
@@ -293,14 +313,14 @@ class Renderer:
                 tools=chat.tools,
                 chat_template=self.template,
                 add_generation_prompt=asks,
-                return_assistant_tokens_mask=self._is_marked,
+                return_assistant_tokens_mask=self.is_marked,
                 **self._variables,
             )
             texts[0].encode()
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             # What a template does to a value of another type; half of a character.
             raise TemplateError(f"{type(error).__name__}: {error}") from None
-        return texts[0], [(start, end) for start, end in marks[0]] if self._is_marked else []
+        return texts[0], [(start, end) for start, end in marks[0]] if self.is_marked else []
 
     @staticmethod
     def _refused(where: str, error: TemplateError) -> UserError:
@@ -311,16 +331,20 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
     """Notes on what the template leaves out of a turn that it asks for up to `start`. Raises
     UserError where that is the answer itself."""
     content, said = message["content"].strip(), text[start:]
-    is_unsaid = bool(content) and not _is_in(content, text, start)
+    reasoning, answer = reasoning_of(message), answer_of(message)
+    is_unsaid = bool(content) and not any(
+        _is_in(part, text, start) for part in (content, answer) if part
+    )
     if is_unsaid and not message.get("tool_calls"):
         raise UserError(
             f"{where} has a 'content' of which nothing is in the chat template's text "
             f"({_shown(said)}): the model would learn to say nothing; use another "
             "model.chat_template, or leave the row out"
         )
-    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
     # Texts may name the tools that they are about to call.
-    beside = said.replace(content, "", 1).replace(reasoning, "", 1)
+    beside = said
+    for part in (content, reasoning) if content in said else (reasoning, answer):
+        beside = beside.replace(part, "", 1)
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or [])
     for name, count in calls.items():
         if beside.count(name) < count:
@@ -331,6 +355,28 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
             )
     notes = (UNSAID_TEXT,) if is_unsaid else ()
     return (*notes, UNSAID_REASONING) if reasoning and not _is_in(reasoning, text, start) else notes
+
+
+def behind_reasoning(message: Message, text: str, start: int) -> int:
+    """Where an answer begins in a turn that begins at `start`: behind its reasoning, if any, and
+    what the template writes around that."""
+    reasoning, answer = reasoning_of(message), answer_of(message)
+    place = text.find(reasoning, _from(start, reasoning)) if reasoning else -1
+    behind = place + len(reasoning) if place >= 0 else start
+    begins = text.find(answer, behind) if answer else -1
+    mark = text.find(END_OF_REASONING, behind, begins if begins >= 0 else len(text))
+    if begins >= 0:
+        return begins if place >= 0 or mark >= 0 else start
+    return mark + len(END_OF_REASONING) if mark >= 0 else behind
+
+
+def _stands(message: Message, text: str) -> bool:
+    """Whether a text has something of a message that is not trained; what tools answer may be
+    written anew."""
+    content = message["content"].strip()
+    if message["role"] == "tool":
+        return not content or any(word in text for word in WORD.findall(content))
+    return not content or _is_in(content, text, 0)
 
 
 def _is_in(part: str, text: str, start: int) -> bool:
@@ -346,14 +392,23 @@ def _from(start: int, part: str) -> int:
     return max(0, start - len(part) + 1)
 
 
-def _other_opening(asked: str, text: str, index: int) -> str:
+def _other_opening(asked: str, text: str, index: int, message: Message) -> str:
     """Why an answer cannot be trained that does not stand behind what asks for it."""
     same = _alike(asked, text)
+    fix = (
+        "set model.chat_template_kwargs so that both are the same (for many reasoning models "
+        "{enable_thinking: false}), put the reasoning into the row, or use another "
+        "model.chat_template"
+    )
+    if reasoning_of(message):
+        fix = (
+            "it does not write the row's reasoning so: set model.chat_template to one that does, "
+            "or model.chat_template_kwargs so that it asks without (for many reasoning models "
+            "{enable_thinking: false})"
+        )
     return (
         f"inference would begin message {index + 1} behind {_shown(asked[same:])}, but the chat "
-        f"template writes {_shown(text[same:])} there; set model.chat_template_kwargs so that both "
-        "are the same (for many reasoning models {enable_thinking: false}), put the reasoning into "
-        "the row, or use another model.chat_template"
+        f"template writes {_shown(text[same:])} there; {fix}"
     )
 
 

@@ -13,6 +13,7 @@ from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import Continuation, open_run_folder
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
+from alphatoken.data.audit import look_at_rows
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
 from alphatoken.data.tokenizer import eos_token_ids, load_tokenizer
@@ -83,6 +84,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         engine_config["checkpoint"] = {**checkpoint_config, "load_universal": True}
     # One that has to tokenise longer than the others must not keep them waiting for weights.
     splits = collectives.agree(lambda: load_splits(config, tokenizer))
+    notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
 
@@ -102,7 +104,6 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
 
     # By default stability and the reference losses are measured from the weights the run starts
     # with: both are built when the engine has its masters, and before a checkpoint is loaded.
-    notes: list[str] = []
     drift, adam_scale = None, None
     if config.valuation.enabled:
         notes += valuation_notes(decoder, config.valuation)
