@@ -91,10 +91,7 @@ MARKED = FOR_ALL + "<{{ m.role }}>" + GENERATED + "{% endfor %}" + ASKED
 RIGHT: dict[str, tuple[str, list[Message]]] = {
     "T1 the assistant speaks first": (ENDED, [said("Hello"), *TWO[:2]]),
     "T2 today's date": ("{{ strftime_now('%d %b') }}\n" + ENDED, TWO),
-    "T3 the next header ends a turn": (
-        FOR_ALL + TURN + "{% endfor %}{{ '<assistant>' if add_generation_prompt else '<user>' }}",
-        TWO,
-    ),
+    "T3 the next header ends a turn": (FOR_ALL + TURN + "{% endfor %}" + ASKED, TWO),
     "T4 two ends": (ENDED + "{% if not add_generation_prompt %}<stop>{% endif %}", TWO),
     "T5 marks to the character": (
         FOR_ALL + "{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT: {% else %}"
@@ -145,11 +142,12 @@ HEADER_MARKED = (
 )
 CALLS_UNMARKED = MARKED.replace("<end>{% endgeneration %}", "{% endgeneration %}" + CALLS + "<end>")
 WRONG: dict[str, tuple[str, list[Message], str, str]] = {
-    "T3 the last turn has no end": (
-        FOR_ALL + TURN + "{% endfor %}" + ASKED,
+    "no token ends a turn": (
+        FOR_ALL + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
         TWO,
         "failed",
-        r"the last token trained is no token .*: 'Only foxes yodel.' \(the probe\) and 1 more",
+        r"the last token trained is no token .*: 'Only foxes yodel.\\n' \(the probe\) and 3 more",
     ),
     "T7 what asks is not there": (THINKING, TWO, "failed", "rows.jsonl:7: inference would begin"),
     "T11 a call is left out": (ENDED, CALLED, "failed", "rows.jsonl:7: message 2 calls the tool"),

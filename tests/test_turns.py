@@ -121,8 +121,12 @@ def test_the_next_header_may_be_what_ends_a_turn(load: Load) -> None:
     (row,) = rows(tokenizer, stops=["<user>"])
     assert (
         shown(tokenizer, row)
-        == "<user>Ask one<assistant>[[Say one<user>]]Ask two<assistant>[[Say two]]"
+        == "<user>Ask one<assistant>[[Say one<user>]]Ask two<assistant>[[Say two<user>]]"
     )
+    (row,) = rows(tokenizer, stops=["<user>"], turns="last")
+    assert shown(tokenizer, row).endswith("Say one<user>Ask two<assistant>[[Say two<user>]]")
+    (row,) = rows(tokenizer, [*TWO, user("Ask on")], stops=["<user>"])
+    assert shown(tokenizer, row).endswith("<assistant>[[Say two<user>]]Ask on")
     (row,) = rows(tokenizer)
     assert (
         shown(tokenizer, row)

@@ -109,10 +109,11 @@ class Encoder:
         self._max_length = max_length
         self._renderer = Renderer(tokenizer, rules) if tokenizer.chat_template else None
 
-    @property
-    def template(self) -> str | None:
-        """The chat template that rows are rendered with; None without one."""
-        return self._renderer.template if self._renderer else None
+    def as_rendered(self, chat: Chat) -> tuple[Chat, str | None]:
+        """A conversation as the chat template gets it, and that template; None without one."""
+        if self._renderer is None:
+            return chat, None
+        return self._renderer.as_read(chat), self._renderer.template_of(chat)
 
     @property
     def rule(self) -> str:
@@ -129,11 +130,18 @@ class Encoder:
                 "an answer from behind the text that asks for it (add_generation_prompt) to the "
                 f"first stop token ({', '.join(names)})"
             )
+        if self.rules.training_template is not None:
+            said += (
+                f", rendered with the shipped template {self.rules.training_template} where a row "
+                "has no tools: it asks as the model's own and keeps the reasoning that this leaves "
+                "out (exports have the model's own)"
+            )
         last = ", of the last turn only" if self.rules.turns == "last" else ""
         return said + last + ("" if self.rules.train_reasoning else ", without its reasoning")
 
     @property
     def identity(self) -> str:
+        """Everything that decides how a row is tokenised, as text."""
         return json.dumps(
             {
                 **({} if self.rules.train_reasoning else {"train_reasoning": False}),
@@ -300,6 +308,10 @@ class PromptEncoder:
         return f"prompts {self._encoder.identity}"
 
     def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
+        """Encodes what a row asks, or says why it is skipped.
+
+        Raises UserError naming `where` for a row that asks nothing.
+        """
         if is_tokenised(fields):
             encoded = self._encoder.ready_prompt(fields, where)
         else:

@@ -105,7 +105,10 @@ def lay_out(
     possible."""
     text = _text(tokenizer, encoder, conversation.chat)
     pieces = _pieces(tokenizer, encoder, conversation, text)
-    if pieces is not None and (seen := tokens.rendering.text) != text:
+    seen = tokens.rendering.text
+    if seen.startswith(text):
+        text = seen  # with what ends the last turn
+    elif pieces is not None:
         before = conversation.chat.first(len(conversation.chat.messages) - 1)
         pieces = _moved(pieces, text, seen, encoder.prompt_text(before, conversation.where))
         text = seen
@@ -158,11 +161,12 @@ def _moved(
 def _text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat: Chat) -> str:
     if tokenizer.chat_template is None:
         return "".join(message["content"] for message in chat.messages)
+    chat, template = encoder.as_rendered(chat)
     text: str = tokenizer.apply_chat_template(
         chat.messages,
         tools=chat.tools,
         tokenize=False,
-        chat_template=encoder.template,
+        chat_template=template,
         **encoder.rules.variables,
     )
     return text

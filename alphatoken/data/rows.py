@@ -184,6 +184,11 @@ def answer_of(message: Message) -> str:
     return answer.strip()
 
 
+def with_reasoning_in(field: str, message: Message) -> Message:
+    """A message with its reasoning in one of `REASONING`, and its text behind it."""
+    return {**message, "content": answer_of(message), field: reasoning_of(message)}
+
+
 def asks_anything(messages: Sequence[Message]) -> bool:
     """Whether there is something to answer: more than instructions of the system."""
     return any(message["role"] not in ("system", "developer") for message in messages)

@@ -18,7 +18,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,6 +28,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from alphatoken.config.sections import TODAY, Turns
 from alphatoken.data.rows import (
     END_OF_REASONING,
+    REASONING,
     Chat,
     Message,
     answer_of,
@@ -35,9 +36,15 @@ from alphatoken.data.rows import (
     is_trained,
     reasoning_of,
     says_anything,
+    with_reasoning_in,
 )
+from alphatoken.data.templates import shipped_template, training_names
 from alphatoken.errors import UserError
 
+FIELD_READ = re.compile(rf"""[.'"]({"|".join(REASONING)})\b""")
+"""A template that reads a field of a message's reasoning."""
+EMPTY_REASONING = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*$")
+"""What asks for an answer without reasoning."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(?P<form>[^'"]*)\1\s*\)""")
 WORD = re.compile(r"\w+")
@@ -75,6 +82,9 @@ class ChatRules:
     """Which of the assistant's turns are trained (`data.turns`)."""
     train_reasoning: bool = True
     """Whether reasoning is trained with the answer behind it (`data.train_reasoning`)."""
+    training_template: str | None = None
+    """The shipped template that rows without tools are rendered with in place of the tokenizer's
+    own (`data.templates`), by name."""
     today: datetime.date = TODAY
     """What a template that writes today's date writes (`model.chat_template_date`)."""
 
@@ -104,6 +114,8 @@ class _Turn:
     text: str
     spans: tuple[Span, ...]
     asked: str
+    closing: str
+    """The stop token with which the next speaker would begin, where the turn ends without one."""
     notes: tuple[str, ...]
 
 
@@ -135,6 +147,8 @@ class Renderer:
             )
         own = tokenizer.chat_template
         self._has_another_for_tools = isinstance(own, dict) and "tool_use" in own
+        name = rules.training_template
+        self._training = None if name is None else shipped_template(name)
         self._tokenizer = tokenizer
         self._rules = rules
         self._variables = {**tokenizer.special_tokens_map, **rules.variables}
@@ -146,11 +160,55 @@ class Renderer:
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is rendered and trained."""
         return {
+            **({} if self._training is None else {"training_template": self._training}),
             "template": self.template,
             "stops": sorted(self._stops),
             "variables": self._variables,
             "turns": self._rules.turns,
         }
+
+    def template_of(self, chat: Chat) -> str:
+        """The template that a conversation is rendered with."""
+        calls = any(each.get("tool_calls") or each["role"] == "tool" for each in chat.messages)
+        return self.template if calls or chat.tools else self._training or self.template
+
+    def as_read(self, chat: Chat) -> Chat:
+        """A conversation with reasoning in the field that the template reads, whichever it is in:
+        of templates that read one, and not what stands in the text before `</think>`."""
+        template = self.template_of(chat)
+        read = FIELD_READ.findall(template)
+        if not read:
+            return chat
+        knows_text = END_OF_REASONING in template
+        messages = [
+            message
+            if any(message.get(field) for field in read)
+            or not reasoning_of(message)
+            or (knows_text and END_OF_REASONING in message["content"])
+            else with_reasoning_in(read[0], message)
+            for message in chat.messages
+        ]
+        return Chat(messages, chat.tools)
+
+    def asks_like(self, other: Renderer) -> bool:
+        """Whether what precedes an answer is the same as of another, in a few conversations."""
+        try:
+            return all(
+                self._rendered(Chat(list(talk)), asks=True)
+                == other._rendered(Chat(list(talk)), asks=True)
+                for talk in ASKED_ALIKE
+            )
+        except TemplateError:
+            return False
+
+    def keeps_reasoning(self) -> bool:
+        """Whether an answer is written with its reasoning, behind what asks for it."""
+        try:
+            asked, _ = self._rendered(Chat(list(THOUGHTFUL[:1])), asks=True)
+            text, _ = self._rendered(Chat(list(THOUGHTFUL)))
+        except TemplateError:
+            return False
+        return text.startswith(asked) and reasoning_of(THOUGHTFUL[1]) in text
 
     def prompt(self, chat: Chat, where: str) -> str:
         """The text that precedes an answer to a conversation."""
@@ -204,6 +262,8 @@ class Renderer:
         spans = []
         for turn in turns:
             *inner, (start, end) = turn.spans
+            if end == len(text):
+                text += turn.closing
             spans += [*inner, (start, end + self._stop_behind(text, (start, end)))]
         return Rendering(
             text=text,
@@ -237,7 +297,8 @@ class Renderer:
                 start = _alike(text, self._rendered(before)[0])
             elif not text.startswith(asked):
                 plain, _ = self._rendered(before)
-                text = _behind(asked, plain, text, *chat.messages[index - 1 : index + 1]) or text
+                pair = chat.messages[index - 1 : index + 1]
+                text = _behind_empty(asked, text) or _behind(asked, plain, text, *pair) or text
         except TemplateError as error:
             raise self._refused(where, error) from None
         message = chat.messages[index]
@@ -260,7 +321,26 @@ class Renderer:
         if not self._rules.train_reasoning:
             answered = behind_reasoning(message, text, start)
             spans = tuple((max(left, answered), right) for left, right in spans if right > answered)
-        return _Turn(index, text, spans, asked, (*opening, *unsaid))
+        closing = self._closing(chat.first(index + 1), text, spans[-1]) if spans else ""
+        return _Turn(index, text, spans, asked, closing, (*opening, *unsaid))
+
+    def _closing(self, chat: Chat, text: str, span: Span) -> str:
+        """The stop token that ends a turn, and that a template writes only once somebody else
+        speaks: the model generates it."""
+        start, end = span
+        if self.is_marked or end < len(text):
+            return ""
+        *_, (last, _) = self._tokens(text[max(start, end - LONGEST_STOP) : end])
+        if last in self._stops:
+            return ""
+        next_role = "tool" if chat.messages[-1].get("tool_calls") else "user"
+        try:
+            longer, _ = self._rendered(chat.and_then([{"role": next_role, "content": "?"}]))
+        except TemplateError:
+            return ""
+        if not longer.startswith(text):
+            return ""
+        return longer[end : end + self._stop_behind(longer, span)]
 
     def _end(self, text: str, start: int, message: Message) -> int:
         """Where what a model generates of a turn from `start` on ends: with the first stop token
@@ -270,9 +350,10 @@ class Renderer:
         they write one that is: then up to the line break. Without any stop token: up to the last
         of the template's own tokens, where only white space follows it, or all.
         """
-        content = message["content"].strip()
-        place = text.find(content, _from(start, content)) if content else -1
-        behind = place + len(content) if place >= 0 else start
+        answer, begins = answer_of(message), behind_reasoning(message, text, start)
+        begins = begins if begins > start else _from(start, answer)
+        place = text.find(answer, begins) if answer else -1
+        behind = place + len(answer) if place >= 0 else start
         kinds, ends = "", []
         for token, (first, last) in self._tokens(text[start:]):
             if start + first < behind:
@@ -309,9 +390,9 @@ class Renderer:
         answer."""
         try:
             texts, marks = render_jinja_template(
-                [chat.messages],
+                [self.as_read(chat).messages],
                 tools=chat.tools,
-                chat_template=self.template,
+                chat_template=self.template_of(chat),
                 add_generation_prompt=asks,
                 return_assistant_tokens_mask=self.is_marked,
                 **self._variables,
@@ -428,6 +509,18 @@ def _behind(asked: str, plain: str, text: str, last: Message, answer: Message) -
     return asked + text[start + len(near) :] if start >= 0 else None
 
 
+def _behind_empty(asked: str, text: str) -> str | None:
+    """What asks for an answer with the answer behind it, where that ends in empty reasoning that
+    the template does not write before an answer. None where it is not so."""
+    empty = EMPTY_REASONING.search(asked)
+    if empty is None or not text.startswith(asked[: empty.start()]):
+        return None
+    answer = text[empty.start() :]
+    opening = re.match(r"<[^>]*>", empty[0])
+    assert opening is not None, "EMPTY_REASONING begins so"
+    return None if answer.lstrip().startswith(opening[0]) else asked + answer
+
+
 def _alike(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
     places = range(1, min(len(first), len(second)) + 1)
@@ -436,3 +529,33 @@ def _alike(first: str, second: str) -> int:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+ASKED_ALIKE: tuple[tuple[Message, ...], ...] = (
+    ({"role": "user", "content": "Ask"},),
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ask"}),
+    (
+        {"role": "user", "content": "Ask"},
+        {"role": "assistant", "content": "Say"},
+        {"role": "user", "content": "Ask on"},
+    ),
+)
+"""Conversations for which a training template must ask exactly as a model's own does."""
+THOUGHTFUL: tuple[Message, ...] = (
+    {"role": "user", "content": "Ask"},
+    {"role": "assistant", "content": "Say", "reasoning_content": "quartz umbrellas"},
+)
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> str | None:
+    """The name of the shipped template that takes the place of the tokenizer's own in training:
+    where that leaves out the reasoning of an answer, the one that keeps it and asks for answers in
+    the same words. None where none does, or the own one is right."""
+    own = Renderer(tokenizer, rules)
+    if own.is_marked or own.keeps_reasoning():
+        return None
+    for name in training_names():
+        shipped = Renderer(tokenizer, replace(rules, training_template=name))
+        if own.asks_like(shipped) and shipped.keeps_reasoning():
+            return name
+    return None
