@@ -366,6 +366,9 @@ def test_a_named_format_must_fit() -> None:
         converted({"prompt": "Ask", "response": "Say"}, "alpaca", "here")
     with pytest.raises(ValidationError, match=r"format\n.*'auto', .*'alpaca', .* or 'question_ans"):
         Source.model_validate({"path": "x", "format": "alpacca"})
+    values = {"data": {"train": {"path": "x", "format": "alpacca"}}}
+    with pytest.raises(UserError, match=r"data.train.format: input should be 'auto'.* 'alpacca'"):
+        validate(RunConfig, values, "of the test")
     fields = {"question": "Ask", "answer": "Say"}
     assert converted({"text": "x"}, "auto", "here") == ({"text": "x"}, frozenset({"text"}))
     assert converted({"prompt": "x", "id": 3}, "auto", "here")[1] == {"id"}, "asked by the Fisher"
