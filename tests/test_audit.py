@@ -135,6 +135,14 @@ def test_doctor_passes_what_is_right(load: Load, case: str) -> None:
     assert (found.outcome, found.found[-26:]) == ("ok", "1 conversation of the data"), found
 
 
+@pytest.mark.parametrize("template", [ENDED, THINKING, FORGETFUL, MARKED])
+def test_doctor_passes_answers_without_their_reasoning(load: Load, template: str) -> None:
+    talk = [user("Ask"), said("<think>because of it</think>Say")]
+    found = judged(load(template), talk, train_reasoning=False)
+    assert found.outcome == "ok", found
+    assert "because of it</think>[[Say<end>]]" in "\n".join(found.details)
+
+
 IGNORES_ASKING = FOR_ALL + TURN + "<end>{% endfor %}"
 HEADER_MARKED = (
     FOR_ALL + "{% if m.role == 'assistant' %}{% generation %}<assistant>{{ m.content }}<end>"
@@ -147,7 +155,7 @@ WRONG: dict[str, tuple[str, list[Message], str, str]] = {
         "{% if add_generation_prompt %}assistant: {% endif %}",
         TWO,
         "failed",
-        r"the last token trained is no token .*: 'Only foxes yodel.\\n' \(the probe\) and 3 more",
+        r"the last token trained is no token .*: 'Velvet pigeons .* and 3 more",
     ),
     "T7 what asks is not there": (THINKING, TWO, "failed", "rows.jsonl:7: inference would begin"),
     "T11 a call is left out": (ENDED, CALLED, "failed", "rows.jsonl:7: message 2 calls the tool"),
@@ -265,6 +273,16 @@ def test_a_run_warns_of_what_it_learns_wrongly(
         "without it the model never learns to stop: set model.chat_template to one that writes it "
         "behind every answer, or correct eos_token_id of the model"
     )
+
+
+def test_a_run_looks_at_few_of_very_long_rows(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = asked_of(tmp_path, CHATML, tiny_model, [{"messages": TWO}] * 9)
+    assert len(audit.real_conversations(config)) == 9
+    characters = sum(len(message["content"]) for message in TWO)
+    monkeypatch.setattr(audit, "MOST_RENDERED", 2 * characters * 3)
+    assert len(audit.real_conversations(config)) == 4
 
 
 def test_a_run_does_not_train_what_others_say(

@@ -216,6 +216,12 @@ def test_a_header_that_is_marked_is_trained(load: Load) -> None:
     )
 
 
+MARKED_TEXT = (
+    FOR_ALL + "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}" + ASKED
+)
+
+
 def test_marks_that_leave_an_answer_out_are_an_error(load: Load) -> None:
     tokenizer = load(
         FOR_ALL + "<{{ m.role }}>{% if loop.first %}{% generation %}{% endgeneration %}"
@@ -543,6 +549,14 @@ def test_reasoning_may_be_left_out(
     assert shown(tokenizer, row).count("[[") == 1
     (row,) = rows(tokenizer, [user("Ask"), message], stops=["<end>"])
     assert shown(tokenizer, row).partition("[[")[0] == "<user>Ask<end><assistant>"
+
+
+def test_reasoning_alone_is_no_answer(load: Load) -> None:
+    tokenizer = load(MARKED_TEXT)
+    talk = [user("Ask"), said("<think>hm</think>"), *TWO[:2]]
+    (row,) = rows(tokenizer, talk, stops=["<end>"], train_reasoning=False)
+    assert row.notes == (EMPTY,)
+    assert shown(tokenizer, row).count("[[") == 1
 
 
 def test_reasoning_may_be_left_out_without_a_template(tiny_model: Path) -> None:

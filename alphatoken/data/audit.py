@@ -49,6 +49,7 @@ PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "Only foxes yodel."},
 )
 LOOKED_AT = 32  # rows of the data
+MOST_RENDERED = 2_000_000  # characters of them, each as often as there are answers behind: seconds
 
 Severity = Literal["notable", "wrong", "grave"]
 """Of what is left out of a text; of a mask; of text that the assistant never says and that is
@@ -146,7 +147,7 @@ def audit(
         try:
             found = accounts(tokenizer, encoder, each)
         except UserError as error:
-            refused.append(Complaint("cannot be encoded", "", str(error), MARKS))
+            refused.append(Complaint("cannot be encoded", "", str(error), "do as it says there"))
             continue
         if found is None:
             unknown += 1
@@ -156,17 +157,23 @@ def audit(
 
 
 def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conversation]:
-    """Reads the first usable rows of every training source, about `limit` in all, both answers of a
-    pair.
+    """Reads the first usable rows of every training source, about `limit` in all and fewer of very
+    long ones, both answers of a pair.
 
     Raises UserError for bad rows.
     """
-    share = max(1, limit // len(config.data.train))
+    sources = config.data.train
+    share, most = max(1, limit // len(sources)), MOST_RENDERED // len(sources)
     pairs = isinstance(config, PreferenceRunConfig)
-    of_sources = (
-        itertools.islice(_conversations(source, pairs=pairs), share) for source in config.data.train
-    )
-    return list(itertools.chain.from_iterable(of_sources))
+    found = []
+    for source in sources:
+        rendered = 0
+        for each in itertools.islice(_conversations(source, pairs=pairs), share):
+            found.append(each)
+            rendered += each.rendered_characters()
+            if rendered > most:
+                break
+    return found
 
 
 def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:

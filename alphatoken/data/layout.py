@@ -7,6 +7,7 @@ the template's own text, and tells where each message lies in a real conversatio
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ class Conversation:
         role: str = self.chat.messages[index]["role"]
         return role if index >= self.answered_from else "prompt"
 
+    def rendered_characters(self) -> int:
+        """Characters of its messages, as often as an answer may have to be rendered behind them."""
+        places = range(len(self.chat.messages))
+        answers = sum(map(self.is_trained, places))
+        return answers * sum(len(message["content"]) for message in self.chat.messages)
+
     def parts(self, counts: Sequence[int]) -> list[Conversation]:
         """The conversation; or, where its turns become rows of their own, its first messages, so
         many of them each, of which the last is trained."""
@@ -81,8 +88,11 @@ class Layout:
         """The message that a token belongs to, by most of its characters; None: the template's own
         text."""
         left, right = self.offsets[place]
+        last = bisect.bisect_left(self.pieces, right, key=lambda piece: piece[1][0])
+        first = bisect.bisect_right(self.pieces, left, hi=last, key=lambda piece: piece[1][1])
         shares = [
-            (min(right, end) - max(left, start), index) for index, (start, end) in self.pieces
+            (min(right, end) - max(left, start), index)
+            for index, (start, end) in self.pieces[first:last]
         ]
         most = max(shares, default=(0, 0))
         return most[1] if most[0] > 0 else None

@@ -229,7 +229,7 @@ class Renderer:
             message = chat.messages[index]
             if message["role"] != "assistant" or not is_trained(message):
                 continue
-            found = EMPTY if not says_anything(message) else self._turn(chat, index, where)
+            found = self._turn(chat, index, where) if self._has_answer(message) else EMPTY
             if isinstance(found, str):
                 notes.append(found)
                 continue
@@ -254,6 +254,12 @@ class Renderer:
             self._together(turn.text, turn.index + 1, [turn], [] if number else notes)
             for number, turn in enumerate(turns)
         ]
+
+    def _has_answer(self, message: Message) -> bool:
+        """Whether a message says anything that is trained."""
+        if self._rules.train_reasoning:
+            return says_anything(message)
+        return bool(answer_of(message) or message.get("tool_calls"))
 
     def _together(
         self, text: str, messages: int, turns: Sequence[_Turn], notes: Sequence[str]
