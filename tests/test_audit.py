@@ -106,6 +106,12 @@ RIGHT: dict[str, tuple[str, list[Message]]] = {
     "T10 a prefix that cannot be rendered": (NEEDS_QUESTION, [SYSTEM, said("Hello"), *TWO]),
     "T11 calls": (ENDED.replace("<end>", CALLS + "<end>"), CALLED),
     "T11 calls in place of text": (CALLS_ALONE, CALLED),
+    "T11 what a tool says is written anew": (
+        FOR_ALL + "<{{ m.role }}>{% if m.role == 'assistant' and m.content %}<think></think>"
+        "{{ m.content }}{% elif m.role == 'assistant' %}" + CALLS + "{% elif m.role == 'tool' %}"
+        "{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}" + ASKED,
+        CALLED,
+    ),
     "T12 two tokens end a turn": (FOR_ALL + TURN + "<stop><end>{% endfor %}" + ASKED, TWO),
     "R6 a message that is left out": (ENDED, [user("Ask"), said("BAD", train=False), *TWO]),
     "R11 an empty turn": (ENDED, [user("Ask"), said(" "), *TWO]),

@@ -87,6 +87,19 @@ FAMILIES: dict[str, Family] = {
         ["<|user|>", "<|observation|>"],
         lambda t, say: (block(t) if t else "") + say + "<|user|>",
     ),
+    "GLM-4.5": Family(
+        "[gMASK]<sop>{% set last = messages | map(attribute='role') | list %}"
+        "{% set ns = namespace(asked=0) %}{% for role in last %}{% if role == 'user' %}"
+        "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% set parts = m.content.split('</think>') %}<|{{ m.role }}|>\n"
+        "{% if m.role == 'assistant' %}{% set thoughts = m.reasoning_content or "
+        "(parts[0].split('<think>')[-1] if parts | length > 1 else '') %}<think>"
+        "{{ thoughts | trim if loop.index0 > ns.asked }}</think>\n{{ parts[-1] | trim }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        ["<|user|>", "<|observation|>"],
+        lambda t, say: f"<think>{t}</think>\n{say}<|user|>",
+    ),
     "Gemma 3": Family(
         "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
         "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"

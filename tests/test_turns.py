@@ -525,6 +525,7 @@ def test_tools_that_disappear_are_counted(load: Load) -> None:
         ("<think>{{ m.thinking }}</think>", said("", thinking="hm", tool_calls=[]), None),
         ("<think></think>", said("Say"), "Say"),
         ("", said("Say hm"), "Say hm"),
+        ("", said("hm Say", reasoning="hm"), "hm Say"),
     ],
 )
 @pytest.mark.parametrize("marked", [False, True])

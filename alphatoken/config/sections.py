@@ -98,7 +98,8 @@ class ModelConfig(Section):
     chat_template: FilePath | None = Field(
         None,
         description="Jinja file to use as the tokenizer's chat template, for base models, which "
-        "have none; or the name of one of the tokenizer's own, where it has several.",
+        "have none; or the name of one that ships (chatml, llama3, ...), or of one of the "
+        "tokenizer's own, where it has several.",
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,

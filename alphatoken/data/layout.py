@@ -104,8 +104,9 @@ class Layout:
 
     def limit(self, index: int) -> int:
         """Where the text behind a trained message belongs to another one at the latest."""
-        behind = [start for each, (start, _) in self.pieces if start > self.span(index)[1]]
-        return min(behind, default=len(self.text) + 1)
+        _, end = self.span(index)
+        begin = [*(start for _, (start, _) in self.pieces), *self.starts.values()]
+        return min((start for start in begin if start > end), default=len(self.text) + 1)
 
 
 def lay_out(
@@ -140,6 +141,10 @@ def lay_out(
                 unasked.add(index)
         elif any(index == each for each, _ in pieces):
             starts[index] = 0
+        elif tokenizer.chat_template and text.startswith(
+            plain := _text(tokenizer, encoder, before)
+        ):
+            starts[index] = len(plain)
         else:
             return None
     return Layout(

@@ -327,7 +327,7 @@ class Renderer:
         if not self._rules.train_reasoning:
             answered = behind_reasoning(message, text, start)
             spans = tuple((max(left, answered), right) for left, right in spans if right > answered)
-        closing = self._closing(chat.first(index + 1), text, spans[-1]) if spans else ""
+        closing = self._closing(chat.first(index + 1), text, spans[-1])
         return _Turn(index, text, spans, asked, closing, (*opening, *unsaid))
 
     def _closing(self, chat: Chat, text: str, span: Span) -> str:
@@ -344,9 +344,11 @@ class Renderer:
             longer, _ = self._rendered(chat.and_then([{"role": next_role, "content": "?"}]))
         except TemplateError:
             return ""
-        if not longer.startswith(text):
-            return ""
-        return longer[end : end + self._stop_behind(longer, span)]
+        if not longer.startswith(text):  # what follows takes reasoning away
+            answer = text[behind_reasoning(chat.messages[-1], text, start) : end]
+            start = longer.rfind(answer)
+            end = start + len(answer)
+        return longer[end : end + self._stop_behind(longer, (start, end))] if start >= 0 else ""
 
     def _end(self, text: str, start: int, message: Message) -> int:
         """Where what a model generates of a turn from `start` on ends: with the first stop token
@@ -451,6 +453,8 @@ def behind_reasoning(message: Message, text: str, start: int) -> int:
     place = text.find(reasoning, _from(start, reasoning)) if reasoning else -1
     behind = place + len(reasoning) if place >= 0 else start
     begins = text.find(answer, behind) if answer else -1
+    if answer and begins < 0:  # what was found is of the answer
+        place, behind, begins = -1, start, text.find(answer, start)
     mark = text.find(END_OF_REASONING, behind, begins if begins >= 0 else len(text))
     if begins >= 0:
         return begins if place >= 0 or mark >= 0 else start
@@ -490,8 +494,8 @@ def _other_opening(asked: str, text: str, index: int, message: Message) -> str:
     if reasoning_of(message):
         fix = (
             "it does not write the row's reasoning so: set model.chat_template to one that does, "
-            "or model.chat_template_kwargs so that it asks without (for many reasoning models "
-            "{enable_thinking: false})"
+            "or model.chat_template_kwargs (for many reasoning models {enable_thinking: true} or "
+            "false)"
         )
     return (
         f"inference would begin message {index + 1} behind {_shown(asked[same:])}, but the chat "
