@@ -195,7 +195,7 @@ def test_each_answer_is_trained_behind_what_inference_sees(
     family = FAMILIES[name]
     # A family that knows no reasoning has it in the text, where any; a field of it is left out.
     is_known = "think" in family.template.replace("thinks", "") or family.training
-    in_text = not is_field and "Gemma 4" not in name
+    in_text = not is_field and name != "Gemma 4"
     messages: list[Message] = []
     for ask, thoughts, say in talk:
         messages.append({"role": "user", "content": ask})
@@ -271,6 +271,33 @@ def test_a_template_that_keeps_reasoning_is_not_replaced(
     assert training_template(tokenizer, ChatRules()) is None, "its author said what is trained"
     tokenizer.chat_template = family.template.replace("<|im_start|>", "<|start|>")
     assert training_template(tokenizer, ChatRules()) is None, "it asks in other words"
+    tokenizer.chat_template = family.template.replace(FORGETS, "{{ m.content }}")
+    assert training_template(tokenizer, ChatRules()) is None, (
+        "earlier reasoning stays in its prompts"
+    )
+
+
+def test_reasoning_reaches_the_field_that_a_template_reads(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    chat = as_chat({"messages": [THOUGHT[0], {**THOUGHT[1], "content": " Say "}]}, "here")
+    in_text = as_chat(
+        {"messages": [THOUGHT[0], {"role": "assistant", "content": block("so") + "Say"}]}, "here"
+    )
+    reads = FAMILIES["gpt-oss"].template
+    for template, field in (
+        (reads, "thinking"),
+        (reads.replace("thinking", "reasoning"), "reasoning"),
+    ):
+        tokenizer.chat_template = template
+        read, _ = Encoder(tokenizer, 100).as_rendered(chat)
+        assert read.messages[1] == {**THOUGHT[1], field: "because of it"}
+        read, _ = Encoder(tokenizer, 100).as_rendered(in_text)
+        assert read.messages[1] == {"role": "assistant", "content": "Say", field: "so"}
+    only_named = "{# thinking #}" + FAMILIES["Gemma 3"].template
+    for template in (only_named, FAMILIES["Qwen3"].template):
+        tokenizer.chat_template = template
+        assert Encoder(tokenizer, 100).as_rendered(in_text)[0] == in_text
 
 
 def test_a_template_that_ships_is_chosen_by_name(tiny_model: Path) -> None:

@@ -41,8 +41,6 @@ from alphatoken.data.rows import (
 from alphatoken.data.templates import shipped_template, training_names
 from alphatoken.errors import UserError
 
-FIELD_READ = re.compile(rf"""[.'"]({"|".join(REASONING)})\b""")
-"""A template that reads a field of a message's reasoning."""
 EMPTY_REASONING = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*$")
 """What asks for an answer without reasoning."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -56,6 +54,10 @@ LONGEST_STOP = 64
 RECOGNISED = 20
 """Characters at either end of a text, or half of it, by which it is found in what a template made
 of it."""
+
+ANSWER: Message = {"role": "assistant", "content": "Say"}
+THOUGHTFUL: Message = {"role": "assistant", "content": "<think>\nquartz umbrellas\n</think>\n\nSay"}
+"""Answers that templates are tried with."""
 
 Span = tuple[int, int]
 """First character, and the first behind the last."""
@@ -154,6 +156,7 @@ class Renderer:
         self._variables = {**tokenizer.special_tokens_map, **rules.variables}
         self.is_marked = GENERATION_MARK.search(self.template) is not None
         self._stops = {*rules.stop_tokens, tokenizer.eos_token_id}
+        self._read: dict[str, list[str]] = {}
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @property
@@ -176,7 +179,9 @@ class Renderer:
         """A conversation with reasoning in the field that the template reads, whichever it is in:
         of templates that read one, and not what stands in the text before `</think>`."""
         template = self.template_of(chat)
-        read = FIELD_READ.findall(template)
+        if template not in self._read:
+            self._read[template] = [each for each in REASONING if self._reads(each, template)]
+        read = self._read[template]
         if not read:
             return chat
         knows_text = END_OF_REASONING in template
@@ -190,25 +195,40 @@ class Renderer:
         ]
         return Chat(messages, chat.tools)
 
+    def _reads(self, field: str, template: str) -> bool:
+        """Whether a template writes a field of an answer's reasoning."""
+        thoughts = "quartz umbrellas"
+        talk = [{"role": "user", "content": "Ask"}, {**ANSWER, field: thoughts}]
+        try:
+            return field in template and thoughts in self._written(talk, None, template)[0]
+        except TemplateError:
+            return False
+
     def asks_like(self, other: Renderer) -> bool:
         """Whether what precedes an answer is the same as of another, in a few conversations."""
+        told, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ask"}
+        answers = ANSWER, THOUGHTFUL, with_reasoning_in(REASONING[0], THOUGHTFUL)
+        talks = [asked], [told, asked], *([asked, answer, asked] for answer in answers)
         try:
             return all(
-                self._rendered(Chat(list(talk)), asks=True)
-                == other._rendered(Chat(list(talk)), asks=True)
-                for talk in ASKED_ALIKE
+                self._rendered(Chat(talk), asks=True) == other._rendered(Chat(talk), asks=True)
+                for talk in talks
             )
         except TemplateError:
             return False
 
     def keeps_reasoning(self) -> bool:
         """Whether an answer is written with its reasoning, behind what asks for it."""
+        question, answer = (
+            {"role": "user", "content": "Ask"},
+            with_reasoning_in(REASONING[0], THOUGHTFUL),
+        )
         try:
-            asked, _ = self._rendered(Chat(list(THOUGHTFUL[:1])), asks=True)
-            text, _ = self._rendered(Chat(list(THOUGHTFUL)))
+            asked, _ = self._rendered(Chat([question]), asks=True)
+            text, _ = self._rendered(Chat([question, answer]))
         except TemplateError:
             return False
-        return text.startswith(asked) and reasoning_of(THOUGHTFUL[1]) in text
+        return text.startswith(asked) and reasoning_of(answer) in text
 
     def prompt(self, chat: Chat, where: str) -> str:
         """The text that precedes an answer to a conversation."""
@@ -327,6 +347,8 @@ class Renderer:
         if not self._rules.train_reasoning:
             answered = behind_reasoning(message, text, start)
             spans = tuple((max(left, answered), right) for left, right in spans if right > answered)
+            if not spans:
+                return EMPTY
         closing = self._closing(chat.first(index + 1), text, spans[-1])
         return _Turn(index, text, spans, asked, closing, (*opening, *unsaid))
 
@@ -336,8 +358,8 @@ class Renderer:
         start, end = span
         if self.is_marked or end < len(text):
             return ""
-        *_, (last, _) = self._tokens(text[max(start, end - LONGEST_STOP) : end])
-        if last in self._stops:
+        said = self._tokens(text[max(start, end - LONGEST_STOP) : end])
+        if not said or said[-1][0] in self._stops:
             return ""
         next_role = "tool" if chat.messages[-1].get("tool_calls") else "user"
         try:
@@ -396,11 +418,17 @@ class Renderer:
     def _rendered(self, chat: Chat, *, asks: bool = False) -> tuple[str, list[Span]]:
         """The text, and the template's own marks in it; with `asks` followed by what asks for an
         answer."""
+        template = self.template_of(chat)
+        return self._written(self.as_read(chat).messages, chat.tools, template, asks=asks)
+
+    def _written(
+        self, messages: list[Message], tools: Any, template: str, *, asks: bool = False
+    ) -> tuple[str, list[Span]]:
         try:
             texts, marks = render_jinja_template(
-                [self.as_read(chat).messages],
-                tools=chat.tools,
-                chat_template=self.template_of(chat),
+                [messages],
+                tools=tools,
+                chat_template=template,
                 add_generation_prompt=asks,
                 return_assistant_tokens_mask=self.is_marked,
                 **self._variables,
@@ -539,22 +567,6 @@ def _alike(first: str, second: str) -> int:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-ASKED_ALIKE: tuple[tuple[Message, ...], ...] = (
-    ({"role": "user", "content": "Ask"},),
-    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ask"}),
-    (
-        {"role": "user", "content": "Ask"},
-        {"role": "assistant", "content": "Say"},
-        {"role": "user", "content": "Ask on"},
-    ),
-)
-"""Conversations for which a training template must ask exactly as a model's own does."""
-THOUGHTFUL: tuple[Message, ...] = (
-    {"role": "user", "content": "Ask"},
-    {"role": "assistant", "content": "Say", "reasoning_content": "quartz umbrellas"},
-)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> str | None:
