@@ -148,6 +148,7 @@ def preview(
     """Show rows of data.train as the model will see them, with what is trained in [[ ]]."""
     from rich.console import Console
 
+    from alphatoken.data.audit import look_at_rows
     from alphatoken.data.preview import previews
     from alphatoken.data.splits import read_splits
     from alphatoken.data.tokenizer import load_tokenizer
@@ -158,6 +159,8 @@ def preview(
     console = Console(record=html is not None, highlight=False, soft_wrap=True)
     for report in train.reports:
         console.print(f"data.train: {report}", markup=False)
+    for line in look_at_rows(run, tokenizer):
+        console.print(line, markup=False)
     for place, documents in previews(train, tokenizer, rows):
         for document in documents:
             console.rule(place, align="left")

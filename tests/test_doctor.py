@@ -25,15 +25,15 @@ from alphatoken.checkpoints.files import most_at_once
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
-from alphatoken.data import batches
+from alphatoken.data import audit, batches
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.layout import Conversation
 from alphatoken.data.rows import Chat
 from alphatoken.data.splits import read_splits
 from alphatoken.doctor import comparing, masks, measuring, refusals, rows, storage
 from alphatoken.doctor.facts import Facts
 from alphatoken.doctor.findings import Finding
-from alphatoken.doctor.layout import Conversation
 from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
@@ -282,7 +282,7 @@ def test_shipped_templates(
 ) -> None:
     tokenizer.chat_template = file.read_text()
     assert judged(tokenizer, config).outcome == "ok"
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == len(masks.PROBE)
+    assert len(audit.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == len(audit.PROBE)
     assert endings(tokenizer, config).outcome == "ok"
 
 
@@ -346,22 +346,24 @@ def test_conversations_that_a_template_shortens_or_refuses(
 ) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"  # noqa: E501
     tokenizer.chat_template = strict + template()
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 4
+    assert len(audit.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 4
     assert judged(tokenizer, config).outcome == "ok"
     # As some reasoning models' templates do: thoughts of earlier turns are left out.
     forgetful = (
         "{{ message['content'] if loop.last else message['content'][-4:] }}{{ '<|im_end|>' }}"
     )
     tokenizer.chat_template = template(assistant=forgetful)
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 5
+    assert len(audit.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 5
     assert judged(tokenizer, config).outcome == "ok"
     tokenizer.chat_template = None
-    assert len(masks.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 2
+    assert len(audit.probe(tokenizer, Encoder(tokenizer, 1000)).chat.messages) == 2
     assert judged(tokenizer, config).outcome == "ok"
     tokenizer.chat_template = template(
         other="{{ message['content'].split(' ')[0] + '<|im_end|>' }}"
     )
-    assert judged(tokenizer, config).outcome == "ok"
+    found = judged(tokenizer, config)
+    assert found.outcome == "warning"
+    assert re.search(r"leaves out a message of others: the probe", found.found)
     tokenizer.chat_template = template(assistant="{{ message['content'][1:] + '<|im_end|>' }}")
     found = judged(tokenizer, config)
     assert (found.outcome, found.nodes) == ("warning", ())
@@ -372,7 +374,7 @@ def test_earlier_answers_of_a_pairs_prompt_are_not_trained(
     tokenizer: PreTrainedTokenizerBase, pair_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = validate(PreferenceRunConfig, pair_values, "of the test")
-    assert any(each.answered_from == 3 for each in masks.real_conversations(pairs))
+    assert any(each.answered_from == 3 for each in audit.real_conversations(pairs))
     assert judged(tokenizer, pairs).outcome == "ok"
 
     tokens = Encoder.tokens

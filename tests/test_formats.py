@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.config.sections import FORMATS as NAMES
 from alphatoken.config.sections import Source
 from alphatoken.data.cache import tokenise
-from alphatoken.data.chat import Encoder
+from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, RowEncoder, Skipped
 from alphatoken.data.formats import FORMATS, converted, format_of
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import as_chat, as_pair, as_prompt, is_trained
@@ -106,6 +108,7 @@ SUPERVISED: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
     "GSM8K": ("question_answer", {"question": "Ask", "answer": "Say"}, ONE),
 }
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Orca": ("orca_pair", {"question": "Ask", "chosen": "Yes", "rejected": "No"}),
     "texts": ("pair", {"prompt": "Ask", "chosen": "Yes", "rejected": "No"}),
     "a message each": ("pair", {"prompt": "Ask", "chosen": said("Yes"), "rejected": said("No")}),
     "UltraFeedback": (
@@ -198,6 +201,72 @@ def test_tools_of_a_pair_are_read() -> None:
     assert (as_pair(ours, "here").prompt.tools, unread) == ([{"name": "weather"}], frozenset())
 
 
+@pytest.mark.parametrize("name", ["texts", "a message each", "UltraFeedback", "HH-RLHF", "Orca"])
+def test_a_column_of_the_systems_text_is_read(name: str) -> None:
+    ours, unread = converted({**PAIRS[name][1], "system": "Be brief."}, "auto", "here")
+    pair = as_pair(ours, "here")
+    assert pair.prompt.messages == [SYSTEM, user("Ask")]
+    assert (pair.chosen, pair.rejected) == ([said("Yes")], [said("No")])
+    assert "system" not in unread
+
+
+@pytest.mark.parametrize("name", ["ours", "TRL", "TRL as text"])
+def test_a_column_of_the_systems_text_is_read_of_one_answer(name: str) -> None:
+    ours, unread = converted({**SUPERVISED[name][1], "system": "Be brief."}, "auto", "here")
+    assert (as_chat(ours, "here").messages, unread) == ([SYSTEM, *ONE], frozenset())
+    twice = {"prompt": [SYSTEM, user("Ask")], "response": "Say", "system": "Be brief."}
+    assert as_chat(converted(twice, "auto", "here")[0], "here").messages == [SYSTEM, *ONE]
+    with pytest.raises(UserError, match="here: the column of the system's text and the first"):
+        converted({**twice, "system": "Be long."}, "auto", "here")
+
+
+READY = {"input_ids": [5, 6, 7, 8, 9, 10], "loss_mask": [0, 0, 1, 1, 0, 1]}
+
+
+def test_a_mask_may_come_with_the_rows(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    encoder = Encoder(tokenizer, 5)
+    labels = {"input_ids": READY["input_ids"], "labels": [-100, -100, 7, 8, -100, 10]}
+    for row in (READY, labels):
+        assert converted({**row, "attention_mask": []}, "auto", "here") == (
+            row,
+            frozenset({"attention_mask"}),
+        )
+        (found,) = encoded(encoder, row)
+        assert found.documents[0].input_ids == [5, 6, 7, 8, 9]
+        assert found.documents[0].response_mask == [False, False, True, True, False]
+        assert found.cut == ("rows truncated",)
+        (prompt,) = encoded(PromptEncoder(tokenizer, 100), row)
+        assert prompt.documents[0].input_ids == [5, 6, 7, 8, 9]
+        assert prompt.asked == found.asked[-1:]
+    nothing = {**READY, "loss_mask": [0] * 6}
+    assert encoder.encode(nothing, "here") == Skipped("no answer to train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**READY, "loss_mask": [1]}, "here: 'loss_mask' needs a value for each of 6 tokens"),
+        ({**READY, "loss_mask": [0, 0, 1, 1, 0, 0.5]}, "here: value 6 of 'loss_mask' is 0.5, not"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [6, 7, -100]},
+            r"here: label 1 is 6, but must be the token there \(5\) or -100: .* own place",
+        ),
+        ({**READY, "input_ids": "5 6"}, "here: 'input_ids' must be a list of tokens below"),
+        ({**READY, "input_ids": [5, 6, 7, 8, 9, 10**6]}, "'input_ids' must be a list of tokens"),
+    ],
+)
+def test_a_ready_mask_is_checked(row: dict[str, Any], message: str, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        Encoder(AutoTokenizer.from_pretrained(tiny_model), 100).encode(row, "here")
+
+
+def encoded(encoder: RowEncoder, row: dict[str, Any]) -> list[Encoded]:
+    found = encoder.encode(row, "here")
+    assert not isinstance(found, Skipped)
+    return found
+
+
 def test_scores_may_be_text() -> None:
     answers = [{"response": "No", "overall_score": "9"}, {"response": "Yes", "overall_score": "10"}]
     ours, _ = converted({"instruction": "Ask", "completions": answers}, "auto", "here")
@@ -235,7 +304,8 @@ def test_what_a_message_says_of_itself_is_checked(more: dict[str, Any], message:
 
 def test_every_format_is_shown_here() -> None:
     shown = {each[0] for each in (*SUPERVISED.values(), *PAIRS.values())}
-    assert shown == set(FORMATS) - {"unpaired"}
+    assert shown == set(FORMATS) - {"unpaired", "labels", "loss_mask"}
+    assert ["auto", *FORMATS] == list(NAMES), "the configuration names them in the same order"
 
 
 @pytest.mark.parametrize(
@@ -294,10 +364,14 @@ def test_what_is_ambiguous_is_refused(fields: dict[str, Any], message: str) -> N
 def test_a_named_format_must_fit() -> None:
     with pytest.raises(UserError, match=r"format=alpaca needs a column 'instruction'; .* prompt"):
         converted({"prompt": "Ask", "response": "Say"}, "alpaca", "here")
-    with pytest.raises(UserError, match="data format=alpacca is not one of auto, sharegpt_pair"):
-        converted({"prompt": "Ask"}, "alpacca", "here")
+    with pytest.raises(ValidationError, match=r"format\n.*'auto', .*'alpaca', .* or 'question_ans"):
+        Source.model_validate({"path": "x", "format": "alpacca"})
+    values = {"data": {"train": {"path": "x", "format": "alpacca"}}}
+    with pytest.raises(UserError, match=r"data.train.format: input should be 'auto'.* 'alpacca'"):
+        validate(RunConfig, values, "of the test")
     fields = {"question": "Ask", "answer": "Say"}
-    assert converted({"text": "x"}, "auto", "here") == ({"text": "x"}, frozenset())
+    assert converted({"text": "x"}, "auto", "here") == ({"text": "x"}, frozenset({"text"}))
+    assert converted({"prompt": "x", "id": 3}, "auto", "here")[1] == {"id"}, "asked by the Fisher"
     assert converted(fields, "question_answer", "here")[0]["messages"] == ONE
 
 

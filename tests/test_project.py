@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from alphatoken.data.templates import shipped_names
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,21 +30,26 @@ def from_yaml(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-def test_wheels_carry_the_marker_of_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PEP 561: without `py.typed` in the wheel, type checkers ignore our annotations."""
+def test_wheels_carry_what_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PEP 561: without `py.typed` in the wheel, type checkers ignore our annotations. Chat
+    templates are looked for in the package."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
         ROOT / "alphatoken",
         tmp_path / "alphatoken",
+        symlinks=True,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     build = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
     subprocess.run([sys.executable, "-c", build], check=True, capture_output=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "alphatoken/py.typed" in names
+    templates = {Path(name).name for name in names if name.startswith("alphatoken/chat_templates/")}
+    assert templates == {f"{name}.jinja" for name in shipped_names()}
     assert not [name for name in names if name.startswith("tests/")]
 
 

@@ -122,8 +122,12 @@ def test_the_next_header_may_be_what_ends_a_turn(load: Load) -> None:
     (row,) = rows(tokenizer, stops=["<user>"])
     assert (
         shown(tokenizer, row)
-        == "<user>Ask one<assistant>[[Say one<user>]]Ask two<assistant>[[Say two]]"
+        == "<user>Ask one<assistant>[[Say one<user>]]Ask two<assistant>[[Say two<user>]]"
     )
+    (row,) = rows(tokenizer, stops=["<user>"], turns="last")
+    assert shown(tokenizer, row).endswith("Say one<user>Ask two<assistant>[[Say two<user>]]")
+    (row,) = rows(tokenizer, [*TWO, user("Ask on")], stops=["<user>"])
+    assert shown(tokenizer, row).endswith("<assistant>[[Say two<user>]]Ask on")
     (row,) = rows(tokenizer)
     assert (
         shown(tokenizer, row)
@@ -211,6 +215,12 @@ def test_a_header_that_is_marked_is_trained(load: Load) -> None:
         shown(tokenizer, row) == "<user>Ask one<end>[[<assistant>Say one<end>]]"
         "<user>Ask two<end>[[<assistant>Say two<end>]]"
     )
+
+
+MARKED_TEXT = (
+    FOR_ALL + "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}" + ASKED
+)
 
 
 def test_marks_that_leave_an_answer_out_are_an_error(load: Load) -> None:
@@ -307,6 +317,9 @@ def test_what_asks_for_an_answer_must_stand_before_it(load: Load) -> None:
     )
     (row,) = rows(tokenizer, [user("Ask"), said("<think>\nhm</think>Say")])
     assert shown(tokenizer, row) == "<user>Ask<end><assistant><think>\n[[hm</think>Say<end>]]"
+    drops = load(thinking.replace("m.content", "m.content.split('</think>')[-1]"))
+    with pytest.raises(UserError, match=r"it does not write the row's reasoning so: set model.cha"):
+        rows(drops, [user("Ask"), said("<think>\nhm</think>Say")])
     marked = load(thinking.replace("{{ m.content }}<end>", GENERATED))
     (row,) = rows(marked, TWO[:2])
     assert shown(marked, row) == "<user>Ask one<end><assistant>[[Say one<end>]]"
@@ -505,6 +518,60 @@ def test_tools_that_disappear_are_counted(load: Load) -> None:
     assert row.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("answer", "message", "trained"),
+    [
+        ("", said("<think>\nhm</think>\n\nSay"), "Say"),
+        ("<think>{{ m.reasoning }}</think>\n", said("Say", reasoning="hm Say"), "Say"),
+        ("<think>{{ m.thinking }}</think>", said("", thinking="hm", tool_calls=[]), None),
+        ("<think></think>", said("Say"), "Say"),
+        ("", said("Say hm"), "Say hm"),
+        ("", said("hm Say", reasoning="hm"), "hm Say"),
+    ],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_reasoning_may_be_left_out(
+    load: Load, answer: str, message: Message, trained: str | None, marked: bool
+) -> None:
+    body = answer + "{{ m.content }}" + CALLS + "<end>"
+    if marked:
+        body = "{% generation %}" + body + "{% endgeneration %}"
+    template = (
+        FOR_ALL
+        + "<{{ m.role }}>{% if m.role == 'assistant' %}"
+        + body
+        + "{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
+    )
+    tokenizer = load(template + ASKED)
+    if trained is None:
+        message = {**message, "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+        trained = '<call>{"name": "weather", "arguments": {}}'
+    (row,) = rows(tokenizer, [user("Ask"), message], stops=["<end>"], train_reasoning=False)
+    assert shown(tokenizer, row).endswith(f"[[{trained}<end>]]")
+    assert shown(tokenizer, row).count("[[") == 1
+    (row,) = rows(tokenizer, [user("Ask"), message], stops=["<end>"])
+    assert shown(tokenizer, row).partition("[[")[0] == "<user>Ask<end><assistant>"
+
+
+def test_reasoning_alone_is_no_answer(load: Load) -> None:
+    tokenizer = load(MARKED_TEXT)
+    talk = [user("Ask"), said("<think>hm</think>"), *TWO[:2]]
+    (row,) = rows(tokenizer, talk, stops=["<end>"], train_reasoning=False)
+    assert row.notes == (EMPTY,)
+    assert shown(tokenizer, row).count("[[") == 1
+
+
+def test_reasoning_may_be_left_out_without_a_template(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    row = {"prompt": "Ask ", "response": "<think>hm</think>Say"}
+    encoders = [Encoder(tokenizer, 99, ChatRules(train_reasoning=each)) for each in (True, False)]
+    assert encoders[0].identity != encoders[1].identity
+    found = encoders[1].encode(row, "here")
+    assert isinstance(found, list)
+    assert shown(tokenizer, found[0]) == "Ask <think>hm</think>[[Say<|im_end|>]]"
+
+
 def test_parts_of_text_are_joined_and_others_refused(load: Load) -> None:
     tokenizer = load(ENDED)
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "one"}]
@@ -578,6 +645,7 @@ def test_all_that_decides_is_in_the_identity(load: Load) -> None:
     rules = [
         ChatRules(),
         ChatRules(turns="last"),
+        ChatRules(train_reasoning=False),
         ChatRules(variables={"x": 1}),
         ChatRules(stop_tokens=frozenset([5])),
     ]

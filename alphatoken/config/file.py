@@ -179,8 +179,10 @@ def _explain(
 
 def _real_location(location: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
     """A pydantic error location without the names of union branches, which are no keys of the
-    user's."""
+    user's, and without the place of one entry that was given in place of a list."""
     for part in location:
+        if isinstance(values, dict) and isinstance(part, int):
+            continue
         if isinstance(values, dict):
             yield part
             values = values.get(part)

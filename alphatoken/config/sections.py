@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from alphatoken.config.choices import OneOf
+
 # Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read
 # from text and lists.
 FilePath = Annotated[Path, Strict(False)]
@@ -64,6 +66,29 @@ Turns = Literal["all", "last"]
 """Which of the assistant's turns are trained."""
 
 
+FORMATS: dict[str, str] = {
+    "auto": "any of these",
+    "labels": "tokens with labels",
+    "loss_mask": "tokens with a mask",
+    "sharegpt_pair": "ShareGPT turns with two answers",
+    "orca_pair": "two answers to a question",
+    "pair": "two answers to a prompt",
+    "messages": "OpenAI's and UltraChat's messages",
+    "prompt_response": "a prompt and a response",
+    "unpaired": "answers judged alone (refused)",
+    "completion": "TRL's prompt and completion",
+    "sharegpt": "ShareGPT turns",
+    "alpaca": "Alpaca's instruction, input and output",
+    "orca": "a question and a response",
+    "problem_solution": "Magicoder's problem and solution",
+    "instruction_response": "an instruction and a response",
+    "two_responses": "PKU's two responses",
+    "ranked": "UltraFeedback's ranked completions",
+    "question_answer": "GSM8K's question and answer",
+}
+"""What rows may be like; `data.formats` has how each becomes ours."""
+
+
 class ModelConfig(Section):
     """The model that is trained, and how it is loaded."""
 
@@ -73,7 +98,8 @@ class ModelConfig(Section):
     chat_template: FilePath | None = Field(
         None,
         description="Jinja file to use as the tokenizer's chat template, for base models, which "
-        "have none; or the name of one of the tokenizer's own, where it has several.",
+        "have none; or the name of one that ships (chatml, llama3, ...), or of one of the "
+        "tokenizer's own, where it has several.",
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
@@ -165,10 +191,9 @@ class Source(Section):
         default_factory=dict,
         description="Our field to the source's, as in {prompt: problem, response: solution}.",
     )
-    format: str = Field(
+    format: Annotated[str, OneOf(FORMATS)] = Field(
         "auto",
-        description="What the rows are like, a name in data.formats.FORMATS; auto: by their "
-        "columns.",
+        description="What the rows are like (alphatoken/data/formats.py); auto: by their columns.",
     )
 
 
@@ -202,6 +227,11 @@ class DataConfig(Section):
         description="Which of the assistant's turns in a conversation are trained: all, or the "
         "last. Where the chat template writes earlier turns differently once others follow, all "
         "makes a row of every turn, as inference sees it.",
+    )
+    train_reasoning: bool = Field(
+        True,
+        description="Whether the reasoning before an answer (<think>, reasoning_content) is "
+        "trained with it; otherwise the model sees it and learns the answer alone.",
     )
     max_length: int = Field(
         2048,

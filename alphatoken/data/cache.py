@@ -24,7 +24,7 @@ from alphatoken.errors import UserError
 from alphatoken.util.files import publish, publish_text
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 SCHEMA = pa.schema(
     {

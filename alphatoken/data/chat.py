@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,16 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.data.rows import Chat, Message, as_chat, as_prompt, has_text
-from alphatoken.data.turns import ChatRules, Renderer, Rendering, Span
+from alphatoken.data.rows import (
+    Chat,
+    Message,
+    as_chat,
+    as_prompt,
+    as_tokens,
+    has_text,
+    is_tokenised,
+)
+from alphatoken.data.turns import ChatRules, Renderer, Rendering, Span, behind_reasoning
 from alphatoken.errors import UserError
 
 
@@ -100,15 +109,42 @@ class Encoder:
         self._max_length = max_length
         self._renderer = Renderer(tokenizer, rules) if tokenizer.chat_template else None
 
+    def as_rendered(self, chat: Chat) -> tuple[Chat, str | None]:
+        """A conversation as the chat template gets it, and that template; None without one."""
+        if self._renderer is None:
+            return chat, None
+        return self._renderer.as_read(chat), self._renderer.template_of(chat)
+
     @property
-    def template(self) -> str | None:
-        """The chat template that rows are rendered with; None without one."""
-        return self._renderer.template if self._renderer else None
+    def rule(self) -> str:
+        """What decides which tokens are trained, in a sentence."""
+        names = self._tokenizer.convert_ids_to_tokens(
+            sorted({self._tokenizer.eos_token_id, *self.rules.stop_tokens})
+        )
+        if self._renderer is None:
+            said = f"without a chat template, a row's response and the EOS token ({names[0]})"
+        elif self._renderer.is_marked:
+            said = "what the chat template's own {% generation %} marks hold of an answer"
+        else:
+            said = (
+                "an answer from behind the text that asks for it (add_generation_prompt) to the "
+                f"first stop token ({', '.join(names)})"
+            )
+        if self.rules.training_template is not None:
+            said += (
+                f", rendered with the shipped template {self.rules.training_template} where a row "
+                "has no tools: it asks as the model's own and keeps the reasoning that this leaves "
+                "out (exports have the model's own)"
+            )
+        last = ", of the last turn only" if self.rules.turns == "last" else ""
+        return said + last + ("" if self.rules.train_reasoning else ", without its reasoning")
 
     @property
     def identity(self) -> str:
+        """Everything that decides how a row is tokenised, as text."""
         return json.dumps(
             {
+                **({} if self.rules.train_reasoning else {"train_reasoning": False}),
                 "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
                 "template": self._renderer.identity if self._renderer else None,
                 "eos": self._tokenizer.eos_token_id,
@@ -123,10 +159,13 @@ class Encoder:
         Raises UserError naming `where` for a row without the fields of a schema, or one whose
         response cannot be told from its prompt.
         """
-        chat = as_chat(fields, where)
-        if not has_text(chat.messages, "assistant"):
-            return Skipped("empty response")
-        tokens = self.tokens(chat, where)
+        if is_tokenised(fields):
+            tokens = self._ready_tokens(fields, where)
+        else:
+            chat = as_chat(fields, where)
+            if not has_text(chat.messages, "assistant"):
+                return Skipped("empty response")
+            tokens = self.tokens(chat, where)
         if not tokens:
             return Skipped("no answer to train")
         found = [each for each in map(self._cut, tokens) if each is not None]
@@ -143,6 +182,15 @@ class Encoder:
         cut = ("rows truncated",) if len(tokens.ids) > self._max_length else ()
         asked = tuple(_digest(text) for text in tokens.rendering.asked)
         return Encoded((EncodedDocument(ids, mask),), asked, cut, tokens.rendering.notes)
+
+    def _ready_tokens(self, fields: dict[str, Any], where: str) -> list[Tokens]:
+        """A row that comes as tokens, with its mask; none where it trains nothing."""
+        ids, mask = as_tokens(fields, len(self._tokenizer), where)
+        places = itertools.pairwise([False, *mask])
+        starts = [place for place, (before, trained) in enumerate(places) if trained and not before]
+        asked = tuple(self._tokenizer.decode(ids[:start]) for start in starts)
+        rendering = Rendering("", messages=0, answers=(), spans=(), asked=asked)
+        return [Tokens(rendering, ids, [], mask)] if starts else []
 
     def tokens(self, chat: Chat, where: str, first: int = 0) -> list[Tokens]:
         """All tokens of a conversation, and which of them the assistant says in its messages from
@@ -186,6 +234,15 @@ class Encoder:
             del ids[-1]
         return Encoded((EncodedDocument(ids, [False] * len(ids)),), asked=(_digest(text),))
 
+    def ready_prompt(self, fields: dict[str, Any], where: str) -> Encoded:
+        """The tokens that precede the last answer of a row that comes as tokens."""
+        ids, mask = as_tokens(fields, len(self._tokenizer), where)
+        end = len(mask) - mask[::-1].index(True) if any(mask) else len(mask)
+        start = end - mask[:end][::-1].index(False) if False in mask[:end] else 0
+        ids = ids[: start if any(mask) else end]
+        asked = (_digest(self._tokenizer.decode(ids)),)
+        return Encoded((EncodedDocument(ids, [False] * len(ids)),), asked)
+
     def prompt_text(self, chat: Chat, where: str) -> str:
         """The text that precedes an answer."""
         if self._renderer is not None:
@@ -213,10 +270,13 @@ class Encoder:
             raise _needs_template(where)
         prompt, response = (message["content"] for message in chat.messages)
         text = prompt + response
-        rendering = Rendering(text, 2, (1,), ((len(prompt), len(text)),), (prompt,))
+        start = len(prompt)
+        if not self.rules.train_reasoning:
+            start = behind_reasoning(chat.messages[1], text, start)
+        rendering = Rendering(text, 2, (1,), ((start, len(text)),), (prompt,))
         encoding = self._tokenizer(text, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
-        mask = [start >= len(prompt) and end > start for start, end in offsets]
+        mask = [left >= start and right > left for left, right in offsets]
         if ids[-1] == self._tokenizer.eos_token_id:
             mask[-1] = True
             return Tokens(rendering, ids, offsets, mask)
@@ -248,10 +308,17 @@ class PromptEncoder:
         return f"prompts {self._encoder.identity}"
 
     def encode(self, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
-        chat = as_prompt(fields, where)
-        if not has_text(chat.messages):
-            return Skipped("empty prompt")
-        encoded = self._encoder.encode_prompt(chat, where)
+        """Encodes what a row asks, or says why it is skipped.
+
+        Raises UserError naming `where` for a row that asks nothing.
+        """
+        if is_tokenised(fields):
+            encoded = self._encoder.ready_prompt(fields, where)
+        else:
+            chat = as_prompt(fields, where)
+            if not has_text(chat.messages):
+                return Skipped("empty prompt")
+            encoded = self._encoder.encode_prompt(chat, where)
         if len(encoded.documents[0].input_ids) > self._max_tokens:
             return Skipped(f"prompt over {self._max_tokens} tokens")
         return [encoded]

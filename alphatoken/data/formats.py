@@ -2,7 +2,8 @@
 
 Ours are `messages` (with `tools`), `prompt` and `response`, and `prompt`, `chosen` and `rejected`
 (`rows`). A format is recognised by its columns: it is the first of `FORMATS` that a row has all
-columns of. A source may name it (`format:`). To read another one, add an entry to `FORMATS`.
+columns of. A source may name it (`format:`). To read another one, add an entry to `FORMATS`, and
+its name to that of `config.sections`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ Fields = dict[str, Any]
 Convert = Callable[[Fields, str], Fields]
 """From a row and its name in errors, ours. Raises UserError for a row that is not of the format."""
 
+OURS = frozenset({"messages", "tools", "prompt", "response", "chosen", "rejected"})
+"""What is read of a row of no known format: one with a prompt alone, say."""
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 SHAREGPT_ROLES = {
@@ -71,9 +74,7 @@ def converted(fields: Fields, name: str, where: str) -> tuple[Fields, frozenset[
     """
     known = format_of(fields) if name == "auto" else name
     if known is None:
-        return fields, frozenset()
-    if known not in FORMATS:
-        raise UserError(f"data format={known} is not one of auto, {', '.join(FORMATS)}")
+        return fields, frozenset(fields) - OURS
     chosen = FORMATS[known]
     missing = [column for column in chosen.needs if fields.get(column) is None]
     if missing:
@@ -122,6 +123,43 @@ def _one(role: str, text: Any) -> list[Message]:
 def _system(fields: Fields, name: str | None) -> list[Message]:
     text = fields.get(name) if name else None
     return _one("system", text) if text else []
+
+
+def _told(fields: Fields, ours: Fields, where: str) -> Fields:
+    """One of our rows with the system's text before it that stands in a column of its own."""
+    system = _system(fields, "system") or _system(fields, "system_prompt")
+    if not system:
+        return ours
+    prompt = ours.get("prompt")
+    start = _one("user", prompt) if isinstance(prompt, str) else prompt
+    told = dict(ours)
+    for name in ("messages", "prompt", "chosen", "rejected"):
+        turns = start if name == "prompt" else ours.get(name)
+        if not isinstance(turns, list) or not turns:
+            continue
+        # An answer that does not repeat the prompt stays as it is.
+        if name not in {"messages", "prompt"} and start and turns[0] != start[0]:
+            continue
+        if isinstance(turns[0], dict) and turns[0].get("role") == "system":
+            if turns[0].get("content") != system[0]["content"]:
+                raise UserError(
+                    f"{where}: the column of the system's text and the first message of {name!r} "
+                    "say different things: leave one out"
+                )
+            continue
+        told[name] = [*system, *turns]
+    return told
+
+
+def _prompt_response(fields: Fields, where: str) -> Fields:
+    names = ("prompt", "response", "tools")
+    return _told(fields, {name: fields[name] for name in names if name in fields}, where)
+
+
+def _question_pair(fields: Fields, where: str) -> Fields:
+    """A question with two answers."""
+    answers = {name: fields[name] for name in ("chosen", "rejected")}
+    return _told(fields, _pair({"prompt": fields["question"], **answers}, where), where)
 
 
 def _alpaca(fields: Fields, where: str) -> Fields:
@@ -195,12 +233,13 @@ def _completion(fields: Fields, where: str) -> Fields:
                 f"{str(fields[name])[:80]}"
             )
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "response": completion, "tools": fields.get("tools")}
+        asked = {"prompt": prompt, "response": completion, "tools": fields.get("tools")}
+        return _told(fields, asked, where)
     turns = [
         *(_one("user", prompt) if isinstance(prompt, str) else prompt),
         *(_one("assistant", completion) if isinstance(completion, str) else completion),
     ]
-    return {"messages": turns, "tools": fields.get("tools")}
+    return _told(fields, {"messages": turns, "tools": fields.get("tools")}, where)
 
 
 def _pair(fields: Fields, where: str) -> Fields:
@@ -221,13 +260,13 @@ def _pair(fields: Fields, where: str) -> Fields:
             or (isinstance(prompt, str) and SPEAKER.match(prompt))
             or all(turn[0] == begins for turn in turns.values())
         ):
-            return {**both, **turns}
+            return _told(fields, {**both, **turns}, where)
     if isinstance(prompt, str) and SPEAKER.match(prompt):
         asked = turns_of(prompt, where)
         if asked[-1] == {"role": "assistant", "content": ""}:
             prompt = asked[:-1]
     given = {} if prompt is None else {"prompt": prompt}
-    return {**both, **given, **branches}
+    return _told(fields, {**both, **given, **branches}, where)
 
 
 def _two_responses(fields: Fields, where: str) -> Fields:
@@ -288,18 +327,24 @@ def _json(text: Any, where: str) -> Any:
 
 
 FORMATS: dict[str, Format] = {
+    "labels": Format(("input_ids", "labels"), _kept("input_ids", "labels")),
+    "loss_mask": Format(("input_ids", "loss_mask"), _kept("input_ids", "loss_mask")),
     "sharegpt_pair": Format(
         ("conversations", "chosen", "rejected"), _sharegpt_pair, also=("system", "tools")
     ),
-    "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "tools", "messages")),
+    "orca_pair": Format(
+        ("question", "chosen", "rejected"),
+        _question_pair,
+        also=("system", "system_prompt"),
+        lacks=("prompt",),
+    ),
+    "pair": Format(("chosen", "rejected"), _pair, also=("prompt", "system", "tools", "messages")),
     "messages": Format(
         ("messages",), _kept("messages", "tools"), also=("tools",), lacks=("response",)
     ),
-    "prompt_response": Format(
-        ("prompt", "response"), _kept("prompt", "response", "tools"), also=("tools",)
-    ),
+    "prompt_response": Format(("prompt", "response"), _prompt_response, also=("system", "tools")),
     "unpaired": Format(("completion", "label"), _unpaired, also=("prompt",)),
-    "completion": Format(("prompt", "completion"), _completion, also=("tools",)),
+    "completion": Format(("prompt", "completion"), _completion, also=("system", "tools")),
     "sharegpt": Format(("conversations",), _sharegpt, also=("system", "tools")),
     "alpaca": Format(("instruction", "output"), _alpaca, also=("input", "system", "history")),
     "orca": Format(

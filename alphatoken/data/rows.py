@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alphatoken.batch import IGNORE_INDEX
 from alphatoken.errors import UserError
 
 Message = dict[str, Any]
@@ -18,6 +19,8 @@ PAIR_FORM = (
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that chat templates read as its reasoning."""
+START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
+"""What stands around reasoning in a message's text."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,40 @@ def as_chat(fields: dict[str, Any], where: str) -> Chat:
         "name columns (columns: {prompt: ..., response: ...})"
         + (hint if "chosen" in fields else "")
     )
+
+
+def is_tokenised(fields: dict[str, Any]) -> bool:
+    """Whether a row comes as tokens, with what is trained of them."""
+    return "input_ids" in fields and ("labels" in fields or "loss_mask" in fields)
+
+
+def as_tokens(fields: dict[str, Any], vocabulary: int, where: str) -> tuple[list[int], list[bool]]:
+    """The row's tokens and which of them are trained: `loss_mask` (1 or 0), or `labels` (the token
+    itself or -100, at the token's own place). Raises UserError naming what is wrong with it."""
+    ids = fields["input_ids"]
+    if not isinstance(ids, list) or not all(
+        type(each) is int and 0 <= each < vocabulary for each in ids
+    ):
+        raise UserError(
+            f"{where}: 'input_ids' must be a list of tokens below {vocabulary} (the tokenizer's), "
+            f"but is {_shortened(ids)}"
+        )
+    name = "labels" if "labels" in fields else "loss_mask"
+    given = fields[name]
+    if not isinstance(given, list) or len(given) != len(ids):
+        found = len(given) if isinstance(given, list) else _shortened(given)
+        raise UserError(
+            f"{where}: {name!r} needs a value for each of {len(ids)} tokens, not {found}"
+        )
+    for place, (token, value) in enumerate(zip(ids, given, strict=True)):
+        if name == "labels" and value not in (token, IGNORE_INDEX):
+            raise UserError(
+                f"{where}: label {place + 1} is {value!r}, but must be the token there ({token}) "
+                f"or {IGNORE_INDEX}: labels stand at their token's own place, not one before"
+            )
+        if name == "loss_mask" and value not in (0, 1):
+            raise UserError(f"{where}: value {place + 1} of 'loss_mask' is {value!r}, not 0 or 1")
+    return ids, [value == 1 if name == "loss_mask" else value >= 0 for value in given]
 
 
 def as_prompt(fields: dict[str, Any], where: str) -> Chat:
@@ -131,6 +168,25 @@ def is_trained(message: Message) -> bool:
 def says_anything(message: Message) -> bool:
     """Whether a message has text or calls a tool."""
     return bool(message["content"].strip()) or bool(message.get("tool_calls"))
+
+
+def reasoning_of(message: Message) -> str:
+    """A message's reasoning, from a field of its own or from its text; empty without."""
+    given = next((message[name] for name in REASONING if message.get(name)), "")
+    thoughts, mark, _ = message["content"].rpartition(END_OF_REASONING)
+    found: str = given or (thoughts.strip().removeprefix(START_OF_REASONING) if mark else "")
+    return found.strip()
+
+
+def answer_of(message: Message) -> str:
+    """A message's text behind its reasoning."""
+    answer: str = message["content"].rpartition(END_OF_REASONING)[2]
+    return answer.strip()
+
+
+def with_reasoning_in(field: str, message: Message) -> Message:
+    """A message with its reasoning in one of `REASONING`, and its text behind it."""
+    return {**message, "content": answer_of(message), field: reasoning_of(message)}
 
 
 def asks_anything(messages: Sequence[Message]) -> bool:

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +65,40 @@ def location(source: Source, number: int) -> str:
 def open_source(source: Source) -> tuple[str, Iterator[Row]]:
     """A fingerprint of the source's content, and its rows in one of our forms (`formats`). Raises
     UserError when it cannot be found or read."""
+    fingerprint, rows = _opened(source)
+    end = None if source.first is None else source.skip + source.first
+    renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
+    return (
+        f"{fingerprint()}[{source.skip}:{end}]{renamed} {source.format}",
+        _in_our_forms(source, rows),
+    )
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """A source's rows in one of our forms, without reading all of it for a fingerprint. Raises
+    UserError when it cannot be found or read."""
+    return _in_our_forms(source, _opened(source)[1])
+
+
+def _opened(source: Source) -> tuple[Callable[[], str], Iterator[Row]]:
+    """What computes a fingerprint of the source's content, and its rows as they are."""
     path = _filled_in(source.path)
-    rows: Iterator[Row]
     file = Path(path)
     if path.endswith(SUFFIXES) and not _is_several(path):
         if not file.is_file():
             raise UserError(f"data file {file} does not exist")
-        fingerprint = file_sha256(file)
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(source, file)
-    else:
-        dataset = _open_dataset(source, path)
-        fingerprint = str(dataset._fingerprint)
-        rows = (
-            Row(number, without_nulls(fields)) for number, fields in enumerate(dataset, start=1)
-        )
-    end = None if source.first is None else source.skip + source.first
-    renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
-    chosen = itertools.islice(rows, source.skip, end)
-    named = _renamed(source, chosen) if source.columns else chosen
-    return (
-        f"{fingerprint}[{source.skip}:{end}]{renamed} {source.format}",
-        _converted(source, named),
+        return partial(file_sha256, file), rows
+    dataset = _open_dataset(source, path)
+    return lambda: str(dataset._fingerprint), (
+        Row(number, without_nulls(fields)) for number, fields in enumerate(dataset, start=1)
     )
+
+
+def _in_our_forms(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
+    end = None if source.first is None else source.skip + source.first
+    chosen = itertools.islice(rows, source.skip, end)
+    return _converted(source, _renamed(source, chosen) if source.columns else chosen)
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -9,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.pretrained import embeddings_of
-from alphatoken.data.turns import ChatRules, Renderer
+from alphatoken.data.templates import shipped_names, shipped_template
+from alphatoken.data.turns import ChatRules, Renderer, training_template
 from alphatoken.errors import UserError
 
 
@@ -24,16 +27,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.name_or_path={config.name_or_path}: no tokenizer can be loaded: {error}"
         ) from None
     if config.chat_template is not None:
-        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-        try:
-            tokenizer.chat_template = own.get(str(config.chat_template)) or (
-                config.chat_template.read_text(encoding="utf-8")
-            )
-        except OSError as error:
-            named = f"; the tokenizer's own are {', '.join(sorted(own))}" if own else ""
-            raise UserError(
-                f"cannot read model.chat_template={config.chat_template}: {error.strerror}{named}"
-            ) from None
+        tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None or (pad >= embeddings and not config.resize_embeddings):
         tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
@@ -63,6 +57,23 @@ def vocabulary_note(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
         f"the tokenizer has {tokens} tokens, the model {embeddings} embeddings: no row uses the "
         f"others, and padding is {tokenizer.pad_token}"
     )
+
+
+def _chosen_template(chosen: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A template of the tokenizer's, of a file or of those that ship, looked for in that order."""
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if str(chosen) in own:
+        return str(own[str(chosen)])
+    try:
+        return chosen.read_text(encoding="utf-8")
+    except OSError as error:
+        if str(chosen) in shipped_names():
+            return shipped_template(str(chosen))
+        named = f"; the tokenizer's own are {', '.join(sorted(own))}" if own else ""
+        raise UserError(
+            f"cannot read model.chat_template={chosen}: {error.strerror}{named}; those that ship "
+            f"are {', '.join(shipped_names())}"
+        ) from None
 
 
 def eos_token_ids(
@@ -150,9 +161,13 @@ def _published(config: ModelConfig) -> GenerationConfig:
 
 def chat_rules(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatRules:
     """How a run has its conversations rendered."""
-    return ChatRules(
+    rules = ChatRules(
         stop_tokens=frozenset(stop_tokens(config.model, tokenizer)),
         variables=config.model.chat_template_kwargs,
         turns=config.data.turns,
+        train_reasoning=config.data.train_reasoning,
         today=config.model.chat_template_date,
     )
+    if config.model.chat_template is not None or not isinstance(tokenizer.chat_template, str):
+        return rules
+    return replace(rules, training_template=training_template(tokenizer, rules))

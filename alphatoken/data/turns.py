@@ -18,7 +18,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,11 +26,26 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alphatoken.config.sections import TODAY, Turns
-from alphatoken.data.rows import REASONING, Chat, Message, asks_anything, is_trained, says_anything
+from alphatoken.data.rows import (
+    END_OF_REASONING,
+    REASONING,
+    Chat,
+    Message,
+    answer_of,
+    asks_anything,
+    is_trained,
+    reasoning_of,
+    says_anything,
+    with_reasoning_in,
+)
+from alphatoken.data.templates import shipped_template, training_names
 from alphatoken.errors import UserError
 
+EMPTY_REASONING = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*$")
+"""What asks for an answer without reasoning."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(?P<form>[^'"]*)\1\s*\)""")
+WORD = re.compile(r"\w+")
 TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 """What follows the text of a turn that is over: own tokens of the template (o), then white space
 (w)."""
@@ -45,6 +60,9 @@ PROBE: list[Message] = [
     {"role": "assistant", "content": "Yes."},
 ]
 """A conversation that every template can render, but those that want more than a chat."""
+ANSWER: Message = {"role": "assistant", "content": "Say"}
+THOUGHTFUL: Message = {"role": "assistant", "content": "<think>\nquartz umbrellas\n</think>\n\nSay"}
+"""Answers that templates are tried with."""
 
 Span = tuple[int, int]
 """First character, and the first behind the last."""
@@ -52,9 +70,10 @@ Span = tuple[int, int]
 UNASKED = "assistant turns that answer nothing (not trained)"
 EMPTY = "empty assistant turns (not trained)"
 APART = "conversations trained as a row per turn, as the chat template rewrites earlier ones"
-UNSAID_REASONING = "turns whose reasoning_content the chat template leaves out"
+UNSAID_REASONING = "turns whose reasoning the chat template leaves out"
 UNSAID_TEXT = "tool calls beside a text that the chat template leaves out"
 UNSAID_TOOLS = "conversations whose tools the chat template leaves out"
+UNSAID_MESSAGE = "conversations where the chat template leaves out a message of others"
 OTHER_OPENING = "answers that the chat template marks behind another text than inference has there"
 
 
@@ -68,6 +87,11 @@ class ChatRules:
     """What the template gets besides the messages (`model.chat_template_kwargs`)."""
     turns: Turns = "all"
     """Which of the assistant's turns are trained (`data.turns`)."""
+    train_reasoning: bool = True
+    """Whether reasoning is trained with the answer behind it (`data.train_reasoning`)."""
+    training_template: str | None = None
+    """The shipped template that rows without tools are rendered with in place of the tokenizer's
+    own (`data.templates`), by name."""
     today: datetime.date = TODAY
     """What a template that writes today's date writes (`model.chat_template_date`)."""
 
@@ -97,6 +121,8 @@ class _Turn:
     text: str
     spans: tuple[Span, ...]
     asked: str
+    closing: str
+    """The stop token with which the next speaker would begin, where the turn ends without one."""
     notes: tuple[str, ...]
 
 
@@ -128,17 +154,21 @@ class Renderer:
             )
         own = tokenizer.chat_template
         self._has_another_for_tools = isinstance(own, dict) and "tool_use" in own
+        name = rules.training_template
+        self._training = None if name is None else shipped_template(name)
         self._tokenizer = tokenizer
         self._rules = rules
         self._variables = {**tokenizer.special_tokens_map, **rules.variables}
-        self._is_marked = GENERATION_MARK.search(self.template) is not None
+        self.is_marked = GENERATION_MARK.search(self.template) is not None
         self._stops = {*rules.stop_tokens, tokenizer.eos_token_id}
+        self._read: dict[str, list[str]] = {}
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is rendered and trained."""
         return {
+            **({} if self._training is None else {"training_template": self._training}),
             "template": self.template,
             "stops": sorted(self._stops),
             "variables": self._variables,
@@ -155,6 +185,66 @@ class Renderer:
         (start, end), *_ = found.spans[-1:]
         *_, (token, _) = self._tokens(found.text[start:end].rstrip())
         return token if token in self._special else None
+
+    def template_of(self, chat: Chat) -> str:
+        """The template that a conversation is rendered with."""
+        calls = any(each.get("tool_calls") or each["role"] == "tool" for each in chat.messages)
+        return self.template if calls or chat.tools else self._training or self.template
+
+    def as_read(self, chat: Chat) -> Chat:
+        """A conversation with reasoning in the field that the template reads, whichever it is in:
+        of templates that read one, and not what stands in the text before `</think>`."""
+        template = self.template_of(chat)
+        if template not in self._read:
+            self._read[template] = [each for each in REASONING if self._reads(each, template)]
+        read = self._read[template]
+        if not read:
+            return chat
+        knows_text = END_OF_REASONING in template
+        messages = [
+            message
+            if any(message.get(field) for field in read)
+            or not reasoning_of(message)
+            or (knows_text and END_OF_REASONING in message["content"])
+            else with_reasoning_in(read[0], message)
+            for message in chat.messages
+        ]
+        return Chat(messages, chat.tools)
+
+    def _reads(self, field: str, template: str) -> bool:
+        """Whether a template writes a field of an answer's reasoning."""
+        thoughts = "quartz umbrellas"
+        talk = [{"role": "user", "content": "Ask"}, {**ANSWER, field: thoughts}]
+        try:
+            return field in template and thoughts in self._written(talk, None, template)[0]
+        except TemplateError:
+            return False
+
+    def asks_like(self, other: Renderer) -> bool:
+        """Whether what precedes an answer is the same as of another, in a few conversations."""
+        told, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ask"}
+        answers = ANSWER, THOUGHTFUL, with_reasoning_in(REASONING[0], THOUGHTFUL)
+        talks = [asked], [told, asked], *([asked, answer, asked] for answer in answers)
+        try:
+            return all(
+                self._rendered(Chat(talk), asks=True) == other._rendered(Chat(talk), asks=True)
+                for talk in talks
+            )
+        except TemplateError:
+            return False
+
+    def keeps_reasoning(self) -> bool:
+        """Whether an answer is written with its reasoning, behind what asks for it."""
+        question, answer = (
+            {"role": "user", "content": "Ask"},
+            with_reasoning_in(REASONING[0], THOUGHTFUL),
+        )
+        try:
+            asked, _ = self._rendered(Chat([question]), asks=True)
+            text, _ = self._rendered(Chat([question, answer]))
+        except TemplateError:
+            return False
+        return text.startswith(asked) and reasoning_of(answer) in text
 
     def prompt(self, chat: Chat, where: str) -> str:
         """The text that precedes an answer to a conversation."""
@@ -175,7 +265,7 @@ class Renderer:
             message = chat.messages[index]
             if message["role"] != "assistant" or not is_trained(message):
                 continue
-            found = EMPTY if not says_anything(message) else self._turn(chat, index, where)
+            found = self._turn(chat, index, where) if self._has_answer(message) else EMPTY
             if isinstance(found, str):
                 notes.append(found)
                 continue
@@ -188,6 +278,10 @@ class Renderer:
             notes.append(UNSAID_TOOLS)
         if not turns:
             return []
+        texts = [whole, *(turn.text for turn in turns)]
+        others = [message for message in chat.messages if message["role"] != "assistant"]
+        if not all(any(_stands(message, text) for text in texts) for message in others):
+            notes.append(UNSAID_MESSAGE)
         if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
             return [self._together(whole, len(chat.messages), turns, notes)]
         if len(turns) > 1:
@@ -197,6 +291,12 @@ class Renderer:
             for number, turn in enumerate(turns)
         ]
 
+    def _has_answer(self, message: Message) -> bool:
+        """Whether a message says anything that is trained."""
+        if self._rules.train_reasoning:
+            return says_anything(message)
+        return bool(answer_of(message) or message.get("tool_calls"))
+
     def _together(
         self, text: str, messages: int, turns: Sequence[_Turn], notes: Sequence[str]
     ) -> Rendering:
@@ -204,6 +304,8 @@ class Renderer:
         spans = []
         for turn in turns:
             *inner, (start, end) = turn.spans
+            if end == len(text):
+                text += turn.closing
             spans += [*inner, (start, end + self._stop_behind(text, (start, end)))]
         return Rendering(
             text=text,
@@ -218,7 +320,7 @@ class Renderer:
         """Characters of a stop token directly behind an answer that has none: of templates in which
         the next speaker's header ends a turn."""
         start, end = span
-        behind = [] if self._is_marked else self._tokens(text[end : end + LONGEST_STOP])
+        behind = [] if self.is_marked else self._tokens(text[end : end + LONGEST_STOP])
         if not behind or behind[0][0] not in self._stops or behind[0][1][0] > 0:
             return 0
         said = self._tokens(text[start:end])
@@ -233,15 +335,16 @@ class Renderer:
             asked, _ = self._rendered(before, asks=True)
             text, marks = self._rendered(chat.first(index + 1))
             start = len(asked)
-            if self._is_marked:
+            if self.is_marked:
                 start = _alike(text, self._rendered(before)[0])
             elif not text.startswith(asked):
                 plain, _ = self._rendered(before)
-                text = _behind(asked, plain, text, *chat.messages[index - 1 : index + 1]) or text
+                pair = chat.messages[index - 1 : index + 1]
+                text = _behind_empty(asked, text) or _behind(asked, plain, text, *pair) or text
         except TemplateError as error:
             raise self._refused(where, error) from None
         message = chat.messages[index]
-        if self._is_marked:
+        if self.is_marked:
             spans = tuple(span for span in marks if span[0] >= start) or tuple(
                 span for span in marks if span[1] > start
             )
@@ -253,11 +356,37 @@ class Renderer:
                 )
         else:
             if not text.startswith(asked):
-                raise UserError(f"{where}: {_other_opening(asked, text, index)}")
+                raise UserError(f"{where}: {_other_opening(asked, text, index, message)}")
             spans = ((start, self._end(text, start, message)),)
             opening = ()
         unsaid = _check_said(message, text, start, f"{where}: message {index + 1}")
-        return _Turn(index, text, spans, asked, (*opening, *unsaid))
+        if not self._rules.train_reasoning:
+            answered = behind_reasoning(message, text, start)
+            spans = tuple((max(left, answered), right) for left, right in spans if right > answered)
+            if not spans:
+                return EMPTY
+        closing = self._closing(chat.first(index + 1), text, spans[-1])
+        return _Turn(index, text, spans, asked, closing, (*opening, *unsaid))
+
+    def _closing(self, chat: Chat, text: str, span: Span) -> str:
+        """The stop token that ends a turn, and that a template writes only once somebody else
+        speaks: the model generates it."""
+        start, end = span
+        if self.is_marked or end < len(text):
+            return ""
+        said = self._tokens(text[max(start, end - LONGEST_STOP) : end])
+        if not said or said[-1][0] in self._stops:
+            return ""
+        next_role = "tool" if chat.messages[-1].get("tool_calls") else "user"
+        try:
+            longer, _ = self._rendered(chat.and_then([{"role": next_role, "content": "?"}]))
+        except TemplateError:
+            return ""
+        if not longer.startswith(text):  # what follows takes reasoning away
+            answer = text[behind_reasoning(chat.messages[-1], text, start) : end]
+            start = longer.rfind(answer)
+            end = start + len(answer)
+        return longer[end : end + self._stop_behind(longer, (start, end))] if start >= 0 else ""
 
     def _end(self, text: str, start: int, message: Message) -> int:
         """Where what a model generates of a turn from `start` on ends: with the first stop token
@@ -267,9 +396,10 @@ class Renderer:
         they write one that is: then up to the line break. Without any stop token: up to the last
         of the template's own tokens, where only white space follows it, or all.
         """
-        content = message["content"].strip()
-        place = text.find(content, _from(start, content)) if content else -1
-        behind = place + len(content) if place >= 0 else start
+        answer, begins = answer_of(message), behind_reasoning(message, text, start)
+        begins = begins if begins > start else _from(start, answer)
+        place = text.find(answer, begins) if answer else -1
+        behind = place + len(answer) if place >= 0 else start
         kinds, ends = "", []
         for token, (first, last) in self._tokens(text[start:]):
             if start + first < behind:
@@ -304,20 +434,26 @@ class Renderer:
     def _rendered(self, chat: Chat, *, asks: bool = False) -> tuple[str, list[Span]]:
         """The text, and the template's own marks in it; with `asks` followed by what asks for an
         answer."""
+        template = self.template_of(chat)
+        return self._written(self.as_read(chat).messages, chat.tools, template, asks=asks)
+
+    def _written(
+        self, messages: list[Message], tools: Any, template: str, *, asks: bool = False
+    ) -> tuple[str, list[Span]]:
         try:
             texts, marks = render_jinja_template(
-                [chat.messages],
-                tools=chat.tools,
-                chat_template=self.template,
+                [messages],
+                tools=tools,
+                chat_template=template,
                 add_generation_prompt=asks,
-                return_assistant_tokens_mask=self._is_marked,
+                return_assistant_tokens_mask=self.is_marked,
                 **self._variables,
             )
             texts[0].encode()
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             # What a template does to a value of another type; half of a character.
             raise TemplateError(f"{type(error).__name__}: {error}") from None
-        return texts[0], [(start, end) for start, end in marks[0]] if self._is_marked else []
+        return texts[0], [(start, end) for start, end in marks[0]] if self.is_marked else []
 
     @staticmethod
     def _refused(where: str, error: TemplateError) -> UserError:
@@ -328,16 +464,20 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
     """Notes on what the template leaves out of a turn that it asks for up to `start`. Raises
     UserError where that is the answer itself."""
     content, said = message["content"].strip(), text[start:]
-    is_unsaid = bool(content) and not _is_in(content, text, start)
+    reasoning, answer = reasoning_of(message), answer_of(message)
+    is_unsaid = bool(content) and not any(
+        _is_in(part, text, start) for part in (content, answer) if part
+    )
     if is_unsaid and not message.get("tool_calls"):
         raise UserError(
             f"{where} has a 'content' of which nothing is in the chat template's text "
             f"({_shown(said)}): the model would learn to say nothing; use another "
             "model.chat_template, or leave the row out"
         )
-    reasoning = next((message[name].strip() for name in REASONING if message.get(name)), "")
     # Texts may name the tools that they are about to call.
-    beside = said.replace(content, "", 1).replace(reasoning, "", 1)
+    beside = said
+    for part in (content, reasoning) if content in said else (reasoning, answer):
+        beside = beside.replace(part, "", 1)
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or [])
     for name, count in calls.items():
         if beside.count(name) < count:
@@ -348,6 +488,30 @@ def _check_said(message: Message, text: str, start: int, where: str) -> tuple[st
             )
     notes = (UNSAID_TEXT,) if is_unsaid else ()
     return (*notes, UNSAID_REASONING) if reasoning and not _is_in(reasoning, text, start) else notes
+
+
+def behind_reasoning(message: Message, text: str, start: int) -> int:
+    """Where an answer begins in a turn that begins at `start`: behind its reasoning, if any, and
+    what the template writes around that."""
+    reasoning, answer = reasoning_of(message), answer_of(message)
+    place = text.find(reasoning, _from(start, reasoning)) if reasoning else -1
+    behind = place + len(reasoning) if place >= 0 else start
+    begins = text.find(answer, behind) if answer else -1
+    if answer and begins < 0:  # what was found is of the answer
+        place, behind, begins = -1, start, text.find(answer, start)
+    mark = text.find(END_OF_REASONING, behind, begins if begins >= 0 else len(text))
+    if begins >= 0:
+        return begins if place >= 0 or mark >= 0 else start
+    return mark + len(END_OF_REASONING) if mark >= 0 else behind
+
+
+def _stands(message: Message, text: str) -> bool:
+    """Whether a text has something of a message that is not trained; what tools answer may be
+    written anew."""
+    content = message["content"].strip()
+    if message["role"] == "tool":
+        return not content or any(word in text for word in WORD.findall(content))
+    return not content or _is_in(content, text, 0)
 
 
 def _is_in(part: str, text: str, start: int) -> bool:
@@ -363,14 +527,23 @@ def _from(start: int, part: str) -> int:
     return max(0, start - len(part) + 1)
 
 
-def _other_opening(asked: str, text: str, index: int) -> str:
+def _other_opening(asked: str, text: str, index: int, message: Message) -> str:
     """Why an answer cannot be trained that does not stand behind what asks for it."""
     same = _alike(asked, text)
+    fix = (
+        "set model.chat_template_kwargs so that both are the same (for many reasoning models "
+        "{enable_thinking: false}), put the reasoning into the row, or use another "
+        "model.chat_template"
+    )
+    if reasoning_of(message):
+        fix = (
+            "it does not write the row's reasoning so: set model.chat_template to one that does, "
+            "or model.chat_template_kwargs (for many reasoning models {enable_thinking: true} or "
+            "false)"
+        )
     return (
         f"inference would begin message {index + 1} behind {_shown(asked[same:])}, but the chat "
-        f"template writes {_shown(text[same:])} there; set model.chat_template_kwargs so that both "
-        "are the same (for many reasoning models {enable_thinking: false}), put the reasoning into "
-        "the row, or use another model.chat_template"
+        f"template writes {_shown(text[same:])} there; {fix}"
     )
 
 
@@ -390,6 +563,18 @@ def _behind(asked: str, plain: str, text: str, last: Message, answer: Message) -
     return asked + text[start + len(near) :] if start >= 0 else None
 
 
+def _behind_empty(asked: str, text: str) -> str | None:
+    """What asks for an answer with the answer behind it, where that ends in empty reasoning that
+    the template does not write before an answer. None where it is not so."""
+    empty = EMPTY_REASONING.search(asked)
+    if empty is None or not text.startswith(asked[: empty.start()]):
+        return None
+    answer = text[empty.start() :]
+    opening = re.match(r"<[^>]*>", empty[0])
+    assert opening is not None, "EMPTY_REASONING begins so"
+    return None if answer.lstrip().startswith(opening[0]) else asked + answer
+
+
 def _alike(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
     places = range(1, min(len(first), len(second)) + 1)
@@ -398,3 +583,17 @@ def _alike(first: str, second: str) -> int:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, rules: ChatRules) -> str | None:
+    """The name of the shipped template that takes the place of the tokenizer's own in training:
+    where that leaves out the reasoning of an answer, the one that keeps it and asks for answers in
+    the same words. None where none does, or the own one is right."""
+    own = Renderer(tokenizer, rules)
+    if own.is_marked or own.keeps_reasoning():
+        return None
+    for name in training_names():
+        shipped = Renderer(tokenizer, replace(rules, training_template=name))
+        if own.asks_like(shipped) and shipped.keeps_reasoning():
+            return name
+    return None

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alphatoken.batch import IGNORE_INDEX, Batch
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.data.audit import ending, last_said
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import Splits, shared_rows
@@ -165,32 +166,13 @@ def _problem(
     response: Response, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> str | None:
     """What is wrong with the end of a response, or None."""
-    ids = response.ids
-    last = response.end - 1
-    while (
-        last > response.start
-        and ids[last] not in stops
-        and not tokenizer.decode([ids[last]]).strip()
-    ):
-        last -= 1  # a line break that a template puts behind the end of a turn
-    if ids[last] in stops:
-        lost = response.labels[last] != ids[last]
-        return (
-            f"the label of the end-of-turn token {_quoted(tokenizer, ids[last])} is lost in "
-            "collation"
-            if lost
-            else None
-        )
-    if response.is_cut:
-        return None
-    if response.end < len(ids) and ids[response.end] in stops:
-        return f"the end-of-turn token {_quoted(tokenizer, ids[response.end])} is not trained"
-    wanted = ", ".join(_quoted(tokenizer, stop) for stop in stops)
-    return f"the last token trained is no token at which generation stops ({wanted})"
-
-
-def _quoted(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return f"{tokenizer.convert_ids_to_tokens(token)}"
+    span = (response.start, response.end)
+    last = last_said(response.ids, span, stops, tokenizer)
+    token = response.ids[last]
+    if token in stops and response.labels[last] != token:
+        quoted = tokenizer.convert_ids_to_tokens(token)
+        return f"the label of the end-of-turn token {quoted} is lost in collation"
+    return None if response.is_cut else ending(response.ids, span, stops, tokenizer)
 
 
 def _bars(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[str]:

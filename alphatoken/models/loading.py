@@ -136,7 +136,8 @@ def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     draws new rows at random, and leaves them whole on every rank under ZeRO-3.)
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embeddings, nn.Embedding) and isinstance(head, nn.Linear)
+    assert isinstance(embeddings, nn.Embedding)
+    assert isinstance(head, nn.Linear)
     before = zero3.full_shape(embeddings.weight)[0]
     if tokens <= before:
         return

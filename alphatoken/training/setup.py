@@ -13,6 +13,7 @@ from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import Continuation, open_run_folder
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig, ModelConfig
+from alphatoken.data.audit import look_at_rows
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
 from alphatoken.data.tokenizer import (
@@ -96,12 +97,13 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     stored = None
     if config.needs_store:
         stored = collectives.agree(lambda: stored_values(config, tokenizer, splits.train))
+    notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
 
     stopwatch = Stopwatch(device)
     lm = _load(config, engine_config, tokenizer)
-    notes = _model_notes(config.model, lm, tokenizer)
+    notes += _model_notes(config.model, lm, tokenizer)
     decoder = decoder_of(lm.train())
     decoder.freeze_unreached()
     model = ValuedModel(
