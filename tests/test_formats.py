@@ -17,7 +17,7 @@ from alphatoken.data.chat import Encoder
 from alphatoken.data.formats import FORMATS, converted, format_of
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import as_chat, as_pair, as_prompt, is_trained
-from alphatoken.data.sources import open_source
+from alphatoken.data.sources import OpenSource
 from alphatoken.errors import UserError
 
 
@@ -315,7 +315,7 @@ def test_what_a_file_format_adds_is_not_trained(tmp_path: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert "None" in str(pq.read_table(tmp_path / "rows.parquet").to_pylist())
-    _, found = open_source(Source(path=str(tmp_path / "rows.parquet")))
+    found = OpenSource(Source(path=str(tmp_path / "rows.parquet"))).read()
     read = [as_chat(row.fields, "here").messages[1]["tool_calls"][0]["function"] for row in found]
     assert read == [CALL, {"name": "read", "arguments": {"path": "x"}}]
 

@@ -196,6 +196,14 @@ class DataConfig(Section):
         "instead of "
         "padding.",
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that tokenise a source of many rows, once for all ranks that share "
+        "the cache; default: as many as the process has cores, at most 16. What they make does not "
+        "depend on it.",
+        json_schema_extra=MAY_CHANGE,
+    )
     cache_dir: FilePath = Field(
         Path("~/.cache/alphatoken"),
         description="Where tokenised data is kept, shared by runs and ranks.",

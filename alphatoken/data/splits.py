@@ -54,7 +54,7 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     encoders = _encoders(config, tokenizer)
 
     def load(sources: list[Source] | None, encoder: RowEncoder) -> TokenDataset | None:
-        return None if sources is None else tokenise(sources, encoder, config.data.cache_dir)
+        return None if sources is None else _tokenised(sources, encoder, config)
 
     train = load(config.data.train, encoders.rows)
     assert train is not None
@@ -64,6 +64,10 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
         validation=load(held_out, encoders.held_out),
         eval=load(config.data.eval, encoders.rows),
     )
+
+
+def _tokenised(sources: list[Source], encoder: RowEncoder, config: RunConfig) -> TokenDataset:
+    return tokenise(sources, encoder, config.data.cache_dir, config.data.workers)
 
 
 def check_sizes(splits: Splits, config: RunConfig) -> None:
@@ -170,7 +174,7 @@ def load_prompts(
     if config.fisher.sampling == "rollout":
         rules = chat_rules(config, tokenizer)
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens, rules)
-    dataset = tokenise(sources, encoder, config.data.cache_dir)
+    dataset = _tokenised(sources, encoder, config)
     trained_on = np.isin(dataset.last_asked(), train.asked())
     epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))
     _, first = np.unique(epoch, return_index=True)  # a mixture with weights repeats rows

@@ -21,7 +21,7 @@ from alphatoken.data.rows import (
     as_pair,
     has_text,
 )
-from alphatoken.data.sources import location, open_source
+from alphatoken.data.sources import OpenSource, location
 from alphatoken.data.tokenizer import chat_rules
 from alphatoken.doctor.findings import Finding
 from alphatoken.doctor.layout import Conversation, Layout, lay_out
@@ -72,7 +72,7 @@ def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conver
 
 
 def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
-    for row in open_source(source)[1]:
+    for row in OpenSource(source).read():
         where = location(source, row.number)
         if pairs:
             pair = as_pair(row.fields, where)
