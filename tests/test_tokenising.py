@@ -283,3 +283,30 @@ def test_a_run_finds_what_the_command_has_tokenised(
     assert contents(tmp_path / "cache") == made
     again = CliRunner().invoke(app, ["tokenise", "--config", str(file)])
     assert again.output.count("(was there)") == 4
+
+
+def test_a_long_answer_is_not_tokenised_twice(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find where it ends, only its end is."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    encoder, answer = Encoder(tokenizer, 5000), "seven eleven " * 300 + "twelve"
+    characters = 0
+    plain = type(tokenizer).__call__
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        nonlocal characters
+        characters += len(text)
+        return plain(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    found = encoder.encode({"prompt": "Count.", "response": answer}, "here")
+    assert not isinstance(found, Skipped)
+    ((document,),) = (each.documents for each in found)
+    trained = [
+        token
+        for token, mark in zip(document.input_ids, document.response_mask, strict=True)
+        if mark
+    ]
+    assert tokenizer.decode(trained) == f"{answer}<|im_end|>"
+    assert characters < 1.2 * len(answer)
