@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from alphatoken.config.sections import Source
+from alphatoken.config.sections import Source, source_names
 from alphatoken.data.chat import RowEncoder
 from alphatoken.data.sources import OpenSource, location
 from alphatoken.data.tokenising import Made, read_report, write_source
@@ -45,7 +45,7 @@ class TokenDataset:
         self.reports = [read_report(file) for file in files]
         self.sizes = [len(part) for part in self._parts]
         self.lengths: np.ndarray[Any, Any] = np.concatenate(
-            [np.asarray(part["length"]) for part in self._parts]
+            [np.asarray(part.data.column("length")) for part in self._parts]
         )
         self._starts = np.cumsum([0, *self.sizes])
 
@@ -54,6 +54,16 @@ class TokenDataset:
         """Relative shares of the sources in an epoch, or None: every row once."""
         weights = [source.weight for source in self._sources]
         return None if None in weights else [weight for weight in weights if weight is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """What each source is called."""
+        return source_names(self._sources)
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The running index of the first row of each source."""
+        return [int(start) for start in self._starts[:-1]]
 
     def described(self) -> list[dict[str, Any]]:
         """Path, number of rows and identity of each source."""
