@@ -45,7 +45,7 @@ class TokenDataset:
         self.reports = [read_report(file) for file in files]
         self.sizes = [len(part) for part in self._parts]
         self.lengths: np.ndarray[Any, Any] = np.concatenate(
-            [np.asarray(part.data.column("length")) for part in self._parts]
+            [np.asarray(part.data.column("length"), dtype=np.int64) for part in self._parts]
         )
         self._starts = np.cumsum([0, *self.sizes])
 
