@@ -149,11 +149,12 @@ def command(model: Path, file: Path, cache: Path, workers: int) -> dict[str, Any
     return {
         "workers": workers,
         "seconds": seconds,
+        "load of the machine, a minute's mean": os.getloadavg()[0],
         "rows per second": float(said.rsplit("(", 1)[1].split()[0]),
         "seconds of the processor": sum(used.values()),
         "processes": most,
         "peak bytes of all": peak,
-        "file bytes": made.stat().st_size,
+        "bytes of the file": made.stat().st_size,
         "sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
         **opened(file, made),
     }
@@ -186,11 +187,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     result = circumstances("benchmarks.tokenising", torch.device("cpu"), arguments.model)
-    result |= {"rows": arguments.rows, "beside": arguments.beside, "load": os.getloadavg()}
+    result |= {"rows": arguments.rows, "beside": arguments.beside}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(arguments.data, arguments.rows, file)
-        result["file bytes"] = file.stat().st_size
+        result["bytes of the rows"] = file.stat().st_size
         result["per second of the processor"] = alone(arguments.model, file, arguments.sample)
         result["runs"] = []
         for workers in arguments.workers:

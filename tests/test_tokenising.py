@@ -36,9 +36,13 @@ ROWS = 40
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 6 shards the last one is short. Workers are forked from the server of the tests, which has
-    imported everything."""
+    """Of 6 shards the last one is short."""
     monkeypatch.setattr(tokenising, "SHARD_ROWS", 7)
+
+
+@pytest.fixture
+def server() -> None:
+    """Workers are forked from the server of the tests, which has imported everything."""
     ensure_server()
 
 
@@ -88,6 +92,8 @@ def contents(cache: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("row", [supervised, pair])
 @pytest.mark.parametrize("stored", [as_lines, as_gzip, as_parquet, as_dataset])
 def test_the_number_of_workers_leaves_no_trace(
@@ -150,6 +156,7 @@ def _tokenise_slowly(path: str, encoder: Hindered, cache: Path, workers: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     workers: int, tiny_model: Path, tmp_path: Path
@@ -202,6 +209,8 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("bad", ['{"prompt": "Hi"}', '{"prompt": "Hi", "response": 7}', "{"])
 def test_the_first_of_several_bad_rows_is_named(bad: str, tiny_model: Path, tmp_path: Path) -> None:
     """With workers, the second one is found first."""
@@ -218,6 +227,8 @@ def test_the_first_of_several_bad_rows_is_named(bad: str, tiny_model: Path, tmp_
     assert messages[0] == messages[1]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_a_worker_that_dies_ends_with_what_to_do(tiny_model: Path, tmp_path: Path) -> None:
     path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
     (tmp_path / "pids").mkdir()
@@ -242,6 +253,19 @@ def test_parts_of_a_source_can_be_read_in_any_order(
     assert len(OpenSource(Source(path=path, skip=50))) == 0
 
 
+def test_progress_is_not_in_the_way_of_what_a_command_prints(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`alphatoken doctor --json` and `plan --from-data --json` tokenise, too."""
+    path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 70)
+    tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+    printed = capsys.readouterr()
+    assert f"tokenising {path}: 7/40 rows  ETA " in printed.err
+    assert f"tokenising {path}: 40/40 rows" in printed.err
+    assert printed.out == ""
+
+
 def test_a_batch_ends_with_many_tokens(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +282,8 @@ def test_a_batch_ends_with_many_tokens(
     assert_same_rows(cut, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_a_run_finds_what_the_command_has_tokenised(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -135,7 +135,8 @@ def _write_shards(
     missing = [shard for shard in _shards(total) if not shard.file(folder).exists()]
     left = sum(shard.end - shard.first for shard in missing)
     done = total - left
-    with Countdown(f"tokenising {rows.source.path}", "rows", done, total, active=True) as progress:
+    title = f"tokenising {rows.source.path}"
+    with Countdown(title, "rows", done, total, stderr=True) as progress:
         for shard in _written(rows, encoder, missing, folder, workers):
             done += shard.end - shard.first
             progress.advance(done)
