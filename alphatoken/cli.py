@@ -170,6 +170,27 @@ def preview(
 
 
 @app.command()
+def tokenise(config: ConfigFiles, overrides: Overrides = None) -> None:
+    """Tokenise the rows of a run ahead of it, into the cache that it reads (data.cache_dir).
+
+    Where it was stopped it goes on when it is started again.
+    """
+    from alphatoken.data.splits import load_prompts, load_splits
+    from alphatoken.data.tokenizer import load_tokenizer
+
+    run = _run_config(config, overrides)
+    tokenizer = load_tokenizer(run.model)
+    splits = load_splits(run, tokenizer)
+    parts = splits.named()
+    if run.estimates_fisher:
+        parts["fisher.prompts"] = load_prompts(run, tokenizer, splits.train).dataset
+    for name, part in parts.items():
+        for file, made, report in zip(part.files, part.made, part.reports, strict=True):
+            speed = f"{made.rows / made.seconds:.0f} rows/s" if made.rows else "was there"
+            typer.echo(f"{name}: {report}\n  {file} ({speed})")
+
+
+@app.command()
 def plan(
     config: ConfigFiles,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],

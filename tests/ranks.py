@@ -66,7 +66,7 @@ def run_ranks(case: str, world_size: int, folder: Path, **arguments: Any) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, folder / "arguments.pt")
-    _ensure_server()
+    ensure_server()
     port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     processes = [
@@ -144,7 +144,7 @@ def run_program(
     Nothing is imported, so what a program loads, when and with which settings needs a process of
     its own. Raises TimeoutExpired after so many seconds.
     """
-    _ensure_server()
+    ensure_server()
     command = [str(word) for word in words]
     # This process may be a rank of its own group, which is not theirs.
     of_ranks = {*rank_environment(0, 1, 0), "LOCAL_SIZE"}
@@ -175,7 +175,8 @@ def run_program(
         ]
 
 
-def _ensure_server() -> None:
+def ensure_server() -> None:
+    """Starts the server, so that processes that anything starts from now on are forked from it."""
     # Read when the server imports torch and DeepSpeed.
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     forkserver.ensure_running()

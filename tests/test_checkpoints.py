@@ -22,7 +22,10 @@ from alphatoken.checkpoints.files import (
     read_description,
     write_description,
 )
+from alphatoken.checkpoints.resuming import accepted_changes
 from alphatoken.checkpoints.universal import universal_checkpoint
+from alphatoken.config.file import validate
+from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.util.files import file_sha256
 from tests.ranks import run_ranks
@@ -222,3 +225,14 @@ def test_files_that_would_run_something_are_not_opened(
     assert not ran.exists()
     torch.load(file, weights_only=False)
     assert ran.exists()
+
+
+def test_a_key_of_a_source_that_is_new_and_not_set_is_no_change(run_values: dict[str, Any]) -> None:
+    """Runs of an older version can be continued."""
+    config = validate(RunConfig, run_values, "of the test")
+    saved = config.model_dump(mode="json")
+    del saved["data"]["train"][0]["name"], saved["data"]["workers"]
+    assert accepted_changes(Path("step-2"), saved, config) == []
+    saved["data"]["train"][0]["name"] = "another"
+    with pytest.raises(UserError, match=r"data.train: was .*another"):
+        accepted_changes(Path("step-2"), saved, config)

@@ -539,6 +539,7 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
     assert {"model.lora.r", "selection.chosen.policy", "preference.beta"} <= keys.keys()
     assert {key for key in keys if may_change(PreferenceRunConfig, key)} == {
         "data.cache_dir",
+        "data.workers",
         "deepspeed.timeout_minutes",
         "fisher.output",
         "fisher.save_every",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from alphatoken.config.file import validate
-from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FORMATS as NAMES
 from alphatoken.config.sections import Source
@@ -24,10 +21,8 @@ from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, RowEncoder, Sk
 from alphatoken.data.formats import FORMATS, converted, format_of
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import as_chat, as_pair, as_prompt, is_trained
-from alphatoken.data.sources import open_source
-from alphatoken.data.splits import load_prompts, load_splits
+from alphatoken.data.sources import OpenSource
 from alphatoken.errors import UserError
-from tests.ranks import ROOT
 
 
 def user(text: str) -> dict[str, Any]:
@@ -375,57 +370,6 @@ def test_a_named_format_must_fit() -> None:
     assert converted(fields, "question_answer", "here")[0]["messages"] == ONE
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "ultrachat": {"prompt": "Ask {}", "prompt_id": "x", "messages": [user("Ask {}"), said("Say")]},
-    "magicoder": {"lang": "python", "index": 1, "problem": "Ask {}", "solution": "Say"},
-    "ultrafeedback": {
-        "prompt": "Ask {}",
-        "prompt_id": "x",
-        "chosen": [user("Ask {}"), said("Yes")],
-        "rejected": [user("Ask {}"), said("No")],
-        "messages": [user("Ask {}"), said("Yes")],
-        "score_chosen": 8.0,
-        "score_rejected": 2.0,
-    },
-}
-SHIPPED = sorted(
-    file
-    for kind in ("sft", "preference")
-    for file in (ROOT / "configs" / kind).glob("*.yaml")
-    if any(name in file.stem for name in PUBLISHED)
-)
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_configurations_read_the_columns_that_are_published(
-    file: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    row = PUBLISHED[next(name for name in PUBLISHED if name in file.stem)]
-    values = yaml.safe_load(file.read_text())
-    places = itertools.count()
-
-    def local(source: dict[str, Any]) -> dict[str, Any]:
-        """The source with rows of its own, fewer than those that it skips or takes."""
-        rows = tmp_path / f"rows-{next(places)}.jsonl"
-        first = 1000 * len(list(tmp_path.glob("*.jsonl")))
-        texts = (json.dumps(row).replace("{}", str(first + number)) for number in range(70))
-        rows.write_text("\n".join(texts))
-        return {"path": str(rows), "columns": source.get("columns", {})}
-
-    for part in ("train", "validation", "eval"):
-        values["data"][part] = local(values["data"][part])
-    values["fisher"]["prompts"] = local(values["fisher"]["prompts"])
-    values["data"]["cache_dir"] = str(tmp_path / "cache")
-    values["model"] = {"name_or_path": str(tiny_model)}
-    pairs = "preference" in values
-    config = validate(PreferenceRunConfig if pairs else RunConfig, values, "of the test")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    splits = load_splits(config, tokenizer)
-    assert {len(part) for part in splits.named().values()} == {70}
-    assert all("columns not read" in str(part.reports[0]) for part in splits.named().values())
-    assert len(load_prompts(config, tokenizer, splits.train).rows) == 70
-
-
 def test_columns_that_are_not_read_are_named(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [
@@ -447,7 +391,7 @@ def test_what_a_file_format_adds_is_not_trained(tmp_path: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert "None" in str(pq.read_table(tmp_path / "rows.parquet").to_pylist())
-    _, found = open_source(Source(path=str(tmp_path / "rows.parquet")))
+    found = OpenSource(Source(path=str(tmp_path / "rows.parquet"))).read()
     read = [as_chat(row.fields, "here").messages[1]["tool_calls"][0]["function"] for row in found]
     assert read == [CALL, {"name": "read", "arguments": {"path": "x"}}]
 

@@ -20,7 +20,8 @@ INTRODUCTION = """\
 
 A run writes one JSON object per optimizer step to `metrics.jsonl`, with these numbers. Each is
 declared beside the code that computes it (`alphatoken.util.metrics.declare`); `make metrics` writes
-this page. A name with `{a,b}` stands for one metric of each. The unit `value` is that of a token's
+this page. A name with `{a,b}` stands for one metric of each, one with `<source>` for one of each
+source of a mixture (`name` of a source in `data.train`). The unit `value` is that of a token's
 value: how far the held-out loss falls, to first order, when the weights take a step of size 1 down
 the token's gradient.
 
@@ -71,6 +72,11 @@ def test_choices_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         found = metric_of(name)
         assert found is not None
         assert found.sentence == sentence
+    declare("speed/<who>_{up,down}", "of each")
+    found = metric_of("speed/a b_c_up")
+    assert found is not None
+    assert found.sentence == "of each"
+    assert metric_of("speed/_up") is None
     for other in ("speed", "speed_up", "speed_up_min", "speed_up,down_mean"):
         assert metric_of(other) is None
     with pytest.raises(ValueError, match="declared twice"):

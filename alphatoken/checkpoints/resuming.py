@@ -18,6 +18,7 @@ from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.universal import UNIVERSAL, universal_checkpoint
 from alphatoken.config.file import flat, may_change
 from alphatoken.config.run import RunConfig
+from alphatoken.data.sources import without_nulls
 from alphatoken.distributed import collectives
 from alphatoken.errors import UserError
 
@@ -121,7 +122,7 @@ def _continuation(
             )
         return None
     description = read_description(checkpoint)
-    notes += _accepted_changes(checkpoint, description["config"], config)
+    notes += accepted_changes(checkpoint, description["config"], config)
     written_by = description["world_size"]
     moved = written_by != ranks and any(fnmatch.filter(description["files"], SHARDS))
     if moved:
@@ -131,12 +132,13 @@ def _continuation(
     return Continuation(checkpoint, description["step"], moved, tuple(notes))
 
 
-def _accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[Note]:
+def accepted_changes(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> list[Note]:
     """A note for each key that may differ and does. Raises UserError for those that may not."""
     before, now = flat(saved), flat(config.model_dump(mode="json"))
     notes, refused = [], []
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key):
+        # A key of a source that an older version did not have is there now, and not set.
+        if without_nulls(before.get(key)) == without_nulls(now.get(key)):
             continue
         change = f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         if key in ("train.resume", "train.resume_allow"):

@@ -4,6 +4,9 @@ field says why. `valuation` and `selection` have modules of their own."""
 from __future__ import annotations
 
 import datetime
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -175,6 +178,12 @@ class Source(Section):
         "pattern of files (part-*.jsonl), address of one, saved dataset or `datasets` name; "
         "${VARIABLES} are filled in."
     )
+    name: str | None = Field(
+        None,
+        min_length=1,
+        description="What the source is called in the metrics of a mixture; default: the last part "
+        "of its path without an ending.",
+    )
     skip: int = Field(0, ge=0, description="Rows to leave out at the start.")
     first: int | None = Field(
         None, ge=1, description="Rows to use after those skipped; default: all."
@@ -195,6 +204,28 @@ class Source(Section):
         "auto",
         description="What the rows are like (alphatoken/data/formats.py); auto: by their columns.",
     )
+
+
+ENDING = re.compile(r"\.(jsonl?|ndjson|parquet|csv|tsv|arrow)(\.gz|\.zst)?$")
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """What each source is called; where several would be called alike by their paths, with their
+    place, from 1, behind it. Raises ValueError where two are named alike nevertheless."""
+    short = [source.path.rstrip("/").rpartition("/")[2] for source in sources]
+    names = [
+        source.name or ENDING.sub("", text) or text
+        for source, text in zip(sources, short, strict=True)
+    ]
+    alike = {name for name, count in Counter(names).items() if count > 1}
+    names = [
+        f"{name}-{place}" if source.name is None and name in alike else name
+        for place, (source, name) in enumerate(zip(sources, names, strict=True), start=1)
+    ]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"two sources of data.train are named {name!r}; change a name")
+    return names
 
 
 def _as_sources(value: Any) -> Any:
@@ -245,11 +276,25 @@ class DataConfig(Section):
         "instead of "
         "padding.",
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that tokenise a source of many rows, once for all ranks that share "
+        "the cache; default: as many as the process has cores, at most 16. What they make does not "
+        "depend on it.",
+        json_schema_extra=MAY_CHANGE,
+    )
     cache_dir: FilePath = Field(
         Path("~/.cache/alphatoken"),
         description="Where tokenised data is kept, shared by runs and ranks.",
         json_schema_extra=MAY_CHANGE,
     )
+
+    @field_validator("train")
+    @classmethod
+    def _has_names(cls, value: list[Source]) -> list[Source]:
+        source_names(value)
+        return value
 
 
 class FisherConfig(Section):

@@ -27,7 +27,7 @@ from alphatoken.data.rows import (
     is_tokenised,
     reasoning_of,
 )
-from alphatoken.data.sources import location, read_rows
+from alphatoken.data.sources import OpenSource, location
 from alphatoken.data.tokenizer import chat_rules
 from alphatoken.data.turns import (
     OTHER_OPENING,
@@ -177,7 +177,7 @@ def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conver
 
 
 def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
-    for row in read_rows(source):
+    for row in OpenSource(source).read():
         where = location(source, row.number)
         if pairs:
             pair = as_pair(row.fields, where)

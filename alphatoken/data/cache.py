@@ -5,63 +5,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from alphatoken.config.sections import Source
-from alphatoken.data.chat import Encoded, RowEncoder, Skipped
-from alphatoken.data.sources import Row, location, open_source
+from alphatoken.config.sections import Source, source_names
+from alphatoken.data.chat import RowEncoder
+from alphatoken.data.sources import OpenSource, location
+from alphatoken.data.tokenising import Made, read_report, write_source
 from alphatoken.errors import UserError
-from alphatoken.util.files import publish, publish_text
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
 FORMAT_VERSION = 7
-
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "response_mask": pa.list_(pa.bool_()),
-        "second": pa.int32(),  # where a pair's second document begins; 0: there is none
-        "length": pa.int32(),
-        "number": pa.int64(),
-        "digests": pa.list_(pa.int64()),
-        "asked": pa.list_(pa.int64()),
-    }
-)
-ROWS_PER_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of the rows of one source."""
-
-    path: str
-    rows: int
-    cut: dict[str, int]
-    notes: dict[str, int]
-    """What else is to be said of how many rows."""
-    skipped: dict[str, int]
-    tokens: int
-    response_tokens: int
-    unread: list[str]
-    """Columns that were not read."""
-
-    def __str__(self) -> str:
-        notes = [f"{count} {what}" for what, count in {**self.cut, **self.notes}.items()]
-        notes += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
-        detail = f" ({', '.join(notes)})" if notes else ""
-        responses = f", {self.response_tokens} of responses" if self.response_tokens else ""
-        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
-        return f"{self.path}: {self.rows} rows, {self.tokens} tokens{responses}{detail}{unread}"
 
 
 # Token ids (int32) and response mask (bool), (T,) each.
@@ -69,16 +30,22 @@ Document = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 class TokenDataset:
-    """The tokenised rows of one or several sources, by a running index."""
+    """The tokenised rows of one or several sources, by a running index.
 
-    def __init__(self, sources: Sequence[Source], files: Sequence[Path]) -> None:
+    Each source has a file; `made` says what it took to make it.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], files: Sequence[Path], made: Sequence[Made]
+    ) -> None:
         self._sources = sources
-        self._files = files
+        self.files = files
+        self.made = made
         self._parts = [datasets.Dataset.from_file(str(file)).with_format("numpy") for file in files]
-        self.reports = [_read_report(file) for file in files]
+        self.reports = [read_report(file) for file in files]
         self.sizes = [len(part) for part in self._parts]
         self.lengths: np.ndarray[Any, Any] = np.concatenate(
-            [np.asarray(part["length"]) for part in self._parts]
+            [np.asarray(part.data.column("length"), dtype=np.int64) for part in self._parts]
         )
         self._starts = np.cumsum([0, *self.sizes])
 
@@ -87,6 +54,16 @@ class TokenDataset:
         """Relative shares of the sources in an epoch, or None: every row once."""
         weights = [source.weight for source in self._sources]
         return None if None in weights else [weight for weight in weights if weight is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """What each source is called."""
+        return source_names(self._sources)
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The running index of the first row of each source."""
+        return [int(start) for start in self._starts[:-1]]
 
     def described(self) -> list[dict[str, Any]]:
         """Path, number of rows and identity of each source."""
@@ -103,7 +80,7 @@ class TokenDataset:
     def identity(self) -> list[str]:
         """A hash for each source of its content, how its rows were tokenised, and to which
         length."""
-        return [file.stem for file in self._files]
+        return [file.stem for file in self.files]
 
     def __getitem__(self, index: int) -> list[Document]:
         """The documents of one row: its only one, or the chosen and the rejected one of a pair."""
@@ -156,8 +133,11 @@ class TokenDataset:
         return part, int(index - self._starts[part])
 
 
-def tokenise(sources: Sequence[Source], encoder: RowEncoder, cache_dir: Path) -> TokenDataset:
-    """The tokenised rows of all sources, from the cache where it has them.
+def tokenise(
+    sources: Sequence[Source], encoder: RowEncoder, cache_dir: Path, workers: int | None = None
+) -> TokenDataset:
+    """The tokenised rows of all sources, from the cache where it has them; those of many rows are
+    tokenised by up to `workers` processes, by default one per core.
 
     Raises UserError for unreadable or malformed data and for a source without a usable row.
     """
@@ -167,96 +147,30 @@ def tokenise(sources: Sequence[Source], encoder: RowEncoder, cache_dir: Path) ->
         raise UserError(
             f"either all data sources of a mixture have a weight or none; {lacking} has none"
         )
-    return TokenDataset(
-        sources, [_tokenise_source(source, encoder, cache_dir.expanduser()) for source in sources]
-    )
+    folder = cache_dir.expanduser()
+    done = [_tokenise_source(source, encoder, folder, workers) for source in sources]
+    return TokenDataset(sources, [file for file, _ in done], [made for _, made in done])
 
 
-def _tokenise_source(source: Source, encoder: RowEncoder, cache_dir: Path) -> Path:
-    fingerprint, rows = open_source(source)
+def _tokenise_source(
+    source: Source, encoder: RowEncoder, cache_dir: Path, workers: int | None
+) -> tuple[Path, Made]:
+    rows = OpenSource(source)
     key = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, fingerprint, encoder.identity]).encode()
+        json.dumps([FORMAT_VERSION, rows.fingerprint, encoder.identity]).encode()
     ).hexdigest()
     file = cache_dir / f"{key[:32]}.arrow"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        file.with_suffix(".lock")
-    ):  # one writer per shared cache folder; the others find the file
+    began, left = time.perf_counter(), 0
+    # One writer per shared cache folder; the others find the file.
+    with FileLock(file.with_suffix(".lock")):
         if not file.exists():
-
-            def write(partial: Path) -> None:
-                written = _write(source, rows, encoder, partial)
-                publish_text(file.with_suffix(".json"), json.dumps(asdict(written)))
-
-            publish(file, write)  # whole even where several write it, as not every disk has locks
-    report = _read_report(file)
+            left = write_source(rows, encoder, file, workers)
+    report = read_report(file)
     if report.rows == 0:
         reasons = (
             ", ".join(f"{count} skipped: {reason}" for reason, count in report.skipped.items())
             or "it is empty"
         )
         raise UserError(f"{source.path} has no usable row ({reasons})")
-    return file
-
-
-def _read_report(file: Path) -> SourceReport:
-    return SourceReport(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
-
-
-def _write(source: Source, rows: Iterator[Row], encoder: RowEncoder, file: Path) -> SourceReport:
-    """Encodes all rows of a source into an Arrow stream, ROWS_PER_BATCH at a time."""
-    skipped: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    unread = set[str]()
-    kept = tokens = response_tokens = 0
-    batch: list[dict[str, Any]] = []
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for row in rows:
-            unread |= row.unread
-            encoded = encoder.encode(row.fields, location(source, row.number))
-            if isinstance(encoded, Skipped):
-                skipped[encoded.reason] += 1
-                continue
-            for each in encoded:
-                record = _record(each, row.number)
-                kept += 1
-                cut.update(each.cut)
-                notes.update(each.notes)
-                tokens += record["length"]
-                response_tokens += sum(record["response_mask"][1:])  # the first is not predicted
-                batch.append(record)
-            if len(batch) >= ROWS_PER_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-                batch.clear()
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-    return SourceReport(
-        path=source.path,
-        rows=kept,
-        cut=dict(cut),
-        notes=dict(notes),
-        skipped=dict(skipped),
-        tokens=tokens,
-        response_tokens=response_tokens,
-        unread=sorted(unread),
-    )
-
-
-def _record(encoded: Encoded, number: int) -> dict[str, Any]:
-    """A row as SCHEMA has it: its documents end to end, and where the second one begins."""
-    documents = encoded.documents
-    ids = [token for document in documents for token in document.input_ids]
-    return {
-        "input_ids": ids,
-        "response_mask": [mark for document in documents for mark in document.response_mask],
-        "second": len(documents[0].input_ids) if len(documents) > 1 else 0,
-        "length": len(ids),
-        "number": number,
-        "digests": [_digest(document.input_ids) for document in documents],
-        "asked": encoded.asked,
-    }
-
-
-def _digest(ids: Sequence[int]) -> int:
-    hashed = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=8)
-    return int.from_bytes(hashed.digest(), "little", signed=True)
+    return file, Made(left, time.perf_counter() - began)

@@ -11,9 +11,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +41,8 @@ LOADERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """By which loader of `datasets`, and with which options, it reads other files, patterns of files
 and addresses, by the end of their names."""
+Unparsed = tuple[int, Callable[[], dict[str, Any]]]
+"""A raw row's number, and what reads it."""
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 PATTERN = re.compile(r"[*?\[]")
 
@@ -62,43 +64,114 @@ def location(source: Source, number: int) -> str:
     return f"{path}:{number}" if is_lines else f"{path} row {number}"
 
 
-def open_source(source: Source) -> tuple[str, Iterator[Row]]:
-    """A fingerprint of the source's content, and its rows in one of our forms (`formats`). Raises
-    UserError when it cannot be found or read."""
-    fingerprint, rows = _opened(source)
-    end = None if source.first is None else source.skip + source.first
-    renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
-    return (
-        f"{fingerprint()}[{source.skip}:{end}]{renamed} {source.format}",
-        _in_our_forms(source, rows),
-    )
+class Rows(Protocol):
+    """Raw rows, each with its number, from 1."""
+
+    def fingerprint(self) -> str:
+        """A hash of the content."""
+        ...
+
+    def read(self, first: int, end: int | None) -> Iterator[Row]:
+        """The rows from a place, from 0, to another. Cheap where it is the next part after the one
+        read before."""
+        ...
+
+    def count(self, end: int | None) -> int:
+        """How many there are, or how many before `end`."""
+        ...
 
 
-def read_rows(source: Source) -> Iterator[Row]:
-    """A source's rows in one of our forms, without reading all of it for a fingerprint. Raises
-    UserError when it cannot be found or read."""
-    return _in_our_forms(source, _opened(source)[1])
+class OpenSource:
+    """The rows of a source in one of our forms (`formats`). It can be handed to another process.
+
+    Raises UserError when the source cannot be found or read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        path = _filled_in(source.path)
+        self._rows: Rows
+        if path.endswith(SUFFIXES) and not _is_several(path):
+            file = Path(path)
+            if not file.is_file():
+                raise UserError(f"data file {file} does not exist")
+            opened = _parquet_rows if file.suffix == ".parquet" else partial(_json_rows, source)
+            self._rows = _FileRows(file, opened)
+        else:
+            self._rows = _DatasetRows(_open_dataset(source, path))
+        self._end = None if source.first is None else source.skip + source.first
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the source's content, which of its rows are used, and as what."""
+        source = self.source
+        renamed = f" {json.dumps(source.columns, sort_keys=True)}" if source.columns else ""
+        return f"{self._rows.fingerprint()}[{source.skip}:{self._end}]{renamed} {source.format}"
+
+    def __len__(self) -> int:
+        """Raw rows. What is in them is not looked at."""
+        return max(0, self._rows.count(self._end) - self.source.skip)
+
+    def read(self, first: int = 0, end: int | None = None) -> Iterator[Row]:
+        """The rows from place `first`, from 0, to `end`, by default all."""
+        source = self.source
+        ends = [source.skip + end] if end is not None else []
+        ends += [self._end] if self._end is not None else []
+        for row in self._rows.read(source.skip + first, min(ends, default=None)):
+            where = location(source, row.number)
+            named = _renamed(source, row.fields, where) if source.columns else row.fields
+            fields, unread = converted(named, source.format, where)
+            yield Row(row.number, fields, unread)
 
 
-def _opened(source: Source) -> tuple[Callable[[], str], Iterator[Row]]:
-    """What computes a fingerprint of the source's content, and its rows as they are."""
-    path = _filled_in(source.path)
-    file = Path(path)
-    if path.endswith(SUFFIXES) and not _is_several(path):
-        if not file.is_file():
-            raise UserError(f"data file {file} does not exist")
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(source, file)
-        return partial(file_sha256, file), rows
-    dataset = _open_dataset(source, path)
-    return lambda: str(dataset._fingerprint), (
-        Row(number, without_nulls(fields)) for number, fields in enumerate(dataset, start=1)
-    )
+class _FileRows:
+    """Rows that can be read in turn only. What is passed over is not parsed, and the file stays
+    open between one part and the next."""
+
+    def __init__(self, file: Path, opened: Callable[[Path], Iterator[Unparsed]]) -> None:
+        self._file = file
+        self._opened = opened
+        self._rest: Iterator[Unparsed] = iter(())
+        self._place: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the file for itself."""
+        return {**self.__dict__, "_rest": iter(()), "_place": None}
+
+    def fingerprint(self) -> str:
+        return file_sha256(self._file)
+
+    def read(self, first: int, end: int | None) -> Iterator[Row]:
+        if self._place is None or self._place > first:
+            self._rest, self._place = self._opened(self._file), 0
+        count = None if end is None else max(0, end - first)
+        for _ in itertools.islice(self._rest, first - self._place):
+            self._place += 1
+        for number, parse in itertools.islice(self._rest, count):
+            self._place += 1
+            yield Row(number, parse())
+
+    def count(self, end: int | None) -> int:
+        return sum(1 for _ in itertools.islice(self._opened(self._file), end))
 
 
-def _in_our_forms(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
-    end = None if source.first is None else source.skip + source.first
-    chosen = itertools.islice(rows, source.skip, end)
-    return _converted(source, _renamed(source, chosen) if source.columns else chosen)
+class _DatasetRows:
+    """Rows of a `datasets` table, which finds any of them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def fingerprint(self) -> str:
+        return str(self._dataset._fingerprint)
+
+    def read(self, first: int, end: int | None) -> Iterator[Row]:
+        chosen = self._dataset.select(range(first, self.count(end)))
+        for number, fields in enumerate(chosen, start=first + 1):
+            yield Row(number, without_nulls(fields))
+
+    def count(self, end: int | None) -> int:
+        rows = len(self._dataset)
+        return rows if end is None else min(rows, end)
 
 
 def without_nulls(value: Any) -> Any:
@@ -109,27 +182,16 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _converted(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        fields, unread = converted(row.fields, source.format, location(source, row.number))
-        yield Row(row.number, fields, unread)
-
-
-def _renamed(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        missing = [name for name in source.columns.values() if name not in row.fields]
-        if missing:
-            raise UserError(
-                f"{location(source, row.number)}: no field {missing[0]!r}, which data "
-                f"columns={source.columns} name; it has {', '.join(row.fields)}"
-            )
-        others = {
-            name: value for name, value in row.fields.items() if name not in source.columns.values()
-        }
-        yield Row(
-            row.number,
-            {**others, **{ours: row.fields[theirs] for ours, theirs in source.columns.items()}},
+def _renamed(source: Source, fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with our names for its columns."""
+    missing = [name for name in source.columns.values() if name not in fields]
+    if missing:
+        raise UserError(
+            f"{where}: no field {missing[0]!r}, which data columns={source.columns} name; it has "
+            f"{', '.join(fields)}"
         )
+    others = {name: value for name, value in fields.items() if name not in source.columns.values()}
+    return {**others, **{ours: fields[theirs] for ours, theirs in source.columns.items()}}
 
 
 def _filled_in(path: str) -> str:
@@ -146,42 +208,45 @@ def _is_several(path: str) -> bool:
     return bool(ADDRESS.match(path) or (PATTERN.search(path) and not Path(path).is_file()))
 
 
-def _json_rows(source: Source, file: Path) -> Iterator[Row]:
+def _json_rows(source: Source, file: Path) -> Iterator[Unparsed]:
     opener: Any = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
         with opener(file, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    fields = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{location(source, number)}: not valid JSON: {error}"
-                    ) from None
-                if not isinstance(fields, dict):
-                    raise UserError(
-                        f"{location(source, number)}: each line must be a JSON object, not a "
-                        f"{type(fields).__name__}"
-                    )
-                yield Row(number, fields)
+                if line.strip():
+                    yield number, partial(_from_json, line, location(source, number))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(
             f"{location(source, number + 1)}: cannot read the file further: {error}"
         ) from None
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _from_json(line: str, where: str) -> dict[str, Any]:
     try:
-        number = 0
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: each line must be a JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+def _parquet_rows(file: Path) -> Iterator[Unparsed]:
+    numbers = itertools.count(1)
+    try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(number, without_nulls(fields))
+                rows = lru_cache(maxsize=1)(batch.to_pylist)
+                for place in range(len(batch)):
+                    yield next(numbers), partial(_from_parquet, rows, place)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {file} as Parquet: {error}") from None
+
+
+def _from_parquet(rows: Callable[[], list[dict[str, Any]]], place: int) -> dict[str, Any]:
+    fields: dict[str, Any] = without_nulls(rows()[place])
+    return fields
 
 
 def _open_dataset(source: Source, path: str) -> Any:

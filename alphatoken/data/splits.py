@@ -55,7 +55,7 @@ def read_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Splits
     encoders = _encoders(config, tokenizer)
 
     def load(sources: list[Source] | None, encoder: RowEncoder) -> TokenDataset | None:
-        return None if sources is None else tokenise(sources, encoder, config.data.cache_dir)
+        return None if sources is None else _tokenised(sources, encoder, config)
 
     train = load(config.data.train, encoders.rows)
     assert train is not None
@@ -93,6 +93,10 @@ def _check_tokens(
                 "model.resize_embeddings=true, which adds the missing ones, or use the tokenizer "
                 "that the model was published with"
             )
+
+
+def _tokenised(sources: list[Source], encoder: RowEncoder, config: RunConfig) -> TokenDataset:
+    return tokenise(sources, encoder, config.data.cache_dir, config.data.workers)
 
 
 def check_sizes(splits: Splits, config: RunConfig) -> None:
@@ -199,7 +203,7 @@ def load_prompts(
     if config.fisher.sampling == "rollout":
         rules = chat_rules(config, tokenizer)
         encoder = PromptEncoder(tokenizer, config.fisher.max_prompt_tokens, rules)
-    dataset = tokenise(sources, encoder, config.data.cache_dir)
+    dataset = _tokenised(sources, encoder, config)
     _check_tokens("fisher.prompts", dataset, config, tokenizer)
     trained_on = np.isin(dataset.last_asked(), train.asked())
     epoch = Order(dataset.sizes, dataset.weights, (config.fisher.seed, 2)).step(0, len(dataset))

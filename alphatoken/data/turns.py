@@ -51,6 +51,8 @@ TURN_CLOSED = re.compile("(w*o+)w[wo]*")
 (w)."""
 LONGEST_STOP = 64
 """Characters of a token that ends a turn, at most."""
+FAR = 200
+"""Characters, at least, that are tokenised before a place where tokens are looked at."""
 RECOGNISED = 20
 """Characters at either end of a text, or half of it, by which it is found in what a template made
 of it."""
@@ -400,15 +402,17 @@ class Renderer:
         begins = begins if begins > start else _from(start, answer)
         place = text.find(answer, begins) if answer else -1
         behind = place + len(answer) if place >= 0 else start
+        # A tokenizer does not look far back, so most of the text need not be tokenised for this.
+        near = max(start, text.rfind(" ", start, max(start, behind - FAR)))
         kinds, ends = "", []
-        for token, (first, last) in self._tokens(text[start:]):
-            if start + first < behind:
+        for token, (first, last) in self._tokens(text[near:]):
+            if near + first < behind:
                 continue
-            end = start + last
+            end = near + last
             if token in self._stops and not TURN_CLOSED.fullmatch(kinds):
                 return end
             is_own = token in self._special
-            kinds += "o" if is_own else "w" if not text[start + first : end].strip() else "x"
+            kinds += "o" if is_own else "w" if not text[near + first : end].strip() else "x"
             ends.append(end)
         if closed := TURN_CLOSED.fullmatch(kinds):
             return ends[len(closed[1]) - 1]

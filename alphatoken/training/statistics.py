@@ -16,6 +16,7 @@ from alphatoken.distributed import collectives
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
 from alphatoken.selection.select import Selection
+from alphatoken.training.by_source import BySource
 from alphatoken.training.dropped import DroppedTokens, counts_of
 from alphatoken.training.moments import ValueColumns, rank_correlation
 from alphatoken.training.valued_model import StepOutput
@@ -32,6 +33,7 @@ CORRELATION = declare(
 # What the objective reports is summed beside our own sums, under names that cannot collide.
 OBJECTIVE = "objective/"
 COUNTS = "counts"
+SOURCES = "sources"
 
 
 class Located(Protocol):
@@ -56,7 +58,7 @@ class StepStatistics:
     `part_weights` are what adaptation and stability are multiplied by in the composite of this
     step, `contrast` is how much the contrast terms count against adaptation; `has_drift` says
     whether there is any stability; `selections` are those of the step, and `branches` names the
-    responses of each row where there are several.
+    responses of each row where there are several. `by_source` tells the sources of a mixture apart.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class StepStatistics:
         selections: Sequence[Selection],
         contrast: float = 0.0,
         branches: Sequence[str] = (),
+        by_source: BySource | None = None,
     ) -> None:
         self._columns = ValueColumns(contrast)
         self._part_weights = part_weights
         self._has_drift = has_drift
         self._selections = selections
         self._branches = branches
+        self._by_source = by_source
         self._has_spread = False
         self._sums = NamedSums(device)
         self._seen: list[tuple[str, Tensor, Tensor]] = []
@@ -92,6 +96,8 @@ class StepStatistics:
         self._sums.add(LOSS_RESPONSE, facts.nll_BT.double().sum())
         self._sums.add(LOSS, output["total"])
         self._sums.add_vectors(output["metrics"], prefix=OBJECTIVE)
+        if self._by_source is not None:
+            self._sums.add(SOURCES, self._by_source.sums(output))
         if "composite" in facts.values:
             self._add_values(batch, facts.values)
         self._check("data.train", batch, _everything(batch, output))
@@ -120,6 +126,8 @@ class StepStatistics:
                 metrics[name.removeprefix(OBJECTIVE)] = mean(sum_and_count)
         if "gram" in sums:
             metrics |= self._value_metrics(sums["gram"])
+        if self._by_source is not None:
+            metrics |= self._by_source.metrics(sums[SOURCES], has_values="gram" in sums)
         return StepSums(metrics=metrics, dropped=dropped)
 
     def describe_faults(

@@ -17,6 +17,7 @@ from alphatoken.selection.step import (
     selections_at,
     weigh_globally,
 )
+from alphatoken.training.by_source import BySource
 from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.setup import Run
 from alphatoken.training.statistics import StepStatistics, StepSums
@@ -82,6 +83,10 @@ class OptimizerStep:
         self._watchdog = watchdog
         self.under_way = 0
         """The step that is being taken, or was taken last, from 0."""
+        train = run.splits.train
+        self._by_source = (
+            BySource(train.names, train.first_rows, run.device) if len(train.sizes) > 1 else None
+        )
         self._told: set[str] = set()
         """What the user was told about what selections rule out."""
 
@@ -148,6 +153,7 @@ class OptimizerStep:
             selections=run.model.selections,
             contrast=run.config.valuation.contrast,
             branches=run.objective.branches,
+            by_source=self._by_source,
         )
         self._watchdog.moved(f"step {step + 1}, refresh")
         if self._refresh is not None:

@@ -1,7 +1,7 @@
 """The metrics of a run: each is declared once, beside the code that computes it.
 
-A name may hold choices, `{mean,std}`, and stands for a metric of each. docs/metrics.md is made from
-this table.
+A name may hold choices, `{mean,std}`, and stands for a metric of each; or the user's own name of
+something, `<source>`. docs/metrics.md is made from this table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Metric:
     """Empty for a number without one."""
 
     def matches(self, name: str) -> bool:
-        """Whether `name` is this metric, or one that its choices stand for."""
-        pattern = re.sub(r"\{([\w,]+)\}", lambda each: f"({each[1].replace(',', '|')})", self.name)
+        """Whether `name` is this metric, or one that its choices or names stand for."""
+        own = re.sub(r"<\w+>", ".+", self.name)
+        pattern = re.sub(r"\{([\w,]+)\}", lambda each: f"({each[1].replace(',', '|')})", own)
         return re.fullmatch(pattern, name) is not None
 
 

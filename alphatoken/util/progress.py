@@ -13,11 +13,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 class Countdown(AbstractContextManager["Countdown"]):
     """Progress of something before training: a bar with the time left, or ten lines where there is
-    no terminal."""
+    no terminal. `stderr`: for commands whose output may be read by a program."""
 
-    def __init__(self, title: str, unit: str, done: int, total: int, *, active: bool) -> None:
+    def __init__(
+        self,
+        title: str,
+        unit: str,
+        done: int,
+        total: int,
+        *,
+        active: bool = True,
+        stderr: bool = False,
+    ) -> None:
         self._title, self._unit, self._first, self._total = title, unit, done, total
-        self._console = Console(quiet=not active, highlight=False)
+        self._console = Console(quiet=not active, stderr=stderr, highlight=False)
         self._started = time.monotonic()
         self._told = 0
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
