@@ -23,6 +23,9 @@ app = typer.Typer(
     name="alphatoken", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
+values = typer.Typer(no_args_is_help=True)
+app.add_typer(values, name="values", help="What recipes/value_tokens.py has stored.")
+
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
@@ -167,6 +170,29 @@ def preview(
             console.print(document)
     if html is not None:
         console.save_html(str(html))
+
+
+@values.command("export")
+def export_stored(
+    target: Annotated[Path, typer.Argument(help="New file, or folder of llamafactory.")],
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    form: Annotated[
+        str, typer.Option("--format", help="parquet, trl, axolotl or llamafactory.")
+    ] = "parquet",
+) -> None:
+    """Write the rows of data.train with labels on the tokens that selection.store keeps, for
+    others to train on."""
+    from alphatoken.data.splits import read_splits
+    from alphatoken.data.tokenizer import load_tokenizer
+    from alphatoken.store.exporting import export_values
+
+    run = _run_config(config, overrides)
+    tokenizer = load_tokenizer(run.model)
+    done = export_values(run, tokenizer, read_splits(run, tokenizer).train, target, form)
+    typer.echo(
+        f"{target}: {done.rows} rows, labels on {done.trained} of {done.responses} response tokens"
+    )
 
 
 @app.command()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from typer.testing import CliRunner
 
+from alphatoken.cli import app
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
@@ -196,3 +202,103 @@ def test_the_recipe_values_and_another_trains_by_it(
     assert finished.returncode == 0, finished.stderr
     steps = metrics_of(run_values["train"]["output_dir"])
     assert steps[-1]["kept_tokens"] == pytest.approx(steps[-1]["response_tokens"] / 2, rel=0.2)
+
+
+def exported(values: dict[str, Any], folder: Path, form: str, name: str) -> str:
+    """Runs the command; returns what it prints."""
+    file = written(folder / "run.yaml", values)
+    command = ["values", "export", str(folder / name), "--config", str(file), "--format", form]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    return result.output
+
+
+def test_exported_rows_have_labels_on_what_is_kept(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    values = changed(run_values, selection={"scope": "sequence"})
+    run = run_of(values)
+    table = table_of(value_rows(run))
+    printed = exported(values, tmp_path, "parquet", "rows.parquet")
+    kept, count = int(numbers(table, "kept").sum()), len(numbers(table, "kept"))
+    assert f"30 rows, labels on {kept} of {count} response tokens" in printed
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    for row, stored_row, exported_row in zip(range(30), table.to_pylist(), rows, strict=True):
+        ((ids, mask),) = run.splits.train[row]
+        assert exported_row["input_ids"] == ids.tolist()
+        own = [place for place in range(1, len(ids)) if mask[place]]
+        assert [exported_row["value"][place] for place in own] == stored_row["value"]
+        labels = {place: label for place, label in enumerate(exported_row["labels"]) if label >= 0}
+        chosen = [place for place, mark in zip(own, stored_row["kept"], strict=True) if mark]
+        assert labels == {place: ids[place] for place in chosen}
+    exported(values, tmp_path, "axolotl", "axolotl.parquet")
+    columns = pq.read_table(tmp_path / "axolotl.parquet").column_names
+    assert columns == ["input_ids", "attention_mask", "labels"]
+    exported(values, tmp_path, "llamafactory", "tokenised")
+    loaded = datasets.load_from_disk(str(tmp_path / "tokenised"))["train"]
+    assert loaded[0]["labels"] == rows[0]["labels"]
+    assert set(loaded[0]["attention_mask"]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "form", "message"),
+    [
+        ({}, "csv", "--format csv is not known; known: parquet, trl, axolotl, llamafactory"),
+        ({"preference": {}}, "trl", "pairs have no labels in these formats"),
+        ({}, "trl", r"values has no settings.json; make it with recipes/value_tokens.py"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    pair_values: dict[str, Any],
+    run_values: dict[str, Any],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    form: str,
+    message: str,
+) -> None:
+    values = pair_values if changes else run_values
+    file = written(tmp_path / "run.yaml", values)
+    command = ["values", "export", str(tmp_path / "rows"), "--config", str(file), "--format", form]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert re.search(message, str(result.exception))
+
+
+def test_trl_trains_on_exported_rows_as_we_do(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """Two steps of all rows at once: the second loss depends on the update as well."""
+    values = changed(
+        run_values,
+        data={"train": [{"path": run_values["data"]["train"], "first": 6}]},
+        selection={"scope": "sequence", "min_keep": 1},
+        optim={"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0},
+        train={"global_batch_size": 6, "micro_batch_size": 6},
+    )
+    values["valuation"]["validation_sequences"] = 5
+    store = value_rows(run_of(values))
+    exported(values, tmp_path, "trl", "rows.parquet")
+    assert run_recipe(written(tmp_path / "ours.yaml", stored(values, store))).returncode == 0
+    ours = [
+        step["loss_kept"] for step in metrics_of(values["train"]["output_dir"]) if step["step"] > 0
+    ]
+
+    model = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
+    chosen = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=6,
+        max_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(values["model"]["name_or_path"])
+    trainer = SFTTrainer(model, chosen, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    theirs = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert ours[0] != pytest.approx(ours[1], rel=1e-2)
+    assert ours == pytest.approx(theirs, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,17 @@ def rows_settings(
     }
 
 
-def stored_values(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, part: TokenDataset
-) -> StoredColumn:
-    """The values in `selection.store` of the rows of `data.train`.
+def columns_of(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    part: TokenDataset,
+    names: Sequence[str] = (VALUE,),
+) -> dict[str, StoredColumn]:
+    """Columns of `selection.store` by name, for the rows of `data.train`.
 
     Raises UserError where the folder is no store, is not complete, or has values of other tokens.
     """
-    folder = config.selection.store
-    assert folder is not None, "the configuration has checked it"
-    folder = folder.expanduser()
+    folder = store_folder(config)
     make = "make it with recipes/value_tokens.py"
     if not (folder / SETTINGS).is_file():
         raise UserError(f"selection.store: {folder} has no {SETTINGS}; {make}")
@@ -76,7 +78,7 @@ def stored_values(
             f"selection.store: {folder} has values of {done} of {len(part)} rows; start "
             "recipes/value_tokens.py again, and it goes on"
         )
-    return StoredColumn(chain, VALUE, CONTENTS)
+    return {name: StoredColumn(chain, name, CONTENTS) for name in names}
 
 
 def identity_of_store(config: RunConfig) -> str:

@@ -37,7 +37,7 @@ from alphatoken.stability.drift import Drift
 from alphatoken.stability.estimate import estimate_fisher
 from alphatoken.stability.of_run import build_drift, check_files
 from alphatoken.store.rows_folder import StoredColumn
-from alphatoken.store.values import identity_of_store, stored_values
+from alphatoken.store.values import VALUE, columns_of, identity_of_store
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.files import fingerprint
 from alphatoken.util.stopwatch import Stopwatch
@@ -96,7 +96,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     splits = collectives.agree(lambda: load_splits(config, tokenizer))
     stored = None
     if config.needs_store:
-        stored = collectives.agree(lambda: stored_values(config, tokenizer, splits.train))
+        stored = collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
     notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
