@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import alphatoken.training.trainer  # noqa: F401  declares the metrics
 from alphatoken import UserError
+from alphatoken.cli import app
 from alphatoken.report.charts import KEPT_SHARE
 from alphatoken.report.curves import MOST_POINTS, Line, line_chart, nice_ticks
 from alphatoken.report.kinds import kinds_of, place
@@ -360,8 +362,15 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     )
     lines = (second / "metrics.jsonl").read_text().splitlines()
     (second / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    with (second / "metrics.jsonl").open("a") as added:
+        added.write('{"step": 3, "grad_norm": 1.5}\n')  # which the other run has not
     root = page(first, second)
     check_curves(root, [first, second])
+    looks = defaultdict(set)
+    for body in root.all("tbody"):
+        if "data-metric" in body.attributes:
+            looks[body.attributes["data-run"]].add(body.all("path")[0].attributes["class"])
+    assert looks == {"a": {"l0"}, "b": {"l1"}}
     # Step 2 is what both have kept.
     assert check_tokens(root, first) == check_tokens(root, second) == 1
     (differing,) = root.all("table", **{"class": "facts differing"})
@@ -408,6 +417,22 @@ def test_a_damaged_folder_is_refused_by_file(
         page(folder)
     assert message in str(raised.value)
     assert not (folder / "report.html").exists()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    for arguments, output in (
+        ([str(first)], first / "report.html"),
+        ([str(first), str(second)], Path("comparison.html")),
+        ([str(first), "--output", "other.html"], Path("other.html")),
+    ):
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert result.output == f"{output}\n"
+        assert read_page(output).all("h1")
+    nowhere = CliRunner().invoke(app, ["report", str(first), "--output", "no/where.html"])
+    assert isinstance(nowhere.exception, UserError)
+    assert "cannot write no/where.html: No such file" in str(nowhere.exception)
 
 
 def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:

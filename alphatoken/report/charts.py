@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from alphatoken.report.curves import Line, line_chart, swatch
 from alphatoken.report.reading import RunRecord
-from alphatoken.report.wording import sentence_of, unit_of
+from alphatoken.report.wording import sentence_of
 from alphatoken.util.metrics import metric_of
 
 KEPT_SHARE = "kept_tokens / response_tokens"
@@ -112,19 +112,19 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _chart(title: str, metrics: Iterable[str], runs: Sequence[RunRecord]) -> Chart | None:
-    named = [
-        (run.name if len(runs) > 1 else "", metric, points)
-        for metric in metrics
-        for run in runs
-        if (points := points_of(run, metric))
-    ]
-    if not named:
+def _chart(title: str, metrics: Sequence[str], runs: Sequence[RunRecord]) -> Chart | None:
+    lines, curves, several = [], [], len(runs) > 1
+    for number, run in enumerate(runs):
+        for place, metric in enumerate(metrics):
+            points = points_of(run, metric)
+            if points:
+                name = f"{run.name} {metric}" if several else metric
+                style = number if several else place
+                lines.append(Line(name, points, style))
+                curves.append(_curve(style, run.name if several else "", metric, points))
+    if not curves:
         return None
-    unit = unit_of(named[0][1])
-    lines = [Line(" ".join(filter(None, (run, metric))), points) for run, metric, points in named]
-    curves = [_curve(index, *each) for index, each in enumerate(named)]
-    return Chart(title, line_chart(title, lines, unit), curves)
+    return Chart(title, line_chart(title, lines, curves[0].unit), curves)
 
 
 def points_of(run: RunRecord, metric: str) -> list[tuple[int, float]]:
@@ -135,12 +135,12 @@ def points_of(run: RunRecord, metric: str) -> list[tuple[int, float]]:
     return [(step, kept / of) for (step, kept), (_, of) in counts if of]
 
 
-def _curve(index: int, run: str, metric: str, points: Sequence[tuple[int, float]]) -> Curve:
+def _curve(style: int, run: str, metric: str, points: Sequence[tuple[int, float]]) -> Curve:
     finite = [value for _, value in points if math.isfinite(value)] or [math.nan]
     known = metric_of(metric)
     share = "share of the response tokens that was trained on"
     return Curve(
-        swatch=swatch(index),
+        swatch=swatch(style),
         run=run,
         metric=metric,
         unit="" if known is None else known.unit,

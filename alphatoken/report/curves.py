@@ -28,6 +28,8 @@ class Line:
 
     name: str
     points: Points
+    style: int = 0
+    """Lines of one style look alike, on the whole page."""
 
 
 def line_chart(title: str, lines: Sequence[Line], unit: str) -> Markup:
@@ -48,11 +50,11 @@ def line_chart(title: str, lines: Sequence[Line], unit: str) -> Markup:
         up(tick): number(tick, "bytes") if unit == "bytes" else f"{tick:.4g}" for tick in ticks
     }
     parts = [_axes(labels, {across(step): f"step {step}" for step in (min(steps), max(steps))})]
-    for index, (line, points) in enumerate(zip(lines, finite, strict=True)):
+    for line, points in zip(lines, finite, strict=True):
         places = " ".join(
             f"{across(step):.1f},{up(value):.1f}" for step, value in _thinned(points, MOST_POINTS)
         )
-        style = f"l{index % STYLES}"
+        style = f"l{line.style % STYLES}"
         parts.append(Markup('<polyline class="{}" points="{}"/>').format(style, places))
         if len(points) <= MOST_DOTS:
             parts += [
@@ -123,9 +125,9 @@ def _thinned(points: Points, most: int) -> Points:
     return kept
 
 
-def swatch(index: int) -> Markup:
-    """A short piece of the curve number `index`, for a legend."""
+def swatch(style: int) -> Markup:
+    """A short piece of a curve of a style, for a legend."""
     return Markup(
         '<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true">'
         '<path class="{}" d="M1 4H27"/></svg>'
-    ).format(f"l{index % STYLES}")
+    ).format(f"l{style % STYLES}")

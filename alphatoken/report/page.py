@@ -9,8 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alphatoken.report import wording
-from alphatoken.report.charts import KEPT_SHARE, charts_of
-from alphatoken.report.curves import STYLES, swatch
+from alphatoken.report.charts import charts_of
 from alphatoken.report.reading import RunRecord, read_runs
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.report.summary import differing_settings, phases_of, summary_of
@@ -77,7 +76,6 @@ def page_of(runs: Sequence[RunRecord]) -> str:
         summary=summary_of(runs),
         differing=differing_settings(runs) if len(runs) > 1 else [],
         charts=charts_of(runs),
-        kept_share=KEPT_SHARE,
         times=[phases_of(run) for run in runs],
         heatmaps=[_heatmaps(*each) for each in zip(runs, chosen, strict=True)],
         tables=[
@@ -89,11 +87,8 @@ def page_of(runs: Sequence[RunRecord]) -> str:
             for title, most in (("Most valued tokens", True), ("Least valued tokens", False))
         },
         full_colour=FULL_COLOUR,
-        styles=range(STYLES),
-        swatch=swatch,
         number=wording.number,
         sentence=wording.sentence,
-        unit_of=wording.unit_of,
     )
 
 
