@@ -192,10 +192,9 @@ def _grouped(
     members: Mapping[str, list[tuple[float | None, float, float]]] = {name: [] for name in order}
     for each in responses:
         values: Sequence[float | None] = each.columns.get(VALUE, (None,) * len(each.tokens))
-        for name, *numbers in zip(
-            name_tokens(each), values, each.weights, each.columns[LOSS], strict=True
-        ):
-            members[name].append((numbers[0], numbers[1], numbers[2]))
+        names, losses = name_tokens(each), each.columns[LOSS]
+        for name, value, weight, loss in zip(names, values, each.weights, losses, strict=True):
+            members[name].append((value, weight, loss))
     return {name: _group(name, tokens) for name, tokens in members.items() if tokens}
 
 

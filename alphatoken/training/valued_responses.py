@@ -43,7 +43,7 @@ class ResponseReader:
         documents_BT = facts.batch["document_ids"].cpu()
         response_BT = facts.response_BT.cpu()
         columns = {LOSS: facts.nll_BT, **facts.values}
-        found = []
+        found: list[ValuedResponse] = []
         for document, row in enumerate(facts.batch["rows"].tolist()):
             own_BT = (documents_BT == document) & response_BT
             if len(found) == most:
