@@ -301,6 +301,35 @@ def doctor(
     process.end_process(examine(config, overrides or [], as_json=as_json, patience=patience))
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs (train.output_dir).")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write; default: report.html in the folder of the run, comparison.html "
+            "here for several."
+        ),
+    ] = None,
+) -> None:
+    """Write what runs have measured, and what their tokens were worth, as one HTML page: one run,
+    or several side by side."""
+    # These declare the metrics whose meaning a page tells.
+    import alphatoken.training.trainer  # noqa: F401
+    from alphatoken.checkpoints.folder import RunFolder
+    from alphatoken.report.page import write_report
+
+    if output is None:
+        output = RunFolder(runs[0]).report if len(runs) == 1 else Path("comparison.html")
+    try:
+        write_report(runs, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    typer.echo(output)
+
+
 def main() -> None:
     with readable_errors():
         app()

@@ -438,6 +438,7 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
             step: int,
             *,
             evaluates: bool,
+            responses: int = 0,
             take: Any = take,
             trainer: Trainer = trainer,
             steps: dict[int, dict[str, Any]] = steps,
@@ -445,7 +446,7 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
         ) -> Any:
             whole = {key: safe_get_full_fp32_param(each).clone() for key, each in weights.items()}
             steps[step] = {"weights": whole, "rows": {}}
-            result = take(step, evaluates=evaluates)
+            result = take(step, evaluates=evaluates, responses=responses)
             zero3.link_moments(trainer.run.engine)
             steps[step]["moments"] = {
                 key: safe_get_full_optimizer_state(each, "exp_avg").clone()

@@ -39,7 +39,7 @@ def test_files_and_names_that_pages_mention_exist(page: Path) -> None:
     for name in re.findall(r"`([a-z_]\w*(?:\.\w+)+)`", text):
         parts = name.removeprefix("alphatoken.").split(".")
         of_ours = (ROOT / "alphatoken" / parts[0]).is_dir()
-        if not of_ours or parts[-1] in ("json", "yaml") or is_config_key(parts):
+        if not of_ours or parts[-1] in ("json", "yaml", "html") or is_config_key(parts):
             continue
         assert is_defined(parts), f"{page.name} mentions {name}"
 

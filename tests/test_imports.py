@@ -27,6 +27,7 @@ PACKAGES = (
     "store",
     "reference",
     "checkpoints",
+    "report",
     "training",
     "planner",
     "doctor",

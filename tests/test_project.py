@@ -32,7 +32,7 @@ def from_yaml(name: str) -> Any:
 
 def test_wheels_carry_what_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """PEP 561: without `py.typed` in the wheel, type checkers ignore our annotations. Chat
-    templates are looked for in the package."""
+    templates, and the report's, are looked for in the package."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
@@ -50,6 +50,7 @@ def test_wheels_carry_what_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "alphatoken/py.typed" in names
     templates = {Path(name).name for name in names if name.startswith("alphatoken/chat_templates/")}
     assert templates == {f"{name}.jinja" for name in shipped_names()}
+    assert {"alphatoken/report/page.html.jinja", "alphatoken/report/style.css"} <= {*names}
     assert not [name for name in names if name.startswith("tests/")]
 
 

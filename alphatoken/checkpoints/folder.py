@@ -34,6 +34,14 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def valued_tokens(self) -> Path:
+        return self.path / "valued_tokens.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.yaml"
 

@@ -194,6 +194,11 @@ class LoggingConfig(Section):
     every: int = Field(
         1, ge=1, description="Optimizer steps between console lines; metrics.jsonl has every step."
     )
+    responses: int = Field(
+        2,
+        ge=0,
+        description="Responses kept for the report, token by token, of each of up to 100 steps.",
+    )
 
 
 class RunConfig(Section):

@@ -1,12 +1,14 @@
-"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, and token values in
-colour. Rank 0 only."""
+"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, token values in colour,
+and the HTML report. Rank 0 only."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.config.run import RunConfig
-from alphatoken.training.valued_text import ValuedText
+from alphatoken.report.page import write_report
+from alphatoken.report.responses import VALUE, ValuedResponse, append_responses
 from alphatoken.util.files import publish_text
 from alphatoken.util.metrics import Metrics
+
+TOLD_STEPS = 100
+"""Optimizer steps of a run, about, of which responses are kept token by token."""
 
 
 class Report:
@@ -30,13 +37,13 @@ class Report:
         self,
         *,
         config: RunConfig,
-        metrics_file: Path,
+        folder: RunFolder,
         first_step: int,
         total_steps: int,
         active: bool,
     ) -> None:
         self._config = config
-        self._file = metrics_file
+        self._folder = folder
         self._active = active
         self._console = Console(quiet=not active, highlight=False)
         self._first_step, self._total_steps = first_step, total_steps
@@ -47,10 +54,11 @@ class Report:
         self._progress: Progress | None = None
         if not active:
             return
-        for metrics in _cut_metrics(metrics_file, first_step):
+        for metrics in _cut_lines(folder.metrics, first_step):
             self._remember(metrics)
+        _cut_lines(folder.valued_tokens, first_step)
         if config.logging.wandb != "disabled":
-            self._wandb = _start_wandb(config, metrics_file.parent, resumed=first_step > 0)
+            self._wandb = _start_wandb(config, folder.path, resumed=first_step > 0)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -72,7 +80,7 @@ class Report:
         training)."""
         if not self._active:
             return
-        with self._file.open("a", encoding="utf-8") as lines:
+        with self._folder.metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
         if self._wandb is not None:
             self._wandb.log(metrics, step=metrics["step"])
@@ -91,6 +99,24 @@ class Report:
             )
             self.say(f"step {step}/{self._total_steps}  {_in_full(metrics)}{left}")
 
+    def responses_of(self, step: int) -> int:
+        """How many responses of an optimizer step (from 1) are to be told token by token."""
+        if not self._active:
+            return 0
+        every = max(self._config.logging.every, math.ceil(self._total_steps / TOLD_STEPS))
+        last = step == self._total_steps
+        due = last or step == 1 or step % every == 0
+        most = self._config.logging.responses
+        return max(most, 1) if last else most if due else 0  # the console shows one
+
+    def keep(self, responses: Sequence[ValuedResponse]) -> None:
+        """Keeps responses in the run folder. That the disk refuses is said; a run goes on."""
+        try:
+            if self._config.logging.responses:
+                append_responses(self._folder.valued_tokens, responses)
+        except OSError as error:
+            self.say(f"warning: {self._folder.valued_tokens} cannot be written: {error}")
+
     def _remember(self, metrics: Metrics) -> None:
         """For the summary at the end."""
         if "eval_loss" in metrics:
@@ -99,15 +125,15 @@ class Report:
             )
         self._last = metrics
 
-    def finish(self, folder: Path, sample: ValuedText | None) -> None:
+    def finish(self, told: ValuedResponse | None) -> None:
         """Ends the run: one valued response, a summary, and where everything lies."""
         self.close()
         if not self._active:
             return
         if self._wandb is not None:
             self._wandb.finish()
-        if sample is not None:
-            self._show_values(sample)
+        if told is not None and told.is_valued:
+            self._show_values(told)
         table = Table(title="Run summary", title_justify="left", show_header=False)
         table.add_row("optimizer steps", str(self._last["step"]))
         if len(self._evaluations) > 1:
@@ -128,16 +154,29 @@ class Report:
         table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
         table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
         for name in ("metrics.jsonl", "config.yaml", "export"):
-            table.add_row(name, str(folder / name))
+            table.add_row(name, str(self._folder.path / name))
+        if self._write_page():
+            table.add_row(self._folder.report.name, str(self._folder.report))
         self._console.print(table)
+
+    def _write_page(self) -> bool:
+        """Whether the HTML report was written. It is no reason for a run to fail, whatever
+        happens."""
+        try:
+            write_report([self._folder.path], self._folder.report)
+        except Exception as error:
+            self.say(f"warning: no {self._folder.report}: {type(error).__name__}: {error}")
+            return False
+        return True
 
     def close(self) -> None:
         """Gives the terminal back."""
         if self._progress is not None:
             self._progress.stop()
 
-    def _show_values(self, sample: ValuedText) -> None:
-        ranked = sorted(sample.values)
+    def _show_values(self, told: ValuedResponse) -> None:
+        values = told.columns[VALUE]
+        ranked = sorted(values)
         fifth = max(1, len(ranked) // 5)
         coloured = self._console.is_terminal
         marks = {"most": ("", "black on green"), "least": ("", "white on red"), "": ("", "")}
@@ -146,10 +185,10 @@ class Report:
         text = Text()
         classes = [
             "most" if value >= ranked[-fifth] else "least" if value <= ranked[fifth - 1] else ""
-            for value in sample.values
+            for value in values
         ]
         for kind, run in itertools.groupby(
-            zip(classes, sample.tokens, strict=True), key=lambda pair: pair[0]
+            zip(classes, told.tokens, strict=True), key=lambda pair: pair[0]
         ):
             mark, style = marks[kind]
             piece = "".join(token for _, token in run)
@@ -215,7 +254,7 @@ def _evaluated(metrics: Metrics) -> str:
     return text
 
 
-def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
+def _cut_lines(file: Path, first_step: int) -> list[Any]:
     """Drops the lines of steps that will be done again, so that a resumed run continues its file;
     returns the rest."""
     if not file.exists():
@@ -223,13 +262,15 @@ def _cut_metrics(file: Path, first_step: int) -> list[Metrics]:
     if first_step == 0:  # the evaluation before training is done again, too
         file.unlink()
         return []
-    kept: list[Metrics] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    kept, text = list[Any](), list[str]()
+    # Not splitlines: a token may hold any other line separator of Unicode.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            metrics: Metrics = json.loads(line)
+            read = json.loads(line)
         except ValueError:  # the run was killed while it wrote its last line
             break
-        if metrics["step"] <= first_step:
-            kept.append(metrics)
-    publish_text(file, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        if read["step"] <= first_step:
+            kept.append(read)
+            text.append(f"{line}\n")
+    publish_text(file, "".join(text))
     return kept

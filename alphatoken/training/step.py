@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.errors import NonFiniteError
+from alphatoken.report.responses import ValuedResponse
 from alphatoken.selection.step import (
     TokenCounts,
     WeighedStep,
@@ -23,7 +24,7 @@ from alphatoken.training.setup import Run
 from alphatoken.training.statistics import StepStatistics, StepSums
 from alphatoken.training.stopping import StopRequest
 from alphatoken.training.valued_model import StepOutput
-from alphatoken.training.valued_text import ValuedText, valued_text
+from alphatoken.training.valued_responses import ResponseReader
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.memory import peak_memory
 from alphatoken.util.metrics import Metrics, declare
@@ -58,8 +59,8 @@ class StepResult:
     """What one optimizer step is known by."""
 
     metrics: Metrics
-    sample: ValuedText | None
-    """A valued response of the last micro-batch on this rank, if it has one."""
+    responses: list[ValuedResponse]
+    """Of one micro-batch on this rank, as many as were asked for and it has."""
     notes: tuple[str, ...]
     """What the user should know about the step."""
 
@@ -89,9 +90,14 @@ class OptimizerStep:
         )
         self._told: set[str] = set()
         """What the user was told about what selections rule out."""
+        self._warnings: list[str] = []
+        self._reader = ResponseReader(
+            run.tokenizer, run.splits.train.location, run.objective.branches
+        )
 
-    def take(self, step: int, *, evaluates: bool) -> StepResult:
-        """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows.
+    def take(self, step: int, *, evaluates: bool, responses: int = 0) -> StepResult:
+        """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows,
+        `responses` how many are to be told token by token.
 
         Raises NonFiniteError on every rank before a step that would spoil the weights, and
         WindowDroppedError where a run that was asked to stop has no time to finish it.
@@ -121,6 +127,8 @@ class OptimizerStep:
             with run.stopwatch.phase("backward"):
                 run.engine.backward(output["total"] * scale, scale_wrt_gas=False)
             statistics.add(batch, output)
+            if number - 1 == step % len(rows.batches):  # they are sorted by length: each in turn
+                told = self._read(step, output, responses)
             self._stop.took("micro-batch", time.perf_counter() - pass_began)
             if left == 0:  # looked at before the engine takes the step
                 sums = self._reduce(statistics, step, denominator)
@@ -139,8 +147,7 @@ class OptimizerStep:
             **self._speed(rows, began),
             "peak_memory_bytes": peak_memory(run.device),
         }
-        sample = valued_text(run.tokenizer, output["facts"])
-        return StepResult(metrics, sample, self._notes(step, sums))
+        return StepResult(metrics, told, self._notes(step, sums))
 
     def _bring_up_to_date(self, step: int, own_tokens: int) -> StepStatistics:
         """Refreshes the scorer, and starts the step's statistics with what that showed."""
@@ -181,7 +188,7 @@ class OptimizerStep:
 
     def _notes(self, step: int, sums: StepSums) -> tuple[str, ...]:
         """That there was nothing to train on, and what selections rule out when they first do."""
-        notes = []
+        notes, self._warnings = self._warnings, []
         if not sums.dropped.count("trained"):
             notes.append("no token to train on, so nothing is learned")
         for name, sentence in sums.dropped.reasons().items():
@@ -189,6 +196,17 @@ class OptimizerStep:
                 self._told.add(name)
                 notes.append(sentence)
         return tuple(f"step {step + 1}: {note}" for note in notes)
+
+    def _read(self, step: int, output: StepOutput, most: int) -> list[ValuedResponse]:
+        """Responses of a micro-batch, token by token. What goes wrong is no reason to stop
+        training."""
+        if not most:
+            return []
+        try:
+            return self._reader.read(step + 1, output, most)
+        except Exception as error:
+            self._warnings.append(f"warning: no tokens for the report: {error!r}")
+            return []
 
     def _after_update(self, step: int, means: Metrics) -> Metrics:
         """Lets the running scales observe the step; returns how far the weights have drifted."""

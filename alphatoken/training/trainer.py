@@ -18,6 +18,7 @@ from alphatoken.checkpoints.saving import (
     set_random_state,
 )
 from alphatoken.distributed import collectives, zero3
+from alphatoken.report.responses import ValuedResponse
 from alphatoken.training.evaluation import evaluate
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
@@ -25,7 +26,6 @@ from alphatoken.training.report import Report
 from alphatoken.training.setup import Run
 from alphatoken.training.step import OptimizerStep, StepResult
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
-from alphatoken.training.valued_text import ValuedText
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.metrics import Metrics
 
@@ -71,7 +71,8 @@ class Trainer:
             self._continue(run.continuation)
         if config.train.save_every is not None:
             self.checkpoints.check_space()
-        self._sample: ValuedText | None = None
+        self._told: ValuedResponse | None = None
+        """The newest response that is known token by token."""
 
     def train(self) -> None:
         """Trains to the end, or until asked to stop. Raises NonFiniteError on every rank before a
@@ -81,7 +82,7 @@ class Trainer:
         start_run_folder(run.folder, run.config, run.model.lm, run.tokenizer, {"data": data})
         report = Report(
             config=run.config,
-            metrics_file=run.folder.metrics,
+            folder=run.folder,
             first_step=self.first_step,
             total_steps=total,
             active=collectives.rank() == 0,
@@ -95,7 +96,11 @@ class Trainer:
                     self._stop_after(step, report)
                     return
                 try:
-                    result = self.step.take(step, evaluates=self._evaluates(step + 1))
+                    result = self.step.take(
+                        step,
+                        evaluates=self._evaluates(step + 1),
+                        responses=report.responses_of(step + 1),
+                    )
                 except WindowDroppedError:
                     report.say(f"no time to finish step {step + 1}: it will be done again")
                     self._stop_after(step, report)
@@ -107,7 +112,7 @@ class Trainer:
             moved = partial(self.watchdog.moved, "the export")
             moved()
             export_model(run.engine, run.tokenizer, run.folder.export, moved)
-            report.finish(run.folder.path, self._sample)
+            report.finish(self._told)
 
     def save(self, done: int) -> Path:
         """Saves a checkpoint after `done` optimizer steps. Every rank must call it."""
@@ -154,7 +159,8 @@ class Trainer:
         """Evaluates, reports and saves what is due."""
         for note in result.notes:
             report.say(note)
-        self._sample = result.sample or self._sample
+        self._told = next(iter(result.responses), self._told)
+        report.keep(result.responses)
         metrics = result.metrics
         if self.run.splits.eval is not None and self._evaluates(done):
             metrics = metrics | self._evaluate()
