@@ -175,6 +175,58 @@ def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path
         run_of(stored(run_values, tmp_path / "nothing"))
 
 
+def test_values_of_other_settings_are_not_taken_for_those_asked_for(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of held-out
+    rows that another order of data.train gives."""
+    path = run_values["data"]["train"]
+
+    def mixture(weight: float) -> list[dict[str, Any]]:
+        return [
+            {"path": path, "first": 20, "weight": 1},
+            {"path": path, "skip": 20, "weight": weight},
+        ]
+
+    values = changed(
+        run_values,
+        model={"lora": {"r": 2}},
+        data={"train": mixture(1)},
+        valuation={"held_out": "train", "validation_sequences": 2, "stability_weight": 0.0},
+        train={"global_batch_size": 8},
+    )
+    del values["data"]["validation"]
+    value_rows(run_of(values))
+    cases: list[tuple[dict[str, dict[str, Any]], str]] = [
+        ({"model": {"lora": {"r": 2, "alpha": 4}}}, "lora: .*'alpha': 16.0.* there"),
+        ({"data": {"packing": True}}, "packing: False there, True here"),
+        ({"train": {"global_batch_size": 6}}, "global_batch_size: 8 there, 6 here"),
+        ({"data": {"train": mixture(2)}}, r"weights: \[1.0, 1.0\] there, \[1.0, 2.0\] here"),
+    ]
+    for changes, difference in cases:
+        with pytest.raises(UserError, match=rf"(?s)holds values of something else.*{difference}"):
+            value_rows(run_of(changed(values, **changes)))
+
+
+def test_values_of_pairs_depend_on_the_objective(
+    pair_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = changed(
+        pair_values,
+        selection={"store": str(tmp_path / "store")},
+        valuation={"target": "preference"},
+        preference={"beta": 0.1},
+    )
+    run_valuing(validate(PreferenceRunConfig, values, "test"))
+    said = capsys.readouterr().out
+    assert f"data.train: {pair_values['data']['train']}: 30 rows, " in said
+    assert "what is trained: " in said
+    with pytest.raises(UserError, match=r"preference\.beta: 0.1 there, 0.5 here"):
+        run_valuing(
+            validate(PreferenceRunConfig, changed(values, preference={"beta": 0.5}), "test")
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
