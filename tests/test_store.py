@@ -208,6 +208,31 @@ def test_values_of_other_settings_are_not_taken_for_those_asked_for(
             value_rows(run_of(changed(values, **changes)))
 
 
+def test_damage_of_a_store_is_named_when_it_is_read(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A flipped bit among the values, which would be another value, of a row that a thread reads
+    ahead; and settings that are none."""
+    store = value_rows(run_of(run_values))
+    (file,) = store.glob("*.parquet")
+    table = pq.ParquetFile(file).metadata.row_group(0)
+    (column,) = (
+        table.column(place)
+        for place in range(table.num_columns)
+        if table.column(place).path_in_schema.startswith("value.")
+    )
+    content = bytearray(file.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    run = run_of(stored(run_values, store))
+    with pytest.raises(UserError, match=rf"{file} is damaged .*; remove it, and its values are"):
+        Feed(run).training(0)
+    (store / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match=r"settings.json cannot be read: it holds no settings"):
+        run_of(stored(run_values, store))
+
+
 def test_values_of_pairs_depend_on_the_objective(
     pair_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +258,10 @@ def test_values_of_pairs_depend_on_the_objective(
         ({"valuation": {"enabled": False}}, "valuation.enabled=false: there is nothing to value"),
         ({"valuation": {"start_step": 4}}, "valuation.start_step=4"),
         ({"selection": {"scope": "global_batch"}}, "selection.scope=global_batch chooses among"),
+        (
+            {"selection": {"policy": "stored", "store": "values"}},
+            "selection reads stored values .* which are made here",
+        ),
     ],
 )
 def test_what_cannot_be_valued_is_said_first(

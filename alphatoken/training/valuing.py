@@ -47,6 +47,11 @@ def check_valuing(config: RunConfig) -> None:
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
             "no later steps; leave it at 0"
         )
+    if config.needs_store:
+        raise UserError(
+            "selection reads stored values (policy or veto.by is stored), which are made here; "
+            "leave that to the run that trains by them"
+        )
     if config.selection.scope == "global_batch":
         raise UserError(
             "selection.scope=global_batch chooses among the rows of an optimizer step, of which "
