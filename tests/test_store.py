@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
+from alphatoken.store.rows_folder import Contents, RowsFolder, StoredColumn
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.setup import Run, build_run
@@ -206,6 +209,27 @@ def test_values_of_other_settings_are_not_taken_for_those_asked_for(
     for changes, difference in cases:
         with pytest.raises(UserError, match=rf"(?s)holds values of something else.*{difference}"):
             value_rows(run_of(changed(values, **changes)))
+
+
+def test_threads_take_turns_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training rows are read ahead in a thread, while those of B or held-out ones may be read."""
+    folder = RowsFolder(tmp_path / "rows", 256, {}, Contents("values", "values", "selection.store"))
+    folder.add(0, {"value": [np.full(3, row, np.float32) for row in range(256)]})
+    read, inside, most = StoredColumn._read_group, [], []
+
+    def watched(self: StoredColumn, number: int, group: int) -> Any:
+        inside.append(group)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.remove(group)
+        return read(self, number, group)
+
+    monkeypatch.setattr(StoredColumn, "_read_group", watched)
+    column = folder.column("value")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(column.__getitem__, range(0, 256, 64)))
+    assert [numbers.tolist() for numbers in found] == [[row] * 3 for row in range(0, 256, 64)]
+    assert most == [1, 1, 1, 1]
 
 
 def test_damage_of_a_store_is_named_when_it_is_read(

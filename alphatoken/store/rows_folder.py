@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +51,7 @@ class Contents:
 
 class StoredColumn:
     """One column of a complete folder: of every row the numbers of its response tokens. Files are
-    memory-mapped, row groups decoded."""
+    memory-mapped, row groups decoded. Several threads may read it."""
 
     def __init__(self, spans: Sequence[Span], column: str, contents: Contents) -> None:
         self._starts = np.array([start for start, _, _ in spans])
@@ -59,6 +60,8 @@ class StoredColumn:
         self._contents = contents
         self._file = lru_cache(maxsize=16)(self._open)
         self._group = lru_cache(maxsize=4)(self._read_group)
+        # Two threads in one open Parquet file abort the process, or wait for ever.
+        self._reading = threading.Lock()
         for number in range(len(spans)):
             self._file(number)
 
@@ -67,7 +70,8 @@ class StoredColumn:
         second."""
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         group, place = divmod(row - int(self._starts[file]), ROW_GROUP)
-        numbers = self._group(file, group)[place].values
+        with self._reading:
+            numbers = self._group(file, group)[place].values
         return np.array(numbers.to_numpy(zero_copy_only=False), dtype=np.float32)
 
     def _open(self, number: int) -> Any:
