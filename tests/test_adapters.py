@@ -10,7 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.config.file import validate
@@ -137,3 +142,15 @@ def test_adapters_of_a_model_that_is_gone_are_named(adapters: Path, tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"base_model_name_or_path in .*adapters=.*cannot be loade"):
         export_checkpoint(adapters, tmp_path / "merged", merge=True)
+
+
+def test_merged_adapters_that_the_disk_refuses_leave_nothing(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", refused)
+    with pytest.raises(UserError, match=r"cannot write the export .*merged: .*No space left"):
+        export_checkpoint(adapters, tmp_path / "new" / "merged", merge=True)
+    assert list((tmp_path / "new").iterdir()) == []

@@ -20,7 +20,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data import audit
 from alphatoken.data.chat import Encoder, Tokens
 from alphatoken.data.layout import Conversation
-from alphatoken.data.rows import Chat, as_chat
+from alphatoken.data.rows import Chat, as_chat, is_tokenised
 from alphatoken.data.splits import read_splits
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.data.turns import ChatRules
@@ -391,3 +391,20 @@ def test_rows_that_are_tokens_are_not_looked_at(tiny_model: Path, tmp_path: Path
     config, tokenizer = asked_of(tmp_path, CHATML, tiny_model, [row])
     assert len(audit.look_at_rows(config, tokenizer)) == 1
     assert judge_run(config, tokenizer).found.endswith("0 conversations of the data")
+
+
+def test_a_run_reads_few_of_many_rows_that_are_tokens(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}
+    config, _ = asked_of(tmp_path, CHATML, tiny_model, [row] * 9)
+    read = []
+
+    def counted(fields: dict[str, Any]) -> bool:
+        read.append(fields)
+        return is_tokenised(fields)
+
+    monkeypatch.setattr(audit, "is_tokenised", counted)
+    monkeypatch.setattr(audit, "MOST_READ", 4)
+    assert audit.real_conversations(config) == []
+    assert len(read) == 4

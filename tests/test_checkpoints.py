@@ -24,10 +24,14 @@ from alphatoken.checkpoints.files import (
 )
 from alphatoken.checkpoints.resuming import accepted_changes
 from alphatoken.checkpoints.universal import universal_checkpoint
+from alphatoken.checkpoints.weight_files import WeightFiles
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
-from alphatoken.util.files import file_sha256
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.setup import build_run
+from alphatoken.training.trainer import Trainer
+from alphatoken.util.files import PartialFolder, file_sha256
 from tests.ranks import run_ranks
 from tests.runs import changed
 
@@ -225,6 +229,36 @@ def test_files_that_would_run_something_are_not_opened(
     assert not ran.exists()
     torch.load(file, weights_only=False)
     assert ran.exists()
+
+
+def test_an_export_that_the_disk_refuses_leaves_nothing(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that was killed leaves what the next one removes."""
+    values = changed(
+        run_values, valuation={"enabled": False}, train={"max_steps": 1, "save_every": 1}
+    )
+    Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective())).train()
+    run, target = Path(values["train"]["output_dir"]), tmp_path / "new" / "exported"
+
+    def refused(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as failing:
+        failing.setattr(WeightFiles, "finish", refused)
+        with pytest.raises(UserError, match=rf"cannot write the export {target}: .*No space left"):
+            export_checkpoint(run, target)
+        assert list(target.parent.iterdir()) == []
+        failing.setattr(WeightFiles, "finish", killed)
+        failing.setattr(PartialFolder, "discard", lambda _: None)  # a kill does not clean up
+        with pytest.raises(KeyboardInterrupt):
+            export_checkpoint(run, target)
+        assert [path.suffix for path in target.parent.iterdir()] == [".partial"]
+    export_checkpoint(run, target)
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_a_key_of_a_source_that_is_new_and_not_set_is_no_change(run_values: dict[str, Any]) -> None:

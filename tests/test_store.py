@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
+from alphatoken.store.rows_folder import Contents, RowsFolder, StoredColumn
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.setup import Run, build_run
@@ -175,12 +178,114 @@ def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path
         run_of(stored(run_values, tmp_path / "nothing"))
 
 
+def test_values_of_other_settings_are_not_taken_for_those_asked_for(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of held-out
+    rows that another order of data.train gives."""
+    path = run_values["data"]["train"]
+
+    def mixture(weight: float) -> list[dict[str, Any]]:
+        return [
+            {"path": path, "first": 20, "weight": 1},
+            {"path": path, "skip": 20, "weight": weight},
+        ]
+
+    values = changed(
+        run_values,
+        model={"lora": {"r": 2}},
+        data={"train": mixture(1)},
+        valuation={"held_out": "train", "validation_sequences": 2, "stability_weight": 0.0},
+        train={"global_batch_size": 8},
+    )
+    del values["data"]["validation"]
+    value_rows(run_of(values))
+    cases: list[tuple[dict[str, dict[str, Any]], str]] = [
+        ({"model": {"lora": {"r": 2, "alpha": 4}}}, "lora: .*'alpha': 16.0.* there"),
+        ({"data": {"packing": True}}, "packing: False there, True here"),
+        ({"train": {"global_batch_size": 6}}, "global_batch_size: 8 there, 6 here"),
+        ({"data": {"train": mixture(2)}}, r"weights: \[1.0, 1.0\] there, \[1.0, 2.0\] here"),
+    ]
+    for changes, difference in cases:
+        with pytest.raises(UserError, match=rf"(?s)holds values of something else.*{difference}"):
+            value_rows(run_of(changed(values, **changes)))
+
+
+def test_threads_take_turns_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training rows are read ahead in a thread, while those of B or held-out ones may be read."""
+    folder = RowsFolder(tmp_path / "rows", 256, {}, Contents("values", "values", "selection.store"))
+    folder.add(0, {"value": [np.full(3, row, np.float32) for row in range(256)]})
+    read, inside, most = StoredColumn._read_group, [], []
+
+    def watched(self: StoredColumn, number: int, group: int) -> Any:
+        inside.append(group)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.remove(group)
+        return read(self, number, group)
+
+    monkeypatch.setattr(StoredColumn, "_read_group", watched)
+    column = folder.column("value")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(column.__getitem__, range(0, 256, 64)))
+    assert [numbers.tolist() for numbers in found] == [[row] * 3 for row in range(0, 256, 64)]
+    assert most == [1, 1, 1, 1]
+
+
+def test_damage_of_a_store_is_named_when_it_is_read(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A flipped bit among the values, which would be another value, of a row that a thread reads
+    ahead; and settings that are none."""
+    store = value_rows(run_of(run_values))
+    (file,) = store.glob("*.parquet")
+    table = pq.ParquetFile(file).metadata.row_group(0)
+    (column,) = (
+        table.column(place)
+        for place in range(table.num_columns)
+        if table.column(place).path_in_schema.startswith("value.")
+    )
+    content = bytearray(file.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    run = run_of(stored(run_values, store))
+    with pytest.raises(UserError, match=rf"{file} is damaged .*; remove it, and its values are"):
+        Feed(run).training(0)
+    (store / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match=r"settings.json cannot be read: it holds no settings"):
+        run_of(stored(run_values, store))
+
+
+def test_values_of_pairs_depend_on_the_objective(
+    pair_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = changed(
+        pair_values,
+        selection={"store": str(tmp_path / "store")},
+        valuation={"target": "preference"},
+        preference={"beta": 0.1},
+    )
+    run_valuing(validate(PreferenceRunConfig, values, "test"))
+    said = capsys.readouterr().out
+    assert f"data.train: {pair_values['data']['train']}: 30 rows, " in said
+    assert "what is trained: " in said
+    with pytest.raises(UserError, match=r"preference\.beta: 0.1 there, 0.5 here"):
+        run_valuing(
+            validate(PreferenceRunConfig, changed(values, preference={"beta": 0.5}), "test")
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"valuation": {"enabled": False}}, "valuation.enabled=false: there is nothing to value"),
         ({"valuation": {"start_step": 4}}, "valuation.start_step=4"),
         ({"selection": {"scope": "global_batch"}}, "selection.scope=global_batch chooses among"),
+        (
+            {"selection": {"policy": "stored", "store": "values"}},
+            "selection reads stored values .* which are made here",
+        ),
     ],
 )
 def test_what_cannot_be_valued_is_said_first(

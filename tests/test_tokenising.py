@@ -345,3 +345,22 @@ def test_a_long_answer_is_not_tokenised_twice(
     ]
     assert tokenizer.decode(trained) == f"{answer}<|im_end|>"
     assert characters < 1.2 * len(answer)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 70)
+    file = tmp_path / "a file"
+    file.touch()
+    with pytest.raises(UserError, match=rf"to data.cache_dir={file}: .*File exists.*make room"):
+        tokenise([Source(path=path)], encoder, file)
+
+    def refused(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenising, "_write", refused)
+    with pytest.raises(UserError, match=rf"{path} to data.cache_dir={tmp_path}/cache: .*No space"):
+        tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+    assert not list(tmp_path.rglob("*.partial"))

@@ -6,8 +6,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from alphatoken.data.pretrained import holds_adapters, read_settings
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
-from alphatoken.util.files import PARTIAL, PartialFolder
+from alphatoken.util.files import PartialFolder
 
 
 def export_model(
@@ -171,7 +171,8 @@ def export_checkpoint(
     Weights get the run's `model.dtype`, from the fp32 masters. Adapters are written as such, or
     merged into the model they belong to, which then has to fit in memory; those of a finished run
     without checkpoints, or of a folder or hub name of adapters, too. Raises UserError for a folder
-    that is no run, a damaged checkpoint, or a target that exists.
+    that is no run, a damaged checkpoint, a target that exists, or where the disk refuses; then
+    nothing is left of it.
     """
     if target.exists():
         raise UserError(f"{target} exists; name a new folder")
@@ -189,10 +190,37 @@ def export_checkpoint(
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
-    shutil.copytree(model_files, partial)
-    about = json.loads((partial / ABOUT).read_text(encoding="utf-8"))
-    (partial / ABOUT).unlink()
+    with _appearing(target) as folder:
+        parameters, files = _write_checkpoint(run, checkpoint, description, folder, merge=merge)
+    return Exported(folder=target, step=description["step"], parameters=parameters, files=files)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is at `target` when that is done, and nowhere if it is not. Raises
+    UserError where the disk refuses."""
+    folder = PartialFolder(target)
+    try:
+        folder.create()
+        yield folder.path
+        folder.publish()
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write the export {target}: {error}; make room, or name a folder on another "
+            "disk"
+        ) from None
+    finally:
+        folder.discard()
+
+
+def _write_checkpoint(
+    run: Path, checkpoint: Path, description: Mapping[str, Any], folder: Path, *, merge: bool
+) -> tuple[int, int]:
+    """Fills a folder; returns how many parameters it has in how many files."""
+    config = description["config"]
+    shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    (folder / ABOUT).unlink()
 
     dtype = getattr(torch, config["model"]["dtype"])
     weights = _weights(checkpoint)
@@ -202,33 +230,27 @@ def export_checkpoint(
             for name, weight in weights.items()
             if "lora_" in name
         }
-        save_file(adapters, partial / "adapter_model.safetensors", {"format": "pt"})
+        save_file(adapters, folder / "adapter_model.safetensors", {"format": "pt"})
         parameters, files = sum(tensor.numel() for tensor in adapters.values()), 1
         if merge:
             base = config["model"]["name_or_path"]
-            parameters = _merge(str(partial), partial, base, dtype, generation=partial)
-            for file in partial.glob("adapter_*"):
+            parameters = _merge(str(folder), folder, base, dtype, generation=folder)
+            for file in folder.glob("adapter_*"):
                 file.unlink()
-            files = len(list(partial.glob("*.safetensors")))
+            files = len(list(folder.glob("*.safetensors")))
         else:
-            (partial / "config.json").unlink()
+            (folder / "config.json").unlink()
     else:
-        (partial / "adapter_config.json").unlink(missing_ok=True)
+        (folder / "adapter_config.json").unlink(missing_ok=True)
         # Runs of before have noted no prefixes.
         prefixes = [(add, remove, part) for add, remove, part in about.get("prefixes", ())]
-        written = _save_whole(partial, weights, dtype, prefixes)
+        written = _save_whole(folder, weights, dtype, prefixes)
         parameters, files = written.parameters, written.files
     card = _model_card(
         run, description, about, adapter=config["model"]["lora"] is not None and not merge
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    partial.rename(target)
-    return Exported(
-        folder=target,
-        step=description["step"],
-        parameters=parameters,
-        files=files,
-    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return parameters, files
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:
@@ -316,12 +338,11 @@ def _export_merged(run: Path, adapters: str, target: Path) -> Exported:
     dtype = "auto"
     if settings.is_file():
         dtype = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["dtype"]
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
-    parameters = _merge(adapters, partial, str(base), dtype, generation=run / "model")
-    own_tokenizer = Path(adapters, "tokenizer_config.json").is_file()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(adapters if own_tokenizer else base)
-    tokenizer.save_pretrained(partial)
-    partial.rename(target)
+    with _appearing(target) as folder:
+        parameters = _merge(adapters, folder, str(base), dtype, generation=run / "model")
+        own_tokenizer = Path(adapters, "tokenizer_config.json").is_file()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(adapters if own_tokenizer else base)
+        tokenizer.save_pretrained(folder)
     files = len(list(target.glob("*.safetensors")))
     return Exported(folder=target, step=None, parameters=parameters, files=files)
 

@@ -49,6 +49,7 @@ PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "Only foxes yodel."},
 )
 LOOKED_AT = 32  # rows of the data
+MOST_READ = 1000  # rows of a source, of which there may be none with text
 MOST_RENDERED = 2_000_000  # characters of them, each as often as there are answers behind: seconds
 
 Severity = Literal["notable", "wrong", "grave"]
@@ -177,7 +178,7 @@ def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conver
 
 
 def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
-    for row in OpenSource(source).read():
+    for row in OpenSource(source).read(end=MOST_READ):
         where = location(source, row.number)
         if pairs:
             pair = as_pair(row.fields, where)

@@ -139,7 +139,8 @@ def tokenise(
     """The tokenised rows of all sources, from the cache where it has them; those of many rows are
     tokenised by up to `workers` processes, by default one per core.
 
-    Raises UserError for unreadable or malformed data and for a source without a usable row.
+    Raises UserError for unreadable or malformed data, for a source without a usable row, and where
+    the cache cannot be written.
     """
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
@@ -160,12 +161,18 @@ def _tokenise_source(
         json.dumps([FORMAT_VERSION, rows.fingerprint, encoder.identity]).encode()
     ).hexdigest()
     file = cache_dir / f"{key[:32]}.arrow"
-    cache_dir.mkdir(parents=True, exist_ok=True)
     began, left = time.perf_counter(), 0
-    # One writer per shared cache folder; the others find the file.
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            left = write_source(rows, encoder, file, workers)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # One writer per shared cache folder; the others find the file.
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                left = write_source(rows, encoder, file, workers)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokenised rows of {source.path} to data.cache_dir={cache_dir}: "
+            f"{error}; make room, or set data.cache_dir to another folder"
+        ) from None
     report = read_report(file)
     if report.rows == 0:
         reasons = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +51,7 @@ class Contents:
 
 class StoredColumn:
     """One column of a complete folder: of every row the numbers of its response tokens. Files are
-    memory-mapped, row groups decoded."""
+    memory-mapped, row groups decoded. Several threads may read it."""
 
     def __init__(self, spans: Sequence[Span], column: str, contents: Contents) -> None:
         self._starts = np.array([start for start, _, _ in spans])
@@ -59,6 +60,8 @@ class StoredColumn:
         self._contents = contents
         self._file = lru_cache(maxsize=16)(self._open)
         self._group = lru_cache(maxsize=4)(self._read_group)
+        # Two threads in one open Parquet file abort the process, or wait for ever.
+        self._reading = threading.Lock()
         for number in range(len(spans)):
             self._file(number)
 
@@ -67,27 +70,34 @@ class StoredColumn:
         second."""
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         group, place = divmod(row - int(self._starts[file]), ROW_GROUP)
-        numbers = self._group(file, group)[place].values
+        with self._reading:
+            numbers = self._group(file, group)[place].values
         return np.array(numbers.to_numpy(zero_copy_only=False), dtype=np.float32)
 
     def _open(self, number: int) -> Any:
         path, contents = self._paths[number], self._contents
         try:
-            return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         except FileNotFoundError:
             raise UserError(
                 f"{path} is not there for rank {collectives.rank()}, which did not write it: set "
                 f"{contents.key} to a folder that all nodes see"
             ) from None
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); remove it, and its {contents.what} are computed "
-                "again"
-            ) from None
+            raise self._damaged(number, error) from None
 
     def _read_group(self, number: int, group: int) -> Any:
-        table = self._file(number).read_row_group(group, columns=[self._column])
+        try:
+            table = self._file(number).read_row_group(group, columns=[self._column])
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(number, error) from None
         return table.column(self._column).combine_chunks()
+
+    def _damaged(self, number: int, error: Exception) -> UserError:
+        return UserError(
+            f"{self._paths[number]} is damaged ({error}); remove it, and its "
+            f"{self._contents.what} are computed again"
+        )
 
 
 class RowsFolder:
@@ -121,7 +131,12 @@ class RowsFolder:
             numbers = pa.array(np.arange(start, start + count))
             table = pa.table({"row": numbers, **{n: _lists(c) for n, c in columns.items()}})
             final = self.path / f"rows-{start:09}-{start + count:09}.parquet"
-            publish(final, lambda partial: pq.write_table(table, partial, row_group_size=ROW_GROUP))
+            publish(
+                final,
+                lambda partial: pq.write_table(
+                    table, partial, row_group_size=ROW_GROUP, write_page_checksum=True
+                ),
+            )
 
         try:
             collectives.on_rank_0(write)
@@ -157,7 +172,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What a folder says it is of. Raises UserError where that cannot be read."""
     file = folder / SETTINGS
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}; remove the folder") from None
     return settings

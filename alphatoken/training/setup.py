@@ -74,6 +74,11 @@ class Run:
     """What the user should know before training starts."""
     stopwatch: Stopwatch
 
+    def data_lines(self) -> list[str]:
+        """What became of the rows of each source, for the user."""
+        named = self.splits.named().items()
+        return [f"{name}: {report}" for name, part in named for report in part.reports]
+
 
 def build_run(config: RunConfig, objective: Objective) -> Run:
     """Builds the parts of a run; every rank must call it.

@@ -147,11 +147,8 @@ class Trainer:
         self.notes = (*self.notes, *changed, *map(str, continuation.notes))
 
     def _announce(self, report: Report) -> None:
-        for name, part in self.run.splits.named().items():
-            for source in part.reports:
-                report.say(f"{name}: {source}")
-        for note in self.notes:
-            report.say(note)
+        for line in (*self.run.data_lines(), *self.notes):
+            report.say(line)
         if self.first_step:
             report.say(f"continuing after step {self.first_step}")
 

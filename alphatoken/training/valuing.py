@@ -47,6 +47,11 @@ def check_valuing(config: RunConfig) -> None:
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
             "no later steps; leave it at 0"
         )
+    if config.needs_store:
+        raise UserError(
+            "selection reads stored values (policy or veto.by is stored), which are made here; "
+            "leave that to the run that trains by them"
+        )
     if config.selection.scope == "global_batch":
         raise UserError(
             "selection.scope=global_batch chooses among the rows of an optimizer step, of which "
@@ -62,12 +67,15 @@ def run_valuing(config: RunConfig) -> None:
     if isinstance(config, PreferenceRunConfig):
         objective = PreferenceObjective(config.preference)
     run = build_run(config, objective)
+    console = Console(highlight=False, quiet=collectives.rank() != 0)
+    for line in (*run.data_lines(), *run.notes):
+        console.print(line, markup=False, soft_wrap=True)
     began = time.monotonic()
     folder = value_rows(run)
     if collectives.rank() == 0:
         took = timedelta(seconds=round(time.monotonic() - began))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB"
-        Console(highlight=False).print(
+        console.print(
             f"{folder}: values of {len(run.splits.train)} rows; {took}, peak memory of rank 0 "
             f"{memory}",
             markup=False,
@@ -141,14 +149,30 @@ def _settings(run: Run) -> dict[str, object]:
         **rows_settings(config, run.tokenizer, run.splits.train),
         "model_sha256": model_sha256,
         "dtype": config.model.dtype,
+        # The scale of adapters is in none of their weights.
+        "lora": None if config.model.lora is None else config.model.lora.model_dump(mode="json"),
         "validation": run.inputs["data.validation"] if held_out else None,
         "fisher": run.inputs["valuation.fisher"],
         "reference": run.inputs["reference.model"],
         "seed": config.train.seed,
         "micro_batch_size": config.train.micro_batch_size,
+        "packing": config.data.packing,
+        # The order of data.train, which held-out rows and those of B may be taken from.
+        "global_batch_size": config.train.global_batch_size,
+        "weights": run.splits.train.weights,
         # Key by key, so that a difference is named by its key.
         **_keys("valuation", config.valuation, without={"fisher", "reference"}),
         **_keys("selection", config.selection, without={"store"}),
+        **(
+            _keys("preference", config.preference, without=set())
+            if isinstance(config, PreferenceRunConfig)
+            else {}
+        ),
+        **(
+            _keys("optim", config.optim, without=set())
+            if config.valuation.preconditioner == "adam"
+            else {}
+        ),
     }
 
 
