@@ -26,7 +26,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
-from alphatoken.store.rows_folder import Contents, RowsFolder, StoredColumn
+from alphatoken.store.rows_folder import Contents, RowsFolder
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.setup import Run, build_run
@@ -215,16 +215,16 @@ def test_threads_take_turns_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     """Training rows are read ahead in a thread, while those of B or held-out ones may be read."""
     folder = RowsFolder(tmp_path / "rows", 256, {}, Contents("values", "values", "selection.store"))
     folder.add(0, {"value": [np.full(3, row, np.float32) for row in range(256)]})
-    read, inside, most = StoredColumn._read_group, [], []
+    read, inside, most = pq.ParquetFile.read_row_group, [], []
 
-    def watched(self: StoredColumn, number: int, group: int) -> Any:
+    def watched(self: pq.ParquetFile, group: int, **how: Any) -> pa.Table:
         inside.append(group)
         most.append(len(inside))
         time.sleep(0.05)
         inside.remove(group)
-        return read(self, number, group)
+        return read(self, group, **how)
 
-    monkeypatch.setattr(StoredColumn, "_read_group", watched)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
     column = folder.column("value")
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(column.__getitem__, range(0, 256, 64)))
