@@ -30,6 +30,7 @@ from alphatoken.store.rows_folder import Contents, RowsFolder
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.setup import Run, build_run
+from alphatoken.training.trainer import Trainer
 from alphatoken.training.valuing import check_valuing, run_valuing, value_rows
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -293,6 +294,15 @@ def test_what_cannot_be_valued_is_said_first(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_valuing(RunConfig.model_validate(changed(run_values, **changes)))
+
+
+def test_a_run_with_checkpoints_is_not_valued_as_what_it_began_with(
+    run_values: dict[str, Any],
+) -> None:
+    values = changed(run_values, train={"save_every": 2, "resume": "auto"})
+    Trainer(run_of(values)).train()
+    with pytest.raises(UserError, match=r"run holds a run with checkpoints, and values are of"):
+        run_valuing(RunConfig.model_validate(values))
 
 
 def test_the_recipe_values_and_another_trains_by_it(

@@ -781,8 +781,14 @@ def test_adapters_are_exported_as_such_or_merged(
 
     train = {"max_steps": 2, "save_every": 2, "output_dir": str(tmp_path / "run")}
     optim = {"lr": 1e-2, "warmup_ratio": 0.0}
+    base_folder = tmp_path / "base"
+    shutil.copytree(run_values["model"]["name_or_path"], base_folder)
     values = changed(
-        run_values, model={"lora": {"r": 4}}, valuation={"enabled": False}, train=train, optim=optim
+        run_values,
+        model={"name_or_path": str(base_folder), "lora": {"r": 4}},
+        valuation={"enabled": False},
+        train=train,
+        optim=optim,
     )
     run_ranks("run_trainers", 2, tmp_path / "ranks", configs={"": values})
     for arguments in ([str(tmp_path / "adapters")], [str(tmp_path / "merged"), "--merge"]):
@@ -806,6 +812,9 @@ def test_adapters_are_exported_as_such_or_merged(
     assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
     assert not list((tmp_path / "merged").glob("adapter_*"))
     assert "LoRA adapters of" in (tmp_path / "adapters" / "README.md").read_text()
+    base_folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"model.name_or_path of .*run.*base"):
+        export_checkpoint(tmp_path / "run", tmp_path / "again", merge=True)
 
 
 @pytest.mark.slow

@@ -187,6 +187,8 @@ def export_checkpoint(
         raise UserError(
             f"--merge: the run {run} trained whole weights, there are no adapters to merge"
         )
+    if merge:
+        read_settings(config["model"]["name_or_path"], f"model.name_or_path of {run}")
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")

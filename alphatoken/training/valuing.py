@@ -31,6 +31,7 @@ from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
 from alphatoken.training.setup import Run, build_run
 from alphatoken.util.memory import peak_memory
+from alphatoken.util.wording import plural
 
 BLOCK_ROWS = 512
 """Rows that are written together, and lost together by a kill."""
@@ -67,6 +68,12 @@ def run_valuing(config: RunConfig) -> None:
     if isinstance(config, PreferenceRunConfig):
         objective = PreferenceObjective(config.preference)
     run = build_run(config, objective)
+    if run.continuation is not None:
+        raise UserError(
+            f"{config.train.output_dir} holds a run with checkpoints, and values are of "
+            "model.name_or_path as it is loaded: name an export of the run there, and another "
+            "folder in train.output_dir"
+        )
     console = Console(highlight=False, quiet=collectives.rank() != 0)
     for line in (*run.data_lines(), *run.notes):
         console.print(line, markup=False, soft_wrap=True)
@@ -76,8 +83,8 @@ def run_valuing(config: RunConfig) -> None:
         took = timedelta(seconds=round(time.monotonic() - began))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB"
         console.print(
-            f"{folder}: values of {len(run.splits.train)} rows; {took}, peak memory of rank 0 "
-            f"{memory}",
+            f"{folder}: values of {plural(len(run.splits.train), 'row')}; {took}, peak memory of "
+            f"rank 0 {memory}",
             markup=False,
             soft_wrap=True,
         )
