@@ -72,7 +72,8 @@ class Feed:
         order that are neither scored before the next refresh nor held out, as many as held-out
         rows."""
         rows, train = self._contrast_rows(step), self._run.splits.train
-        return self._micro_batches(train, rows, step, size=self._steering_size(train, rows))
+        size = self._steering_size(train, rows)
+        return self._delivered(self._on_host(train, rows, step, size=size))
 
     def first_held_out(self, count: int) -> list[Batch]:
         """The first `count` rows of `data.validation` in the order of the file, for benchmarks."""
@@ -83,7 +84,9 @@ class Feed:
     def evaluation(self) -> Iterator[Batch]:
         """All rows of `data.eval`; nothing where there are none."""
         rows = self._run.splits.eval
-        return iter([] if rows is None else self._micro_batches(rows, np.arange(len(rows)), 0))
+        if rows is None:
+            return iter(())
+        return iter(self._delivered(self._on_host(rows, np.arange(len(rows)), 0)))
 
     def _training_on_host(self, step: int) -> tuple[Indices, list[Batch]]:
         train = self._run.splits.train
@@ -131,19 +134,7 @@ class Feed:
         chosen response alone."""
         alone = self._run.config.valuation.target == "sft"
         size = self._steering_size(part, rows)
-        return self._micro_batches(part, rows, draw, size=size, alone=alone)
-
-    def _micro_batches(
-        self,
-        part: TokenDataset,
-        rows: Indices,
-        step: int,
-        *,
-        size: int | None = None,
-        alone: bool = False,
-    ) -> list[Batch]:
-        """This rank's micro-batches of the rows on its device; see `_on_host`."""
-        batches = self._on_host(part, rows, step, size=size, alone=alone)
+        batches = self._on_host(part, rows, draw, size=size, alone=alone)
         return self._delivered(batches, alone=alone)
 
     def _on_host(
