@@ -19,11 +19,11 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data import audit
 from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.chat_template import ChatRules
 from alphatoken.data.layout import Conversation
 from alphatoken.data.rows import Chat, as_chat, is_tokenised
 from alphatoken.data.splits import read_splits
 from alphatoken.data.tokenizer import load_tokenizer
-from alphatoken.data.turns import ChatRules
 from alphatoken.doctor.findings import Finding
 from alphatoken.doctor.masks import judge_masks, judge_run
 from alphatoken.errors import UserError

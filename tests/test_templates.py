@@ -21,11 +21,11 @@ from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.chat_template import ChatRules, training_template
 from alphatoken.data.layout import Conversation
 from alphatoken.data.rows import as_chat
 from alphatoken.data.templates import shipped_names, shipped_template, training_names
 from alphatoken.data.tokenizer import chat_rules, load_tokenizer
-from alphatoken.data.turns import ChatRules, training_template
 from alphatoken.doctor.masks import judge_masks
 from alphatoken.errors import UserError
 

@@ -27,18 +27,17 @@ from typer.testing import CliRunner
 from alphatoken.cli import app
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.chat import Encoded, Encoder, Skipped
+from alphatoken.data.chat_template import ChatRules
 from alphatoken.data.pairs import PairEncoder
 from alphatoken.data.rows import Chat
+from alphatoken.data.said import UNSAID_REASONING, UNSAID_TEXT
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.data.turns import (
     APART,
     EMPTY,
     OTHER_OPENING,
     UNASKED,
-    UNSAID_REASONING,
-    UNSAID_TEXT,
     UNSAID_TOOLS,
-    ChatRules,
 )
 from alphatoken.errors import UserError
 

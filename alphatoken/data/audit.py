@@ -15,6 +15,7 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Source
 from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.chat_template import Span
 from alphatoken.data.layout import Conversation, Layout, lay_out
 from alphatoken.data.preview import marked
 from alphatoken.data.rows import (
@@ -27,16 +28,10 @@ from alphatoken.data.rows import (
     is_tokenised,
     reasoning_of,
 )
+from alphatoken.data.said import UNSAID_REASONING, UNSAID_TEXT
 from alphatoken.data.sources import OpenSource, location
 from alphatoken.data.tokenizer import chat_rules
-from alphatoken.data.turns import (
-    OTHER_OPENING,
-    UNSAID_MESSAGE,
-    UNSAID_REASONING,
-    UNSAID_TEXT,
-    UNSAID_TOOLS,
-    Span,
-)
+from alphatoken.data.turns import OTHER_OPENING, UNSAID_MESSAGE, UNSAID_TOOLS
 from alphatoken.errors import UserError
 from alphatoken.util.wording import plural
 

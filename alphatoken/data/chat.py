@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from alphatoken.data.chat_template import ChatRules, Span
 from alphatoken.data.rows import (
     Chat,
     Message,
@@ -23,7 +24,8 @@ from alphatoken.data.rows import (
     has_text,
     is_tokenised,
 )
-from alphatoken.data.turns import ChatRules, Renderer, Rendering, Span, behind_reasoning
+from alphatoken.data.said import behind_reasoning
+from alphatoken.data.turns import Renderer, Rendering
 from alphatoken.errors import UserError
 
 
@@ -113,7 +115,7 @@ class Encoder:
         """A conversation as the chat template gets it, and that template; None without one."""
         if self._renderer is None:
             return chat, None
-        return self._renderer.as_read(chat), self._renderer.template_of(chat)
+        return self._renderer.template.as_read(chat), self._renderer.template.source_for(chat)
 
     @property
     def rule(self) -> str:
@@ -123,7 +125,7 @@ class Encoder:
         )
         if self._renderer is None:
             said = f"without a chat template, a row's response and the EOS token ({names[0]})"
-        elif self._renderer.is_marked:
+        elif self._renderer.template.is_marked:
             said = "what the chat template's own {% generation %} marks hold of an answer"
         else:
             said = (

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data.chat import Encoder, Tokens
+from alphatoken.data.chat_template import Span
 from alphatoken.data.rows import (
     END_OF_REASONING,
     Chat,
@@ -23,7 +24,6 @@ from alphatoken.data.rows import (
     is_trained,
     says_anything,
 )
-from alphatoken.data.turns import Span
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data.chat import Encoded, EncodedDocument, Encoder, Skipped
+from alphatoken.data.chat_template import ChatRules
 from alphatoken.data.rows import Chat, Message, as_pair, has_text
-from alphatoken.data.turns import ChatRules
 from alphatoken.errors import UserError
 
 

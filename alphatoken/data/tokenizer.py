@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
+from alphatoken.data.chat_template import ChatRules, training_template
 from alphatoken.data.pretrained import embeddings_of
 from alphatoken.data.templates import shipped_names, shipped_template
-from alphatoken.data.turns import ChatRules, Renderer, training_template
+from alphatoken.data.turns import Renderer
 from alphatoken.errors import UserError
 
 
