@@ -261,7 +261,8 @@ def test_every_number_is_that_of_the_files(tmp_path: Path) -> None:
         "backward": [0.75, 0.25],
         "rest of the step": [2.25, 0.75],
     }
-    assert not root.all("script")
+    (script,) = root.all("script")  # that searches
+    assert "src" not in script.attributes
 
 
 def test_means_by_kind_and_by_place(tmp_path: Path) -> None:
@@ -301,7 +302,8 @@ def test_hostile_text_is_text(text: str, tmp_path: Path) -> None:
     )
     root = page(folder)
     check_response(root.all("article")[0], response)
-    assert not [*root.all("script"), *root.all("img")]
+    assert len(root.all("script")) == 1  # the report's own
+    assert not root.all("img")
     given = next(each for each in root.all("span") if each.attributes.get("class") == "given")
     assert given.text == visible(text)
     raw = (folder / "report.html").read_text(encoding="utf-8")
@@ -379,6 +381,57 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         for row in differing.all("tr")[1:]
     }
     assert rows == {"optim.lr": ["0.0001", "0.5"], "valuation.enabled": ["null", "false"]}
+
+
+def test_runs_are_compared_on_the_responses_that_both_have(tmp_path: Path) -> None:
+    """Not on those of one run alone, nor where the same row has become other tokens."""
+    words = ["a", "b", "c", "d"]
+
+    def kept(losses: Sequence[float], values: Sequence[float], **changes: Any) -> ValuedResponse:
+        columns = {"loss": tuple(losses), "composite": tuple(values)}
+        return told(words, columns=columns, **changes)
+
+    first = [
+        kept([1, 2, 3, 4], [4, 3, 2, 1], weights=(1, 1, 0, 0)),
+        kept([1, 1, 1, 1], [1, 2, 3, 4], weights=(1, 1, 1, 1), step=2),
+        kept([9, 9, 9, 9], [1, 2, 3, 4], step=3),
+        told(["x", "y"], step=4),
+    ]
+    second = [
+        kept([0, 2, 3, 3], [8, 6, 4, 2], weights=(1, 0, 0, 0)),
+        kept([1, 2, 2, 1], [9, 3, 3, 1], weights=(1, 1, 1, 0.5), step=2),
+        told(["y", "x"], step=4),
+        told(["y", "x"], step=5),
+    ]
+    root = page(made_run(tmp_path / "a", first), made_run(tmp_path / "b", second))
+    (panel,) = root.all("section", data_pairing="b")
+    assert "(2 responses, 8 tokens)" in panel.text
+    rows = {row.all("th")[0].text: row.numbers for row in panel.all("tr")[1:]}
+    # Spearman by hand: 1, and ranks (1, 2, 3, 4) against (4, 2.5, 2.5, 1), which is -0.9487.
+    ranked = -0.9486832980505138
+    assert rows == {
+        "loss, this run minus the first (nats)": [0, -0.5, 0.5],
+        "share kept, this run minus the first (percentage points)": [-12.5, -25, 0],
+        "tokens that both keep or both drop (%)": [87.5, 75, 100],
+        "rank correlation of values": pytest.approx([(1 + ranked) / 2, ranked, 1]),
+    }
+    assert not page(made_run(tmp_path / "c", first[2:]), tmp_path / "b").all("h2", id="pairs")
+
+
+def test_means_by_source(tmp_path: Path) -> None:
+    """Only where rows are of several files."""
+    words = told(["a", "b"])
+    root = page(made_run(tmp_path / "one", [words]))
+    assert "By source" not in root.text
+    other = told(["c"], where="more: of it.jsonl:7")
+    root = page(made_run(tmp_path / "two", [words, other]))
+    (table,) = [each for each in root.all("section") if "By source" in each.text]
+    rows = {row.attributes["data-group"]: row.numbers for row in table.all("tr")[1:]}
+    assert {name: numbers[0] for name, numbers in rows.items()} == {
+        "more: of it.jsonl": 1,
+        "train.jsonl": 2,
+    }
+    assert rows["more: of it.jsonl"][1:] == [0.654321, 0.0, 0.5]
 
 
 def test_the_same_run_twice_and_runs_of_one_name(tmp_path: Path) -> None:
@@ -546,9 +599,19 @@ def test_a_browser_draws_it_without_complaints(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", [long, told(list(HOSTILE), step=2)])
     page(folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
-    # The report has no script. This one measures it, in a frame as wide as a phone: a window
+    # This script searches the report and measures it, in a frame as wide as a phone: a window
     # cannot be that narrow.
-    probe = "parent.postMessage([document.documentElement.scrollWidth, innerWidth].join('/'), '*')"
+    probe = """
+        const field = document.querySelector("#search input");
+        const hidden = wanted => {
+            field.value = wanted;
+            field.dispatchEvent(new Event("input"));
+            return [...document.querySelectorAll("article")].filter(each => each.hidden).length;
+        };
+        const searched = ["WORDY", "<script>", "nowhere", ""].map(hidden);
+        const sizes = [document.documentElement.scrollWidth, innerWidth];
+        parent.postMessage([...sizes, ...searched].join("/"), "*");
+    """
     (folder / "probe.html").write_text(html.replace("</body>", f"<script>{probe}</script></body>"))
     pictures = set()
     for width, scheme in ((1200, 0), (1200, 1), (360, 0), (360, 1)):
@@ -564,7 +627,9 @@ def test_a_browser_draws_it_without_complaints(tmp_path: Path) -> None:
             f"--blink-settings=preferredColorScheme={scheme}",
         )
         assert "CONSOLE" not in drawn.stderr
-        (needed, there) = re.findall(r"<title>(\d+)/(\d+)</title>", drawn.stdout)[0]
-        assert int(needed) <= int(there) == width
+        (told_back,) = re.findall(r"<title>([\d/]+)</title>", drawn.stdout)
+        needed, there, *hidden = map(int, told_back.split("/"))
+        assert needed <= there == width
+        assert hidden == [1, 1, 2, 0]
         pictures.add(picture.read_bytes())
     assert len(pictures) == 4

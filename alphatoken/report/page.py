@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alphatoken.report import wording
 from alphatoken.report.charts import charts_of
+from alphatoken.report.pairing import pairings_of
 from alphatoken.report.reading import RunRecord, read_runs
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.report.summary import differing_settings, phases_of, summary_of
@@ -20,6 +21,7 @@ from alphatoken.report.tokens import (
     TokenGroup,
     by_kind,
     by_place,
+    by_source,
     chosen_responses,
     columns_of,
     shown,
@@ -27,8 +29,8 @@ from alphatoken.report.tokens import (
 )
 from alphatoken.util.files import publish_text
 
-RESPONSES_OF_ONE = 8
-RESPONSES_OF_EACH = 4
+RESPONSES_OF_ONE = 16
+RESPONSES_OF_EACH = 8
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ def page_of(runs: Sequence[RunRecord]) -> str:
         runs=runs,
         summary=summary_of(runs),
         differing=differing_settings(runs) if len(runs) > 1 else [],
+        pairings=pairings_of(runs),
         charts=charts_of(runs),
         times=[phases_of(run) for run in runs],
         heatmaps=[_heatmaps(*each) for each in zip(runs, chosen, strict=True)],
         tables=[
             _group_table("kind of token", by_kind, runs),
             _group_table("place in the response", by_place, runs),
+            _group_table("source", by_source, runs),
         ],
         extremes={
             title: [standing_out(run.responses, most=most) for run in runs]

@@ -1,4 +1,4 @@
-"""What is told of single tokens: heatmaps, values by kind and by place, and those that stand
+"""What is told of single tokens: heatmaps, values by kind, place and source, and those that stand
 out."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from alphatoken.report.kinds import KINDS, kinds_of, places_of
+from alphatoken.report.pairing import key_of
 from alphatoken.report.reading import RunRecord
 from alphatoken.report.responses import LOSS, VALUE, ValuedResponse
 from alphatoken.report.wording import unit_of
@@ -141,9 +142,7 @@ def shown(response: ValuedResponse, columns: Sequence[Column]) -> ShownResponse:
 def chosen_responses(runs: Sequence[RunRecord], most: int) -> list[list[ValuedResponse]]:
     """At most so many responses of each run, spread over its steps; of several runs, before
     others, those that all have kept."""
-    by_key = [
-        {(each.step, each.where, each.branch): each for each in run.responses} for run in runs
-    ]
+    by_key = [{key_of(each): each for each in run.responses} for run in runs]
     shared = [key for key in by_key[0] if all(key in other for other in by_key)]
     if len(runs) > 1 and shared:
         return [[own[key] for key in _spread(shared, most)] for own in by_key]
@@ -160,6 +159,19 @@ def by_place(responses: Sequence[ValuedResponse]) -> dict[str, TokenGroup]:
     longest = max(responses, key=lambda each: len(each.tokens), default=None)
     order = dict.fromkeys(() if longest is None else places_of(longest))
     return _grouped(responses, places_of, tuple(order))
+
+
+def by_source(responses: Sequence[ValuedResponse]) -> dict[str, TokenGroup]:
+    """Groups by the file that the row is of, in the order of their names; none of a single one."""
+    files = sorted({source_of(each) for each in responses})
+    if len(files) < 2:
+        return {}
+    return _grouped(responses, lambda each: [source_of(each)] * len(each.tokens), files)
+
+
+def source_of(response: ValuedResponse) -> str:
+    """The file that a response's row is of."""
+    return response.where.rpartition(":")[0]
 
 
 def standing_out(responses: Sequence[ValuedResponse], *, most: bool) -> list[StandingOut]:
