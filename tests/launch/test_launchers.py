@@ -356,3 +356,43 @@ def test_shellcheck() -> None:
         ROOT / ".ci" / "run",
     ]
     launch("shellcheck", *map(str, scripts))
+
+
+def test_the_image_is_linted() -> None:
+    """It is not built here, which needs a registry; ranks in it are not root."""
+    file = ROOT / "launch" / "Dockerfile"
+    launch("hadolint", str(file))
+    (user,) = re.findall(r"^USER (\d+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert int(user) > 0
+
+
+def test_skypilot_starts_torchrun_on_each_machine(tmp_path: Path) -> None:
+    """What each machine of a SkyPilot task runs, with its variables, up to the launcher."""
+    file = ROOT / "launch" / "skypilot.yaml"
+    task = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert (ROOT / task["envs"]["CONFIG"]).is_file()
+    for script, text in (
+        (".venv/bin/activate", ""),
+        ("launch/torchrun.sh", 'echo "$NODES|$RANKS|$RENDEZVOUS|$*"'),
+    ):
+        (tmp_path / script).parent.mkdir(parents=True)
+        (tmp_path / script).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / script).chmod(0o755)
+    machine = {
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        **task["envs"],
+        "OUTPUT": "/runs/a b",
+    }
+    ran = subprocess.run(
+        ["bash", "-euc", task["run"]],
+        cwd=tmp_path,
+        env=ENVIRONMENT | machine,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    arguments = "train.output_dir=/runs/a b train.resume=auto train.save_every=100"
+    config = task["envs"]["CONFIG"]
+    assert ran.stdout == f"2|8|10.0.0.7:29400|recipes/sft.py --config {config} {arguments}\n"
