@@ -1034,6 +1034,19 @@ def run(case: str, folder: Path) -> None:
     process.end_process(0)
 
 
+def told_by_rank_0(folder: Path) -> dict[str, Any]:
+    """What every rank has of rank 0's work, of its failure, and of what all tell rank 0."""
+    initialise_ranks(5)
+    done = collectives.on_rank_0(lambda: {"by": collectives.rank(), "what": ["a", 1]})
+    try:
+        collectives.on_rank_0(lambda: [][1])
+        failure = ""
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    told = collectives.collect_on_rank_0({"rank": collectives.rank()})
+    return {"done": done, "failure": failure, "told": told}
+
+
 def grown(
     folder: Path, models: dict[str, dict[str, Any]], tokens: int
 ) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.data.batches import Order
-from alphatoken.distributed.ranks import tensor_limit
+from alphatoken.distributed.ranks import allow_open_files, tensor_limit
 from alphatoken.errors import UserError
 from tests.cases import shard_of
 from tests.oracle import relative_error
@@ -293,6 +294,33 @@ def test_values_masks_and_gradient_equal_one_process(
             plain[key],
             TERMS if values["valuation"].get("split_terms", True) else ("composite",),
         )
+
+
+@pytest.mark.slow
+def test_rank_0_tells_the_others_and_is_told(tmp_path: Path) -> None:
+    results = run_ranks("told_by_rank_0", 3, tmp_path)
+    assert [each["done"] for each in results] == 3 * [{"by": 0, "what": ["a", 1]}]
+    own, *others = (each["failure"] for each in results)
+    assert own == "IndexError: list index out of range"
+    assert others == 2 * ["RemoteError: rank 0: list index out of range"]
+    told, *nothing = (each["told"] for each in results)
+    assert told == [{"rank": rank} for rank in range(3)]
+    assert nothing == [[], []]
+
+
+def test_open_files_are_allowed_for_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        allow_open_files(1024)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024 + 3 * 1024, before[1])
+        allow_open_files(2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024 + 3 * 1024, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4095))
+    with pytest.raises(UserError, match=r"4096 open files, but this machine allows 4095"):
+        allow_open_files(1024)
 
 
 @pytest.mark.slow

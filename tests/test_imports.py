@@ -194,6 +194,12 @@ FOREIGN = {
     "_lazy_init_hp_params_optimizer_state",  # DeepSpeed: fp32 moments of a bf16 optimizer
     "_overloadpacket",  # torch: an operator whatever its overload
     "_run_exitfuncs",  # atexit
+    # torch: operators that have no public name
+    "_grouped_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
     "_supports_flash_attn",  # transformers
     "_supports_sdpa",  # transformers
 }

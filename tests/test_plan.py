@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.planner.plan import GIB, Plan, make_plan
-from alphatoken.planner.tracing import PeakBytes
+from alphatoken.planner.tracing import FORMULAS, PeakBytes
 from alphatoken.planner.workload import Rows, longest_rows
 from alphatoken.values.exact.gradient import MeanGradient
 from alphatoken.values.registry import build_scorer
@@ -177,6 +178,47 @@ def test_every_supported_architecture_can_be_planned(case: str, tmp_path: Path) 
         each.numel() for each in model.parameters()
     )
     assert all(0 < each.plain < each.total for each in plan.compute.values())
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_are_work(case: str, tmp_path: Path) -> None:
+    """Every token is multiplied by the three matrices of the experts it is sent to, forward once
+    and backward twice."""
+    model = TINY[case].build()
+    config = model.config
+    config.architectures = [type(model).__name__]
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+
+    def of_layer(experts_of_token: int) -> tuple[int, int]:
+        config.num_experts_per_tok = experts_of_token
+        config.save_pretrained(tmp_path)
+        layer, *_ = plan_of(case, model={"name_or_path": str(tmp_path)}).blueprint.body.layers
+        return layer.forward, layer.backward
+
+    (forward, backward), (forward_of_two, backward_of_two) = of_layer(1), of_layer(2)
+    tokens, expert = 4 * 2048, 3 * config.hidden_size * width
+    assert forward_of_two - forward == 2 * tokens * expert
+    assert backward_of_two - backward == 2 * (forward_of_two - forward)
+
+
+@pytest.mark.parametrize("case", by_architecture())
+def test_every_matrix_product_has_a_formula(case: str) -> None:
+    """What multiplies matrices by its name is counted, in a pass forward and back."""
+    model = TINY[case].build()
+    seen: set[Any] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.add(func._overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Names():  # type: ignore[no-untyped-call]
+        model(torch.arange(12)[None] % 7 + 3).logits.sum().backward()
+    products = {each for each in seen if re.search(r"mm|matmul|conv(?!ert)|attention", str(each))}
+    assert products
+    assert products <= FORMULAS.keys()
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])

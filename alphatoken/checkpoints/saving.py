@@ -237,11 +237,12 @@ def _write_own(partial: Path, state: TrainingState, scorer: EqualSlices | None) 
 
 
 def _describe_together(partial: Path, own: list[Path]) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes by name of the files that all ranks have written, each of its `own`."""
+    """Sizes and hashes by name of the files that all ranks have written, each of its `own`; on rank
+    0 alone, which writes them down."""
     threads = workers(process.local_ranks())
     described = collectives.agree(lambda: described_files(partial, own, threads))
     return {
         name: digest
-        for part in collectives.gather_objects(described)
+        for part in collectives.collect_on_rank_0(described)
         for name, digest in part.items()
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -143,6 +143,16 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def collect_on_rank_0(value: T) -> list[T]:
+    """Rank 0 ends with every rank's picklable object, in rank order; the others with nothing."""
+    comm = running_comm()
+    if not comm:
+        return [value]
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    torch.distributed.gather_object(value, values or None, dst=0, group=process.control_group)
+    return values
+
+
 def agree(work: Callable[[], T]) -> T:
     """Runs `work` on every rank and raises on all of them if it raised on any: none is left waiting
     in a collective.
@@ -165,6 +175,17 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0; every rank ends with its (small, picklable) result, or raises if it
-    raised."""
-    return gather_objects(agree(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
+    """Runs `work` on rank 0; every rank ends with its (picklable) result, or raises if it raised.
+
+    A rank receives the result once, where a gather would send it room for one from every rank.
+    """
+    return _of_rank_0(agree(lambda: work() if rank() == 0 else None))  # type: ignore[return-value]
+
+
+def _of_rank_0(value: T) -> T:
+    comm = running_comm()
+    if not comm:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=process.control_group)
+    return values[0]

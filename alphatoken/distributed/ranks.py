@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -18,6 +19,10 @@ from alphatoken.errors import UserError
 CONTROL_LIMIT = timedelta(hours=24)
 DEFAULT_MINUTES = 30.0
 LIMIT_VARIABLE = "DEEPSPEED_TIMEOUT"  # DeepSpeed's own, in minutes
+# Open files of rank 0 for each rank, at most: in gloo's groups of tensors and of objects every rank
+# is connected with every other, and rank 0 may hold the store that all of them ask.
+FILES_PER_RANK = 3
+FILES_OF_ONE = 1024
 
 
 def visible_devices() -> tuple[str, int]:
@@ -70,6 +75,25 @@ def tensor_limit(minutes: float | None) -> timedelta:
     return timedelta(minutes=int(variable))
 
 
+def allow_open_files(ranks: int) -> None:
+    """Raises this process's limit of open files to what connections with so many ranks take.
+
+    Systems often begin with 1,024, which a few hundred ranks use up. Raises UserError where more
+    are not allowed.
+    """
+    needed = FILES_OF_ONE + FILES_PER_RANK * ranks
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{ranks} ranks connect with each other, for which a process needs {needed} open "
+            f"files, but this machine allows {hard} (`ulimit -Hn`); raise it, for example by a "
+            f"line `* hard nofile {2 * needed}` in /etc/security/limits.conf"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def initialise_ranks(timeout_minutes: float | None = None) -> torch.device:
     """Joins the process group that the launcher described in the environment, or forms one of a
     single process; nothing where there is one already.
@@ -88,6 +112,7 @@ def initialise_ranks(timeout_minutes: float | None = None) -> torch.device:
             "MASTER_ADDR": "127.0.0.1",
         }
         os.environ["MASTER_PORT"] = str(port)
+    allow_open_files(int(os.environ.get("WORLD_SIZE", 1)))
     # DeepSpeed calls collectives by names that torch 2.13 renames; a user can do nothing about
     # it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

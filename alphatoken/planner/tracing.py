@@ -32,8 +32,33 @@ from alphatoken.passes.streamer import LayerStreamer
 META = torch.device("meta")
 
 
+def grouped_product_flops(
+    first: Tensor, second: Tensor, *_: Any, out_val: Tensor, **__: Any
+) -> int:
+    """Counts products of groups (an expert's tokens) with a matrix for each. Either side may lie in
+    one matrix, group behind group: every row, or column, is in one group."""
+    inner = first.shape[-1]
+    if first.dim() == second.dim() == 2:  # groups along what is summed over
+        return 2 * inner * first.shape[0] * second.shape[1]
+    return 2 * inner * out_val.numel()
+
+
+ATEN = torch.ops.aten
+FORMULAS = {
+    **flop_registry,
+    ATEN._grouped_mm: grouped_product_flops,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        ATEN._scaled_dot_product_flash_attention
+    ],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+"""torch's, and for what it has none of."""
+
+
 class FlopCounter(TorchDispatchMode):
-    """torch's FLOP formulas without FlopCounterMode's module tracking, which does not bear
+    """FLOP formulas without FlopCounterMode's module tracking, which does not bear
     `autograd.grad`."""
 
     def __init__(self) -> None:
@@ -42,7 +67,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
