@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from alphatoken.report import wording
 from alphatoken.report.charts import charts_of
@@ -64,16 +65,8 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
 def page_of(runs: Sequence[RunRecord]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_visible,
-    )
     chosen = chosen_responses(runs, RESPONSES_OF_EACH if len(runs) > 1 else RESPONSES_OF_ONE)
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         runs=runs,
         summary=summary_of(runs),
         differing=differing_settings(runs) if len(runs) > 1 else [],
@@ -94,6 +87,19 @@ def page_of(runs: Sequence[RunRecord]) -> str:
         number=wording.number,
         sentence=wording.sentence,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    return environment.get_template("page.html.jinja")
 
 
 def _heatmaps(run: RunRecord, chosen: Sequence[ValuedResponse]) -> Heatmaps:
