@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
+from alphatoken.models.loading import experts_note
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.planner.plan import GIB, Plan, make_plan
 from alphatoken.planner.tracing import FORMULAS, PeakBytes
@@ -199,6 +201,24 @@ def test_experts_are_work(case: str, tmp_path: Path) -> None:
     tokens, expert = 4 * 2048, 3 * config.hidden_size * width
     assert forward_of_two - forward == 2 * tokens * expert
     assert backward_of_two - backward == 2 * (forward_of_two - forward)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "llama"])
+def test_what_experts_cost_is_said(case: str) -> None:
+    """All experts of a layer lie in the weights of one module: each rank gathers the same ones."""
+    model = TINY[case].build()
+    note = experts_note(model)
+    if case == "llama":
+        assert note is None
+        return
+    (shapes,) = {
+        tuple(tuple(each.shape) for each in layer.mlp.experts.parameters())
+        for layer in model.model.layers
+    }
+    elements = len(model.model.layers) * sum(math.prod(shape) for shape in shapes)
+    share = elements / sum(each.numel() for each in model.parameters())
+    assert note is not None
+    assert note.startswith(f"3 experts in a layer, {share:.0%} of the weights, are trained and not")
 
 
 @pytest.mark.parametrize("case", by_architecture())

@@ -16,7 +16,12 @@ from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.doctor.findings import Finding
 from alphatoken.models.decoder import decoder_of
-from alphatoken.models.loading import attention_of, check_before_loading, model_without_weights
+from alphatoken.models.loading import (
+    attention_of,
+    check_before_loading,
+    experts_note,
+    model_without_weights,
+)
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
 from alphatoken.util.wording import plural
@@ -62,7 +67,10 @@ def about_model(config: RunConfig, shapes: PreTrainedModel) -> str:
     total = sum(parameter.numel() for parameter in shapes.parameters())
     trained = sum(parameter.numel() for parameter in shapes.parameters() if parameter.requires_grad)
     part = "" if trained == total else f", {trained:,} of them trained"
-    return f"{type(shapes).__name__}, {total:,} parameters{part}, {config.model.dtype}"
+    experts = experts_note(shapes)
+    return f"{type(shapes).__name__}, {total:,} parameters{part}, {config.model.dtype}" + (
+        "" if experts is None else f"; {experts}"
+    )
 
 
 def tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

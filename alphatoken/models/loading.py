@@ -216,6 +216,29 @@ def adapters_note(model: PreTrainedModel, config: ModelConfig) -> str | None:
     return f"adapters are in the decoder alone: no text runs through {', '.join(towers)}"
 
 
+def experts_note(model: PreTrainedModel) -> str | None:
+    """What a mixture of experts costs; None of another model. All experts of a layer are weights of
+    one module, which ZeRO-3 gathers whole, so ranks whose tokens go to different experts gather
+    alike (no leaf modules are needed)."""
+    experts = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and len(zero3.full_shape(parameter)) == 3
+    }
+    if not experts:
+        return None
+    count = max(zero3.full_shape(each)[0] for each in experts.values())
+    theirs, all_weights = (
+        sum(zero3.full_shape(each).numel() for each in group)
+        for group in (experts.values(), model.parameters())
+    )
+    return (
+        f"{count} experts in a layer, {theirs / all_weights:.0%} of the weights, are trained and "
+        "not scored; ZeRO-3 gathers all of them on every rank, whichever its tokens go to "
+        "(docs/scaling.md)"
+    )
+
+
 def _targeted_towers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The largest parts of the model that text never runs through (a vision tower), and in which
     the names of linears that get adapters occur."""

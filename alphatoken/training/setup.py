@@ -29,7 +29,7 @@ from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.models.decoder import Decoder, decoder_of
-from alphatoken.models.loading import adapters_note, load_model, settle_model
+from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
@@ -195,6 +195,7 @@ def _model_notes(
         vocabulary_note(config, tokenizer),
         stop_at_end_of_turn(lm.generation_config, config, tokenizer),
         adapters_note(lm, config),
+        experts_note(lm),
     )
     return [note for note in found if note is not None]
 
