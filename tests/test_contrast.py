@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
+from alphatoken.config.estimators import ESTIMATORS
 from tests.exact_oracle import exact_values
 from tests.oracle import (
     Sequences,
@@ -247,3 +249,16 @@ def test_where_b_comes_from_by_default() -> None:
     assert ValuationConfig().contrast_source is None
     assert ValuationConfig(contrast=1.0).contrast_source == "scored"
     assert ValuationConfig(contrast=1.0, estimator="exact").contrast_source == "drawn"
+    pairs = ValuationConfig(contrast=1.0, target="preference")
+    assert pairs.contrast_source == "drawn"
+
+
+def test_another_estimator_states_where_it_takes_b_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    ghost = ESTIMATORS["ghost"]
+    monkeypatch.setitem(ESTIMATORS, "third", replace(ghost, contrast_sources=("scored", "moment")))
+    monkeypatch.setitem(ESTIMATORS, "fourth", replace(ghost, contrast_sources=("drawn",)))
+    assert ValuationConfig(contrast=1.0, estimator="third").contrast_source == "scored"
+    third = ValuationConfig(contrast=1.0, estimator="third", contrast_memory=0.5)
+    assert third.contrast_source == "scored"
+    with pytest.raises(ValueError, match=r"estimator=ghost or third; with fourth use drawn"):
+        ValuationConfig(contrast=1.0, estimator="fourth", contrast_from="scored")

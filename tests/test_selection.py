@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 import torch
@@ -400,7 +401,9 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
         "reference": ({}, {"reference_nll": torch.rand(2, 3)}),
         "start": ({}, {"reference_nll": torch.rand(2, 3)}),
         "store": ({}, {"stored_value": torch.rand(2, 3)}),
+        "entropy": ({}, {}),  # no column: below
     }
+    assert given.keys() == set(get_args(Need))
     assert SORT_KEYS.keys() == POLICY_TRAITS.keys()
     for policy, traits in POLICY_TRAITS.items():
 
@@ -411,7 +414,9 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
             for need in needs:
                 values |= given[need][0]
                 batch |= given[need][1]
-            return SORT_KEYS[policy](facts(values, torch.rand(2, 3), batch))
+            known = facts(values, torch.rand(2, 3), batch)
+            entropy_BT = torch.rand(2, 3) if "entropy" in needs else None
+            return SORT_KEYS[policy](replace(known, entropy=entropy_BT))
 
         sort_key(traits.needs)
         for need in traits.needs:

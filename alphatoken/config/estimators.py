@@ -27,6 +27,9 @@ class Estimator:
     keys: tuple[str, ...] = ()
     """Keys of section `valuation` that it reads and not every estimator does. A key that only
     others list is refused with it, unless it has its default."""
+    contrast_sources: tuple[str, ...] = ("drawn",)
+    """Values of `valuation.contrast_from` that it can take B from. The first is what `auto` means,
+    where the rest of the configuration allows it."""
     is_resident: bool = True
     """Whether `valuation.residency: auto` keeps scored weights and directions on every rank."""
 
@@ -38,11 +41,13 @@ ESTIMATORS: dict[str, Estimator] = {
         scorer="alphatoken.values.ghost.scorer:GhostScorer",
         cost="alphatoken.planner.costs.ghost:COST",
         keys=("window", "contraction", "target", *CONTRAST_KEYS, "contrast_memory"),
+        contrast_sources=("scored", "drawn"),
     ),
     "exact": Estimator(
         scorer="alphatoken.values.exact.scorer:ExactScorer",
         cost="alphatoken.planner.costs.exact:COST",
         keys=("parameters", "preconditioner", "target", *CONTRAST_KEYS),
+        contrast_sources=("drawn", "moment"),
         is_resident=False,
     ),
 }
@@ -59,6 +64,11 @@ def keys_of_some() -> list[str]:
 def readers_of(keys: Collection[str]) -> list[str]:
     """Estimators that read some of these keys."""
     return [name for name, each in ESTIMATORS.items() if not set(keys).isdisjoint(each.keys)]
+
+
+def with_contrast_from(source: str) -> list[str]:
+    """Estimators that can take B from a source."""
+    return [name for name, each in ESTIMATORS.items() if source in each.contrast_sources]
 
 
 def resolve(reference: Any) -> Any:

@@ -37,14 +37,12 @@ class PreferenceConfig(Section):
         description="What is minimised over pairs: the paper's masked DPO; or DPO, IPO, "
         "hinge (SLiC), SimPO, "
         "ORPO or "
-        "CPO on the sums over kept tokens. The last three need no reference.",
+        "CPO on the sums over kept tokens. docs/preference.md says which need a reference.",
     )
     beta: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Scale of the log-ratios (IPO: inverse gap; ORPO: weight of the odds "
-        "ratio); default: "
-        "0.1, and 2.0 "
-        "for simpo.",
+        "ratio); default: the objective's own, 0.1 for most (docs/preference.md).",
     )
     label_smoothing: float = Field(
         0.0,
@@ -58,9 +56,7 @@ class PreferenceConfig(Section):
     nll_weight: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="Weight of the mean loss of the chosen response's kept tokens, added to "
-        "the objective; "
-        "default: 1 "
-        "for orpo and cpo, else 0.",
+        "the objective; default: the objective's own, 0 for most (docs/preference.md).",
     )
     normalisation: Literal["sum", "mean_kept"] = Field(
         "sum",

@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from alphatoken.config.estimators import ESTIMATORS, EstimatorName, keys_of_some, readers_of
+from alphatoken.config.estimators import (
+    ESTIMATORS,
+    EstimatorName,
+    keys_of_some,
+    readers_of,
+    with_contrast_from,
+)
 from alphatoken.config.sections import FilePath, Section
 
 
@@ -158,13 +164,13 @@ class ValuationConfig(Section):
         )
 
     @property
-    def contrast_source(self) -> Literal["scored", "drawn", "moment"] | None:
+    def contrast_source(self) -> str | None:
         """Where a run's B comes from; None without contrast."""
         if self.contrast == 0:
             return None
         if self.contrast_from == "auto":
-            adds_up = "contrast_memory" in ESTIMATORS[self.estimator].keys
-            return "scored" if adds_up and self.target == "sft" else "drawn"
+            first, *_ = ESTIMATORS[self.estimator].contrast_sources
+            return "drawn" if first == "scored" and self.target == "preference" else first
         return self.contrast_from
 
     @model_validator(mode="after")
@@ -176,20 +182,18 @@ class ValuationConfig(Section):
                 f"valuation.contrast_memory={self.contrast_memory} are read with contrast only: "
                 f"set valuation.contrast above 0, or leave them out (auto and {memory})"
             )
-        if self.contrast_source == "scored" and self.estimator != "ghost":
+        sources = ESTIMATORS[self.estimator].contrast_sources
+        source = self.contrast_source
+        if source is not None and source not in sources:
             raise ValueError(
-                f"valuation.contrast_from=scored needs valuation.estimator=ghost, whose signals it "
-                f"adds up; with {self.estimator} use drawn"
+                f"valuation.contrast_from={source} needs valuation.estimator="
+                f"{' or '.join(with_contrast_from(source))}; with {self.estimator} use "
+                f"{' or '.join(sources)}"
             )
         if self.contrast_source == "scored" and self.target == "preference":
             raise ValueError(
                 "valuation.contrast_from=scored adds up signals before a pair's losses are known, "
                 "which valuation.target=preference needs; use drawn"
-            )
-        if self.contrast_source == "moment" and self.estimator != "exact":
-            raise ValueError(
-                f"valuation.contrast_from=moment needs valuation.estimator=exact; with "
-                f"{self.estimator} use scored"
             )
         if self.contrast_source != "scored" and self.contrast_memory != memory:
             raise ValueError(

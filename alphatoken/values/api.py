@@ -32,7 +32,7 @@ def score_tokens(
     config: ValuationConfig | None = None,
 ) -> TokenValues:
     """Values every response token of `batch` by the held-out examples `validation` (Eqs. 8-12 of
-    arXiv 2606.01635, or with `estimator="exact"` the first-order effect of each).
+    arXiv 2606.01635, or with `ValuationConfig(estimator="exact")` the first-order effect of each).
 
     `batch` and `validation` hold `input_ids`, `attention_mask` and `labels`, (B, T) int64 each,
     labels -100 off the response; padding on either side. Packed rows also hold `document_ids` (a

@@ -20,6 +20,7 @@ def register_estimator(
     scorer: type[Scorer],
     *,
     keys: Sequence[str] = (),
+    contrast_sources: Sequence[str] = ("drawn",),
     is_resident: bool = True,
     cost: object | None = None,
 ) -> None:
@@ -28,6 +29,7 @@ def register_estimator(
     `keys` are those of the keys that not every estimator reads (`window`, `contraction`,
     `parameters`, `preconditioner`, `target`, `contrast` with `contrast_from` and
     `contrast_memory`, `reliability`) which this one does; the others are refused with it.
+    `contrast_sources` are the values of `contrast_from` that it understands, its default first.
     `is_resident` is what `valuation.residency: auto` means. `cost` is a
     `planner.costs.base.ScoringCost`, or where it is ("module:name"); without one, runs cannot be
     planned. Every rank must register it before the configuration is read. Raises ValueError where
@@ -39,7 +41,13 @@ def register_estimator(
             f"estimator {name!r} reads {', '.join(unknown)}, but the keys that not every estimator "
             f"reads are {', '.join(keys_of_some())}"
         )
-    entry = Estimator(scorer=scorer, cost=cost, keys=tuple(keys), is_resident=is_resident)
+    entry = Estimator(
+        scorer=scorer,
+        cost=cost,
+        keys=tuple(keys),
+        contrast_sources=tuple(contrast_sources),
+        is_resident=is_resident,
+    )
     register(ESTIMATORS, name, entry, notion="value estimator")
 
 
