@@ -1,7 +1,12 @@
-"""The `alphatoken` command, and how recipes end when a user has to act."""
+"""The `alphatoken` command, and how recipes end when a user has to act.
+
+A command first refuses what it can without torch and transformers, which take seconds to load, and
+only then imports what it needs.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -113,6 +118,12 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
+    from alphatoken.checkpoints.folder import check_is_new, checkpoints_to_export
+
+    check_is_new(target)
+    if not merge:  # or it may be the hub name of adapters
+        checkpoints_to_export(run, step)
+
     from alphatoken.checkpoints.export import export_checkpoint
     from alphatoken.checkpoints.publishing import prepare_repository, push_folder
 
@@ -130,6 +141,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint for any number of ranks; resuming on another number does it by
     itself."""
+    if not checkpoint.is_dir():
+        raise UserError(f"cannot convert {checkpoint}: there is no such folder")
+
     from alphatoken.checkpoints.files import damage
     from alphatoken.checkpoints.universal import universal_checkpoint
 
@@ -149,6 +163,8 @@ def preview(
     ] = None,
 ) -> None:
     """Show rows of data.train as the model will see them, with what is trained in [[ ]]."""
+    run = _run_config(config, overrides)
+
     from rich.console import Console
 
     from alphatoken.data.audit import look_at_rows
@@ -156,7 +172,6 @@ def preview(
     from alphatoken.data.splits import read_splits
     from alphatoken.data.tokenizer import load_tokenizer
 
-    run = _run_config(config, overrides)
     tokenizer = load_tokenizer(run.model)
     train = read_splits(run, tokenizer).train
     console = Console(record=html is not None, highlight=False, soft_wrap=True)
@@ -183,11 +198,12 @@ def export_stored(
 ) -> None:
     """Write the rows of data.train with labels on the tokens that selection.store keeps, for
     others to train on."""
+    run = _run_config(config, overrides)
+
     from alphatoken.data.splits import read_splits
     from alphatoken.data.tokenizer import load_tokenizer
     from alphatoken.store.exporting import export_values
 
-    run = _run_config(config, overrides)
     tokenizer = load_tokenizer(run.model)
     done = export_values(run, tokenizer, read_splits(run, tokenizer).train, target, form)
     typer.echo(
@@ -201,10 +217,11 @@ def tokenise(config: ConfigFiles, overrides: Overrides = None) -> None:
 
     Where it was stopped it goes on when it is started again.
     """
+    run = _run_config(config, overrides)
+
     from alphatoken.data.splits import load_prompts, load_splits
     from alphatoken.data.tokenizer import load_tokenizer
 
-    run = _run_config(config, overrides)
     tokenizer = load_tokenizer(run.model)
     splits = load_splits(run, tokenizer)
     parts = splits.named()
@@ -241,13 +258,12 @@ def plan(
 ) -> None:
     """Tell memory, messages and work of a run from its configuration and the model's config.json
     alone."""
+    run = _run_config(config, overrides)
+
     import json
 
     from rich.console import Console
 
-    run = _run_config(config, overrides)
-
-    # After the configuration is read: these load torch and transformers, which take seconds.
     from alphatoken.planner.plan import make_plan
     from alphatoken.planner.show import as_values, print_plan
     from alphatoken.planner.workload import Rows, longest_rows, rows_of
@@ -316,8 +332,7 @@ def report(
 ) -> None:
     """Write what runs have measured, and what their tokens were worth, as one HTML page: one run,
     or several side by side."""
-    # These declare the metrics whose meaning a page tells.
-    import alphatoken.training.trainer  # noqa: F401
+    import alphatoken.training.metrics  # noqa: F401  declares what a page tells the meaning of
     from alphatoken.checkpoints.folder import RunFolder
     from alphatoken.report.page import write_report
 
@@ -331,5 +346,8 @@ def report(
 
 
 def main() -> None:
+    # Commands load thousands of modules, none of which is garbage: looking for cycles among them as
+    # often as Python does takes a fifth of the time that they need to start.
+    gc.set_threshold(50_000)
     with readable_errors():
         app()

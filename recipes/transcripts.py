@@ -17,13 +17,14 @@ from typing import Annotated, Any
 import typer
 
 from alphatoken.cli import readable_errors
-from alphatoken.data.formats import turns_of
 from alphatoken.errors import UserError
 
 
 def messages_of(transcript: str, where: str) -> list[dict[str, str]]:
     """The turns of a transcript that ends where the assistant is to answer. Raises UserError for
     another text."""
+    from alphatoken.data.formats import turns_of  # loads torch: not for --help
+
     turns = turns_of(transcript, where)
     if turns[-1] != {"role": "assistant", "content": ""}:
         raise UserError(

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import alphatoken.objectives.preference  # noqa: F401  declares the metrics of pairs
-import alphatoken.training.trainer  # noqa: F401  declares the metrics of runs
+import alphatoken.training.metrics  # noqa: F401  declares the metrics of runs
 from alphatoken.util.metrics import metric_of
 from tests.ranks import ROOT, run_program
 

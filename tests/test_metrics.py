@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import alphatoken.training.trainer  # noqa: F401  declares the metrics of a run
+import alphatoken.training.metrics  # noqa: F401  declares them
 from alphatoken.util import metrics
 from alphatoken.util.metrics import declare, metric_of
 
@@ -19,20 +20,20 @@ INTRODUCTION = """\
 # Metrics
 
 A run writes one JSON object per optimizer step to `metrics.jsonl`, with these numbers. Each is
-declared beside the code that computes it (`alphatoken.util.metrics.declare`); `make metrics` writes
-this page. A name with `{a,b}` stands for one metric of each, one with `<source>` for one of each
-source of a mixture (`name` of a source in `data.train`). The unit `value` is that of a token's
-value: how far the held-out loss falls, to first order, when the weights take a step of size 1 down
-the token's gradient.
+declared in the `metrics.py` of the package that computes it (`alphatoken.util.metrics.declare`);
+`make metrics` writes this page. A name with `{a,b}` stands for one metric of each, one with
+`<source>` for one of each source of a mixture (`name` of a source in `data.train`). The unit
+`value` is that of a token's value: how far the held-out loss falls, to first order, when the
+weights take a step of size 1 down the token's gradient.
 
 """
-# All modules that declare a metric.
-MODULES = ("alphatoken.training.trainer", "alphatoken.objectives.preference")
+# Declares all metrics.
+MODULE = "alphatoken.training.metrics"
 
 
 def page() -> str:
     """What docs/metrics.md must say, from a process in which nothing else was declared."""
-    script = f"import {', '.join(MODULES)}; from alphatoken.util.metrics import as_markdown"
+    script = f"import {MODULE}; from alphatoken.util.metrics import as_markdown"
     table = subprocess.run(
         [sys.executable, "-c", f"{script}; print(as_markdown(), end='')"],
         cwd=ROOT,
@@ -45,6 +46,14 @@ def page() -> str:
 
 def test_the_page_is_made_from_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make metrics`"
+
+
+def test_metrics_are_declared_where_nothing_is_loaded() -> None:
+    """A console or a page that only names them would miss one that is declared elsewhere."""
+    for file in (ROOT / "alphatoken").rglob("*.py"):
+        if file.name != "metrics.py":
+            called = re.search(r"^(\w+ = )?declare\(", file.read_text("utf-8"), re.MULTILINE)
+            assert called is None, f"{file.relative_to(ROOT)} declares a metric"
 
 
 def test_every_number_of_the_pinned_runs_is_declared() -> None:

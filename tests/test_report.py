@@ -19,7 +19,7 @@ import yaml
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-import alphatoken.training.trainer  # noqa: F401  declares the metrics
+import alphatoken.training.metrics  # noqa: F401  declares them
 from alphatoken import UserError
 from alphatoken.cli import app
 from alphatoken.report.charts import KEPT_SHARE

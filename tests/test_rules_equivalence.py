@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import alphatoken.training.metrics  # noqa: F401  declares the metrics of runs
 from alphatoken.batch import Batch, make_batch
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
@@ -27,7 +28,6 @@ from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import select
 from alphatoken.selection.step import selections_at
-from alphatoken.training.trainer import Trainer  # noqa: F401 - declares the metrics of runs
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.registry import build_scorer

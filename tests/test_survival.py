@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints.export import export_checkpoint
-from alphatoken.checkpoints.files import obsolete, step_folders
+from alphatoken.checkpoints.files import obsolete
+from alphatoken.checkpoints.folder import step_folders
 from alphatoken.checkpoints.resuming import find_checkpoint, open_run_folder
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.config.file import validate

@@ -28,8 +28,8 @@ from alphatoken.checkpoints.files import (
     check_listing,
     damage,
     read_description,
-    step_folders,
 )
+from alphatoken.checkpoints.folder import check_is_new, checkpoints_to_export, step_folders
 from alphatoken.checkpoints.weight_files import (
     Prefix,
     Source,
@@ -174,8 +174,7 @@ def export_checkpoint(
     that is no run, a damaged checkpoint, a target that exists, or where the disk refuses; then
     nothing is left of it.
     """
-    if target.exists():
-        raise UserError(f"{target} exists; name a new folder")
+    check_is_new(target)
     if merge and step is None:
         place = _adapters_without_checkpoint(run)
         if place is not None:
@@ -256,17 +255,8 @@ def _write_checkpoint(
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:
-    folders = step_folders(run / "checkpoints")
-    if not folders:
-        own = f"; the run's own export is {run / 'export'}" if (run / "export").is_dir() else ""
-        raise UserError(f"{run / 'checkpoints'} has no checkpoint; was train.save_every set?{own}")
-    if step is not None and step not in folders:
-        raise UserError(
-            f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}"
-        )
-    wanted = list(folders.values()) if step is None else [folders[step]]
     problems = []
-    for checkpoint in wanted:
+    for checkpoint in checkpoints_to_export(run, step):
         problem = damage(checkpoint)
         if problem is None:
             check_listing(checkpoint)

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from alphatoken.checkpoints.folder import STEP_FOLDER, step_folders
 from alphatoken.distributed import collectives, process
 from alphatoken.distributed.pickles import opened_as_data, refused_content
 from alphatoken.errors import UserError
@@ -31,19 +32,6 @@ SHARDS = "*optim_states.pt"  # what DeepSpeed calls them; at stage 0 there are n
 ABOUT = "about.json"  # in the run's model folder
 # In names of files that every rank writes: which rank did.
 RANK = re.compile(r"(?<=zero_pp_rank_)\d+(?=_)|(?<![^/-])\d{5}(?=-of-\d{5}\.)")
-STEP_FOLDER = re.compile(r"step-(\d+)")
-
-
-def step_folders(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, newest first, valid or not."""
-    if not checkpoints.is_dir():
-        return {}
-    found = {
-        int(match[1]): path
-        for path in checkpoints.iterdir()
-        if (match := STEP_FOLDER.fullmatch(path.name))
-    }
-    return dict(sorted(found.items(), reverse=True))
 
 
 def remove_leftovers(checkpoints: Path) -> None:

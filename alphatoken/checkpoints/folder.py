@@ -1,22 +1,15 @@
-"""The folder of a run."""
+"""The folder of a run: where everything in it lies. It loads nothing, so that a command which names
+a wrong folder says so at once."""
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from alphatoken.errors import UserError
 
-from alphatoken.checkpoints.files import (
-    ABOUT,
-)
-from alphatoken.checkpoints.weight_files import prefixes_of
-from alphatoken.config.file import save_config
-from alphatoken.config.run import RunConfig
-from alphatoken.distributed import collectives
-from alphatoken.util.files import publish_text
+STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -58,29 +51,35 @@ class RunFolder:
         return self.path / "heartbeats"
 
 
-def start_run_folder(
-    folder: RunFolder,
-    config: RunConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    about: dict[str, Any],
-) -> None:
-    """Creates the folder and writes what is known before the first step, on rank 0: the resolved
-    configuration, and what an export needs besides weights (the model's configuration and
-    tokenizer, `about`: the data, and the prefixes of the names in its files).
-    """
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, newest first, valid or not."""
+    if not checkpoints.is_dir():
+        return {}
+    found = {
+        int(match[1]): path
+        for path in checkpoints.iterdir()
+        if (match := STEP_FOLDER.fullmatch(path.name))
+    }
+    return dict(sorted(found.items(), reverse=True))
 
-    def write() -> None:
-        folder.model.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder.config)
-        model.config.save_pretrained(folder.model)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder.model)
-        tokenizer.save_pretrained(folder.model)
-        for adapters in getattr(model, "peft_config", {}).values():
-            adapters.base_model_name_or_path = config.model.name_or_path
-            adapters.save_pretrained(folder.model)
-        known = {**about, "prefixes": prefixes_of(model)}
-        publish_text(folder.model / ABOUT, json.dumps(known, indent=1))
 
-    collectives.on_rank_0(write)
+def checkpoints_to_export(run: Path, step: int | None = None) -> list[Path]:
+    """The checkpoints of a run, newest first, or that of `step`, whether damaged or not. Raises
+    UserError where there is none."""
+    if not run.is_dir():
+        raise UserError(f"the run folder {run} does not exist; train.output_dir names it")
+    folders = step_folders(RunFolder(run).checkpoints)
+    if not folders:
+        own = f"; the run's own export is {run / 'export'}" if (run / "export").is_dir() else ""
+        raise UserError(f"{run / 'checkpoints'} has no checkpoint; was train.save_every set?{own}")
+    if step is not None and step not in folders:
+        raise UserError(
+            f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}"
+        )
+    return list(folders.values()) if step is None else [folders[step]]
+
+
+def check_is_new(target: Path) -> None:
+    """Raises UserError where a folder to be written exists."""
+    if target.exists():
+        raise UserError(f"{target} exists; name a new folder")

@@ -12,9 +12,8 @@ from alphatoken.checkpoints.files import (
     SHARDS,
     damage,
     read_description,
-    step_folders,
 )
-from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.folder import RunFolder, step_folders
 from alphatoken.checkpoints.universal import UNIVERSAL, universal_checkpoint
 from alphatoken.config.file import flat, may_change
 from alphatoken.config.run import RunConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from alphatoken.checkpoints.files import free_bytes, most_at_once, step_folders
-from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.files import free_bytes, most_at_once
+from alphatoken.checkpoints.folder import RunFolder, step_folders
 from alphatoken.checkpoints.saving import checkpoint_bytes
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives

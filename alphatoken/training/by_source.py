@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from alphatoken.training.valued_model import StepOutput
-from alphatoken.util.metrics import Metrics, declare
-
-declare(
-    "loss_kept/<source>",
-    "`loss_kept` of the rows of one source of a mixture; absent where a step trains on none of its "
-    "tokens",
-    "nats",
-)
-declare("kept_share/<source>", "share of a source's response tokens that were trained on")
-declare("composite_mean/<source>", "mean value of a source's response tokens", "value")
+from alphatoken.util.metrics import Metrics
 
 COLUMNS = ("response", "value", "trained", "loss")
 

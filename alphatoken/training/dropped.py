@@ -12,26 +12,7 @@ from torch import Tensor
 
 from alphatoken.selection.facts import Choice, TokenFacts
 from alphatoken.selection.select import Selection
-from alphatoken.util.metrics import Metrics, declare
-
-declare("kept_tokens", "tokens of the global batch that were trained on", "tokens")
-declare("vetoed_tokens", "tokens of the global batch that `selection.veto` rules out", "tokens")
-declare("vetoed_share", "their share of the response tokens")
-declare("vetoed_share_{chosen,rejected}", "the same of one branch's response tokens")
-declare(
-    "below_threshold_share",
-    "share of the response tokens that `selection.threshold` or `keep_ratio: auto` drops",
-)
-declare("below_threshold_share_{chosen,rejected}", "the same of one branch's response tokens")
-declare("weight_mean", "mean weight of the tokens trained on, where they are not weighed alike")
-declare(
-    "noise_scale",
-    "root mean square over response tokens of what a value differs by between two halves of the "
-    "held-out rows, halved",
-    "value",
-)
-declare("harmful_share", "share of the response tokens whose value is negative under both halves")
-declare("harmful_share_{chosen,rejected}", "the same of one branch's response tokens")
+from alphatoken.util.metrics import Metrics
 
 COUNTS = ("response", "trained", "vetoed", "below", "weight", "squared_spread", "harmful")
 

@@ -10,9 +10,7 @@ from alphatoken.batch import Batch
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.objectives.base import Objective, ResponseLosses
 from alphatoken.training.valued_model import ValuedModel
-from alphatoken.util.metrics import Metrics, declare
-
-declare("eval_loss", "the loss of `data.eval`: per response token, or the objective's per pair")
+from alphatoken.util.metrics import Metrics
 
 
 def evaluate(

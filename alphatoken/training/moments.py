@@ -8,31 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from alphatoken.util.metrics import declare
 from alphatoken.values.algebra import TERMS
 
 CONTRAST = ("direct_contrast", "causal_contrast")
-
-declare(
-    "{direct,causal}_{target,contrast,proxy}_{mean,std}",
-    "mean and standard deviation of a term over all response tokens",
-    "value",
-)
-declare(
-    "composite_{mean,std}", "mean and standard deviation of the value of response tokens", "value"
-)
-declare(
-    "{direct_target,causal_target,direct_contrast,causal_contrast,direct_proxy,causal_proxy,composite}"
-    "_{mean,std}_{chosen,rejected}",
-    "mean and standard deviation of a term or of the value over one branch's response tokens",
-    "value",
-)
-declare("{adaptation,stability}_std", "standard deviation of the part before any weight", "value")
-declare(
-    "{direct,causal}_{target,contrast,proxy}_share",
-    "share of a term in the composite's variance (its weighted covariance with it); they add up "
-    "to 1. Contrast is there with `valuation.contrast` only",
-)
 
 
 class ValueColumns:

@@ -18,17 +18,10 @@ from alphatoken.errors import NonFiniteError
 from alphatoken.selection.select import Selection
 from alphatoken.training.by_source import BySource
 from alphatoken.training.dropped import DroppedTokens, counts_of
+from alphatoken.training.metrics import CORRELATION, LOSS, LOSS_KEPT, LOSS_RESPONSE
 from alphatoken.training.moments import ValueColumns, rank_correlation
 from alphatoken.training.valued_model import StepOutput
-from alphatoken.util.metrics import Metrics, declare
-
-LOSS_KEPT = declare("loss_kept", "mean loss of the tokens trained on", "nats")
-LOSS_RESPONSE = declare("loss_response", "mean loss of all response tokens", "nats")
-LOSS = declare("loss", "the objective per pair, on kept tokens (preference runs)")
-CORRELATION = declare(
-    "adaptation_stability_rank_correlation",
-    "Spearman's rank correlation of adaptation and stability over response tokens",
-)
+from alphatoken.util.metrics import Metrics
 
 # What the objective reports is summed beside our own sums, under names that cannot collide.
 OBJECTIVE = "objective/"

@@ -27,27 +27,8 @@ from alphatoken.training.valued_model import StepOutput
 from alphatoken.training.valued_responses import ResponseReader
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.memory import peak_memory
-from alphatoken.util.metrics import Metrics, declare
+from alphatoken.util.metrics import Metrics
 from alphatoken.values.refresh import HeldOutRefresh
-
-declare("step", "optimizer steps taken; 0 is the evaluation before training")
-declare("lr", "learning rate of the step")
-declare("grad_norm", "norm of the gradient before clipping; absent where DeepSpeed keeps none")
-declare("response_tokens", "response tokens of the global batch", "tokens")
-declare("drift_norm", "|W - W_ref| over the scored weights after the step")
-declare(
-    "fisher_weighted_drift",
-    "1/2 sum F (W - W_ref)^2: to second order, the rise of the reference model's own loss",
-    "nats",
-)
-declare(
-    "seconds_{ahead,forward,score,backward,refresh,optimizer,reference,step}",
-    "time of rank 0 in a phase, scoring apart from the pass it happens in; `seconds_step` is the "
-    "whole step",
-    "s",
-)
-declare("tokens_per_second", "tokens of all ranks, prompts included, per second", "1/s")
-declare("peak_memory_bytes", "peak memory of rank 0 since the start", "bytes")
 
 # Phases that are always reported, and those that only some configurations have.
 PHASES = ("forward", "score", "backward", "refresh", "optimizer")

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from alphatoken.checkpoints.export import export_model
-from alphatoken.checkpoints.folder import start_run_folder
 from alphatoken.checkpoints.resuming import Continuation, changed_inputs
 from alphatoken.checkpoints.saving import (
     Checkpoints,
@@ -17,6 +16,7 @@ from alphatoken.checkpoints.saving import (
     random_state,
     set_random_state,
 )
+from alphatoken.checkpoints.starting import start_run_folder
 from alphatoken.distributed import collectives, zero3
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.training.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""The metrics of a run: each is declared once, beside the code that computes it.
+"""The metrics of a run: each is declared once, in the `metrics.py` of the package that computes it.
 
 A name may hold choices, `{mean,std}`, and stands for a metric of each; or the user's own name of
 something, `<source>`. docs/metrics.md is made from this table.

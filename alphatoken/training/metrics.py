@@ -1,0 +1,91 @@
+"""The metrics of a run, those of its objective included. Nothing is loaded to declare them, so that
+a page or a console can name them without torch."""
+
+from __future__ import annotations
+
+import alphatoken.objectives.metrics  # noqa: F401  declares those of objectives
+from alphatoken.util.metrics import declare
+
+# Of an optimizer step (step.py).
+declare("step", "optimizer steps taken; 0 is the evaluation before training")
+declare("lr", "learning rate of the step")
+declare("grad_norm", "norm of the gradient before clipping; absent where DeepSpeed keeps none")
+declare("response_tokens", "response tokens of the global batch", "tokens")
+declare("drift_norm", "|W - W_ref| over the scored weights after the step")
+declare(
+    "fisher_weighted_drift",
+    "1/2 sum F (W - W_ref)^2: to second order, the rise of the reference model's own loss",
+    "nats",
+)
+declare(
+    "seconds_{ahead,forward,score,backward,refresh,optimizer,reference,step}",
+    "time of rank 0 in a phase, scoring apart from the pass it happens in; `seconds_step` is the "
+    "whole step",
+    "s",
+)
+declare("tokens_per_second", "tokens of all ranks, prompts included, per second", "1/s")
+declare("peak_memory_bytes", "peak memory of rank 0 since the start", "bytes")
+
+# Over its micro-batches and ranks (statistics.py).
+LOSS_KEPT = declare("loss_kept", "mean loss of the tokens trained on", "nats")
+LOSS_RESPONSE = declare("loss_response", "mean loss of all response tokens", "nats")
+LOSS = declare("loss", "the objective per pair, on kept tokens (preference runs)")
+CORRELATION = declare(
+    "adaptation_stability_rank_correlation",
+    "Spearman's rank correlation of adaptation and stability over response tokens",
+)
+
+# What selections rule out (dropped.py).
+declare("kept_tokens", "tokens of the global batch that were trained on", "tokens")
+declare("vetoed_tokens", "tokens of the global batch that `selection.veto` rules out", "tokens")
+declare("vetoed_share", "their share of the response tokens")
+declare("vetoed_share_{chosen,rejected}", "the same of one branch's response tokens")
+declare(
+    "below_threshold_share",
+    "share of the response tokens that `selection.threshold` or `keep_ratio: auto` drops",
+)
+declare("below_threshold_share_{chosen,rejected}", "the same of one branch's response tokens")
+declare("weight_mean", "mean weight of the tokens trained on, where they are not weighed alike")
+declare(
+    "noise_scale",
+    "root mean square over response tokens of what a value differs by between two halves of the "
+    "held-out rows, halved",
+    "value",
+)
+declare("harmful_share", "share of the response tokens whose value is negative under both halves")
+declare("harmful_share_{chosen,rejected}", "the same of one branch's response tokens")
+
+# Values and their terms (moments.py).
+declare(
+    "{direct,causal}_{target,contrast,proxy}_{mean,std}",
+    "mean and standard deviation of a term over all response tokens",
+    "value",
+)
+declare(
+    "composite_{mean,std}", "mean and standard deviation of the value of response tokens", "value"
+)
+declare(
+    "{direct_target,causal_target,direct_contrast,causal_contrast,direct_proxy,causal_proxy,composite}"
+    "_{mean,std}_{chosen,rejected}",
+    "mean and standard deviation of a term or of the value over one branch's response tokens",
+    "value",
+)
+declare("{adaptation,stability}_std", "standard deviation of the part before any weight", "value")
+declare(
+    "{direct,causal}_{target,contrast,proxy}_share",
+    "share of a term in the composite's variance (its weighted covariance with it); they add up "
+    "to 1. Contrast is there with `valuation.contrast` only",
+)
+
+# Of each source of a mixture (by_source.py).
+declare(
+    "loss_kept/<source>",
+    "`loss_kept` of the rows of one source of a mixture; absent where a step trains on none of its "
+    "tokens",
+    "nats",
+)
+declare("kept_share/<source>", "share of a source's response tokens that were trained on")
+declare("composite_mean/<source>", "mean value of a source's response tokens", "value")
+
+# On data.eval (evaluation.py).
+declare("eval_loss", "the loss of `data.eval`: per response token, or the objective's per pair")
