@@ -345,6 +345,62 @@ def report(
     typer.echo(output)
 
 
+@app.command()
+def new(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="What the run is called, or a file: NAME.yaml is written, for a run in the folder "
+            "NAME beside that of the configuration copied."
+        ),
+    ],
+    like: Annotated[
+        Path, typer.Option(help="Configuration to copy, as configs/sft/quickstart.yaml.")
+    ],
+) -> None:
+    """Copy a configuration, comments included, as that of a new run."""
+    from alphatoken.config.copying import copy_config
+
+    target = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    folder = copy_config(target, like)
+    typer.echo(f"{target}: like {like}, for a run in {folder}. Next, edit it, then:")
+    for command in _first_commands(target):
+        typer.echo(f"  {command}")
+
+
+def _first_commands(config: Path) -> Iterator[str]:
+    """What to type with a new configuration."""
+    import yaml
+
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    yield f"alphatoken preview --config {config}"
+    yield f"alphatoken plan --config {config} --world 8 --gpu h100-80g"
+    recipe = "preference" if "preference" in values else "sft"
+    yield f"launch/local.sh recipes/{recipe}.py --config {config}"
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="File to write it to instead.")] = None,
+) -> None:
+    """Print the JSON schema of configurations, with which editors complete keys and underline
+    mistakes."""
+    import json
+
+    from alphatoken.config.schema import config_schema
+
+    text = json.dumps(config_schema(), indent=1)
+    if output is None:
+        typer.echo(text)
+        return
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    typer.echo(f"{output}; as the first line of a configuration, many editors take it from")
+    typer.echo(f"# yaml-language-server: $schema={output.resolve()}")
+
+
 def main() -> None:
     # Commands load thousands of modules, none of which is garbage: looking for cycles among them as
     # often as Python does takes a fifth of the time that they need to start.

@@ -33,7 +33,7 @@ RECIPES = (
     "recipes/fisher.py",
     "recipes/value_tokens.py",
 )
-COMMANDS = ("export", "convert", "preview", "tokenise", "plan", "doctor", "report")
+COMMANDS = ("export", "convert", "preview", "tokenise", "plan", "doctor", "report", "schema", "new")
 
 
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -32,6 +32,9 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._validated)
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.names)}
+
     def _validated(self, value: Any) -> str:
         if isinstance(value, str) and value in self._table:
             return value

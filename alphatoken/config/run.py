@@ -17,6 +17,7 @@ from alphatoken.config.sections import (
     ModelConfig,
     Pair,
     ReferenceConfig,
+    ReferenceMode,
     Section,
     as_reference,
 )
@@ -210,9 +211,10 @@ class RunConfig(Section):
     fisher: FisherConfig = Field(default_factory=FisherConfig)
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
     # `reference: online` is short for `reference: {mode: online}`.
-    reference: Annotated[ReferenceConfig, BeforeValidator(as_reference)] = Field(
-        default_factory=ReferenceConfig
-    )
+    reference: Annotated[
+        ReferenceConfig,
+        BeforeValidator(as_reference, json_schema_input_type=ReferenceMode | ReferenceConfig),
+    ] = Field(default_factory=ReferenceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)

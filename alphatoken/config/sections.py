@@ -234,7 +234,10 @@ def _as_sources(value: Any) -> Any:
 
 
 # One path, one {path, weight, ...} mapping, or a list of either.
-Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+]
 
 
 class DataConfig(Section):
@@ -339,6 +342,9 @@ class FisherConfig(Section):
     )
 
 
+ReferenceMode = Literal["cached", "online"]
+
+
 class ReferenceConfig(Section):
     """The model whose token losses are compared with, and where its losses are kept."""
 
@@ -347,7 +353,7 @@ class ReferenceConfig(Section):
         description="Folder or hub name of the model whose token losses are compared; "
         "default: the start.",
     )
-    mode: Literal["cached", "online"] = Field(
+    mode: ReferenceMode = Field(
         "cached",
         description="Compute its losses of all rows once, before training, or keep it loaded "
         "(sharded like "
