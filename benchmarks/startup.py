@@ -83,7 +83,7 @@ def compare(before: Path, run: Path, rounds: int) -> dict[str, dict[str, float]]
         for name, arguments in commands(run, Path(folder)).items():
             for checkout in (before, ROOT):
                 measure(checkout, arguments)
-            best = {}
+            best: dict[str, float] = {}
             for _ in range(rounds):
                 for when, checkout in (("before", before), ("now", ROOT)):
                     for kind, seconds in zip(

@@ -548,6 +548,7 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "logging.every",
         "logging.name",
         "logging.project",
+        "logging.report_to",
         "logging.responses",
         "logging.wandb",
         "model.attn_implementation",

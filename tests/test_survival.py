@@ -42,7 +42,7 @@ from tests.runs import changed, metrics_of
 
 SEED = 20260601
 MODES = list(itertools.product(("float32", "bfloat16"), ("sft", "preference")))
-TIMING = ("seconds", "tokens_per_second", "peak")
+TIMING = ("seconds", "tokens_per_second", "mfu", "peak")
 
 
 def run_of(

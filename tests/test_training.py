@@ -28,7 +28,7 @@ TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy")
 METRICS = {
     *("step", "loss_kept", "loss_response", "lr", "grad_norm", "response_tokens", "kept_tokens"),
     *("seconds_score", "seconds_forward", "seconds_backward", "seconds_refresh", "seconds_step"),
-    *("tokens_per_second", "peak_memory_bytes"),
+    *("tokens_per_second", "tokens_per_second_per_device", "peak_memory_bytes"),
     *(f"{term}_{moment}" for term in (*TERMS, "composite") for moment in ("mean", "std")),
 }
 
@@ -200,7 +200,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert "continuing after step 2" in log
 
     def comparable(folder: str) -> list[dict[str, Any]]:
-        timing = ("seconds", "tokens_per_second", "peak")
+        timing = ("seconds", "tokens_per_second", "mfu", "peak")
         return [
             {key: value for key, value in step.items() if not key.startswith(timing)}
             for step in metrics_of(tmp_path / folder)

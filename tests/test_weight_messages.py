@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 from tests.runs import changed
 
 STEPS = 3
-TIMES = ("seconds_", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("seconds_", "tokens_per_second", "mfu", "peak_memory_bytes")
 
 
 def zero3(**settings: Any) -> dict[str, Any]:

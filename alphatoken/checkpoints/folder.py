@@ -31,6 +31,10 @@ class RunFolder:
         return self.path / "valued_tokens.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

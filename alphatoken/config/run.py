@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from alphatoken.config.choices import OneOf
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
     MAY_CHANGE,
@@ -182,15 +183,39 @@ class DeepSpeedConfig(Section):
     )
 
 
+TRACKERS: dict[str, str] = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+}
+"""What a run can report to, and the package that each needs."""
+TrackerName = Annotated[str, OneOf(TRACKERS)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class LoggingConfig(Section):
     """Where metrics go besides `metrics.jsonl`, and how often lines are printed."""
 
-    wandb: Literal["disabled", "offline", "online"] = Field(
-        "disabled", description="Weights & Biases logging."
+    report_to: Annotated[
+        list[TrackerName],
+        BeforeValidator(_as_list, json_schema_input_type=TrackerName | list[TrackerName]),
+    ] = Field(
+        default_factory=list,
+        description="Trackers that get every number and the configuration, and tables of valued "
+        "tokens where they have tables; a resumed run continues the same run there.",
     )
-    project: str = Field("alphatoken", description="Weights & Biases project.")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled",
+        description="How Weights & Biases runs; but for disabled it need not be in report_to. "
+        "disabled beside report_to: [wandb] leaves it to WANDB_MODE.",
+    )
+    project: str = Field("alphatoken", description="Project, or experiment, of trackers.")
     name: str | None = Field(
-        None, description="Weights & Biases run name; default: the output folder's name."
+        None, description="Run name in trackers; default: the output folder's name."
     )
     every: int = Field(
         1, ge=1, description="Optimizer steps between console lines; metrics.jsonl has every step."
@@ -200,6 +225,12 @@ class LoggingConfig(Section):
         ge=0,
         description="Responses kept for the report, token by token, of each of up to 100 steps.",
     )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of `TRACKERS`, each once."""
+        by_mode = [] if self.wandb == "disabled" else ["wandb"]
+        return tuple(dict.fromkeys([*self.report_to, *by_mode]))
 
 
 class RunConfig(Section):

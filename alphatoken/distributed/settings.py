@@ -22,9 +22,9 @@ OUR_FIELDS = {
     "fp16": "model.dtype",
     "bfloat16": "model.dtype",
     "steps_per_print": "logging.every",
-    "wandb": "logging.wandb",
-    "tensorboard": "logging.wandb",
-    "csv_monitor": "logging.wandb",
+    "wandb": "logging.report_to",
+    "tensorboard": "logging.report_to",
+    "csv_monitor": "logging.report_to",
 }
 
 # What divides a model otherwise than by ZeRO. All ranks are data-parallel here: gradients,

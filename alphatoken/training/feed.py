@@ -28,6 +28,9 @@ class StepRows:
     """Over all ranks."""
     tokens: int
     """Prompts and responses together, over all ranks."""
+    token_pairs: float
+    """The sum of the documents' squared lengths, over all ranks; both of a pair are taken to be of
+    one length."""
     batches: list[Batch]
     """This rank's micro-batches."""
 
@@ -50,8 +53,14 @@ class Feed:
         """The rows of optimizer step `step` (from 0); those of the next are then read and laid out
         in a thread."""
         rows, batches = self._training.take(step)
-        tokens = int(self._run.splits.train.lengths[rows].sum())
-        return StepRows(rows=len(rows), tokens=tokens, batches=self._delivered(batches))
+        lengths = self._run.splits.train.lengths[rows].astype(float)
+        documents = len(self._run.objective.branches) or 1
+        return StepRows(
+            rows=len(rows),
+            tokens=int(lengths.sum()),
+            token_pairs=float((lengths**2).sum()) / documents,
+            batches=self._delivered(batches),
+        )
 
     def held_out(self, draw: int) -> list[Batch]:
         """The rows of a draw (from 0), which steer the values: of `data.validation`, in an order of

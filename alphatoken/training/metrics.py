@@ -24,6 +24,13 @@ declare(
     "s",
 )
 declare("tokens_per_second", "tokens of all ranks, prompts included, per second", "1/s")
+declare("tokens_per_second_per_device", "`tokens_per_second` divided by the ranks", "1/s")
+declare(
+    "mfu",
+    "model FLOPs utilisation: the FLOPs of plain fine-tuning on the step's tokens per second, as a "
+    "share of what the devices can do in 16 bit; on listed GPUs (alphatoken/training/speed.py), "
+    "for models without experts",
+)
 declare("peak_memory_bytes", "peak memory of rank 0 since the start", "bytes")
 
 # Over its micro-batches and ranks (statistics.py).

@@ -1,4 +1,4 @@
-"""What a user sees of a run: metrics.jsonl, Weights & Biases, the console, token values in colour,
+"""What a user sees of a run: metrics.jsonl, trackers, the console, token values in colour,
 and the HTML report. Rank 0 only."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import time
-import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.config.run import RunConfig
 from alphatoken.report.page import write_report
 from alphatoken.report.responses import VALUE, ValuedResponse, append_responses
+from alphatoken.training.trackers import Trackers
 from alphatoken.util.files import publish_text
 from alphatoken.util.metrics import Metrics
 
@@ -50,15 +50,15 @@ class Report:
         self._started = time.monotonic()
         self._evaluations: list[Metrics] = []
         self._last: Metrics = {}
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         if not active:
             return
         for metrics in _cut_lines(folder.metrics, first_step):
             self._remember(metrics)
         _cut_lines(folder.valued_tokens, first_step)
-        if config.logging.wandb != "disabled":
-            self._wandb = _start_wandb(config, folder.path, resumed=first_step > 0)
+        if config.logging.trackers:
+            self._trackers = Trackers(config, folder, first_step=first_step, say=self.say)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -82,8 +82,8 @@ class Report:
             return
         with self._folder.metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=metrics["step"])
+        if self._trackers is not None:
+            self._trackers.log(metrics)
         self._remember(metrics)
         step = int(metrics["step"])
         due = step % self._config.logging.every == 0
@@ -110,10 +110,14 @@ class Report:
         return max(most, 1) if last else most if due else 0  # the console shows one
 
     def keep(self, responses: Sequence[ValuedResponse]) -> None:
-        """Keeps responses in the run folder. That the disk refuses is said; a run goes on."""
+        """Keeps responses in the run folder and in trackers. That the disk refuses is said; a run
+        goes on."""
+        if not self._config.logging.responses:
+            return
+        if self._trackers is not None:
+            self._trackers.keep(responses)
         try:
-            if self._config.logging.responses:
-                append_responses(self._folder.valued_tokens, responses)
+            append_responses(self._folder.valued_tokens, responses)
         except OSError as error:
             self.say(f"warning: {self._folder.valued_tokens} cannot be written: {error}")
 
@@ -130,8 +134,8 @@ class Report:
         self.close()
         if not self._active:
             return
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
         if told is not None and told.is_valued:
             self._show_values(told)
         table = Table(title="Run summary", title_justify="left", show_header=False)
@@ -200,24 +204,6 @@ class Report:
         )
         self._console.print(f"\nOne response of the last step ({legend}):", markup=False)
         self._console.print(text, soft_wrap=True)
-
-
-def _start_wandb(config: RunConfig, folder: Path, *, resumed: bool) -> Any:
-    import wandb
-
-    known = folder / "wandb-id"
-    if not (resumed and known.exists()):
-        known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return wandb.init(
-        id=known.read_text(encoding="utf-8"),
-        resume="allow",
-        project=config.logging.project,
-        name=config.logging.name or folder.name,
-        mode=config.logging.wandb,
-        dir=folder,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True),
-    )
 
 
 def _in_short(metrics: Metrics) -> str:

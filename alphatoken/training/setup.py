@@ -38,6 +38,7 @@ from alphatoken.stability.estimate import estimate_fisher
 from alphatoken.stability.of_run import build_drift, check_files
 from alphatoken.store.rows_folder import StoredColumn
 from alphatoken.store.values import VALUE, columns_of, identity_of_store
+from alphatoken.training.trackers import check_trackers
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.files import fingerprint
 from alphatoken.util.stopwatch import Stopwatch
@@ -90,6 +91,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     if config.train.deterministic:
         use_deterministic_kernels()
     device = initialise_ranks(config.deepspeed.timeout_minutes)
+    collectives.on_rank_0(lambda: check_trackers(config.logging))
     engine_config = deepspeed_config(config, collectives.world_size())
     tokenizer = load_tokenizer(config.model)
     config = _settled(config, tokenizer, device)

@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.errors import NonFiniteError
+from alphatoken.models.decoder import decoder_of
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.selection.step import (
     TokenCounts,
@@ -21,6 +24,7 @@ from alphatoken.selection.step import (
 from alphatoken.training.by_source import BySource
 from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.setup import Run
+from alphatoken.training.speed import peak_flops, training_flops
 from alphatoken.training.statistics import StepStatistics, StepSums
 from alphatoken.training.stopping import StopRequest
 from alphatoken.training.valued_model import StepOutput
@@ -69,6 +73,8 @@ class OptimizerStep:
         self._by_source = (
             BySource(train.names, train.first_rows, run.device) if len(train.sizes) > 1 else None
         )
+        self._flops = training_flops(decoder_of(run.model.lm))
+        self._peak = _peak_of(run)
         self._told: set[str] = set()
         """What the user was told about what selections rule out."""
         self._warnings: list[str] = []
@@ -225,11 +231,17 @@ class OptimizerStep:
         seconds = self._run.stopwatch.read()
         whole = time.perf_counter() - began
         phases = [*PHASES, *(phase for phase in OPTIONAL_PHASES if phase in seconds)]
-        return {
+        devices = collectives.world_size()
+        speed: Metrics = {
             **{f"seconds_{phase}": seconds.get(phase, 0.0) for phase in phases},
             "seconds_step": whole,
             "tokens_per_second": rows.tokens / whole,
+            "tokens_per_second_per_device": rows.tokens / whole / devices,
         }
+        if self._flops is not None and self._peak is not None:
+            used = self._flops.of(rows.tokens, rows.token_pairs) / whole
+            speed["mfu"] = used / (self._peak * devices)
+        return speed
 
     def _reduce(
         self,
@@ -251,3 +263,10 @@ class OptimizerStep:
                 f"  {found}\nLook at them, or continue from the last checkpoint with "
                 "train.resume=auto, a lower optim.lr and train.resume_allow=[optim.lr]"
             ) from None
+
+
+def _peak_of(run: Run) -> float | None:
+    """FLOPs a second that a rank's device is known to reach in the run's dtype."""
+    if run.device.type != "cuda" or run.config.model.dtype != "bfloat16":
+        return None
+    return peak_flops(torch.cuda.get_device_name(run.device))
