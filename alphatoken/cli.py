@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import runpy
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +21,8 @@ import typer
 
 import alphatoken
 from alphatoken.distributed import process
-from alphatoken.errors import RemoteError, UserError
+from alphatoken.errors import ConfigError, NonFiniteError, RemoteError, UserError
+from alphatoken.util.shipped import SHIPPED
 
 if TYPE_CHECKING:
     from alphatoken.config.run import RunConfig
@@ -32,6 +35,37 @@ values = typer.Typer(no_args_is_help=True)
 app.add_typer(values, name="values", help="What recipes/value_tokens.py has stored.")
 
 
+COLLECTION = gc.get_threshold()
+"""How often Python looks for cycles by itself."""
+
+# What starts each recipe: its file in recipes/, and what it does.
+RECIPES = {
+    "sft": ("sft.py", "Fine-tune on the valuable response tokens."),
+    "preference": ("preference.py", "Train on pairs of responses."),
+    "fisher": ("fisher.py", "Estimate the Fisher of the model that runs will start from."),
+    "value": ("value_tokens.py", "Value every response token of a data set, without training."),
+}
+
+
+def next_step(error: UserError | RemoteError, command_line: Sequence[str]) -> str:
+    """What to type after a command or recipe has failed, by its own command line."""
+    program, *arguments = command_line
+    file = Path(program).name
+    recipe = next((name for name, (own, _) in RECIPES.items() if own == file), None)
+    if isinstance(error, ConfigError):
+        return f"alphatoken {recipe or 'sft'} --help lists every key, its default and its reason"
+    if isinstance(error, NonFiniteError):
+        allow = "'train.resume_allow=[optim.lr]'"
+        return f"the same command with train.resume=auto {allow} and a lower optim.lr=..."
+    if recipe is not None:
+        given = shlex.join(arguments)
+        return f"alphatoken doctor {given} looks for all that would stop the run"
+    if file != "alphatoken" and not program.endswith("alphatoken/__main__.py"):
+        return f"python {program} --help"
+    words = arguments[:2] if arguments[:1] == ["values"] else arguments[:1]
+    return " ".join(["alphatoken", *words, "--help"])
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Ends a rank when what is inside is done; with status 2 and a message on rank 0 where the user
@@ -41,7 +75,8 @@ def readable_errors() -> Iterator[None]:
         process.barrier()
     except (UserError, RemoteError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            told = f"error: {error}\nnext: {next_step(error, sys.argv)}"
+            print(told, file=sys.stderr, flush=True)
         else:
             # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
             time.sleep(2)
@@ -376,7 +411,7 @@ def _first_commands(config: Path) -> Iterator[str]:
     yield f"alphatoken preview --config {config}"
     yield f"alphatoken plan --config {config} --world 8 --gpu h100-80g"
     recipe = "preference" if "preference" in values else "sft"
-    yield f"launch/local.sh recipes/{recipe}.py --config {config}"
+    yield f"alphatoken {recipe} --config {config}"
 
 
 @app.command()
@@ -399,6 +434,40 @@ def schema(
         raise UserError(f"cannot write {output}: {error.strerror}") from None
     typer.echo(f"{output}; as the first line of a configuration, many editors take it from")
     typer.echo(f"# yaml-language-server: $schema={output.resolve()}")
+
+
+def _start_recipe(file: str, arguments: list[str]) -> None:
+    """Runs a recipe here, where this is a rank already or only its keys are asked for; else takes
+    this process's place with the launcher of this machine."""
+    recipe = SHIPPED / "recipes" / file
+    is_run = any(each.startswith("--config") for each in arguments)
+    if "RANK" in os.environ or not is_run or {"-h", "--help"} & {*arguments}:
+        gc.set_threshold(*COLLECTION)
+        sys.argv = [str(recipe), *arguments]
+        runpy.run_path(str(recipe), run_name="__main__")
+        return
+    # The launcher's python and deepspeed are those of this environment, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    launcher = str(SHIPPED / "launch" / "local.sh")
+    os.execvpe("bash", ["bash", launcher, str(recipe), *arguments], {**os.environ, "PATH": path})
+
+
+def _add_recipe(name: str, file: str, description: str) -> None:
+    @app.command(
+        name,
+        help=f"{description} On the accelerators of this machine, or RANKS processes; as a rank "
+        "where a launcher has started it.",
+        short_help=description,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        add_help_option=False,  # the recipe explains its keys
+        rich_help_panel="Recipes",
+    )
+    def start(context: typer.Context) -> None:
+        _start_recipe(file, context.args)
+
+
+for _name, (_file, _description) in RECIPES.items():
+    _add_recipe(_name, _file, _description)
 
 
 def main() -> None:

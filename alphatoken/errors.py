@@ -8,6 +8,10 @@ class UserError(ValueError):
     it."""
 
 
+class ConfigError(UserError):
+    """A mistake in a configuration's keys, values or files, or in the arguments that name them."""
+
+
 class NonFiniteError(UserError):
     """A loss, signal or gradient is NaN or infinite; the message names step, rank, rows and
     linears."""

@@ -50,12 +50,13 @@ def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(
 ) -> None:
     # Another test may have made this process a rank, which would end here.
     monkeypatch.setattr("alphatoken.distributed.process.running_comm", lambda: None)
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
     with readable_errors():
         pass
     with pytest.raises(SystemExit) as ended, readable_errors():
         raise UserError("what to do")
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: what to do\n"
+    assert capsys.readouterr().err == "error: what to do\nnext: python recipe.py --help\n"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_only_the_run_folder_and_the_files_own_name_differ(like: Path) -> None:
             assert after == before.replace(folder, "runs/mine")
     assert yaml.safe_load(new)["train"]["output_dir"] == "runs/mine"
     recipe = like.parts[1]
-    assert f"launch/local.sh recipes/{recipe}.py --config mine.yaml" in result.output
+    assert f"alphatoken {recipe} --config mine.yaml" in result.output
 
 
 def test_a_quoted_folder_a_name_for_trackers_and_a_folder_to_write_to() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from alphatoken.cli import RECIPES
 from alphatoken.data.templates import shipped_names
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,8 @@ def test_wheels_carry_what_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
         symlinks=True,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for folder in ("configs", "recipes", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     build = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
     subprocess.run([sys.executable, "-c", build], check=True, capture_output=True)
@@ -52,6 +54,11 @@ def test_wheels_carry_what_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert templates == {f"{name}.jinja" for name in shipped_names()}
     assert {"alphatoken/report/page.html.jinja", "alphatoken/report/style.css"} <= {*names}
     assert not [name for name in names if name.startswith("tests/")]
+    shipped = {name.removeprefix("alphatoken/shipped/") for name in names if "/shipped/" in name}
+    assert {f"recipes/{file}" for file, _ in RECIPES.values()} <= shipped
+    for kind, pattern in (("configs", "*/*.json"), ("configs", "*/*.yaml"), ("launch", "*")):
+        own = {str(file.relative_to(ROOT)) for file in (ROOT / kind).glob(pattern)}
+        assert own <= shipped
 
 
 def test_the_citation_names_this_software_and_the_paper() -> None:

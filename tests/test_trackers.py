@@ -15,7 +15,7 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alphatoken.checkpoints.folder import RunFolder
-from alphatoken.config.run import RunConfig
+from alphatoken.config.run import TRACKERS, RunConfig
 from alphatoken.errors import UserError
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.training import trackers
@@ -176,6 +176,6 @@ def test_a_tracker_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_tracker_has_one_way_to_be_used() -> None:
-    assert trackers.KINDS.keys() == trackers.TRACKERS.keys()
+    assert trackers.KINDS.keys() == TRACKERS.keys()
     assert trackers.KINDS.keys() <= tracking.LOGGER_TYPE_TO_CLASS.keys()
     assert config(report_to=["wandb", "wandb"], wandb="online").logging.trackers == ("wandb",)

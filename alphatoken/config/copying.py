@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from alphatoken.errors import UserError
+from alphatoken.util.shipped import or_shipped
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 OUTPUT_DIR = ("train", "output_dir")
@@ -31,7 +32,7 @@ def copy_config(target: Path, like: Path) -> str:
     if target.exists():
         raise UserError(f"{target} exists, and is left as it is; choose another name")
     try:
-        text = like.read_text(encoding="utf-8")
+        text = or_shipped(like).read_text(encoding="utf-8")
         root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"cannot read the configuration {like}: {error.strerror}") from None

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from alphatoken.config.sections import Section
-from alphatoken.errors import UserError
+from alphatoken.errors import ConfigError
+from alphatoken.util.shipped import or_shipped
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -74,7 +75,7 @@ def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -
         return config_class.model_validate(values)
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in _explain(config_class, values, error))
-        raise UserError(f"the configuration {origin} has mistakes:\n{lines}") from None
+        raise ConfigError(f"the configuration {origin} has mistakes:\n{lines}") from None
 
 
 def save_config(config: Section, file: Path) -> None:
@@ -113,13 +114,13 @@ def may_change(config_class: type[BaseModel], key: str) -> bool:
 def _sections_of(file: Path) -> dict[str, Any]:
     """The sections that a file holds, as plain values."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(or_shipped(file).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from None
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(
+        raise ConfigError(
             f"{file} must hold sections like 'model:' and 'data:', but holds "
             f"{type(values).__name__}"
         )
@@ -138,20 +139,20 @@ def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
     *sections, last = key.split(".")
     target: Any = values
     for depth, section in enumerate(sections):
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise UserError(
+            raise ConfigError(
                 f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section in the "
                 "file"
             )
     try:
         target[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 
 def _explain(

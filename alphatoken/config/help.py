@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from rich.table import Table
 from alphatoken.config.choices import OneOf
 from alphatoken.config.file import ConfigT, load_config
 from alphatoken.config.sections import Section
-from alphatoken.errors import UserError
+from alphatoken.errors import ConfigError
 
 
 def parse_arguments(
@@ -30,7 +30,7 @@ def parse_arguments(
 
     `with_section` as in `load_config`.
     """
-    parser = argparse.ArgumentParser(description=description, add_help=False)
+    parser = _Parser(description=description, add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path, action="append")
     parser.add_argument(
@@ -45,10 +45,17 @@ def parse_arguments(
         print_fields(config_class, description)
         raise SystemExit(0)
     if parsed.config is None:
-        raise UserError(
+        raise ConfigError(
             "give the configuration: --config FILE [section.key=value ...] (--help lists every key)"
         )
     return load_config(config_class, parsed.config, parsed.overrides, with_section)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments as configurations are refused."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
 def print_fields(config_class: type[Section], description: str) -> None:

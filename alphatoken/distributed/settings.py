@@ -9,6 +9,7 @@ from typing import Any
 
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
+from alphatoken.util.shipped import or_shipped
 
 # What a DeepSpeed configuration may not say, because one of our fields does.
 OUR_FIELDS = {
@@ -101,7 +102,7 @@ def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any
 def _read_json(file: Path) -> dict[str, Any]:
     """Raises UserError for a file that cannot be read or is not JSON."""
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(or_shipped(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read deepspeed.config {file}: {error.strerror}") from None
     except json.JSONDecodeError as error:
