@@ -85,6 +85,16 @@ def readable_errors() -> Iterator[None]:
         process.end_process(0)
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Inside, cycles are not looked for: for what ends in seconds."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"alphatoken {alphatoken.__version__}")
@@ -269,6 +279,7 @@ def tokenise(config: ConfigFiles, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@_without_collection()
 def plan(
     config: ConfigFiles,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],

@@ -76,11 +76,13 @@ def measure(checkout: Path, arguments: tuple[str, ...]) -> tuple[float, float]:
     return seconds, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
 
 
-def compare(before: Path, run: Path, rounds: int) -> dict[str, dict[str, float]]:
+def compare(before: Path, run: Path, rounds: int, only: str) -> dict[str, dict[str, float]]:
     """The best of each command, before and now."""
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, arguments in commands(run, Path(folder)).items():
+            if only not in name:
+                continue
             for checkout in (before, ROOT):
                 measure(checkout, arguments)
             best: dict[str, float] = {}
@@ -111,10 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--against", type=Path, required=True, help="an earlier checkout")
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--only", default="", help="commands with this in their name")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="where to write the result as JSON")
     parsed = parser.parse_args()
-    found = compare(parsed.against.resolve(), parsed.run.resolve(), parsed.rounds)
+    found = compare(parsed.against.resolve(), parsed.run.resolve(), parsed.rounds, parsed.only)
     show(found)
     if parsed.output:
         result: dict[str, Any] = {

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from alphatoken import cli
 from alphatoken.cli import RECIPES, app, next_step
 from alphatoken.config.file import load_config
-from alphatoken.config.help import parse_arguments
+from alphatoken.config.help import PURPOSES, parse_arguments
+from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed.settings import read_deepspeed_config
 from alphatoken.errors import ConfigError, NonFiniteError, UserError
@@ -41,6 +42,15 @@ def test_help_of_a_recipe_is_its_keys(name: str, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     assert "train.output_dir" in result.stdout
     assert ("preference.beta" in result.stdout) is (name == "preference")
+
+
+def test_help_has_every_section_once_by_what_it_is_for() -> None:
+    sections = [section for each in PURPOSES.values() for section in each]
+    assert sorted(sections) == sorted(PreferenceRunConfig.model_fields)
+    shown = CliRunner().invoke(app, ["sft", "--help"]).stdout
+    assert "Which tokens count" in shown
+    assert "What is minimised on pairs" not in shown
+    assert shown.index("selection.keep_ratio") < shown.index("train.max_steps")
 
 
 def test_a_recipe_is_handed_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

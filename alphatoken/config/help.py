@@ -18,6 +18,15 @@ from alphatoken.config.file import ConfigT, load_config
 from alphatoken.config.sections import Section
 from alphatoken.errors import ConfigError
 
+PURPOSES: dict[str, tuple[str, ...]] = {
+    "What is trained, on which rows": ("model", "data"),
+    "Which tokens count": ("valuation", "selection", "fisher", "reference"),
+    "What is minimised on pairs": ("preference",),
+    "How long, how fast, where it is kept": ("train", "optim", "deepspeed"),
+    "What is seen of it": ("logging",),
+}
+"""Sections by what somebody wants to set, in the order of `--help`."""
+
 
 def parse_arguments(
     config_class: type[ConfigT],
@@ -66,15 +75,19 @@ def print_fields(config_class: type[Section], description: str) -> None:
         "(values are YAML; later files override earlier ones)"
     )
     console.print(f"{description}\n\n{usage}\n", highlight=False, markup=False)
-    for section, info in config_class.model_fields.items():
-        section_class = info.annotation
-        assert isinstance(section_class, type)
-        assert issubclass(section_class, BaseModel)
-        table = Table(
-            "key", "default", "why", title=f"[bold]{section}", title_justify="left", expand=True
-        )
-        _add_rows(table, section, section_class)
-        console.print(table)
+    for purpose, sections in PURPOSES.items():
+        given = [section for section in sections if section in config_class.model_fields]
+        if given:
+            console.rule(f"[bold]{purpose}", align="left")
+        for section in given:
+            section_class = config_class.model_fields[section].annotation
+            assert isinstance(section_class, type)
+            assert issubclass(section_class, BaseModel)
+            about = " ".join((section_class.__doc__ or "").split())
+            table = Table("key", "default", "why", title_justify="left", expand=True)
+            table.title = f"[bold]{section}[/bold]  {about}"
+            _add_rows(table, section, section_class)
+            console.print(table)
 
 
 def _add_rows(table: Table, prefix: str, section_class: type[BaseModel]) -> None:

@@ -92,7 +92,8 @@ KINDS: dict[str, Kind] = {
             "run_id": begin.known,
         },
         known_as=lambda begun: str(begun.tracker.info.run_id),
-        metric=lambda name: re.sub(r"[^\w\-. :/]", "_", name),  # it refuses other characters
+        # It refuses other characters, and keeps files: `loss_kept` cannot be a folder as well.
+        metric=lambda name: re.sub(r"[^\w\-. ]", "_", name.replace("/", ".")),
     ),
     "trackio": Kind(
         arguments=lambda begin: {
