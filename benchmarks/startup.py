@@ -122,6 +122,7 @@ def main() -> None:
     if parsed.output:
         result: dict[str, Any] = {
             "command": "python -m benchmarks.startup --against BEFORE --run RUN",
+            "only": parsed.only,
             "rounds": parsed.rounds,
             "cores": os.cpu_count(),
             "versions": {"python": platform.python_version(), **versions()},
