@@ -30,6 +30,7 @@ from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.distributed.settings import inference_config
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
+from alphatoken.models.generation import prompts_of
 from alphatoken.models.identity import model_identity
 from alphatoken.models.loading import load_model, settle_model
 from alphatoken.models.scored import scored_depth
@@ -180,18 +181,11 @@ def _answered(
     """The batch's prompts with sampled completions. A placeholder generates along with the others,
     for nothing."""
     rows = batch["rows"].tolist()
-    inside_BT = (
-        batch["document_ids"] >= 0
-        if rows
-        else torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    )
-    prompts = [
-        ids_T[inside_T] for ids_T, inside_T in zip(batch["input_ids"], inside_BT, strict=True)
-    ]
+    prompts = prompts_of(batch)
     uniform_BN = torch.stack(
         [uniform_noise(config.seed, 0, row, config.max_new_tokens) for row in rows or [0]]
     )
-    answered = rollouts(decoder, prompts, uniform_BN.to(inside_BT.device), stops, pad_token)
+    answered = rollouts(decoder, prompts, uniform_BN.to(prompts[0].device), stops, pad_token)
     if not rows:
         nothing_BT = torch.full_like(answered["labels"], IGNORE_INDEX)
         return make_batch({"input_ids": answered["input_ids"], "labels": nothing_BT})

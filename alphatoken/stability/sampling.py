@@ -7,17 +7,16 @@ nor on batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor
 
 from alphatoken.batch import IGNORE_INDEX, Batch, make_batch
-from alphatoken.distributed import collectives
 from alphatoken.models.decoder import Decoder
+from alphatoken.models.generation import continuations
 from alphatoken.models.head import draw_tokens, head_samples
 
 
@@ -42,7 +41,6 @@ def teacher_forced(
     return make_batch({"input_ids": batch["input_ids"], "labels": labels_BT})
 
 
-@torch.no_grad()
 def rollouts(
     decoder: Decoder,
     prompts: Sequence[Tensor],
@@ -53,32 +51,17 @@ def rollouts(
     """Continues the prompts, (P,) each, by at most N tokens sampled from the model.
 
     Padding is on the right. Labels are -100 on prompts; the token that stops a completion has one.
-    The model generates with a key-value cache, in batches. Under ZeRO-3 its hooks gather the layers
-    one after the other for every token, and every rank goes on until all are done, so every rank
-    must call it.
+    Every rank must call it.
     """
-    left_BP = pad_sequence(
-        list(prompts), batch_first=True, padding_value=pad_token, padding_side="left"
-    )
-    inside = [torch.ones_like(prompt) for prompt in prompts]
-    settings = GenerationConfig(
+    width = max(len(prompt) for prompt in prompts)
+    completions = continuations(
+        decoder.model,
+        prompts,
         max_new_tokens=uniform_BN.shape[1],
-        do_sample=False,
-        eos_token_id=stop_tokens,
-        pad_token_id=pad_token,
+        stop_tokens=stop_tokens,
+        pad_token=pad_token,
+        processors=[_Draws(uniform_BN, width)],
     )
-    with _without_own_settings(decoder.model):
-        generated: Tensor = decoder.model.generate(
-            left_BP,
-            attention_mask=pad_sequence(inside, batch_first=True, padding_side="left"),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([_Draws(uniform_BN, left_BP.shape[1])]),
-            synced_gpus=collectives.world_size() > 1,
-        )
-    completion_BN = generated[:, left_BP.shape[1] :]
-    stops_BN = torch.isin(completion_BN, torch.tensor(stop_tokens, device=completion_BN.device))
-    before_stop_BN = stops_BN.cumsum(1) - stops_BN.long() == 0  # the stop itself included
-    completions = [row[real] for row, real in zip(completion_BN, before_stop_BN, strict=True)]
     ids = [torch.cat(parts) for parts in zip(prompts, completions, strict=True)]
     labels = [
         torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
@@ -90,18 +73,6 @@ def rollouts(
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
     )
-
-
-@contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills gaps from the model's own generation config, whose repetition penalty would
-    bias the draws."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 class _Draws(LogitsProcessor):  # type: ignore[misc]
