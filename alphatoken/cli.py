@@ -364,6 +364,27 @@ def doctor(
 
 
 @app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="An evaluation that recipes/evaluate.py wrote.")],
+    after: Annotated[Path, typer.Argument(help="Another one, of the same items.")],
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples of the items.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
+) -> None:
+    """Compare two evaluations item by item: every measure, then what was learned and what was
+    kept."""
+    from rich.console import Console
+
+    from alphatoken.config.evaluation import EvaluationConfig
+    from alphatoken.evaluation.comparison import compare as compared
+    from alphatoken.evaluation.results import read_evaluation
+
+    settings = EvaluationConfig(resamples=resamples, seed=seed)
+    found = compared(read_evaluation(before), read_evaluation(after), settings)
+    Console(highlight=False).print(found.table())
+    typer.echo(found.sentence())
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders of runs (train.output_dir).")

@@ -1080,3 +1080,11 @@ def protected(folder: Path, values: dict[str, Any]) -> set[int]:
     setattr(valued_model, "select", recorded)  # noqa: B010  mypy: it is imported there
     trainer_of(values).train()
     return found
+
+
+def evaluate(folder: Path, values: dict[str, Any]) -> None:
+    """Evaluates a model as `recipes/evaluate.py` does."""
+    from alphatoken.config.evaluating import EvaluationRunConfig
+    from alphatoken.evaluation.evaluate import run_evaluation
+
+    run_evaluation(validate(EvaluationRunConfig, values, "of the test"))

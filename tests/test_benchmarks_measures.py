@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.tokenizer import load_tokenizer
+from alphatoken.evaluation.tasks import last_number
 from benchmarks.studies.measures import (
     Judge,
     answer_metrics,
     choice_metrics,
     general_text_metrics,
-    last_number,
 )
 from recipes.quickstart.get_model import save_tiny
 

@@ -10,6 +10,7 @@ import pytest
 
 from alphatoken.cli import readable_errors
 from alphatoken.config.choices import OneOf, register
+from alphatoken.config.evaluating import EvaluationRunConfig
 from alphatoken.config.file import flat, load_config, may_change, save_config, validate
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
@@ -65,7 +66,8 @@ def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(
 def test_every_configuration_of_the_repository_is_valid(path: Path, file: Path) -> None:
     # A preset is a part: the file of the run has the rest.
     files = [path, file] if path.parent.name == "presets" else [path]
-    load_config(RunConfig, files, with_section={"preference": PreferenceRunConfig})
+    config_class = EvaluationRunConfig if path.parent.name == "evaluation" else RunConfig
+    load_config(config_class, files, with_section={"preference": PreferenceRunConfig})
 
 
 def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path) -> None:
@@ -544,6 +546,16 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "data.cache_dir",
         "data.workers",
         "deepspeed.timeout_minutes",
+        "evaluation.allow_code_execution",
+        "evaluation.batch_size",
+        "evaluation.code_megabytes",
+        "evaluation.code_seconds",
+        "evaluation.compare_with",
+        "evaluation.max_length",
+        "evaluation.output",
+        "evaluation.resamples",
+        "evaluation.seed",
+        "evaluation.tasks",
         "fisher.output",
         "fisher.save_every",
         "logging.every",

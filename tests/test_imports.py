@@ -26,6 +26,7 @@ PACKAGES = (
     "values",
     "store",
     "reference",
+    "evaluation",
     "checkpoints",
     "report",
     "training",

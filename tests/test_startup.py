@@ -32,8 +32,9 @@ RECIPES = (
     "recipes/preference.py",
     "recipes/fisher.py",
     "recipes/value_tokens.py",
+    "recipes/evaluate.py",
 )
-COMMANDS = ("export", "convert", "preview", "tokenise", "plan", "doctor", "report", "schema", "new")
+COMMANDS = ("export", "convert", "preview", "tokenise", "plan", "doctor", "report", "schema", "new", "compare")
 
 
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alphatoken.config.choices import OneOf
+from alphatoken.config.evaluation import EvaluationConfig
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
     MAY_CHANGE,
@@ -249,6 +250,10 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig,
+        json_schema_extra=MAY_CHANGE,
+    )
     logging: LoggingConfig = Field(
         default_factory=LoggingConfig,
         json_schema_extra=MAY_CHANGE,

@@ -19,7 +19,7 @@ from torch import Tensor
 from alphatoken.batch import IGNORE_INDEX, Batch, boundaries, loss_positions, make_batch
 from alphatoken.config.choices import is_flash
 from alphatoken.config.run import RunConfig
-from alphatoken.data.cache import TokenDataset
+from alphatoken.data.cache import Document
 from alphatoken.data.noise import uniform_noise
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -29,6 +29,17 @@ class ByRow(Protocol):
     """Numbers for every row of a dataset."""
 
     def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+
+class Tokenised(Protocol):
+    """Rows of one or two documents, by a running index."""
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each row, (rows,) int64."""
+        ...
+
+    def __getitem__(self, index: int) -> list[Document]: ...
 
 
 class Order:
@@ -134,7 +145,7 @@ def row_tokens(config: RunConfig) -> int | None:
 
 
 def micro_batches(
-    dataset: TokenDataset, rows: Indices, layout: Layout, rank: int, world_size: int
+    dataset: Tokenised, rows: Indices, layout: Layout, rank: int, world_size: int
 ) -> list[Batch]:
     """Makes this rank's micro-batches of the given rows: of all micro-batches, numbers rank, rank +
     world_size, ...
@@ -167,7 +178,7 @@ FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
 """What padding holds, where it is not zero (or the padding token)."""
 
 
-def collate(dataset: TokenDataset, rows: Indices, layout: Layout, numbers: Indices) -> Batch:
+def collate(dataset: Tokenised, rows: Indices, layout: Layout, numbers: Indices) -> Batch:
     """Lays the documents of the given dataset rows into one micro-batch; `numbers` are those of the
     distinct rows of their draw, which tell its halves."""
     of_rows = [_documents(dataset, int(row), layout) for row in rows]
@@ -229,7 +240,7 @@ def _position_ids(
     return position_BT
 
 
-def _documents(dataset: TokenDataset, row: int, layout: Layout) -> list[dict[str, Tensor]]:
+def _documents(dataset: Tokenised, row: int, layout: Layout) -> list[dict[str, Tensor]]:
     """The columns of each document of a dataset row, (T,) each."""
     documents = []
     for ids, mask in dataset[row][: 1 if layout.first_only else None]:

@@ -113,15 +113,23 @@ class OpenSource:
         return max(0, self._rows.count(self._end) - self.source.skip)
 
     def read(self, first: int = 0, end: int | None = None) -> Iterator[Row]:
-        """The rows from place `first`, from 0, to `end`, by default all."""
+        """The rows from place `first`, from 0, to `end`, by default all, each in one of our
+        forms."""
+        for row in self.raw(first, end):
+            where = location(self.source, row.number)
+            fields, unread = converted(row.fields, self.source.format, where)
+            yield Row(row.number, fields, unread)
+
+    def raw(self, first: int = 0, end: int | None = None) -> Iterator[Row]:
+        """Those rows as the source has them, with our names for its columns where it gives
+        any."""
         source = self.source
         ends = [source.skip + end] if end is not None else []
         ends += [self._end] if self._end is not None else []
         for row in self._rows.read(source.skip + first, min(ends, default=None)):
             where = location(source, row.number)
             named = _renamed(source, row.fields, where) if source.columns else row.fields
-            fields, unread = converted(named, source.format, where)
-            yield Row(row.number, fields, unread)
+            yield Row(row.number, named)
 
 
 class _FileRows:

@@ -6,7 +6,6 @@ Shape legend: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alphatoken.data.tokenizer import eos_token_ids
+from alphatoken.evaluation.tasks import last_number
+from alphatoken.models.generation import continuations
 from benchmarks.corruptions import ADVERTISEMENT, by_wrong_rule
 
-NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 TEXTS_PER_PASS = 4
 
 
@@ -45,16 +45,14 @@ class Judge:
         found = [""] * len(ids)
         for start in range(0, len(ids), together):
             group = by_length[start : start + together]
-            padded = self._padded([ids[index] for index in group], left=True)
-            output_BT = self.model.generate(
-                **padded,
-                do_sample=False,
+            completions = continuations(
+                self.model,
+                [torch.tensor(ids[index], device=self.model.device) for index in group],
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=self.tokenizer.pad_token_id,
+                stop_tokens=stops,
+                pad_token=int(self.tokenizer.pad_token_id),
             )
-            new_BT = output_BT[:, padded["input_ids"].shape[1] :]
-            for index, answer_T in zip(group, new_BT, strict=True):
+            for index, answer_T in zip(group, completions, strict=True):
                 found[index] = self.tokenizer.decode(answer_T, skip_special_tokens=True)
         return found
 
@@ -98,16 +96,15 @@ class Judge:
             for text in texts
         ]
 
-    def _padded(self, rows: Sequence[list[int]], *, left: bool = False) -> dict[str, Tensor]:
+    def _padded(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, (B, T) int64 each."""
         width = max(map(len, rows))
         shape = len(rows), width
         ids_BT = torch.full(shape, int(self.tokenizer.pad_token_id))
         mask_BT = torch.zeros(shape, dtype=torch.int64)
         for number, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids_BT[number, place] = torch.tensor(row)
-            mask_BT[number, place] = 1
+            ids_BT[number, : len(row)] = torch.tensor(row)
+            mask_BT[number, : len(row)] = 1
         device = self.model.device
         return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
@@ -128,12 +125,6 @@ def answer_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[st
             for answer, result, reference in zip(answers, wrong, references, strict=True)
         ),
     }
-
-
-def last_number(text: str) -> float | None:
-    """The last number of a text, thousands' commas or not."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def general_text_metrics(

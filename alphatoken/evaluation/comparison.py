@@ -1,0 +1,171 @@
+"""Two evaluations of the same items, compared pair by pair.
+
+Shape legend: K tasks, S resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+from rich.table import Table
+
+from alphatoken.config.evaluation import EvaluationConfig, Part
+from alphatoken.errors import UserError
+from alphatoken.evaluation.measures import (
+    MEASURES,
+    Estimate,
+    Floats,
+    Measure,
+    estimate,
+    everything,
+    resampled,
+)
+from alphatoken.evaluation.results import Evaluation, TaskResult
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a measure of a task differs: after minus before."""
+
+    task: str
+    part: Part
+    measure: Measure
+    before: float
+    after: float
+    difference: Estimate
+    resamples_S: Floats
+    """The difference in each resample, of both evaluations' same items."""
+
+    @property
+    def improved_S(self) -> Floats:
+        """The resamples counted so that more is better."""
+        return self.resamples_S if self.measure.better == "higher" else -self.resamples_S
+
+    @property
+    def improvement(self) -> float:
+        """The difference counted so that more is better."""
+        value = self.difference.value
+        return value if self.measure.better == "higher" else -value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All measures of all tasks that two evaluations have in common."""
+
+    before: str
+    after: str
+    differences: Sequence[Difference]
+
+    def table(self) -> Table:
+        """Every measure before and after, and the difference with its 95 % interval."""
+        table = Table("task", "measure", "before", "after", "difference", "95 % interval")
+        table.title, table.title_justify = f"{self.before} -> {self.after}", "left"
+        for each in self.differences:
+            found = each.difference
+            table.add_row(
+                each.task,
+                each.measure.name,
+                f"{each.before:.4f}",
+                f"{each.after:.4f}",
+                f"{found.value:+.4f}",
+                f"[{found.low:+.4f}, {found.high:+.4f}]",
+            )
+        return table
+
+    def sentence(self) -> str:
+        """What was learned and what was kept: `target +x [a, b], retention -y [c, d]`.
+
+        Each is the mean improvement of the first measures of its tasks; more is better in all.
+        Where some of them are shares (0 to 1) those alone count, as losses have another unit.
+        """
+        said = []
+        for part in get_args(Part):
+            main = {each.task: each for each in reversed(self.differences) if each.part == part}
+            shares = [each for each in main.values() if each.measure.is_share]
+            counted = shares or list(main.values())
+            if not counted:
+                continue
+            value = sum(each.improvement for each in counted) / len(counted)
+            improved_KS = np.stack([each.improved_S for each in counted])
+            found = estimate(value, improved_KS.mean(0))
+            named = ", ".join(f"{each.task} {each.measure.name}" for each in reversed(counted))
+            said.append(
+                f"{part} {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] ({named})"
+            )
+        return ", ".join(said)
+
+
+def compare(before: Evaluation, after: Evaluation, config: EvaluationConfig) -> Comparison:
+    """The differences of all tasks that both have. Items are resampled together, so what makes an
+    item hard for both does not widen the intervals.
+
+    Raises UserError where no task is in both, or one has other items or settings.
+    """
+    common = [name for name in before.tasks if name in after.tasks]
+    if not common:
+        raise UserError(
+            f"the evaluations have no task in common: {', '.join(before.tasks) or 'none'} of "
+            f"{before.model}, {', '.join(after.tasks) or 'none'} of {after.model}"
+        )
+    differences = []
+    for place, name in enumerate(common):
+        check_pairs(name, before.tasks[name], after.tasks[name])
+        differences += _differences(
+            name, before.tasks[name], after.tasks[name], config.resamples, config.seed + place
+        )
+    return Comparison(before.model, after.model, differences)
+
+
+def check_pairs(name: str, before: TaskResult, after: TaskResult) -> None:
+    """Raises UserError where a task was another one, had other settings, or has other items."""
+    if before.task != after.task:
+        raise UserError(f"task {name} is {before.task} before and {after.task} after")
+    for key in sorted({*before.settings, *after.settings}):
+        was, now = before.settings.get(key), after.settings.get(key)
+        if was != now:
+            raise UserError(
+                f"task {name}: {key} was {was!r} before and is {now!r} after, so the numbers are "
+                "of different questions; evaluate again with the same"
+            )
+    ids = [[item["id"] for item in each.items] for each in (before, after)]
+    if ids[0] == ids[1]:
+        return
+    unpaired = next(
+        (place for place, (was, now) in enumerate(zip(*ids, strict=False)) if was != now), None
+    )
+    where = (
+        f"{len(ids[0])} items before and {len(ids[1])} after"
+        if unpaired is None
+        else f"item {unpaired + 1} is {before.items[unpaired]['row']} before and "
+        f"{after.items[unpaired]['row']} after, with other content"
+    )
+    raise UserError(
+        f"task {name} has other items in the two evaluations, which cannot be paired: {where}; "
+        "evaluate both on the same rows"
+    )
+
+
+def _differences(
+    name: str, before: TaskResult, after: TaskResult, resamples: int, seed: int
+) -> list[Difference]:
+    counts_SN = resampled(len(before.items), resamples, seed)
+    once_1N = everything(len(before.items))
+    found = []
+    for measure in MEASURES[before.task]:
+        was, now = (float(measure.of(each.items, once_1N)[0]) for each in (before, after))
+        resamples_S = measure.of(after.items, counts_SN) - measure.of(before.items, counts_SN)
+        found.append(
+            Difference(
+                task=name,
+                part=after.part,
+                measure=measure,
+                before=was,
+                after=now,
+                difference=estimate(now - was, resamples_S),
+                resamples_S=resamples_S,
+            )
+        )
+    return found
