@@ -44,6 +44,7 @@ RECIPES = {
     "preference": ("preference.py", "Train on pairs of responses."),
     "fisher": ("fisher.py", "Estimate the Fisher of the model that runs will start from."),
     "value": ("value_tokens.py", "Value every response token of a data set, without training."),
+    "evaluate": ("evaluate.py", "Ask a model what it can do, and compare two evaluations."),
 }
 
 
@@ -57,9 +58,11 @@ def next_step(error: UserError | RemoteError, command_line: Sequence[str]) -> st
     if isinstance(error, NonFiniteError):
         allow = "'train.resume_allow=[optim.lr]'"
         return f"the same command with train.resume=auto {allow} and a lower optim.lr=..."
-    if recipe is not None:
+    if recipe is not None and recipe != "evaluate":  # doctor is for runs
         given = shlex.join(arguments)
         return f"alphatoken doctor {given} looks for all that would stop the run"
+    if recipe is not None:
+        return f"alphatoken {recipe} --help lists every key, its default and its reason"
     if file != "alphatoken" and not program.endswith("alphatoken/__main__.py"):
         return f"python {program} --help"
     words = arguments[:2] if arguments[:1] == ["values"] else arguments[:1]

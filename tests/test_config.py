@@ -570,13 +570,16 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "reference.save_every",
         "selection.store",
         "train.eval_every",
+        "train.evaluate",
         "train.grace_seconds",
+        "train.keep_best",
         "train.keep_every",
         "train.keep_last",
         "train.output_dir",
         "train.resume",
         "train.resume_allow",
         "train.save_every",
+        "train.stop_after",
         "train.watchdog_seconds",
     }
     # Keys of an older version, which a checkpoint may have.

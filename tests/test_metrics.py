@@ -22,9 +22,10 @@ INTRODUCTION = """\
 A run writes one JSON object per optimizer step to `metrics.jsonl`, with these numbers. Each is
 declared in the `metrics.py` of the package that computes it (`alphatoken.util.metrics.declare`);
 `make metrics` writes this page. A name with `{a,b}` stands for one metric of each, one with
-`<source>` for one of each source of a mixture (`name` of a source in `data.train`). The unit
-`value` is that of a token's value: how far the held-out loss falls, to first order, when the
-weights take a step of size 1 down the token's gradient.
+`<source>` for one of each source of a mixture (`name` of a source in `data.train`), one with
+`<task>` for one of each task of `train.evaluate`. The unit `value` is that of a token's value: how
+far the held-out loss falls, to first order, when the weights take a step of size 1 down the token's
+gradient.
 
 """
 # Declares all metrics.

@@ -34,7 +34,18 @@ RECIPES = (
     "recipes/value_tokens.py",
     "recipes/evaluate.py",
 )
-COMMANDS = ("export", "convert", "preview", "tokenise", "plan", "doctor", "report", "schema", "new", "compare")
+COMMANDS = (
+    "export",
+    "convert",
+    "preview",
+    "tokenise",
+    "plan",
+    "doctor",
+    "report",
+    "schema",
+    "new",
+    "compare",
+)
 
 
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -163,10 +163,15 @@ class Exported:
 
 
 def export_checkpoint(
-    run: Path, target: Path, step: int | None = None, *, merge: bool = False
+    run: Path,
+    target: Path,
+    step: int | None = None,
+    *,
+    merge: bool = False,
+    replace: bool = False,
 ) -> Exported:
     """Writes the newest undamaged checkpoint of a run (or that of `step`) to the new folder
-    `target`.
+    `target`, or in its place with `replace`.
 
     Weights get the run's `model.dtype`, from the fp32 masters. Adapters are written as such, or
     merged into the model they belong to, which then has to fit in memory; those of a finished run
@@ -174,7 +179,8 @@ def export_checkpoint(
     that is no run, a damaged checkpoint, a target that exists, or where the disk refuses; then
     nothing is left of it.
     """
-    check_is_new(target)
+    if not replace:
+        check_is_new(target)
     if merge and step is None:
         place = _adapters_without_checkpoint(run)
         if place is not None:

@@ -41,9 +41,15 @@ def remove_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
+def tidy(
+    checkpoints: Path,
+    saved: int,
+    keep_last: int | None,
+    keep_every: int | None,
+    best: int | None = None,
+) -> None:
     """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old
-    converted ones.
+    converted ones. That of step `best` is kept.
 
     A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed,
     so that it is never taken for newer.
@@ -58,6 +64,8 @@ def tidy(checkpoints: Path, saved: int, keep_last: int | None, keep_every: int |
         keep_last,
         keep_every,
     ):
+        if step == best:
+            continue
         shutil.rmtree(folders[step], ignore_errors=True)
     for converted in checkpoints.glob("step-*-universal"):
         if converted.name != f"step-{saved}-universal":

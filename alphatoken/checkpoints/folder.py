@@ -50,6 +50,10 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
+    def evaluation(self, step: int) -> Path:
+        """What the tasks of `train.evaluate` have found after so many optimizer steps."""
+        return self.path / "evaluations" / f"step-{step}.json"
+
     @property
     def heartbeats(self) -> Path:
         return self.path / "heartbeats"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from alphatoken.checkpoints.best import Best
 from alphatoken.checkpoints.files import (
     FORMAT_VERSION,
     LATEST,
@@ -47,6 +48,8 @@ class TrainingState:
     """Running scales of adaptation and stability; None without a scorer."""
     inputs: dict[str, str | None]
     """Hashes of what the run was made from, by name."""
+    best: Best | None
+    """The best evaluation so far, with `train.keep_best`."""
     random: list[torch.Tensor] | None
     """The states of this rank's random number generators; None where another number of ranks wrote
     the checkpoint."""
@@ -78,8 +81,9 @@ class Checkpoints:
 
         All ranks write their shards, and each tells names, sizes and hashes of the files it wrote;
         of these rank 0 makes the list, which makes the checkpoint valid, and removes those that
-        `train.keep_last` does not keep. No rank looks for files of others: a shared file system may
-        show them late. Raises UserError when the disk refuses; older checkpoints stay as they are.
+        neither `train.keep_last` nor `train.keep_best` keeps. No rank looks for files of others: a
+        shared file system may show them late. Raises UserError when the disk refuses; older
+        checkpoints stay as they are.
         """
         final = self._folder.checkpoints / f"step-{done}"
         partial = final.with_name(final.name + PARTIAL)
@@ -89,7 +93,7 @@ class Checkpoints:
             own = self._write_shards(partial, state)
             own += collectives.agree(lambda: _write_own(partial, state, scorer))
             files = _describe_together(partial, own)
-            collectives.on_rank_0(lambda: self._publish(partial, final, files))
+            collectives.on_rank_0(lambda: self._publish(partial, final, files, state.best))
         except (OSError, RuntimeError) as error:
             collectives.barrier()
             collectives.on_rank_0(lambda: remove_leftovers(self._folder.checkpoints))
@@ -112,7 +116,12 @@ class Checkpoints:
         zero3.set_optimizer_options(self._engine, options)
         self.newest = step
         values = client_state[STATE]
-        return TrainingState(values["scales"], values["inputs"], _random_of(checkpoint, values))
+        return TrainingState(
+            scales=values["scales"],
+            inputs=values["inputs"],
+            best=Best.from_json(values.get("best")),
+            random=_random_of(checkpoint, values),
+        )
 
     def scorer_slices(self, checkpoint: Path) -> TensorFile | None:
         """What the scorer of a checkpoint kept in slices, if anything; of one that was converted
@@ -133,7 +142,11 @@ class Checkpoints:
     def _write_shards(self, partial: Path, state: TrainingState) -> list[Path]:
         """Returns the files that this rank wrote. Raises on every rank what any rank's disk
         refused."""
-        values = {"scales": state.scales, "inputs": state.inputs}
+        values = {
+            "scales": state.scales,
+            "inputs": state.inputs,
+            "best": None if state.best is None else state.best.as_json(),
+        }
         written, refused = zero3.save_shards(
             self._engine, self._folder.checkpoints, partial.name, {STATE: values}
         )
@@ -145,7 +158,9 @@ class Checkpoints:
         collectives.agree(check)
         return written
 
-    def _publish(self, partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
+    def _publish(
+        self, partial: Path, final: Path, files: dict[str, dict[str, Any]], best: Best | None
+    ) -> None:
         """Makes a written checkpoint the valid one of its step, and the latest."""
         missing = missing_files(files, collectives.world_size())
         if missing:
@@ -169,7 +184,11 @@ class Checkpoints:
         publish_text(final.parent / LATEST, final.name)
         shutil.rmtree(aside, ignore_errors=True)
         train = self._config.train
-        tidy(final.parent, step, train.keep_last, train.keep_every)
+        keep_last = train.keep_last
+        if train.save_every is None and train.keep_best is not None:
+            keep_last = 1  # they are saved for being the best alone
+        best_step = None if best is None else best.step
+        tidy(final.parent, step, keep_last, train.keep_every, best_step)
 
 
 def checkpoint_bytes(module: nn.Module, *, trains_in_16_bit: bool) -> int:

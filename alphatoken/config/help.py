@@ -23,7 +23,7 @@ PURPOSES: dict[str, tuple[str, ...]] = {
     "Which tokens count": ("valuation", "selection", "fisher", "reference"),
     "What is minimised on pairs": ("preference",),
     "How long, how fast, where it is kept": ("train", "optim", "deepspeed"),
-    "What is seen of it": ("logging",),
+    "What is seen of it": ("logging", "evaluation"),
 }
 """Sections by what somebody wants to set, in the order of `--help`."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from alphatoken.config.evaluation import Better
 from alphatoken.config.objectives import (
     OBJECTIVE_TRAITS,
     OPTIONAL_KEYS,
@@ -227,6 +228,13 @@ class PreferenceRunConfig(RunConfig):
     @property
     def trains_on_pairs(self) -> bool:
         return True
+
+    @property
+    def evaluated_metrics(self) -> dict[str, Better]:
+        found = super().evaluated_metrics
+        if self.data.eval is not None:
+            found |= {"eval_rewards_accuracy": "higher", "eval_rewards_margin": "higher"}
+        return found
 
     @property
     def needs_reference(self) -> bool:

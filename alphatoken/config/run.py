@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alphatoken.config.choices import OneOf
-from alphatoken.config.evaluation import EvaluationConfig
+from alphatoken.config.evaluation import Better, EvaluationConfig, EvaluationTask
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
     MAY_CHANGE,
@@ -136,6 +136,24 @@ class TrainConfig(Section):
         None,
         ge=1,
         description="Optimizer steps between evaluations, besides first and last.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    evaluate: list[str] = Field(
+        default_factory=list,
+        description="Tasks of evaluation.tasks, by name, that the model is asked at every "
+        "evaluation; the run then ends with what was learned and what was kept.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    keep_best: str | None = Field(
+        None,
+        description="Metric of the evaluations, such as eval_loss or eval_exact_match/gsm8k: the "
+        "checkpoint with the best one is kept, and exported at the end.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    stop_after: int | None = Field(
+        None,
+        ge=1,
+        description="End training after so many evaluations in which keep_best was no better.",
         json_schema_extra=MAY_CHANGE,
     )
     gradient_checkpointing: bool = Field(
@@ -292,6 +310,22 @@ class RunConfig(Section):
         return self.selection.normalise or ("kept" if known else "response")
 
     @property
+    def asked(self) -> list[EvaluationTask]:
+        """The tasks that the model is asked during a run."""
+        return [each for each in self.evaluation.tasks if each.called in self.train.evaluate]
+
+    @property
+    def evaluated_metrics(self) -> dict[str, Better]:
+        """What evaluations during a run measure, by metric, and which way is better."""
+        found: dict[str, Better] = {}
+        if self.data.eval is not None:
+            found["eval_loss"] = "lower"
+        for task in self.asked:
+            for measure, better in task.traits.measures.items():
+                found[f"eval_{measure}/{task.called}"] = better
+        return found
+
+    @property
     def needs_noise(self) -> bool:
         """Whether a selection needs noise with every batch."""
         return any("noise" in needs for _, needs in self._needs())
@@ -414,6 +448,37 @@ class RunConfig(Section):
             _check_selection(selection, policy)
         for setting, needs in self._needs():
             self._check_needs(setting, needs)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_evaluated_is_known(self) -> RunConfig:
+        train, tasks = self.train, [each.called for each in self.evaluation.tasks]
+        for name in train.evaluate:
+            if name not in tasks:
+                raise ValueError(
+                    f"train.evaluate names {name!r}, which evaluation.tasks does not have; it has "
+                    f"{', '.join(tasks) or 'none'}"
+                )
+        if train.stop_after is not None and train.keep_best is None:
+            raise ValueError(
+                f"train.stop_after={train.stop_after} needs train.keep_best, the metric that has "
+                "to get better"
+            )
+        if train.keep_best is None:
+            return self
+        known = self.evaluated_metrics
+        if train.keep_best not in known:
+            raise ValueError(
+                f"train.keep_best={train.keep_best} is not evaluated; evaluations give "
+                f"{', '.join(known) or 'nothing: set data.eval, or train.evaluate'}"
+            )
+        every = train.eval_every
+        if every is None or every % self.valuation.refresh_every:
+            raise ValueError(
+                f"train.keep_best={train.keep_best} needs evaluations between the first and the "
+                f"last, after which a checkpoint can be saved: set train.eval_every (now {every}) "
+                f"to a multiple of valuation.refresh_every={self.valuation.refresh_every}"
+            )
         return self
 
     def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:

@@ -106,6 +106,8 @@ def check_space(config: RunConfig, model: nn.Module, train_rows: int) -> Finding
     most = most_at_once(
         train.total_steps(train_rows), train.save_every, train.keep_last, train.keep_every
     )
+    if train.keep_best is not None:  # the best one so far, and the next while it is written
+        most += 2 if train.save_every is None else 1
     to_come = max(most - len(step_folders(folder.checkpoints)), min(most, 1))
     needed, free = to_come * one + export, free_bytes(folder.path)
     what = f"the export ({size(export)})"

@@ -96,3 +96,10 @@ declare("composite_mean/<source>", "mean value of a source's response tokens", "
 
 # On data.eval (evaluation.py).
 declare("eval_loss", "the loss of `data.eval`: per response token, or the objective's per pair")
+
+# What a model is asked during a run (asking.py).
+declare(
+    "eval_{loss,exact_match,acc_norm,acc,perplexity,byte_perplexity,accuracy,accuracy_norm,"
+    "pass_at_1}/<task>",
+    "measure of a task of `train.evaluate` (docs/evaluation.md)",
+)

@@ -72,6 +72,11 @@ class Report:
                 "starting", total=total_steps, completed=first_step
             )
 
+    @property
+    def console(self) -> Console:
+        """Where lines are printed; quiet on ranks other than 0."""
+        return self._console
+
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, soft_wrap=True)
 
@@ -90,7 +95,7 @@ class Report:
         if self._progress is not None:
             self._progress.update(self._task, description=_in_short(metrics), completed=step)
             due = due and self._config.logging.every > 1  # the bar shows every step already
-        if due or "eval_loss" in metrics:
+        if due or _is_evaluation(metrics):
             rate = (time.monotonic() - self._started) / max(step - self._first_step, 1)
             left = (
                 ""
@@ -123,7 +128,7 @@ class Report:
 
     def _remember(self, metrics: Metrics) -> None:
         """For the summary at the end."""
-        if "eval_loss" in metrics:
+        if _is_evaluation(metrics):
             self._evaluations.append(
                 {key: value for key, value in metrics.items() if key.startswith("eval_")}
             )
@@ -225,19 +230,26 @@ def _in_full(metrics: Metrics) -> str:
         if "rewards_margin" not in metrics:
             parts.append(f"loss of all {metrics['loss_response']:.4f}")
         parts.append(f"lr {metrics['lr']:.2e}")
-        if "eval_loss" in metrics:
+        if _is_evaluation(metrics):
             parts.append(_evaluated(metrics))
     return "  ".join(parts)
 
 
+def _is_evaluation(metrics: Metrics) -> bool:
+    return any(name.startswith("eval_") for name in metrics)
+
+
 def _evaluated(metrics: Metrics) -> str:
-    text = f"eval_loss {metrics['eval_loss']:.4f}"
+    parts = []
+    if "eval_loss" in metrics:
+        parts.append(f"eval_loss {metrics['eval_loss']:.4f}")
     if "eval_rewards_accuracy" in metrics:
-        text += (
-            f"  eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer "
+        parts.append(
+            f"eval_accuracy {metrics['eval_rewards_accuracy']:.3f} (longer "
             f"{metrics['eval_length_accuracy']:.3f})"
         )
-    return text
+    asked = {name: value for name, value in metrics.items() if "/" in name and "eval_" in name}
+    return "  ".join([*parts, *(f"{name} {value:.4f}" for name, value in asked.items())])
 
 
 def _cut_lines(file: Path, first_step: int) -> list[Any]:

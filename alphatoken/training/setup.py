@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
 from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
+from alphatoken.evaluation.evaluate import build_tasks
+from alphatoken.evaluation.rows import Task
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
@@ -65,6 +68,8 @@ class Run:
     adam_scale: AdamScale | None
     """For `valuation.preconditioner: adam`."""
     reference: Reference | None
+    tasks: Sequence[Task]
+    """What the model is asked at evaluations; of `train.evaluate`."""
     stored: StoredColumn | None
     """Values of the rows of `data.train` that were made before; of `selection.store`."""
     inputs: dict[str, str | None]
@@ -105,12 +110,16 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     if config.needs_store:
         stored = collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
     notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
+    tasks = build_tasks(config, tokenizer, config.asked)
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
 
     stopwatch = Stopwatch(device)
     lm = _load(config, engine_config, tokenizer)
-    notes += _model_notes(config.model, lm, tokenizer)
+    notes += [
+        *_model_notes(config.model, lm, tokenizer),
+        *(n for task in tasks for n in task.notes),
+    ]
     decoder = decoder_of(lm.train())
     decoder.freeze_unreached()
     model = ValuedModel(
@@ -159,6 +168,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         drift=drift,
         adam_scale=adam_scale,
         reference=reference,
+        tasks=tasks,
         stored=stored,
         inputs=inputs,
         continuation=continuation,

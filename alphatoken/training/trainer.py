@@ -7,7 +7,8 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from alphatoken.checkpoints.export import export_model
+from alphatoken.checkpoints.best import Best, updated
+from alphatoken.checkpoints.export import export_checkpoint, export_model
 from alphatoken.checkpoints.resuming import Continuation, changed_inputs
 from alphatoken.checkpoints.saving import (
     Checkpoints,
@@ -19,6 +20,7 @@ from alphatoken.checkpoints.saving import (
 from alphatoken.checkpoints.starting import start_run_folder
 from alphatoken.distributed import collectives, zero3
 from alphatoken.report.responses import ValuedResponse
+from alphatoken.training.asking import ask, show_change
 from alphatoken.training.evaluation import evaluate
 from alphatoken.training.feed import Feed
 from alphatoken.training.refresh import held_out_refresh
@@ -28,6 +30,7 @@ from alphatoken.training.step import OptimizerStep, StepResult
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.metrics import Metrics
+from alphatoken.util.wording import plural
 
 
 class Trainer:
@@ -66,10 +69,12 @@ class Trainer:
         )
         self.first_step = 0
         """Optimizer steps that were taken before this run."""
+        self.best: Best | None = None
+        """The best evaluation so far, with `train.keep_best`."""
         self.notes = run.notes
         if run.continuation is not None:
             self._continue(run.continuation)
-        if config.train.save_every is not None:
+        if config.train.save_every is not None or config.train.keep_best is not None:
             self.checkpoints.check_space()
         self._told: ValuedResponse | None = None
         """The newest response that is known token by token."""
@@ -89,9 +94,11 @@ class Trainer:
         )
         with self.stop, self.watchdog, closing(report):
             self._announce(report)
-            if self.first_step == 0 and run.splits.eval is not None:
-                report.step({"step": 0, **self._evaluate()})
-            for step in range(self.first_step, total):
+            if self.first_step == 0 and self._has_evaluations:
+                report.step({"step": 0, **self._evaluate(0)})
+            done = self.first_step
+            while done < total and not self._is_past_best():
+                step = done
                 if self.stop.is_agreed() and self._can_save(step):
                     self._stop_after(step, report)
                     return
@@ -105,14 +112,45 @@ class Trainer:
                     report.say(f"no time to finish step {step + 1}: it will be done again")
                     self._stop_after(step, report)
                     return
-                self._after_step(step + 1, result, report)
+                done = step + 1
+                self._after_step(done, result, report)
             if self.stop.is_agreed():
-                self._stop_after(total, report)
+                self._stop_after(done, report)
                 return
-            moved = partial(self.watchdog.moved, "the export")
-            moved()
-            export_model(run.engine, run.tokenizer, run.folder.export, moved)
+            exported = self._export(done, report)
             report.finish(self._told)
+            if run.tasks and collectives.rank() == 0:
+                show_change(run, exported, report.console)
+
+    @property
+    def _has_evaluations(self) -> bool:
+        return self.run.splits.eval is not None or bool(self.run.tasks)
+
+    def _is_past_best(self) -> bool:
+        """Whether so many evaluations were no better than the best that training is to end."""
+        limit = self.run.config.train.stop_after
+        return limit is not None and self.best is not None and self.best.stale >= limit
+
+    def _export(self, done: int, report: Report) -> int:
+        """Exports the weights after `done` steps, or those of the best checkpoint; returns after
+        how many steps they were."""
+        run, best = self.run, self.best
+        moved = partial(self.watchdog.moved, "the export")
+        moved()
+        if best is None or best.step == done:
+            export_model(run.engine, run.tokenizer, run.folder.export, moved)
+        else:
+            step = best.step
+            collectives.on_rank_0(
+                lambda: str(
+                    export_checkpoint(run.folder.path, run.folder.export, step, replace=True).folder
+                )
+            )
+        if best is not None:
+            report.say(
+                f"exported step {best.step} of {done}, the best by {best.metric}: {best.value:.4f}"
+            )
+        return done if best is None else best.step
 
     def save(self, done: int) -> Path:
         """Saves a checkpoint after `done` optimizer steps. Every rank must call it."""
@@ -122,6 +160,7 @@ class Trainer:
         state = TrainingState(
             scales=None if scorer is None else scorer.scales.state,
             inputs=self.run.inputs,
+            best=self.best,
             random=random_state(self.run.device),
         )
         slices = None if scorer is None else scorer.state()
@@ -144,7 +183,21 @@ class Trainer:
         if state.random is not None:
             set_random_state(state.random, run.device)
         self.first_step = continuation.step
-        self.notes = (*self.notes, *changed, *map(str, continuation.notes))
+        self.best, lost = self._best_of(state.best)
+        self.notes = (*self.notes, *changed, *map(str, continuation.notes), *lost)
+
+    def _best_of(self, saved: Best | None) -> tuple[Best | None, list[str]]:
+        """The best evaluation that a checkpoint tells of, where it still counts, and what to say
+        where it does not."""
+        wanted = self.run.config.train.keep_best
+        if saved is None or wanted is None:
+            return None, []
+        if saved.metric != wanted:
+            return None, [f"the best so far was by {saved.metric}: {wanted} starts anew"]
+        kept = self.run.folder.checkpoints / f"step-{saved.step}"
+        if not collectives.on_rank_0(kept.is_dir):
+            return None, [f"warning: {kept}, the best by {wanted}, is gone: the best starts anew"]
+        return saved, []
 
     def _announce(self, report: Report) -> None:
         for line in (*self.run.data_lines(), *self.notes):
@@ -159,12 +212,31 @@ class Trainer:
         self._told = next(iter(result.responses), self._told)
         report.keep(result.responses)
         metrics = result.metrics
-        if self.run.splits.eval is not None and self._evaluates(done):
-            metrics = metrics | self._evaluate()
+        evaluates = self._has_evaluations and self._evaluates(done)
+        if evaluates:
+            metrics = metrics | self._evaluate(done)
+            self._note_best(done, metrics)
         report.step(metrics)
+        ends = self._is_past_best()
+        if ends and self.best is not None:
+            report.say(
+                f"training ends after step {done} of {self.run.total_steps}: "
+                f"{self.best.metric} was not better in {plural(self.best.stale, 'evaluation')} "
+                "(train.stop_after)"
+            )
         save_every = self.run.config.train.save_every
-        if save_every is not None and (done % save_every == 0 or done == self.run.total_steps):
+        due = save_every is not None and (
+            done % save_every == 0 or ends or done == self.run.total_steps
+        )
+        if due or (evaluates and self.best is not None and self.best.step == done):
             report.say(f"saved {self.save(done)}")
+
+    def _note_best(self, done: int, metrics: Metrics) -> None:
+        """Compares an evaluation with the best one so far."""
+        metric = self.run.config.train.keep_best
+        if metric is not None:
+            better = self.run.config.evaluated_metrics[metric]
+            self.best = updated(self.best, metric, better, float(metrics[metric]), done)
 
     def _stop_after(self, done: int, report: Report) -> None:
         """Ends a run that was asked to stop, so that it can go on."""
@@ -183,15 +255,17 @@ class Trainer:
         every = self.run.config.train.eval_every
         return done == self.run.total_steps or (every is not None and done % every == 0)
 
-    def _evaluate(self) -> Metrics:
+    def _evaluate(self, done: int) -> Metrics:
         began = time.perf_counter()
+        on_batch = partial(self.watchdog.moved, "an evaluation")
         metrics = evaluate(
             model=self.run.model,
             objective=self.run.objective,
             batches=self.feed.evaluation(),
             device=self.run.device,
-            on_batch=lambda: self.watchdog.moved("an evaluation"),
+            on_batch=on_batch,
         )
+        metrics |= ask(self.run, done, on_batch)
         zero3.release_weights(self.run.engine)
         self.stop.took("evaluation", time.perf_counter() - began)
         return metrics

@@ -1,0 +1,59 @@
+"""What a model is asked during its training: the tasks of `train.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from alphatoken.data.tokenizer import stop_tokens
+from alphatoken.distributed import collectives
+from alphatoken.evaluation.comparison import compare
+from alphatoken.evaluation.evaluate import judged
+from alphatoken.evaluation.judge import Judge
+from alphatoken.evaluation.measures import MEASURES, everything
+from alphatoken.evaluation.results import Evaluation, read_evaluation, write_evaluation
+from alphatoken.training.setup import Run
+from alphatoken.util.metrics import Metrics
+
+
+def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
+    """What the tasks of `train.evaluate` find after `done` optimizer steps,
+    `eval_<measure>/<task>`; every item is written into the run's folder. Every rank must call
+    it."""
+    if not run.tasks:
+        return {}
+    judge = Judge(
+        model=run.model.lm,
+        token_losses=run.model.token_losses,
+        tokenizer=run.tokenizer,
+        stop_tokens=stop_tokens(run.config.model, run.tokenizer),
+        device=run.device,
+        batch_size=run.config.evaluation.batch_size,
+        on_batch=on_batch,
+    )
+    evaluation = judged(run.config, run.tasks, judge, f"{run.folder.path}, step {done}")
+    collectives.on_rank_0(
+        lambda: write_evaluation(run.folder.evaluation(done), evaluation, run.config.evaluation)
+    )
+    return metrics_of(evaluation)
+
+
+def metrics_of(evaluation: Evaluation) -> Metrics:
+    """Every measure of every task by its name in the metrics."""
+    return {
+        f"eval_{measure.name}/{name}": float(measure.of(task.items, everything(len(task.items)))[0])
+        for name, task in evaluation.tasks.items()
+        for measure in MEASURES[task.task]
+    }
+
+
+def show_change(run: Run, done: int, console: Console) -> None:
+    """Prints how the evaluation after `done` steps differs from that before training, where both
+    were made; for rank 0."""
+    before, after = run.folder.evaluation(0), run.folder.evaluation(done)
+    if not (before.exists() and after.exists()):
+        return
+    found = compare(read_evaluation(before), read_evaluation(after), run.config.evaluation)
+    console.print(found.table())
+    console.print(found.sentence(), markup=False, soft_wrap=True)
