@@ -38,6 +38,7 @@ from alphatoken.evaluation.tokens import windows
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.token_losses import TokenLosses
 from tests.ranks import run_ranks
+from tests.runs import run_recipe
 
 HELLASWAG: list[dict[str, Any]] = [
     {
@@ -446,6 +447,36 @@ def test_the_command_compares_two_files_and_ends_with_a_sentence(tmp_path: Path)
     files[0].write_text("{}")
     with pytest.raises(UserError, match="is not an evaluation that this version reads"):
         read_evaluation(files[0])
+
+
+@pytest.mark.slow
+def test_the_recipe_compares_with_an_earlier_evaluation(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last line says so; other rows are refused before weights are read."""
+    values["evaluation"]["tasks"] = [
+        each
+        for each in values["evaluation"]["tasks"]
+        if each["task"] in {"perplexity", "target_loss"}
+    ]
+    file = tmp_path / "evaluate.yaml"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    earlier = values["evaluation"]["output"]
+    first = run_recipe(file, recipe="evaluate")
+    assert first.returncode == 0, first.stderr
+    assert "evaluation task perplexity: 1 skipped: empty text" in first.stdout
+    assert first.stdout.splitlines()[-1] == earlier
+    again = [f"evaluation.output={tmp_path}/again.json", f"evaluation.compare_with={earlier}"]
+    second = run_recipe(file, *again, recipe="evaluate")
+    assert second.stdout.splitlines()[-1] == (
+        "target +0.0000 [+0.0000, +0.0000] (target_loss loss), "
+        "retention +0.0000 [+0.0000, +0.0000] (perplexity perplexity)"
+    ), second.stderr
+    write(tmp_path, "texts", TEXTS[1:])
+    third = run_recipe(file, *again, recipe="evaluate")
+    assert third.returncode == 2
+    assert "task perplexity has other items in the two evaluations" in third.stderr
+    assert "batches" not in third.stdout
 
 
 @pytest.mark.slow

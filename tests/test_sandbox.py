@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,32 @@ def test_what_a_program_leaves_behind_ends_with_it() -> None:
     assert ran(program.replace("SECONDS", "0.2"))
     assert not ran(program.replace("SECONDS", "10**6"))
     assert not processes_that_say(name)
+
+
+def test_a_sandbox_ends_with_the_process_that_started_it() -> None:
+    name = f"orphan{os.getpid() % 10**6}"
+    inside = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{name}'); time.sleep(10**6)"
+    outside = (
+        "from alphatoken.evaluation.sandbox import *; "
+        f"run_program({inside!r}, Limits(seconds=600, megabytes=512))"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", outside], cwd=Path(__file__).parent.parent)
+    try:
+        assert becomes(lambda: bool(processes_that_say(name)))
+    finally:
+        starter.kill()
+        starter.wait()
+    assert becomes(lambda: not processes_that_say(name))
+
+
+def becomes(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether something is true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_fork_bomb_comes_to_nothing() -> None:

@@ -70,29 +70,28 @@ class Programs(Task):
         config, tokenizer = setting.config.evaluation, setting.tokenizer
         self._limits = Limits(config.code_seconds, config.code_megabytes)
         check_sandbox(self._limits)
-        self._questions = Questions[Problem](setting, task)
+        self.questions = Questions[Problem](setting, task)
         self._prompts: list[list[int]] = []
         for where, row in raw_rows(setting, task):
             problem = PROBLEMS[task.task](row.fields, where)
             ids = tokens_of_text(tokenizer, problem.prompt)
             if len(ids) > config.max_length:
-                self._questions.counts[f"skipped: prompt over {config.max_length} tokens"] += 1
+                self.questions.counts[f"skipped: prompt over {config.max_length} tokens"] += 1
                 continue
-            self._questions.add(where, row.fields, problem)
+            self.questions.add(where, row.fields, problem)
             self._prompts.append(ids)
-        self._questions.checked([document(ids) for ids in self._prompts])
-        self.notes = self._questions.notes
+        self.questions.checked([document(ids) for ids in self._prompts])
 
     def judge(self, judge: Judge) -> list[Item]:
         answers = judge.answers(self._prompts, self.settings.max_new_tokens)
         answers = [ENDS[self.settings.task].split(answer, maxsplit=1)[0] for answer in answers]
-        asked = [each.asked for each in self._questions.kept]
+        asked = [each.asked for each in self.questions.kept]
         programs = [
             f"{each.before}{answer}\n{each.tests}"
             for each, answer in zip(asked, answers, strict=True)
         ]
         passed = self._passed(programs, judge.on_batch)
-        return self._questions.results({"pass_at_1": passed, "answer": answers})
+        return self.questions.results({"pass_at_1": passed, "answer": answers})
 
     def _passed(self, programs: Sequence[str], on_program: Callable[[], None]) -> list[float]:
         """Whether each program runs to its end; each rank runs its share of them."""

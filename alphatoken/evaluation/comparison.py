@@ -100,27 +100,30 @@ class Comparison:
 
 def compare(before: Evaluation, after: Evaluation, config: EvaluationConfig) -> Comparison:
     """The differences of all tasks that both have. Items are resampled together, so what makes an
-    item hard for both does not widen the intervals.
-
-    Raises UserError where no task is in both, or one has other items or settings.
-    """
-    common = [name for name in before.tasks if name in after.tasks]
-    if not common:
-        raise UserError(
-            f"the evaluations have no task in common: {', '.join(before.tasks) or 'none'} of "
-            f"{before.model}, {', '.join(after.tasks) or 'none'} of {after.model}"
-        )
+    item hard for both does not widen the intervals. Raises UserError as `check_comparable` does."""
     differences = []
-    for place, name in enumerate(common):
-        check_pairs(name, before.tasks[name], after.tasks[name])
+    for place, name in enumerate(check_comparable(before, after)):
         differences += _differences(
             name, before.tasks[name], after.tasks[name], config.resamples, config.seed + place
         )
     return Comparison(before.model, after.model, differences)
 
 
-def check_pairs(name: str, before: TaskResult, after: TaskResult) -> None:
-    """Raises UserError where a task was another one, had other settings, or has other items."""
+def check_comparable(before: Evaluation, after: Evaluation) -> list[str]:
+    """The tasks that both have. Raises UserError where there are none, or one was another one, had
+    other settings, or has other items."""
+    common = [name for name in before.tasks if name in after.tasks]
+    if not common:
+        raise UserError(
+            f"the evaluations have no task in common: {', '.join(before.tasks) or 'none'} of "
+            f"{before.model}, {', '.join(after.tasks) or 'none'} of {after.model}"
+        )
+    for name in common:
+        _check_pairs(name, before.tasks[name], after.tasks[name])
+    return common
+
+
+def _check_pairs(name: str, before: TaskResult, after: TaskResult) -> None:
     if before.task != after.task:
         raise UserError(f"task {name} is {before.task} before and {after.task} after")
     for key in sorted({*before.settings, *after.settings}):

@@ -15,10 +15,11 @@ from alphatoken.distributed.engine import build_inference_engine
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.distributed.settings import inference_config
 from alphatoken.errors import UserError
-from alphatoken.evaluation.comparison import compare
+from alphatoken.evaluation.comparison import check_comparable, compare
 from alphatoken.evaluation.judge import Judge
 from alphatoken.evaluation.results import (
     Evaluation,
+    TaskResult,
     read_evaluation,
     result_of,
     table_of,
@@ -53,6 +54,14 @@ def judged(
     return Evaluation(model, found)
 
 
+def _unasked(config: RunConfig, tasks: Sequence[Task]) -> dict[str, TaskResult]:
+    """The tasks by name, of whose items nothing is known yet but which they are."""
+    return {
+        task.settings.called: result_of(task.settings, config, task.questions.results())
+        for task in tasks
+    }
+
+
 def run_evaluation(config: RunConfig) -> None:
     """Evaluates the configured model, writes what was found and prints it; compared with an earlier
     evaluation where one is named. Every rank must call it.
@@ -72,8 +81,10 @@ def run_evaluation(config: RunConfig) -> None:
     earlier = None if before is None else collectives.agree(lambda: read_evaluation(before))
     tasks = build_tasks(config, tokenizer, config.evaluation.tasks)
     console = Console(highlight=False, quiet=collectives.rank() != 0)
-    for note in (note for task in tasks for note in task.notes):
+    for note in (note for task in tasks for note in task.questions.notes):
         console.print(note, markup=False, soft_wrap=True)
+    if earlier is not None:
+        check_comparable(earlier, Evaluation(config.model.name_or_path, _unasked(config, tasks)))
 
     model = load_model(config.model, deepspeed_values, config.train.seed, tokens_of(tokenizer))
     losses = TokenLosses(decoder_of(model.eval()))

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,19 +37,6 @@ class Question(Generic[QuestionT]):
     id: str
     """A hash of its content, by which two evaluations find the same item."""
     asked: QuestionT
-
-
-class Task(Protocol):
-    """What a model is asked, read and tokenised."""
-
-    settings: EvaluationTask
-    notes: list[str]
-    """What became of rows that were left out or cut, a sentence each."""
-
-    def judge(self, judge: Judge) -> list[Item]:
-        """Every item with its `row`, `id` and numbers, the same on every rank. Every rank must
-        call it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -116,8 +104,8 @@ class Questions(Generic[QuestionT]):
                 "model was published with"
             )
 
-    def results(self, columns: Mapping[str, Sequence[Any]]) -> list[Item]:
-        """Items with what was found of each, by column."""
+    def results(self, columns: Mapping[str, Sequence[Any]] = MappingProxyType({})) -> list[Item]:
+        """Items with what was found of each, by column; by default which they are."""
         return [
             {
                 "row": each.row,
@@ -126,6 +114,18 @@ class Questions(Generic[QuestionT]):
             }
             for place, each in enumerate(self.kept)
         ]
+
+
+class Task(Protocol):
+    """What a model is asked, read and tokenised."""
+
+    settings: EvaluationTask
+    questions: Questions[Any]
+
+    def judge(self, judge: Judge) -> list[Item]:
+        """Every item with its `row`, `id` and numbers, the same on every rank. Every rank must
+        call it."""
+        ...
 
 
 def sources_of(setting: Setting, task: EvaluationTask) -> list[Source]:

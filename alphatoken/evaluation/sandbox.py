@@ -50,6 +50,8 @@ SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 """What a program sees of the machine, besides Python's own folder."""
 ROOTS = ("/tmp", "/mnt")
 """Folders that a sandbox may hide behind its root."""
+ENDS_WITH_US = "--pdeathsig=KILL"
+"""Has the kernel end the sandbox when the process that started it is killed."""
 STAGE = Path("/mnt")
 """Where root shows Python's folder to nobody, who may not look into root's own."""
 
@@ -272,14 +274,13 @@ def _command(limits: Limits) -> list[str]:
     """What starts the sandbox with Python in it, which reads its program from the standard
     input."""
     prefix = Path(sys.base_prefix).resolve()
-    source = prefix
-    before: list[str] = []
+    source, before = prefix, ["setpriv", ENDS_WITH_US, "--"]
     if os.getuid() == 0:
         source = STAGE
         as_nobody = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
         before = [
             *("unshare", "--mount", "--", "sh", "-c", STAGING, "sandbox", str(prefix), str(STAGE)),
-            *("setpriv", *as_nobody, "--"),
+            *("setpriv", *as_nobody, ENDS_WITH_US, "--"),
         ]
     namespaces = ("--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts")
     arguments = (

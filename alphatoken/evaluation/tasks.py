@@ -46,16 +46,15 @@ class TargetLoss(Task):
         self.settings = task
         config, tokenizer = setting.config, setting.tokenizer
         encoder = Encoder(tokenizer, config.data.max_length, chat_rules(config, tokenizer))
-        self._questions = Questions[Document](setting, task)
-        encoded_rows(self._questions, encoder, lambda encoded, fields, where: marked(encoded)[0])
-        self._documents = [each.asked for each in self._questions.kept]
-        self._questions.checked(self._documents)
-        self.notes = self._questions.notes
+        self.questions = Questions[Document](setting, task)
+        encoded_rows(self.questions, encoder, lambda encoded, fields, where: marked(encoded)[0])
+        self._documents = [each.asked for each in self.questions.kept]
+        self.questions.checked(self._documents)
 
     def judge(self, judge: Judge) -> list[Item]:
-        return self._questions.results(
+        return self.questions.results(
             {
-                "nll": judge.losses(self._documents, self._questions.places),
+                "nll": judge.losses(self._documents, self.questions.places),
                 "tokens": [int(mask.sum()) for _, mask in self._documents],
             }
         )
@@ -69,18 +68,17 @@ class PreferenceAccuracy(Task):
         self.settings = task
         config, tokenizer = setting.config, setting.tokenizer
         encoder = PairEncoder(tokenizer, *setting.pair_lengths, chat_rules(config, tokenizer))
-        self._questions = Questions[list[Document]](setting, task)
-        encoded_rows(self._questions, encoder, lambda encoded, fields, where: marked(encoded))
-        self._documents = [each for of_pair in self._questions.kept for each in of_pair.asked]
-        self._questions.checked(self._documents)
-        self.notes = self._questions.notes
+        self.questions = Questions[list[Document]](setting, task)
+        encoded_rows(self.questions, encoder, lambda encoded, fields, where: marked(encoded))
+        self._documents = [each for of_pair in self.questions.kept for each in of_pair.asked]
+        self.questions.checked(self._documents)
 
     def judge(self, judge: Judge) -> list[Item]:
-        places = [place for place in self._questions.places for _ in range(2)]
+        places = [place for place in self.questions.places for _ in range(2)]
         nll = np.array(judge.losses(self._documents, places)).reshape(-1, 2)
         tokens = np.array([mask.sum() for _, mask in self._documents]).reshape(-1, 2)
         mean = nll / tokens
-        return self._questions.results(
+        return self.questions.results(
             {
                 "accuracy": (nll[:, 0] < nll[:, 1]).astype(float).tolist(),
                 "accuracy_norm": (mean[:, 0] < mean[:, 1]).astype(float).tolist(),
@@ -105,26 +103,25 @@ class MultipleChoice(Task):
 
     def __init__(self, setting: Setting, task: EvaluationTask) -> None:
         self.settings = task
-        self._questions = Questions[Choices](setting, task)
+        self.questions = Questions[Choices](setting, task)
         self._documents: list[Document] = []
         for where, row in raw_rows(setting, task):
             choices = choices_of(row.fields, where)
-            self._questions.add(where, row.fields, choices)
+            self.questions.add(where, row.fields, choices)
             for text in choices.continuations:
                 whole, start = continued(setting.tokenizer, choices.context, f" {text}", where)
                 # The last token is predicted and not read.
                 over = max(0, len(whole) - setting.config.evaluation.max_length - 1)
                 if over:
-                    self._questions.counts["choices whose context was cut on the left"] += 1
+                    self.questions.counts["choices whose context was cut on the left"] += 1
                 self._documents.append(document(whole[over:], max(1, start - over)))
-        self._questions.checked(self._documents)
-        self.notes = self._questions.notes
+        self.questions.checked(self._documents)
 
     def judge(self, judge: Judge) -> list[Item]:
-        asked = [each.asked for each in self._questions.kept]
+        asked = [each.asked for each in self.questions.kept]
         places = [
             place
-            for place, each in zip(self._questions.places, asked, strict=True)
+            for place, each in zip(self.questions.places, asked, strict=True)
             for _ in each.continuations
         ]
         losses = iter(judge.losses(self._documents, places))
@@ -134,7 +131,7 @@ class MultipleChoice(Task):
             characters = np.array([len(text) for text in each.continuations])
             columns["acc"].append(float(np.argmin(own) == each.right))
             columns["acc_norm"].append(float(np.argmin(own / characters) == each.right))
-        return self._questions.results(columns)
+        return self.questions.results(columns)
 
 
 def choices_of(fields: dict[str, Any], where: str) -> Choices:
@@ -203,7 +200,7 @@ class Perplexity(Task):
     def __init__(self, setting: Setting, task: EvaluationTask) -> None:
         self.settings = task
         tokenizer, width = setting.tokenizer, setting.config.evaluation.max_length
-        self._questions = Questions[list[Document]](setting, task)
+        self.questions = Questions[list[Document]](setting, task)
         self._bytes: list[int] = []
         first = tokenizer.bos_token_id
         prefix = tokenizer.eos_token_id if first is None else first
@@ -211,23 +208,22 @@ class Perplexity(Task):
             text = text_of(row.fields, "text", where)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
-                self._questions.counts["skipped: empty text"] += 1
+                self.questions.counts["skipped: empty text"] += 1
                 continue
-            self._questions.add(where, row.fields, windows([prefix, *ids], width))
+            self.questions.add(where, row.fields, windows([prefix, *ids], width))
             self._bytes.append(len(text.encode("utf-8")))
-        self._documents = [each for question in self._questions.kept for each in question.asked]
-        self._questions.checked(self._documents)
-        self.notes = self._questions.notes
+        self._documents = [each for question in self.questions.kept for each in question.asked]
+        self.questions.checked(self._documents)
 
     def judge(self, judge: Judge) -> list[Item]:
-        kept = self._questions.kept
+        kept = self.questions.kept
         places = [
             place
-            for place, each in zip(self._questions.places, kept, strict=True)
+            for place, each in zip(self.questions.places, kept, strict=True)
             for _ in each.asked
         ]
         losses = iter(judge.losses(self._documents, places))
-        return self._questions.results(
+        return self.questions.results(
             {
                 "nll": [sum(next(losses) for _ in each.asked) for each in kept],
                 "tokens": [sum(int(mask.sum()) for _, mask in each.asked) for each in kept],
@@ -244,17 +240,16 @@ class ExactMatch(Task):
         config, tokenizer = setting.config, setting.tokenizer
         rules = chat_rules(config, tokenizer)
         encoder = PromptEncoder(tokenizer, config.evaluation.max_length, rules)
-        self._questions = Questions[tuple[list[int], str]](setting, task)
+        self.questions = Questions[tuple[list[int], str]](setting, task)
         encoded_rows(
-            self._questions,
+            self.questions,
             encoder,
             lambda encoded, fields, where: (
                 encoded.documents[0].input_ids,
                 self._reference(fields, where),
             ),
         )
-        self._questions.checked([document(each.asked[0]) for each in self._questions.kept])
-        self.notes = self._questions.notes
+        self.questions.checked([document(each.asked[0]) for each in self.questions.kept])
 
     def _reference(self, fields: dict[str, Any], where: str) -> str:
         """The answer of a row. Raises UserError where it has none, or none that can be compared."""
@@ -274,13 +269,13 @@ class ExactMatch(Task):
         return text
 
     def judge(self, judge: Judge) -> list[Item]:
-        kept = self._questions.kept
+        kept = self.questions.kept
         answers = judge.answers([each.asked[0] for each in kept], self.settings.max_new_tokens)
         right = [
             float(self._is_right(answer, each.asked[1]))
             for answer, each in zip(answers, kept, strict=True)
         ]
-        return self._questions.results({"exact_match": right, "answer": answers})
+        return self.questions.results({"exact_match": right, "answer": answers})
 
     def _is_right(self, answer: str, reference: str) -> bool:
         if self.settings.match == "text":

@@ -118,7 +118,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     lm = _load(config, engine_config, tokenizer)
     notes += [
         *_model_notes(config.model, lm, tokenizer),
-        *(n for task in tasks for n in task.notes),
+        *(n for task in tasks for n in task.questions.notes),
     ]
     decoder = decoder_of(lm.train())
     decoder.freeze_unreached()
