@@ -207,13 +207,12 @@ def test_perplexity_counts_every_token_and_byte_once(model: Any, values: dict[st
 def test_windows_predict_each_token_once_from_as_much_as_fits(length: int) -> None:
     ids = list(range(100, 100 + length))
     predicted = []
-    for document_ids, mask in windows(ids, 5):
-        # The model reads all but the last token.
+    for document_ids, mask in windows(ids, 6):
         assert len(document_ids) <= 6
         assert not mask[0]
         predicted += document_ids[mask].tolist()
     assert predicted == ids[1:]
-    last_ids, last_mask = windows(ids, 5)[-1]
+    last_ids, last_mask = windows(ids, 6)[-1]
     assert len(last_ids) == min(6, length)
     assert last_mask[-1]
 
@@ -319,6 +318,11 @@ TASK = {"task": "multiple_choice", "data": "rows.jsonl"}
             "does not end with an answer",
         ),
         ({"text": "x"}, {"task": "perplexity", "data": None}, "has no rows: give it data, as in"),
+        (
+            {"prompt": "x", "response": "1"},
+            {"task": "exact_match", "max_new_tokens": 10**6},
+            "1000000 of them to be generated, but .* positions: lower max_new_tokens of the task",
+        ),
     ],
 )
 def test_rows_that_cannot_be_asked(
@@ -337,6 +341,11 @@ def test_rows_that_cannot_be_asked(
         ([TASK, TASK], "2 tasks of evaluation.tasks are called 'multiple_choice'"),
         ([{"task": "humaneval"}], "runs programs that the model writes and nobody has read"),
         ([{**TASK, "name": "a b"}], "evaluation.tasks.0.name: string should match"),
+        ([{**TASK, "data": {"path": "x", "weight": 2.0}}], "weight=2, but every row is asked once"),
+        (
+            [{**TASK, "data": {"path": "x", "format": "alpaca"}}],
+            "format=alpaca, but multiple_choice",
+        ),
     ],
 )
 def test_tasks_that_are_refused(
@@ -466,6 +475,9 @@ def test_the_recipe_compares_with_an_earlier_evaluation(
     assert first.returncode == 0, first.stderr
     assert "evaluation task perplexity: 1 skipped: empty text" in first.stdout
     assert first.stdout.splitlines()[-1] == earlier
+    over = run_recipe(file, recipe="evaluate")
+    assert over.returncode == 2
+    assert f"{earlier} exists; name another file" in over.stderr
     again = [f"evaluation.output={tmp_path}/again.json", f"evaluation.compare_with={earlier}"]
     second = run_recipe(file, *again, recipe="evaluate")
     assert second.stdout.splitlines()[-1] == (
@@ -473,6 +485,7 @@ def test_the_recipe_compares_with_an_earlier_evaluation(
         "retention +0.0000 [+0.0000, +0.0000] (perplexity perplexity)"
     ), second.stderr
     write(tmp_path, "texts", TEXTS[1:])
+    again[0] = f"evaluation.output={tmp_path}/third.json"
     third = run_recipe(file, *again, recipe="evaluate")
     assert third.returncode == 2
     assert "task perplexity has other items in the two evaluations" in third.stderr

@@ -68,6 +68,21 @@ class EvaluationTask(Section):
     )
     max_new_tokens: int = Field(256, ge=1, description="Longest answer that is generated.")
 
+    @model_validator(mode="after")
+    def _rows_are_read_once_as_they_are(self) -> EvaluationTask:
+        for source in self.data or ():
+            if source.weight is not None:
+                raise ValueError(
+                    f"evaluation task {self.called}: data has weight={source.weight:g}, but every "
+                    "row is asked once; leave it out"
+                )
+            if source.format != "auto" and not self.traits.reads_eval:
+                raise ValueError(
+                    f"evaluation task {self.called}: data has format={source.format}, but "
+                    f"{self.task} reads rows as they are; leave it out, or name columns"
+                )
+        return self
+
     @property
     def called(self) -> str:
         """The name that it goes by."""

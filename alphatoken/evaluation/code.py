@@ -80,7 +80,8 @@ class Programs(Task):
                 continue
             self.questions.add(where, row.fields, problem)
             self._prompts.append(ids)
-        self.questions.checked([document(ids) for ids in self._prompts])
+        prompts = [document(ids) for ids in self._prompts]
+        self.questions.checked(prompts, more=task.max_new_tokens)
 
     def judge(self, judge: Judge) -> list[Item]:
         answers = judge.answers(self._prompts, self.settings.max_new_tokens)

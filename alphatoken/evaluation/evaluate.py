@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,12 @@ def judged(
     return Evaluation(model, found)
 
 
+def _check_is_new(file: Path) -> None:
+    """Raises UserError where there is a file: it may be what is to be compared with."""
+    if file.exists():
+        raise UserError(f"{file} exists; name another file with evaluation.output, or remove it")
+
+
 def _unasked(config: RunConfig, tasks: Sequence[Task]) -> dict[str, TaskResult]:
     """The tasks by name, of whose items nothing is known yet but which they are."""
     return {
@@ -77,6 +84,8 @@ def run_evaluation(config: RunConfig) -> None:
     deepspeed_values = inference_config(config)
     tokenizer = load_tokenizer(config.model)
     config = settle_model(config)
+    file = config.evaluation.output or config.train.output_dir / "evaluation.json"
+    collectives.on_rank_0(lambda: _check_is_new(file))
     before = config.evaluation.compare_with
     earlier = None if before is None else collectives.agree(lambda: read_evaluation(before))
     tasks = build_tasks(config, tokenizer, config.evaluation.tasks)
@@ -98,9 +107,8 @@ def run_evaluation(config: RunConfig) -> None:
         batch_size=config.evaluation.batch_size,
     )
     evaluation = judged(config, tasks, judge, config.model.name_or_path, shown=True)
+    collectives.on_rank_0(lambda: write_evaluation(file, evaluation, config.evaluation))
     if collectives.rank() == 0:
-        file = config.evaluation.output or config.train.output_dir / "evaluation.json"
-        write_evaluation(file, evaluation, config.evaluation)
         console.print(table_of(evaluation, config.evaluation))
         console.print(str(file), markup=False, soft_wrap=True)
         if earlier is not None:

@@ -19,7 +19,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Source
 from alphatoken.data.cache import Document
 from alphatoken.data.chat import Encoded, RowEncoder, Skipped
-from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.pretrained import embeddings_of, read_settings
 from alphatoken.data.sources import OpenSource, Row, location
 from alphatoken.errors import UserError
 from alphatoken.evaluation.judge import Judge
@@ -84,14 +84,29 @@ class Questions(Generic[QuestionT]):
             for what, count in self.counts.items()
         ]
 
-    def checked(self, documents: Sequence[Document]) -> None:
-        """Raises UserError where there is nothing to ask, or a token without an embedding."""
+    def checked(self, documents: Sequence[Document], more: int = 0) -> None:
+        """Raises UserError where there is nothing to ask, a token without an embedding, or a text
+        that with so many `more` tokens is longer than the model has positions."""
         if not self.kept:
             reasons = ", ".join(f"{count} {what}" for what, count in self.counts.items())
             raise UserError(
                 f"evaluation task {self.task.called} has no usable row ({reasons or 'none'})"
             )
         model = self.setting.config.model
+        settings = read_settings(model.name_or_path).get_text_config()
+        positions = getattr(settings, "max_position_embeddings", None)
+        longest = max((len(ids) for ids, _ in documents), default=0) + more
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"evaluation task {self.task.called} has a text of {longest} tokens"
+                + (f", {more} of them to be generated" if more else "")
+                + f", but {model.name_or_path} has {positions} positions: "
+                + (
+                    f"set evaluation.max_length={positions - more}"
+                    if longest - more > positions - more > 0
+                    else "lower max_new_tokens of the task"
+                )
+            )
         if model.resize_embeddings:
             return
         embeddings = embeddings_of(model.name_or_path)

@@ -110,8 +110,7 @@ class MultipleChoice(Task):
             self.questions.add(where, row.fields, choices)
             for text in choices.continuations:
                 whole, start = continued(setting.tokenizer, choices.context, f" {text}", where)
-                # The last token is predicted and not read.
-                over = max(0, len(whole) - setting.config.evaluation.max_length - 1)
+                over = max(0, len(whole) - setting.config.evaluation.max_length)
                 if over:
                     self.questions.counts["choices whose context was cut on the left"] += 1
                 self._documents.append(document(whole[over:], max(1, start - over)))
@@ -204,6 +203,11 @@ class Perplexity(Task):
         self._bytes: list[int] = []
         first = tokenizer.bos_token_id
         prefix = tokenizer.eos_token_id if first is None else first
+        if prefix is None:
+            raise UserError(
+                f"evaluation task {task.called}: the tokenizer of "
+                f"{setting.config.model.name_or_path} has neither BOS nor EOS to begin a text with"
+            )
         for where, row in raw_rows(setting, task):
             text = text_of(row.fields, "text", where)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -249,7 +253,8 @@ class ExactMatch(Task):
                 self._reference(fields, where),
             ),
         )
-        self.questions.checked([document(each.asked[0]) for each in self.questions.kept])
+        prompts = [document(each.asked[0]) for each in self.questions.kept]
+        self.questions.checked(prompts, more=task.max_new_tokens)
 
     def _reference(self, fields: dict[str, Any], where: str) -> str:
         """The answer of a row. Raises UserError where it has none, or none that can be compared."""

@@ -36,11 +36,11 @@ def continued(
 
 
 def windows(ids: Sequence[int], width: int) -> list[Document]:
-    """Documents that together predict every token but the first once, each read by a model that
-    sees at most `width` tokens; the last one reads as much before its tokens as it can."""
+    """Documents of at most `width` tokens that together predict every token but the first once; the
+    last one reads as much before its own tokens as it can."""
     found = []
-    for start in range(1, len(ids), width):
-        end = min(start + width, len(ids))
-        begin = max(0, end - width - 1)
+    for start in range(1, len(ids), width - 1):
+        end = min(start + width - 1, len(ids))
+        begin = max(0, end - width)
         found.append(document(ids[begin:end], start - begin))
     return found
