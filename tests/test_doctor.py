@@ -552,6 +552,8 @@ def test_room_for_checkpoints(config: RunConfig, monkeypatch: pytest.MonkeyPatch
         assert found.outcome == outcome
         assert "3 checkpoints of" in found.found
     assert "train.keep_last" in found.fix
+    best = config.model_copy(update={"train": train.model_copy(update={"keep_best": "eval_loss"})})
+    assert "4 checkpoints of" in storage.check_space(best, model, 30).found
 
 
 # The rendezvous.
