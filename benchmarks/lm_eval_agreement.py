@@ -53,19 +53,23 @@ def lm_eval_losses(model: str, rows: list[dict[str, Any]], batch_size: int) -> l
 def agreement(
     ours: Sequence[Item], theirs: list[list[float]], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Accuracy by characters of both, and by how much they differ."""
+    """Both accuracies of both, of how many items they say the same, and by how much their numbers
+    differ."""
     from lm_eval.tasks.hellaswag.utils import preprocess
 
-    right = []
+    right: dict[str, list[float]] = {"acc_norm": [], "acc": []}
     for row, losses in zip(rows, theirs, strict=True):
         characters = np.array([len(preprocess(ending)) for ending in row["endings"]])
-        right.append(float(np.argmin(losses / characters) == int(row["label"])))
-    own = np.array([item["acc_norm"] for item in ours])
+        right["acc_norm"].append(float(np.argmin(losses / characters) == int(row["label"])))
+        right["acc"].append(float(np.argmin(losses) == int(row["label"])))
+    found: dict[str, Any] = {"items": len(rows)}
+    for measure, judged in right.items():
+        own = np.array([item[measure] for item in ours])
+        found[measure] = float(own.mean())
+        found[f"{measure}_lm_eval"] = float(np.mean(judged))
+        found[f"{measure}_alike"] = int((own == judged).sum())
     return {
-        "items": len(rows),
-        "acc_norm": float(own.mean()),
-        "acc_norm_lm_eval": float(np.mean(right)),
-        "items_alike": int((own == right).sum()),
+        **found,
         "largest_difference_nats": float(
             np.abs(np.array([item["nll"] for item in ours]) - np.array(theirs)).max()
         ),
