@@ -106,9 +106,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         engine_config["checkpoint"] = {**checkpoint_config, "load_universal": True}
     # One that has to tokenise longer than the others must not keep them waiting for weights.
     splits = collectives.agree(lambda: load_splits(config, tokenizer))
-    stored = None
-    if config.needs_store:
-        stored = collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
+    stored = _stored_values(config, tokenizer, splits)
     notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
     tasks = build_tasks(config, tokenizer, config.asked)
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
@@ -175,6 +173,14 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         notes=tuple(notes),
         stopwatch=stopwatch,
     )
+
+
+def _stored_values(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits
+) -> StoredColumn | None:
+    if not config.needs_store:
+        return None
+    return collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
 
 
 def _settled(
