@@ -25,7 +25,7 @@ from alphatoken.errors import UserError
 from alphatoken.evaluation.comparison import compare
 from alphatoken.evaluation.evaluate import build_tasks, judged
 from alphatoken.evaluation.judge import Judge
-from alphatoken.evaluation.measures import MEASURES, everything, measured, resampled
+from alphatoken.evaluation.measures import MEASURES, measured
 from alphatoken.evaluation.results import (
     Evaluation,
     TaskResult,
@@ -37,6 +37,7 @@ from alphatoken.evaluation.tasks import choices_of, last_number
 from alphatoken.evaluation.tokens import windows
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.token_losses import TokenLosses
+from alphatoken.util.resampling import everything, resampled
 from tests.ranks import run_ranks
 from tests.runs import run_recipe
 

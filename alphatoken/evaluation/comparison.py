@@ -14,16 +14,9 @@ from rich.table import Table
 
 from alphatoken.config.evaluation import EvaluationConfig, Part
 from alphatoken.errors import UserError
-from alphatoken.evaluation.measures import (
-    MEASURES,
-    Estimate,
-    Floats,
-    Measure,
-    estimate,
-    everything,
-    resampled,
-)
+from alphatoken.evaluation.measures import MEASURES, Measure
 from alphatoken.evaluation.results import Evaluation, TaskResult
+from alphatoken.util.resampling import Estimate, Floats, estimate, everything, resampled
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Numbers over items, and how sure they are: 95 % intervals by resampling the items.
+"""Numbers over items, with 95 % intervals by resampling the items.
 
 Shape legend: N items, S resamples.
 """
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from alphatoken.config.evaluation import TASKS, Better
+from alphatoken.util.resampling import Estimate, Floats, estimate, everything, resampled
 
 Item = Mapping[str, Any]
 """What is known of one item, by name; the numbers that are measured among it."""
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,6 @@ class Measure:
         return np.exp(found_S) if self.exp else found_S
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_json(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-
 def _measures(task: str) -> tuple[Measure, ...]:
     quotients = {
         "loss": ("nll", "tokens", False),
@@ -72,24 +60,6 @@ def _measures(task: str) -> tuple[Measure, ...]:
 
 MEASURES: dict[str, tuple[Measure, ...]] = {task: _measures(task) for task in TASKS}
 """What each task measures; the first is the one that comparisons are made by."""
-
-
-def everything(items: int) -> Floats:
-    """The one "resample" that has each item once, (1, N)."""
-    return np.ones((1, items))
-
-
-def resampled(items: int, resamples: int, seed: int) -> Floats:
-    """How often each item is in each resample of as many items, drawn with replacement, (S, N)."""
-    rng = np.random.default_rng(seed)
-    drawn_SN = rng.integers(items, size=(resamples, items))
-    return np.stack([np.bincount(drawn_N, minlength=items) for drawn_N in drawn_SN]).astype(float)
-
-
-def estimate(value: float, resamples_S: Floats) -> Estimate:
-    """A value with the interval that holds the middle 95 % of its resamples."""
-    low, high = np.percentile(resamples_S, (2.5, 97.5))
-    return Estimate(value, float(low), float(high))
 
 
 def measured(task: str, items: Sequence[Item], resamples: int, seed: int) -> dict[str, Estimate]:

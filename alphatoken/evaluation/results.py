@@ -14,8 +14,9 @@ from rich.table import Table
 from alphatoken.config.evaluation import TASKS, EvaluationConfig, EvaluationTask, Part
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
-from alphatoken.evaluation.measures import Estimate, Item, measured
+from alphatoken.evaluation.measures import Item, measured
 from alphatoken.util.files import publish_text
+from alphatoken.util.resampling import Estimate
 
 FORMAT_VERSION = 1
 PACKAGES = ("alphatoken", "torch", "transformers")

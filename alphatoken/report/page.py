@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from alphatoken.report import wording
 from alphatoken.report.charts import charts_of
-from alphatoken.report.pairing import pairings_of
 from alphatoken.report.reading import RunRecord, read_runs
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.report.summary import differing_settings, phases_of, summary_of
@@ -29,6 +29,9 @@ from alphatoken.report.tokens import (
     standing_out,
 )
 from alphatoken.util.files import publish_text
+
+if TYPE_CHECKING:
+    from alphatoken.report.pairing import Pairing
 
 RESPONSES_OF_ONE = 16
 RESPONSES_OF_EACH = 8
@@ -70,7 +73,7 @@ def page_of(runs: Sequence[RunRecord]) -> str:
         runs=runs,
         summary=summary_of(runs),
         differing=differing_settings(runs) if len(runs) > 1 else [],
-        pairings=pairings_of(runs),
+        pairings=_pairings(runs) if len(runs) > 1 else [],
         charts=charts_of(runs),
         times=[phases_of(run) for run in runs],
         heatmaps=[_heatmaps(*each) for each in zip(runs, chosen, strict=True)],
@@ -100,6 +103,13 @@ def _template() -> Template:
         finalize=_visible,
     )
     return environment.get_template("page.html.jinja")
+
+
+def _pairings(runs: Sequence[RunRecord]) -> list[Pairing]:
+    # NumPy takes longer to load than a page to be written.
+    from alphatoken.report.pairing import pairings_of
+
+    return pairings_of(runs)
 
 
 def _heatmaps(run: RunRecord, chosen: Sequence[ValuedResponse]) -> Heatmaps:

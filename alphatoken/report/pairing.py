@@ -10,9 +10,7 @@ from statistics import correlation
 
 from alphatoken.report.reading import RunRecord
 from alphatoken.report.responses import LOSS, VALUE, ValuedResponse
-from alphatoken.util.resampling import mean_interval
-
-Key = tuple[int, str, str]
+from alphatoken.util.resampling import Estimate, mean_interval
 
 
 @dataclass(frozen=True)
@@ -21,9 +19,7 @@ class Difference:
 
     name: str
     unit: str
-    mean: float
-    low: float
-    high: float
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -44,22 +40,17 @@ def pairings_of(runs: Sequence[RunRecord]) -> list[Pairing]:
     """Every further run beside the first, of those that have kept responses in common: the same
     tokens of the same row in the same step."""
     baseline, *others = runs
-    own = {key_of(each): each for each in baseline.responses}
+    own = {each.key: each for each in baseline.responses}
     found = []
     for run in others:
         pairs = [
-            (own[key], each)
-            for key, each in ((key_of(each), each) for each in run.responses)
-            if each.tokens and key in own and own[key].tokens == each.tokens
+            (own[each.key], each)
+            for each in run.responses
+            if each.tokens and each.key in own and own[each.key].tokens == each.tokens
         ]
         if pairs:
             found.append(_pairing(run.name, baseline.name, pairs))
     return found
-
-
-def key_of(response: ValuedResponse) -> Key:
-    """What is the same of a response in two runs: step, row, and which of a pair it is."""
-    return response.step, response.where, response.branch
 
 
 def _pairing(
@@ -69,7 +60,7 @@ def _pairing(
     for name, unit, measure in MEASURES:
         values = [value for first, second in pairs if (value := measure(first, second)) is not None]
         if values:
-            differences.append(Difference(name, unit, *mean_interval(values)))
+            differences.append(Difference(name, unit, mean_interval(values)))
     tokens = sum(len(second.tokens) for _, second in pairs)
     return Pairing(run, baseline, len(pairs), tokens, differences)
 

@@ -44,6 +44,11 @@ class ValuedResponse(BaseModel):
         return self
 
     @property
+    def key(self) -> tuple[int, str, str]:
+        """What is the same of a response in two runs: step, row, and which of a pair it is."""
+        return self.step, self.where, self.branch
+
+    @property
     def is_valued(self) -> bool:
         return VALUE in self.columns
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from alphatoken.report.kinds import KINDS, kinds_of, places_of
-from alphatoken.report.pairing import key_of
 from alphatoken.report.reading import RunRecord
 from alphatoken.report.responses import LOSS, VALUE, ValuedResponse
 from alphatoken.report.wording import unit_of
@@ -142,7 +141,7 @@ def shown(response: ValuedResponse, columns: Sequence[Column]) -> ShownResponse:
 def chosen_responses(runs: Sequence[RunRecord], most: int) -> list[list[ValuedResponse]]:
     """At most so many responses of each run, spread over its steps; of several runs, before
     others, those that all have kept."""
-    by_key = [{key_of(each): each for each in run.responses} for run in runs]
+    by_key = [{each.key: each for each in run.responses} for run in runs]
     shared = [key for key in by_key[0] if all(key in other for other in by_key)]
     if len(runs) > 1 and shared:
         return [[own[key] for key in _spread(shared, most)] for own in by_key]

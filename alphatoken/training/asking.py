@@ -11,10 +11,11 @@ from alphatoken.distributed import collectives
 from alphatoken.evaluation.comparison import compare
 from alphatoken.evaluation.evaluate import judged
 from alphatoken.evaluation.judge import Judge
-from alphatoken.evaluation.measures import MEASURES, everything
+from alphatoken.evaluation.measures import MEASURES
 from alphatoken.evaluation.results import Evaluation, read_evaluation, write_evaluation
 from alphatoken.training.setup import Run
 from alphatoken.util.metrics import Metrics
+from alphatoken.util.resampling import everything
 
 
 def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:

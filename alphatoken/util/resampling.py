@@ -1,24 +1,54 @@
-"""Intervals of means by bootstrap."""
+"""How sure a mean over items is: 95 % intervals by resampling the items (percentile bootstrap).
+
+Shape legend: N items, S resamples.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 RESAMPLES = 2000
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def mean_interval(
-    values: Sequence[float], share: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean of `values` and the interval that holds `share` of the means of resamples of them
-    (percentile bootstrap, RESAMPLES of them; the same numbers for the same seed). Raises ValueError
-    for no values."""
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def everything(items: int) -> Floats:
+    """The one "resample" that has each item once, (1, N)."""
+    return np.ones((1, items))
+
+
+def resampled(items: int, resamples: int, seed: int) -> Floats:
+    """How often each item is in each resample of as many items, drawn with replacement, (S, N)."""
+    rng = np.random.default_rng(seed)
+    drawn_SN = rng.integers(items, size=(resamples, items))
+    return np.stack([np.bincount(drawn_N, minlength=items) for drawn_N in drawn_SN]).astype(float)
+
+
+def estimate(value: float, resamples_S: Floats) -> Estimate:
+    """A value with the interval that holds the middle 95 % of its resamples."""
+    low, high = np.percentile(resamples_S, (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of values with its interval, by RESAMPLES resamples. Raises ValueError for none."""
     if not values:
         raise ValueError("no values have a mean")
-    drawn = random.Random(seed)
-    count = len(values)
-    means = sorted(math.fsum(drawn.choices(values, k=count)) / count for _ in range(RESAMPLES))
-    outside = (1 - share) / 2 * (RESAMPLES - 1)
-    return math.fsum(values) / count, means[round(outside)], means[round(RESAMPLES - 1 - outside)]
+    resamples_S = resampled(len(values), RESAMPLES, seed) @ np.array(values) / len(values)
+    return estimate(math.fsum(values) / len(values), resamples_S)
