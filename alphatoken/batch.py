@@ -7,7 +7,7 @@ R response positions in order of (row, position).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -88,6 +88,25 @@ class RowIndex:
         return replace(self, index_R=change(self.index_R))
 
 
+@dataclass(frozen=True, eq=False)
+class WholeRows:
+    """What a rank that has a part of each row of a micro-batch knows of the whole rows."""
+
+    parts: int
+    """Into how many equal parts they are cut, one after the other."""
+    document_tokens: tuple[int, ...]
+    """Response tokens of each document, in all parts of its row; on the host."""
+    position_BT: Tensor | None
+    """(B, T) int64, from 0 in each document; None where a row is one document."""
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    """What attention layers have made of it for themselves and those after them, by kind."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> WholeRows:
+        """A copy with the tensor changed, such as moved to a device."""
+        position_BT = None if self.position_BT is None else change(self.position_BT)
+        return replace(self, position_BT=position_BT, masks={})
+
+
 class Batch(TypedDict):
     """A micro-batch: tensors by name, on one device.
 
@@ -113,6 +132,9 @@ class Batch(TypedDict):
     attention would otherwise find on the device, in every layer."""
     max_length: NotRequired[int]
     """The longest of those documents."""
+    whole_rows: NotRequired[WholeRows]
+    """Where every row is divided over ranks: T is then the length of this rank's part, and only
+    `rows`, `cu_seq_lens` and `max_length` are of whole rows."""
     document_ids: NotRequired[Tensor]
     """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
     rows: NotRequired[Tensor]
@@ -152,15 +174,52 @@ def boundaries(lengths: Sequence[int]) -> tuple[Tensor, int]:
 def make_batch(columns: Mapping[str, object]) -> Batch:
     """Completes `input_ids`, `labels` and whatever else a batch has by its loss positions, best
     while it is on the host: for one on a device the host waits."""
-    labels_BT, sign_BT = columns["labels"], columns.get("half_sign")
+    labels_BT = columns["labels"]
     assert isinstance(labels_BT, Tensor)
     response_BT, targets_BT = loss_positions(labels_BT)
-    index = RowIndex.of_mask(response_BT)
-    found: dict[str, object] = {
-        "targets": targets_BT,
-        "response": response_BT,
-        "response_index": index,
+    return _indexed({**columns, "targets": targets_BT, "response": response_BT})
+
+
+def part_of(batch: Batch, part: int, parts: int) -> Batch:
+    """One of `parts` equal parts of every row of a micro-batch on the host, from 0: what one rank
+    has of rows that are divided over ranks.
+
+    A position keeps the token that it predicts, which may be in the next part, its place in its
+    document and the document's number. `parts` must divide the length of the rows.
+    """
+    rows, length = batch["input_ids"].shape
+    assert length % parts == 0, f"rows of {length} tokens have no {parts} equal parts"
+    position_BT = batch.get("position_ids")
+    columns: dict[str, object] = {
+        **batch,
+        "position_ids": torch.arange(length).expand(rows, -1)
+        if position_BT is None
+        else position_BT,
     }
+    own = slice(part * length // parts, (part + 1) * length // parts)
+    for name, column in columns.items():
+        if isinstance(column, Tensor) and column.dim() == 2:
+            columns[name] = column[:, own].contiguous()
+    columns["whole_rows"] = WholeRows(parts, tuple(response_counts(batch)), position_BT)
+    return _indexed(columns)
+
+
+def response_counts(batch: Batch) -> list[int]:
+    """Response tokens of each document of a micro-batch, those that other ranks have among them.
+    Waits where it is on a device and its rows are not divided."""
+    if "whole_rows" in batch:
+        return list(batch["whole_rows"].document_tokens)
+    document_R = batch["document_ids"][batch["response"]]
+    counts: list[int] = document_R.bincount(minlength=len(batch["rows"])).tolist()
+    return counts
+
+
+def _indexed(columns: Mapping[str, object]) -> Batch:
+    """Completes a batch by where its response positions are."""
+    response_BT, sign_BT = columns["response"], columns.get("half_sign")
+    assert isinstance(response_BT, Tensor)
+    index = RowIndex.of_mask(response_BT)
+    found: dict[str, object] = {"response_index": index}
     if isinstance(sign_BT, Tensor):
         sign_R = index.take(sign_BT)
         found["half_index"] = (index.among(sign_R > 0), index.among(sign_R < 0))
@@ -184,6 +243,6 @@ def _each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
             return tuple(map(changed, value))
         if isinstance(value, Tensor):
             return change(value)
-        return value.map(change) if isinstance(value, RowIndex) else value
+        return value.map(change) if isinstance(value, RowIndex | WholeRows) else value
 
     return cast(Batch, {key: changed(value) for key, value in batch.items()})

@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken.batch import make_batch
+from alphatoken.batch import make_batch, part_of
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints import saving, weight_files
 from alphatoken.checkpoints.export import export_model
@@ -46,6 +47,7 @@ from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
 from alphatoken.distributed import collectives, process, zero3
+from alphatoken.distributed.mesh import form_mesh
 from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.doctor import storage
 from alphatoken.doctor.examination import Examination
@@ -58,6 +60,7 @@ from alphatoken.models.loading import load_model
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
+from alphatoken.passes.divided_attention import divide_attention
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.tracing import PeakBytes
@@ -81,7 +84,7 @@ from tests.flash_attention import stand_in
 from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
-from tests.tiny import with_index
+from tests.tiny import CASES, with_index
 
 
 def run_flash_trainers(
@@ -1068,6 +1071,79 @@ def grown(
     return results
 
 
+def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> dict[str, Any]:
+    """Tiny models on rows that all ranks divide: what enters the head, this rank's part; and the
+    gradients of the summed response losses, which are sums over ranks. By model and batch."""
+    device = initialise_ranks(5)
+    ranks = collectives.world_size()
+    among = form_mesh(ranks, timedelta(minutes=5)).sequence
+    results: dict[str, Any] = {}
+    for name in names:
+        model = CASES[name].build()
+        decoder = decoder_of(model)
+        divide_attention(decoder)
+        head_loss = head.HeadLoss(decoder.head, decoder.logit_softcap)
+        for kind, batch in batches.items():
+            if kind.startswith("packed") and not CASES[name].packable:
+                continue
+            own = part_of(batch, among.place, ranks)
+            model.zero_grad()
+            hidden = decoder.hidden_states(own)
+            index = own["response_index"]
+            losses = head_loss(index.take(hidden), index.take(own["targets"]))
+            losses.sum().backward()
+            results[f"{name}, {kind}"] = {
+                "hidden": hidden.detach(),
+                "loss": float(collectives.sum_over_ranks(losses.detach().sum())),
+                "gradients": {
+                    key: collectives.sum_over_ranks(each.grad)
+                    for key, each in model.named_parameters()
+                    if each.grad is not None
+                },
+            }
+    assert device.type == "cpu"
+    return results
+
+
+def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Whole runs: the gradient of every step, and the weights at the end."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    results = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        gradients: list[dict[str, Tensor]] = []
+        before_update(trainer, partial(_keep_gradients, trainer, gradients))
+        trainer.train()
+        results[name] = {
+            "gradients": gradients,
+            "weights": {
+                key.removeprefix("lm."): safe_get_full_fp32_param(each).clone()
+                for key, each in trainer.run.model.named_parameters()
+                if key.startswith("lm.")
+            },
+            "metrics": metrics_of(values["train"]["output_dir"]),
+        }
+        finish(trainer)
+    return results
+
+
+def _keep_gradients(trainer: Trainer, gradients: list[dict[str, Tensor]]) -> None:
+    gradients.append(full_gradients(trainer))
+
+
+def before_update(trainer: Trainer, look: Callable[[], None]) -> None:
+    """Has something looked at before each update of the weights."""
+    step = trainer.run.engine.step
+
+    def look_then_step() -> None:
+        if trainer.run.engine.is_gradient_accumulation_boundary():
+            look()
+        step()
+
+    trainer.run.engine.step = look_then_step
+
+
 def protected(folder: Path, values: dict[str, Any]) -> set[int]:
     """A whole run; the tokens that it protected."""
     found: set[int] = set()
@@ -1077,7 +1153,7 @@ def protected(folder: Path, values: dict[str, Any]) -> set[int]:
         found.update(facts.batch["targets"][facts.protected_BT].tolist())
         return select(selections, facts)
 
-    setattr(valued_model, "select", recorded)  # noqa: B010  mypy: it is imported there
+    setattr(valued_model, "weigh", recorded)  # noqa: B010  mypy: it is imported there
     trainer_of(values).train()
     return found
 

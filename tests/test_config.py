@@ -16,7 +16,7 @@ from alphatoken.config.help import parse_arguments
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
-from alphatoken.distributed.settings import deepspeed_config
+from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -579,6 +579,7 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
         "train.resume",
         "train.resume_allow",
         "train.save_every",
+        "train.sequence_parallel",
         "train.stop_after",
         "train.watchdog_seconds",
     }
@@ -632,10 +633,10 @@ def test_the_launchers_rank_is_accepted(file: Path) -> None:
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
             'reduce_bucket_size is "auto"',
         ),
-        ({"sequence_parallel_size": 2}, "sequence parallelism is not supported"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not supported"),
-        ({"pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
-        ({"expert_parallel": {"ep_size": 2}}, "expert parallelism is not supported"),
+        ({"sequence_parallel_size": 2}, "remove it and set train.sequence_parallel instead"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "not supported: tensor parallelism cuts linears"),
+        ({"pipeline": {"stages": 2}}, "not supported: pipeline parallelism gives a rank some"),
+        ({"expert_parallel": {"ep_size": 2}}, "not supported: expert parallelism shards experts"),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
             "sets zero_optimization.zero_quantized_nontrainable_weights=true, which is not "
@@ -690,3 +691,18 @@ def test_batches_must_be_dealt_evenly_to_the_ranks(run_values: dict[str, Any]) -
         UserError, match=r"train.global_batch_size=12 is not a multiple of .* times 4 ranks = 8"
     ):
         deepspeed_config(config, world_size=4)
+
+
+def test_groups_that_divide_rows_are_dealt_to_like_ranks(run_values: dict[str, Any]) -> None:
+    """DeepSpeed is told the numbers that follow from all ranks, of which it knows nothing else."""
+    train = run_values["train"] | {"sequence_parallel": 2}
+    values = {**run_values, "train": train, "valuation": {"enabled": False}}
+    config = RunConfig.model_validate(values)
+    complete = deepspeed_config(config, world_size=4)
+    assert complete["gradient_accumulation_steps"] == 3
+    assert complete["train_batch_size"] == 3 * 2 * 4
+    assert without_ranks(complete, config)["train_batch_size"] == 12
+    with pytest.raises(UserError, match="sequence_parallel=2 does not divide the number of ranks"):
+        deepspeed_config(config, world_size=3)
+    with pytest.raises(UserError, match="times 4 groups of 2 ranks = 8"):
+        deepspeed_config(config, world_size=8)

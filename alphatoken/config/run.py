@@ -75,7 +75,19 @@ class TrainConfig(Section):
     global_batch_size: int = Field(
         64, ge=1, description="Rows per optimizer step, over all ranks and micro-batches."
     )
-    micro_batch_size: int = Field(4, ge=1, description="Rows per forward pass on one rank.")
+    micro_batch_size: int = Field(
+        4,
+        ge=1,
+        description="Rows per forward pass on one rank, or on the ranks that share rows.",
+    )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Cut every row into so many equal parts, one for each of so many ranks, to "
+        "train on longer rows (docs/long_context.md). It divides the number of ranks and the "
+        "model's attention heads.",
+        json_schema_extra=MAY_CHANGE,
+    )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
     epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
     seed: int = Field(
@@ -480,6 +492,40 @@ class RunConfig(Section):
                 f"to a multiple of valuation.refresh_every={self.valuation.refresh_every}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_divided(self) -> RunConfig:
+        parts = self.train.sequence_parallel
+        if parts == 1:
+            return self
+        for is_set, setting, reason in self._not_divided():
+            if is_set:
+                raise ValueError(
+                    f"train.sequence_parallel={parts} is not possible with {setting} yet: {reason}"
+                )
+        return self
+
+    def _not_divided(self) -> tuple[tuple[bool, str, str], ...]:
+        """What does not work on rows that are divided over ranks: whether it is asked for, how, and
+        why not."""
+        return (
+            (
+                self.valuation.enabled,
+                "valuation.enabled=true",
+                "a token's value needs the attention of positions in other ranks' parts",
+            ),
+            (
+                self.trains_on_pairs,
+                "preference optimization",
+                "its loss is of whole responses, which no rank has",
+            ),
+            (
+                self.needs_reference,
+                "a policy that reads a reference model's losses",
+                "those are computed on whole rows",
+            ),
+            (self.model.lora is not None, "model.lora", "adapters have not been tested with it"),
+        )
 
     def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:
         """Raises ValueError where the run does not provide what a setting needs."""

@@ -124,7 +124,8 @@ class Layout:
     flash attention takes. noise_key: (seed, step) adds noise, for policies that need it.
     halves: adds which half of the draw each position's row is in. by_row: by the name of the column
     that they become, and by dataset row, numbers of its response tokens, (R,) float32. first_only:
-    lay out the chosen document of a pair alone; without `by_row` only.
+    lay out the chosen document of a pair alone; without `by_row` only. parts: pad rows to a
+    multiple of so many tokens, so that they can be cut into as many parts.
     """
 
     size: int
@@ -134,6 +135,7 @@ class Layout:
     halves: bool = False
     by_row: Mapping[str, ByRow] = field(default_factory=dict)
     first_only: bool = False
+    parts: int = 1
 
 
 def row_tokens(config: RunConfig) -> int | None:
@@ -198,6 +200,7 @@ def collate(dataset: Tokenised, rows: Indices, layout: Layout, numbers: Indices)
     # A placeholder has one row of one token.
     height = max(len(places), 1)
     width = max((sum(lengths[number] for number in place) for place in places), default=1)
+    width += -width % layout.parts
 
     columns: dict[str, Tensor | int] = {}
     for name, dtype in _columns(layout).items():
@@ -210,7 +213,8 @@ def collate(dataset: Tokenised, rows: Indices, layout: Layout, numbers: Indices)
     if layout.row_tokens is not None:
         columns["position_ids"] = _position_ids(height, width, lengths, places)
     if layout.row_tokens == ONE_ROW:
-        columns["cu_seq_lens"], columns["max_length"] = boundaries(lengths or [width])
+        padding = [width - sum(lengths)] if sum(lengths) < width else []
+        columns["cu_seq_lens"], columns["max_length"] = boundaries([*lengths, *padding])
     counts = torch.tensor([len(of_row) for of_row in of_rows], dtype=torch.int64)
     columns["rows"] = torch.from_numpy(rows).repeat_interleave(counts)
     return make_batch(columns)

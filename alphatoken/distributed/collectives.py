@@ -1,24 +1,26 @@
 """Every message between ranks, by name. In a single process each function is a no-op on the same
 path.
 
-Tensors go through `deepspeed.comm` (so they show in its communications log) over the default group:
-all ranks, which are all data-parallel. It has a time limit (`deepspeed.timeout_minutes`), after
+Tensors go through `deepspeed.comm` (so they show in its communications log), over all ranks or
+those of one axis of the mesh. Their groups have a time limit (`deepspeed.timeout_minutes`), after
 which a rank takes the others for lost. What one rank may work on for long while the others wait
 (`barrier`, `gather_objects`, `agree`, `on_rank_0`) goes through a gloo group of the same ranks that
 waits for hours (`ranks.CONTROL_LIMIT`). Every rank must call all of them in the same order. R is
-the number of ranks.
+the number of ranks that take part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from alphatoken.distributed import process
+from alphatoken.distributed.mesh import Axis
 from alphatoken.distributed.process import barrier as barrier
 from alphatoken.distributed.process import running_comm
 from alphatoken.errors import RemoteError
@@ -36,13 +38,33 @@ def world_size() -> int:
     return int(comm.get_world_size()) if comm else 1
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor, among: Axis | None = None) -> Tensor:
     """All-reduce, in place: every rank ends with the elementwise sum. A ring moves 2 (R-1)/R of it
     per rank."""
-    comm = running_comm()
+    comm = _comm_of(among)
     if comm:
-        comm.all_reduce(tensor)
+        comm.all_reduce(tensor, group=_group_of(among))
     return tensor
+
+
+def exchange(parts_RX: Tensor, among: Axis) -> Tensor:
+    """All-to-all: entry r of (R, ...) goes to rank r, and what comes from rank r becomes entry r.
+    A rank sends and receives (R-1)/R of the tensor."""
+    comm = _comm_of(among)
+    if not comm:
+        return parts_RX
+    received_RX = torch.empty_like(parts_RX, memory_format=torch.contiguous_format)
+    comm.all_to_all_single(received_RX, parts_RX.contiguous(), group=among.group)
+    return received_RX
+
+
+def _comm_of(among: Axis | None) -> ModuleType | None:
+    """What sends a message among some ranks, or all; None where that is this one alone."""
+    return None if among is not None and among.size == 1 else running_comm()
+
+
+def _group_of(among: Axis | None) -> Any:
+    return None if among is None else among.group
 
 
 # On a CPU a longer shard is gathered in several messages, as gloo holds another copy of what it
@@ -50,26 +72,27 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 MESSAGE_BYTES = 2**24
 
 
-def gather_equal(shard: Tensor) -> Tensor:
+def gather_equal(shard: Tensor, among: Axis | None = None) -> Tensor:
     """All-gather of equally long flat shards: every rank ends with (R, n). Receives (R-1) n
     elements per rank."""
-    comm = running_comm()
+    comm = _comm_of(among)
     if not comm:
         return shard[None]
-    ranks, limit = world_size(), MESSAGE_BYTES // shard.element_size()
+    ranks = world_size() if among is None else among.size
+    limit = MESSAGE_BYTES // shard.element_size()
+
+    def gathered(block: Tensor) -> Tensor:
+        out = shard.new_empty(ranks * block.numel())
+        comm.all_gather_into_tensor(out, block.contiguous(), group=_group_of(among))
+        return out.view(ranks, -1)
+
     if shard.numel() <= limit or shard.device.type != "cpu":
-        return _gather_message(shard)
+        return gathered(shard)
     out = shard.new_empty(ranks, shard.numel())
     for start in range(0, shard.numel(), limit):
         block = slice(start, start + limit)
-        out[:, block] = _gather_message(shard[block])
+        out[:, block] = gathered(shard[block])
     return out
-
-
-def _gather_message(shard: Tensor) -> Tensor:
-    out = shard.new_empty(world_size() * shard.numel())
-    running_comm().all_gather_into_tensor(out, shard.contiguous())  # type: ignore[union-attr]
-    return out.view(world_size(), -1)
 
 
 def gather_slices(slices: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -117,19 +140,19 @@ def sum_to_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(own.split(lengths))
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, among: Axis | None = None) -> Tensor:
     """All-gather of matrices with unequally many rows: every rank ends with all rows, in rank
     order.
 
     Each is padded to the longest first, so a rank receives (R-1) times the longest.
     """
-    if world_size() == 1:
+    if (world_size() if among is None else among.size) == 1:
         return rows
     count = torch.tensor([rows.shape[0]], device=rows.device)
-    counts = gather_equal(count).flatten().tolist()
+    counts = gather_equal(count, among).flatten().tolist()
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: rows.shape[0]] = rows
-    gathered = gather_equal(padded.flatten()).view(world_size(), *padded.shape)
+    gathered = gather_equal(padded.flatten(), among).view(len(counts), *padded.shape)
     return torch.cat([gathered[index, :count] for index, count in enumerate(counts)])
 
 

@@ -22,20 +22,27 @@ OUR_FIELDS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "bfloat16": "model.dtype",
+    "sequence_parallel_size": "train.sequence_parallel",
     "steps_per_print": "logging.every",
     "wandb": "logging.report_to",
     "tensorboard": "logging.report_to",
     "csv_monitor": "logging.report_to",
 }
 
-# What divides a model otherwise than by ZeRO. All ranks are data-parallel here: gradients,
-# values and counts are summed over them all, and a rank's tower sees whole sequences and whole
-# layers (docs/launching.md says what is missing).
+# What divides a model otherwise than by ZeRO, and why that is not supported.
 PARALLELISMS = {
-    "sequence_parallel_size": "sequence",
-    "tensor_parallel": "tensor",
-    "pipeline": "pipeline",
-    "expert_parallel": "expert",
+    "tensor_parallel": (
+        "tensor parallelism cuts linears, and values are contracted with whole ones: gradients, "
+        "drift and Fisher are known by ZeRO's slices of whole weights"
+    ),
+    "pipeline": (
+        "pipeline parallelism gives a rank some of the layers, and a rank scores tokens on the "
+        "last of them right after its forward pass, before the head"
+    ),
+    "expert_parallel": (
+        "expert parallelism shards experts over other ranks than the rest of the model, and "
+        "checkpoints, drift and Fisher take every weight for sharded over all ranks"
+    ),
 }
 
 # What would make shards, gradients or the module something else than values, counts and
@@ -116,12 +123,12 @@ def _refuse_keys(values: dict[str, Any], origin: str) -> None:
     for key, field in OUR_FIELDS.items():
         if key in values:
             raise UserError(f"{origin} sets {key!r}; remove it and set {field} instead")
-    for key, name in PARALLELISMS.items():
+    for key, reason in PARALLELISMS.items():
         if key in values:
             raise UserError(
-                f"{origin} sets {key!r}, but {name} parallelism is not supported: every rank "
-                "trains on whole sequences with all layers. Remove it; zero_optimization and "
-                "train.gradient_checkpointing make room instead"
+                f"{origin} sets {key!r}, which is not supported: {reason}. Remove it; "
+                "zero_optimization, train.gradient_checkpointing and train.sequence_parallel make "
+                "room instead"
             )
     for key, reason in REFUSED.items():
         found = _value_at(values, key)
@@ -156,12 +163,18 @@ def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run. Raises UserError when batches cannot be dealt
     to the ranks."""
-    train = config.train
-    per_pass = train.micro_batch_size * world_size
+    train, parts = config.train, config.train.sequence_parallel
+    if world_size % parts:
+        raise UserError(
+            f"train.sequence_parallel={parts} does not divide the number of ranks, {world_size}"
+        )
+    groups = world_size // parts
+    per_pass = train.micro_batch_size * groups
     if train.global_batch_size % per_pass:
+        dealt_to = f"{world_size} ranks" if parts == 1 else f"{groups} groups of {parts} ranks"
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={train.micro_batch_size} times {world_size} ranks = {per_pass}"
+            f"train.micro_batch_size={train.micro_batch_size} times {dealt_to} = {per_pass}"
         )
     shared = _shared_config(config)
     adam = config.valuation.enabled and config.valuation.preconditioner == "adam"
@@ -172,20 +185,22 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         )
     return {
         **shared,
-        "train_batch_size": train.global_batch_size,
+        # DeepSpeed takes every rank for one with rows of its own, and averages gradients over them.
+        "train_batch_size": train.global_batch_size * parts,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // per_pass,
         "gradient_clipping": config.optim.clip,
     }
 
 
-def without_ranks(deepspeed_values: dict[str, Any]) -> dict[str, Any]:
+def without_ranks(deepspeed_values: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """The part of a run's DeepSpeed configuration that does not depend on the number of ranks."""
-    return {
+    fixed = {
         key: each
         for key, each in deepspeed_values.items()
         if key not in ("gradient_accumulation_steps", "checkpoint")
     }
+    return {**fixed, "train_batch_size": config.train.global_batch_size}
 
 
 # Weights are gathered for the module that runs, and released after it; by default DeepSpeed

@@ -142,6 +142,23 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return model_class
 
 
+def check_divided_rows(config: PretrainedConfig, parts: int) -> None:
+    """Refuses, from `config.json` alone, a model whose rows cannot be divided over `parts` ranks.
+    Raises UserError."""
+    setting = f"train.sequence_parallel={parts}"
+    if architecture_of_config(config).recurrent:
+        raise UserError(
+            f"{setting} is not possible with {config.model_type}: its linear-attention layers "
+            "carry a state along the row, from one rank's part into the next; set it to 1"
+        )
+    heads = config.get_text_config().num_attention_heads
+    if heads % parts:
+        raise UserError(
+            f"{setting} does not divide the {heads} attention heads of the model, of which every "
+            "rank takes a share"
+        )
+
+
 def check_valuation(config: PretrainedConfig, layers: int | str) -> None:
     """Refuses, from `config.json` alone, a model that cannot be valued on its last `layers`. Raises
     UserError."""

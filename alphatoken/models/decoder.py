@@ -235,12 +235,15 @@ class Decoder:
 
 def body_inputs(batch: Mapping[str, object]) -> dict[str, Any]:
     """Takes from a batch what a model's body is called with; boundaries of packed documents under
-    the names that flash attention has for them, which no other kernel reads."""
+    the names that flash attention has for them, which no other kernel reads, and what attention has
+    to know of rows that are divided over ranks."""
     keys = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     inputs: dict[str, Any] = {key: tensor for key, tensor in batch.items() if key in keys}
     if "cu_seq_lens" in batch:
         inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = batch["cu_seq_lens"]
         inputs["max_length_q"] = inputs["max_length_k"] = batch["max_length"]
+    if "whole_rows" in batch:
+        inputs["whole_rows"] = batch["whole_rows"]
     return {**inputs, "use_cache": False}
 
 

@@ -23,6 +23,7 @@ from alphatoken.models.compatibility import (
     architecture_of_config,
     best_attention,
     check_attention,
+    check_divided_rows,
     check_valuation,
 )
 from alphatoken.models.decoder import Decoder, decoder_of
@@ -43,6 +44,8 @@ def check_before_loading(config: RunConfig, *, here: bool = True) -> None:
             f"data.packing=true is not possible with {model_config.model_type}: its "
             "linear-attention layers carry a state from one document into the next"
         )
+    if config.train.sequence_parallel > 1:
+        check_divided_rows(model_config, config.train.sequence_parallel)
     if config.valuation.enabled:
         check_valuation(model_config, config.valuation.layers)
 

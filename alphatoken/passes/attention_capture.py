@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alphatoken.config.choices import is_flash
 from alphatoken.passes.attention import AttentionCall, Visibility
 from alphatoken.passes.blocked_attention import blocked_attention
+from alphatoken.passes.divided_attention import attend_divided
 from alphatoken.passes.kernel_sums import by_head, kernel_sums
+from alphatoken.passes.kernels import kernel_function, named
 
 CAPTURING_ATTENTION = "alphatoken_capture"
 """The attention implementation that layers are configured with to run inside `AttentionCapture`."""
@@ -74,7 +75,30 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
 
         Takes and returns what functions of the `transformers` attention interface do: `query`
         (B, H, T, D), `key` and `value` (B, G, T, D); the output (B, T, H, D), and weights or None.
+        Of rows that are divided over ranks (`whole_rows`) the consumer gets whole rows in this
+        rank's share of the heads.
         """
+        attend = partial(self._attend, layer=module)
+        if "whole_rows" not in kwargs:
+            return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return attend_divided(
+            attend, self._implementation, module, query, key, value, scaling=scaling, **kwargs
+        )
+
+    def _attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        layer: nn.Module,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs attention on whole rows, in the heads of `module`: those of `layer`, or some of
+        them."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         visibility = self._visibility(query, attention_mask, kwargs)
         softcap = kwargs.get("softcap")
@@ -84,13 +108,9 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
         watched: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self._consume is not None:
             watched = kernel_sums(self._implementation)
-        # Every Hugging Face modelling file brings its own eager function.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, eager)
-        with self._own_name(module), watched as sums:
-            output: tuple[Tensor, Tensor | None] = attention(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
+        attention = kernel_function(self._implementation, layer)
+        with named(module, self._implementation), watched as sums:
+            output = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if self._consume is not None:
             layer = module.layer_idx
             assert isinstance(layer, int)
@@ -98,17 +118,6 @@ class AttentionCapture(AbstractContextManager["AttentionCapture"]):
             query, key = query.detach(), key.detach()
             self._consume(layer, AttentionCall(query, key, scale, visibility, softcap, given_BHT))
         return output
-
-    @contextmanager
-    def _own_name(self, module: nn.Module) -> Iterator[None]:
-        """The layer's configuration names the kernel itself meanwhile: flash attention is looked
-        up by that name, and the one that is loaded stays loaded for the whole process."""
-        config: Any = module.config
-        config._attn_implementation = self._implementation
-        try:
-            yield
-        finally:
-            config._attn_implementation = CAPTURING_ATTENTION
 
     def _visibility(
         self, query: Tensor, mask: Tensor | None, arguments: Mapping[str, Any]

@@ -31,6 +31,7 @@ from alphatoken.passes.attention_capture import (
     AttentionConsumer,
 )
 from alphatoken.passes.capture import LayerInput
+from alphatoken.passes.divided_attention import kernel_of
 
 NO_INPUT = LayerInput((), {})
 
@@ -57,7 +58,7 @@ class LayerStreamer:
         self._decoder = decoder
         self._device = device
         self._resident = resident
-        self._attention: str = decoder.config._attn_implementation
+        self._attention = kernel_of(decoder.config._attn_implementation)
         skeleton = _skeleton(decoder)
         if forward_mode:
             skeleton.model.set_experts_implementation("eager")

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.distributed.settings import deepspeed_config
+from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import check_before_loading, model_without_weights
 from alphatoken.models.scored import scored_depth
@@ -198,6 +199,11 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     """The blueprint of a run on so many ranks. Raises UserError for what the run would refuse
     before loading a model, and where the model cannot be planned.
     """
+    if config.train.sequence_parallel > 1:
+        raise UserError(
+            f"train.sequence_parallel={config.train.sequence_parallel} cannot be planned yet: the "
+            "messages and the memory of attention over divided rows are not known to the planner"
+        )
     values = deepspeed_config(config, ranks)
     check_before_loading(config, here=False)
     model = planned_model(config.model)

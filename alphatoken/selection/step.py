@@ -1,5 +1,5 @@
-"""Selection over a whole optimizer step: its settings, how many tokens it will keep, and the choice
-among all ranks'.
+"""Selection over ranks: the settings of an optimizer step, how many tokens it will keep, and the
+choice among the tokens of several ranks.
 
 Shape legend: R response positions, C columns.
 """
@@ -13,18 +13,21 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from alphatoken.batch import Batch
+from alphatoken.batch import Batch, response_counts
 from alphatoken.config.run import RunConfig
 from alphatoken.config.selection import SelectionConfig, VetoConfig
 from alphatoken.distributed import collectives
-from alphatoken.selection.facts import TokenFacts, WeighedTokens
+from alphatoken.distributed.mesh import Axis, all_ranks, mesh
+from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
 from alphatoken.selection.select import (
     Cut,
     ResponseTokens,
     Selection,
     choose_by_branch,
+    lexsort,
     response_tokens,
     scheduled_ratio,
+    select,
 )
 
 
@@ -93,7 +96,8 @@ class TokenCounts:
 
 
 def count_tokens(selections: Sequence[Selection], batches: Sequence[Batch]) -> TokenCounts:
-    """Counts the response tokens of this rank's micro-batches, and the step's over all ranks.
+    """Counts the response tokens of the micro-batches of this rank's data group, and those of the
+    step.
 
     Every rank must call it: one all-reduce of 3 int64 per branch.
     """
@@ -101,17 +105,15 @@ def count_tokens(selections: Sequence[Selection], batches: Sequence[Batch]) -> T
     # Response, kept and forced tokens of each branch.
     sums = torch.zeros(branches, 3, dtype=torch.int64)
     for batch in batches:
-        counts = (
-            batch["document_ids"][batch["response"]].bincount(minlength=len(batch["rows"])).tolist()
-        )
+        counts = response_counts(batch)
         for branch, selection in enumerate(selections):
             own = counts[branch::branches]
             sums[branch] += torch.tensor(
                 [sum(own), selection.kept_count(own), selection.forced_count(own)]
             )
-    own_response = int(sums[:, 0].sum())
+    own_response = sum(batch["response_index"].count for batch in batches)
     device = batches[0]["response"].device
-    everywhere = collectives.sum_over_ranks(sums.to(device)).tolist()
+    everywhere = collectives.sum_over_ranks(sums.to(device), mesh().data).tolist()
     kept_tokens = 0
     for selection, (response, kept, forced) in zip(selections, everywhere, strict=True):
         # A group that spans all micro-batches is rounded up once, not in each of them.
@@ -134,51 +136,77 @@ class WeighedStep:
     """Tokens of all ranks that are kept."""
 
 
+def weigh(selections: Sequence[Selection], facts: TokenFacts) -> WeighedTokens:
+    """Weighs the tokens of one micro-batch by a choice among them. Where its rows are divided over
+    ranks it is among those of all parts, and every rank of the data group must call it."""
+    if "whole_rows" not in facts.batch:
+        return select(selections, facts)
+    (choice,), _ = _chosen_together(selections, [facts], mesh().sequence)
+    return WeighedTokens(facts=facts, choice=choice)
+
+
 def weigh_globally(
     selections: Sequence[Selection], micro_batches: Sequence[TokenFacts]
 ) -> WeighedStep:
     """Weighs this rank's micro-batches by a choice among the response tokens of the whole step.
 
-    Every rank must call it: it gathers 3 float64 per response token of the step and one for each
-    column that the selections read, and every rank makes the same choice. Tokens are ordered by
-    (micro-batch, position), so ties fall the same way on any number of ranks.
+    Every rank must call it.
     """
-    this_rank, ranks = collectives.rank(), collectives.world_size()
-    own = [response_tokens(selections, facts) for facts in micro_batches]
-    names = list(own[0].columns)
-    packed = [
-        _packed(tokens, micro_batch=number * ranks + this_rank) for number, tokens in enumerate(own)
-    ]
-    gathered_RC = collectives.gather_rows(torch.cat(packed))
-    gathered_RC = gathered_RC[gathered_RC[:, 0].argsort(stable=True)]
-    micro_batch_R = gathered_RC[:, 0].long()
-    choice = choose_by_branch(selections, _unpacked(gathered_RC, names, branches=len(selections)))
-    own_choice = choice.where((micro_batch_R % ranks == this_rank).nonzero()[:, 0])
-    choices = own_choice.split([len(tokens.sequence_R) for tokens in own])
+    choices, kept = _chosen_together(selections, micro_batches, all_ranks())
     weighed = [
         WeighedTokens(facts=facts, choice=choice)
         for facts, choice in zip(micro_batches, choices, strict=True)
     ]
-    return WeighedStep(micro_batches=weighed, kept=int(choice.kept_R.sum()))
+    return WeighedStep(micro_batches=weighed, kept=kept)
 
 
-def _packed(tokens: ResponseTokens, micro_batch: int) -> Tensor:
-    """(R, 3 + columns) float64: the number of the micro-batch in the step over all ranks, that of
-    the sequence in the micro-batch, whether the token is protected, and its columns. They travel in
-    one message; numbers below 2^53 are exact in it."""
-    micro_batch_R = torch.full_like(tokens.sequence_R, micro_batch)
-    fields = (micro_batch_R, tokens.sequence_R, tokens.protected_R, *tokens.columns.values())
+def _chosen_together(
+    selections: Sequence[Selection], micro_batches: Sequence[TokenFacts], among: Axis
+) -> tuple[list[Choice], int]:
+    """What becomes of the tokens of this rank's micro-batches, or of its parts of them, by a choice
+    among those of some ranks; and how many of them all are kept.
+
+    It gathers 3 float64 per response token and one for each column that the selections read, and
+    every rank makes the same choice. Tokens are ordered by (micro-batch, row, position), so ties
+    fall the same way on any number of ranks.
+    """
+    own = [response_tokens(selections, facts) for facts in micro_batches]
+    names = list(own[0].columns)
+    packed = [
+        _packed(tokens, part=number * among.size + among.place) for number, tokens in enumerate(own)
+    ]
+    gathered_RC = collectives.gather_rows(torch.cat(packed), among)
+    # The ranks of a data group are neighbours, in order of their parts.
+    micro_batch_R = gathered_RC[:, 0].long() // mesh().sequence.size
+    order_R = lexsort(micro_batch_R, gathered_RC[:, 1])
+    gathered_RC, micro_batch_R = gathered_RC[order_R], micro_batch_R[order_R]
+    tokens = _unpacked(gathered_RC, micro_batch_R, names, branches=len(selections))
+    choice = choose_by_branch(selections, tokens)
+    is_own_R = gathered_RC[:, 0].long() % among.size == among.place
+    own_choice = choice.where(is_own_R.nonzero()[:, 0])
+    counts = [len(tokens.sequence_R) for tokens in own]
+    return own_choice.split(counts), int(choice.kept_R.sum())
+
+
+def _packed(tokens: ResponseTokens, part: int) -> Tensor:
+    """(R, 3 + columns) float64: the number of the micro-batch, or of the part of one, over the
+    ranks; that of the sequence in the micro-batch, whether the token is protected, and its columns.
+    They travel in one message; numbers below 2^53 are exact in it."""
+    part_R = torch.full_like(tokens.sequence_R, part)
+    fields = (part_R, tokens.sequence_R, tokens.protected_R, *tokens.columns.values())
     return torch.stack([field_R.double() for field_R in fields], dim=1)
 
 
-def _unpacked(packed_RC: Tensor, names: Sequence[str], branches: int) -> ResponseTokens:
+def _unpacked(
+    packed_RC: Tensor, micro_batch_R: Tensor, names: Sequence[str], branches: int
+) -> ResponseTokens:
     """Reverses `_packed`, with sequences numbered in the whole step: ascending with the
     micro-batch, and with the same remainder by `branches`, which tells the branch."""
-    micro_batch_R, sequence_R, protected_R, *columns = packed_RC.unbind(1)
+    _, sequence_R, protected_R, *columns = packed_RC.unbind(1)
     stride = int(sequence_R.max()) + 1 if len(sequence_R) else 1
     stride += -stride % branches
     return ResponseTokens(
-        sequence_R=micro_batch_R.long() * stride + sequence_R.long(),
+        sequence_R=micro_batch_R * stride + sequence_R.long(),
         protected_R=protected_R > 0,
         columns=dict(zip(names, columns, strict=True)),
     )

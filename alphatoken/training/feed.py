@@ -1,4 +1,4 @@
-"""This rank's micro-batches, on its device."""
+"""This rank's micro-batches, or its parts of those of its data group, on its device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alphatoken.batch import Batch, pinned, to_device
+from alphatoken.batch import Batch, part_of, pinned, to_device
 from alphatoken.data.batches import ByRow, Indices, Layout, Order, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.splits import check_rows_of_b
-from alphatoken.distributed import collectives
+from alphatoken.distributed.mesh import mesh
 from alphatoken.training.setup import Run
 from alphatoken.util.ahead import Ahead
 
@@ -135,8 +135,8 @@ class Feed:
     def _steering_size(self, part: TokenDataset, rows: Indices) -> int:
         """Rows per micro-batch of rows that steer values."""
         longest = int(part.lengths[rows].max(initial=1))
-        ranks = collectives.world_size()
-        return self._run.config.held_out_batch_rows(len(rows), longest, ranks)
+        groups = mesh().data.size
+        return self._run.config.held_out_batch_rows(len(rows), longest, groups)
 
     def _held_out_batches(self, part: TokenDataset, rows: Indices, draw: int) -> list[Batch]:
         """This rank's micro-batches of held-out rows; unless they are compared as pairs, of the
@@ -158,18 +158,21 @@ class Feed:
         """This rank's micro-batches of the rows, of `size` rows or as many as training takes, with
         the losses of a cached reference, where there is one; or with the chosen response
         `alone`."""
-        run, ranks = self._run, collectives.world_size()
-        config = run.config
+        run, among = self._run, mesh()
+        config, groups = run.config, among.data.size
         layout = Layout(
-            size=size or min(config.train.micro_batch_size, math.ceil(len(rows) / ranks)),
+            size=size or min(config.train.micro_batch_size, math.ceil(len(rows) / groups)),
             pad_token=run.tokenizer.pad_token_id,
             row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if config.needs_noise else None,
             halves=config.valuation.reliability,
             by_row=self.by_row(part, alone=alone),
             first_only=alone,
+            parts=among.sequence.size,
         )
-        dealt = micro_batches(part, rows, layout, collectives.rank(), ranks)
+        dealt = micro_batches(part, rows, layout, among.data.place, groups)
+        if among.sequence.size > 1:
+            dealt = [part_of(batch, among.sequence.place, among.sequence.size) for batch in dealt]
         return [pinned(batch) for batch in dealt] if run.device.type == "cuda" else dealt
 
     def _delivered(self, dealt: Sequence[Batch], *, alone: bool = False) -> list[Batch]:

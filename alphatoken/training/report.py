@@ -106,8 +106,8 @@ class Report:
 
     def responses_of(self, step: int) -> int:
         """How many responses of an optimizer step (from 1) are to be told token by token."""
-        if not self._active:
-            return 0
+        if not self._active or self._config.train.sequence_parallel > 1:
+            return 0  # rank 0 has a part of a response
         every = max(self._config.logging.every, math.ceil(self._total_steps / TOLD_STEPS))
         last = step == self._total_steps
         due = last or step == 1 or step % every == 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import Continuation, open_run_folder
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import FisherConfig, ModelConfig
+from alphatoken.config.sections import FisherConfig
 from alphatoken.data.audit import look_at_rows
 from alphatoken.data.chat import tokenizer_identity
 from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
@@ -27,13 +27,19 @@ from alphatoken.data.tokenizer import (
 from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.adam_scale import AdamScale, FirstMoment
 from alphatoken.distributed.engine import build_engine
-from alphatoken.distributed.ranks import initialise_ranks, use_deterministic_kernels
+from alphatoken.distributed.mesh import form_mesh
+from alphatoken.distributed.ranks import (
+    initialise_ranks,
+    tensor_limit,
+    use_deterministic_kernels,
+)
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.evaluation.evaluate import build_tasks
 from alphatoken.evaluation.rows import Task
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
+from alphatoken.passes.divided_attention import divide_attention
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
 from alphatoken.stability.drift import Drift
@@ -93,11 +99,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     into the run folder but the Fisher, where that has to be estimated.
     """
     # What is wrong with the configuration, files and folders is found before weights are read.
-    if config.train.deterministic:
-        use_deterministic_kernels()
-    device = initialise_ranks(config.deepspeed.timeout_minutes)
-    collectives.on_rank_0(lambda: check_trackers(config.logging))
-    engine_config = deepspeed_config(config, collectives.world_size())
+    device, engine_config = _join(config)
     tokenizer = load_tokenizer(config.model)
     config = _settled(config, tokenizer, device)
     folder, continuation = open_run_folder(config)
@@ -115,11 +117,10 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     stopwatch = Stopwatch(device)
     lm = _load(config, engine_config, tokenizer)
     notes += [
-        *_model_notes(config.model, lm, tokenizer),
+        *_model_notes(config, lm, tokenizer),
         *(n for task in tasks for n in task.questions.notes),
     ]
-    decoder = decoder_of(lm.train())
-    decoder.freeze_unreached()
+    decoder = _decoder(config, lm)
     model = ValuedModel(
         decoder=decoder,
         objective=objective,
@@ -148,7 +149,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     inputs = {
         **{name: fingerprint(part.identity) for name, part in splits.named().items()},
         "model.tokenizer": tokenizer_identity(tokenizer),
-        "deepspeed.config": fingerprint(without_ranks(engine_config)),
+        "deepspeed.config": fingerprint(without_ranks(engine_config, config)),
         "reference.model": None if reference is None else reference.identity,
         "valuation.fisher": None if drift is None else drift.identity(),
         "selection.store": identity_of_store(config) if config.needs_store else None,
@@ -183,6 +184,18 @@ def _stored_values(
     return collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
 
 
+def _join(config: RunConfig) -> tuple[torch.device, dict[str, Any]]:
+    """Joins the other ranks: this one's device, and DeepSpeed's configuration for all of them."""
+    if config.train.deterministic:
+        use_deterministic_kernels()
+    minutes = config.deepspeed.timeout_minutes
+    device = initialise_ranks(minutes)
+    collectives.on_rank_0(lambda: check_trackers(config.logging))
+    engine_config = deepspeed_config(config, collectives.world_size())
+    form_mesh(config.train.sequence_parallel, tensor_limit(minutes))
+    return device, engine_config
+
+
 def _settled(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> RunConfig:
@@ -205,15 +218,30 @@ def _load(
     return model
 
 
+def _decoder(config: RunConfig, lm: PreTrainedModel) -> Decoder:
+    """The decoder that is trained, whose layers take rows as they are dealt."""
+    decoder = decoder_of(lm.train())
+    decoder.freeze_unreached()
+    if config.train.sequence_parallel > 1:
+        divide_attention(decoder)
+    return decoder
+
+
 def _model_notes(
-    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """What differs from the model as published, once `lm` stops where turns end."""
+    """What differs from the model as published, once `lm` stops where turns end, and from a run
+    whose ranks have whole rows."""
+    parts = config.train.sequence_parallel
     found = (
-        vocabulary_note(config, tokenizer),
-        stop_at_end_of_turn(lm.generation_config, config, tokenizer),
-        adapters_note(lm, config),
+        vocabulary_note(config.model, tokenizer),
+        stop_at_end_of_turn(lm.generation_config, config.model, tokenizer),
+        adapters_note(lm, config.model),
         experts_note(lm),
+        None
+        if parts == 1
+        else f"rows are divided over groups of {parts} ranks, so the report shows no responses: no "
+        "rank has a whole one",
     )
     return [note for note in found if note is not None]
 

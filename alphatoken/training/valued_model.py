@@ -19,7 +19,8 @@ from alphatoken.models.token_losses import losses_of
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
 from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
-from alphatoken.selection.select import Selection, select
+from alphatoken.selection.select import Selection
+from alphatoken.selection.step import weigh
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.estimator import Scorer
 
@@ -109,7 +110,7 @@ class ValuedModel(nn.Module):
         with self.scorer.capture() as capture:
             hidden_BTH = self._decoder.hidden_states(batch)
         facts = self._score(batch, self.scorer, capture.entry, hidden_BTH)
-        return self._trained_on_kept(hidden_BTH, select(self.selections, facts))
+        return self._trained_on_kept(hidden_BTH, weigh(self.selections, facts))
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -182,7 +183,7 @@ class ValuedModel(nn.Module):
         nll_R = self.head_loss(index.take(hidden_BTH), index.take(batch["targets"]))
         nll_BT = index.put(nll_R.detach())
         facts = self._facts(batch, nll_BT=nll_BT, values={}, hidden_BTH=hidden_BTH)
-        weighed = select(self.selections, facts)
+        weighed = weigh(self.selections, facts)
         kept_R = _kept(weighed)
         return self._output(weighed, kept_R, kept_nll_R=nll_R.index_select(0, kept_R))
 

@@ -1,0 +1,211 @@
+"""Rows that are divided over ranks, against one process that has them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from alphatoken.batch import Batch
+from alphatoken.config.preference import PreferenceRunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.data.batches import Layout, micro_batches
+from alphatoken.errors import UserError
+from alphatoken.models.compatibility import check_divided_rows
+from alphatoken.models.decoder import decoder_of
+from alphatoken.models.head import HeadLoss
+from alphatoken.planner.plan import make_plan
+from alphatoken.planner.workload import Rows
+from tests.oracle import relative_error
+from tests.ranks import run_ranks
+from tests.runs import changed
+from tests.tiny import CASES, random_sequences
+
+# The last rank of four has no response token of the long row, nor any of the short ones.
+LENGTHS = ((20, 3), (2, 9), (3, 1), (1, 5))
+
+
+def dataset_of(lengths: Any = LENGTHS) -> Any:
+    """Rows in memory, in the way of a `TokenDataset`."""
+    sequences = random_sequences(lengths, seed=3)
+
+    class InMemory:
+        def __init__(self) -> None:
+            self.lengths = np.array([len(ids) for ids, _ in sequences])
+
+        def __getitem__(self, row: int) -> Any:
+            ids, labels = sequences[row]
+            return [(ids.numpy(), (labels != -100).numpy())]
+
+    return InMemory()
+
+
+def batches_of(parts: int) -> dict[str, Batch]:
+    """Four rows, and the same packed into rows of 24 tokens."""
+    rows = np.arange(len(LENGTHS))
+    return {
+        "plain": micro_batches(dataset_of(), rows, Layout(4, 0, parts=parts), 0, 1)[0],
+        "packed": micro_batches(dataset_of(), rows, Layout(4, 0, 24, parts=parts), 0, 1)[0],
+    }
+
+
+def whole_pass(name: str, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What enters the head, the summed loss of the response, and its gradients."""
+    model = CASES[name].build()
+    decoder = decoder_of(model)
+    hidden = decoder.hidden_states(batch)
+    index = batch["response_index"]
+    loss = HeadLoss(decoder.head, decoder.logit_softcap)(
+        index.take(hidden), index.take(batch["targets"])
+    ).sum()
+    loss.backward()
+    gradients = {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
+    return hidden.detach(), loss.detach(), gradients
+
+
+WITH_ATTENTION = [name for name in CASES if CASES[name].packable]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_architecture_equals_one_process(ranks: int, tmp_path: Path) -> None:
+    """Uneven rows, packed and not; grouped-query attention with fewer key heads than ranks, sliding
+    windows; a rank without response token."""
+    batches = batches_of(ranks)
+    results = run_ranks(
+        "divided_passes", ranks, tmp_path, names=WITH_ATTENTION, batches=dict(batches)
+    )
+    for name in WITH_ATTENTION:
+        for kind, batch in batches.items():
+            own = [result[f"{name}, {kind}"] for result in results]
+            hidden, loss, gradients = whole_pass(name, batch)
+            real = batch["document_ids"] >= 0
+            found = torch.cat([each["hidden"] for each in own], dim=1)
+            assert relative_error(found[real], hidden[real]) < 1e-5, f"{name}, {kind}"
+            assert own[0]["loss"] == pytest.approx(float(loss), rel=1e-5), f"{name}, {kind}"
+            for key, gradient in gradients.items():
+                error = relative_error(own[0]["gradients"][key], gradient)
+                assert error < 1e-5, f"{name}, {kind}: gradient of {key} is off by {error:.1e}"
+
+
+@pytest.fixture
+def plain_values(run_values: dict[str, Any]) -> dict[str, Any]:
+    """Three steps of SFT without values, in float32."""
+    values = changed(run_values, train={"max_steps": 3}, logging={"responses": 0})
+    del values["data"]["validation"]
+    return {**values, "valuation": {"enabled": False}}
+
+
+# A policy in each scope; losses decide, which every rank knows of its own part.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "packed": {"data": {"packing": True}, "selection": {"policy": "loss", "keep_ratio": 0.5}},
+    "sequence": {
+        "selection": {"policy": "loss", "scope": "sequence", "keep_ratio": 0.4, "min_keep": 2},
+        "deepspeed": {"config": {"zero_optimization": {"stage": 2}}},
+    },
+    "global batch": {
+        "selection": {"policy": "random", "scope": "global_batch", "keep_ratio": 0.3},
+        "deepspeed": {"config": {"zero_optimization": {"stage": 1}}},
+        "train": {"gradient_checkpointing": True},
+    },
+}
+
+
+def variants(values: dict[str, Any], folder: Path, parts: int) -> dict[str, dict[str, Any]]:
+    return {
+        name: changed(
+            changed(values, **sections),
+            train={"sequence_parallel": parts, "output_dir": str(folder / name)},
+        )
+        for name, sections in VARIANTS.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (4, 2), (4, 4)])
+def test_runs_equal_one_process(
+    ranks: int, parts: int, plain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rows of very different lengths; gradients of every step, metrics, and weights after all."""
+    (alone,) = run_ranks(
+        "divided_runs", 1, tmp_path / "1", configs=variants(plain_values, tmp_path / "1", 1)
+    )
+    configs = variants(plain_values, tmp_path / "n", parts)
+    for result in run_ranks("divided_runs", ranks, tmp_path / "n", configs=configs):
+        for name in VARIANTS:
+            found, expected = result[name], alone[name]
+            for step, gradients in enumerate(expected["gradients"]):
+                for key, gradient in gradients.items():
+                    error = relative_error(found["gradients"][step][key], gradient)
+                    assert error < 1e-5, f"{name}, step {step}: {key} is off by {error:.1e}"
+            for key, weight in expected["weights"].items():
+                assert relative_error(found["weights"][key], weight) < 1e-5, f"{name}: {key}"
+            for step, metrics in enumerate(expected["metrics"]):
+                for key in ("eval_loss", "loss_kept", "loss_response", "kept_tokens", "grad_norm"):
+                    if key in metrics:
+                        assert found["metrics"][step][key] == pytest.approx(metrics[key], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit_and_with_its_rows_divided_otherwise(
+    plain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    def config(name: str, parts: int, **train: Any) -> dict[str, Any]:
+        output = {"sequence_parallel": parts, "output_dir": str(tmp_path / name), **train}
+        return {name: changed(plain_values, train=output)}
+
+    start = {"resume": str(tmp_path / "whole" / "checkpoints" / "step-1")}
+    configs = config("whole", 2, save_every=1) | config("same", 2, **start)
+    for result in run_ranks("divided_runs", 2, tmp_path / "2", configs=configs):
+        whole = result["whole"]["weights"]
+        assert all(torch.equal(each, whole[key]) for key, each in result["same"]["weights"].items())
+    (alone,) = run_ranks("divided_runs", 1, tmp_path / "1", configs=config("alone", 1, **start))
+    undivided, _ = run_ranks("divided_runs", 2, tmp_path / "3", configs=config("rows", 1, **start))
+    for found in (alone["alone"]["weights"], undivided["rows"]["weights"]):
+        for key, weight in whole.items():
+            assert relative_error(found[key], weight) < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"valuation": {"enabled": True, "held_out": "train", "stability_weight": 0.0}},
+            "valuation.enabled=true yet",
+        ),
+        ({"selection": {"policy": "excess_loss"}, "reference": {"model": "x"}}, "reference model"),
+        ({"model": {"lora": {}}}, "model.lora yet"),
+    ],
+)
+def test_what_is_not_divided_yet_is_refused_by_name(
+    plain_values: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    values = changed(plain_values, train={"sequence_parallel": 2}, **sections)
+    RunConfig.model_validate(changed(values, train={"sequence_parallel": 1}))
+    with pytest.raises(ValueError, match=message):
+        RunConfig.model_validate(values)
+
+
+def test_pairs_are_refused(pair_values: dict[str, Any]) -> None:
+    values = changed(pair_values, train={"sequence_parallel": 2}, valuation={"enabled": False})
+    with pytest.raises(ValueError, match="preference optimization yet"):
+        PreferenceRunConfig.model_validate(values)
+
+
+def test_models_whose_rows_cannot_be_divided_are_refused_before_loading() -> None:
+    with pytest.raises(UserError, match="linear-attention layers carry a state along the row"):
+        check_divided_rows(CASES["qwen3_5"].build().config, 2)
+    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+        check_divided_rows(CASES["llama"].build().config, 3)
+    check_divided_rows(CASES["llama"].build().config, 4)
+
+
+def test_a_plan_of_divided_rows_is_refused(plain_values: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(changed(plain_values, train={"sequence_parallel": 2}))
+    with pytest.raises(UserError, match="cannot be planned yet"):
+        make_plan(config, Rows(64), ranks=2)
