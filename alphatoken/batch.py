@@ -90,16 +90,29 @@ class RowIndex:
 
 @dataclass(frozen=True, eq=False)
 class WholeRows:
-    """What a rank that has a part of each row of a micro-batch knows of the whole rows."""
+    """What attention has to know of whole rows of which this rank has a part each."""
 
     parts: int
     """Into how many equal parts they are cut, one after the other."""
-    document_tokens: tuple[int, ...]
-    """Response tokens of each document, in all parts of its row; on the host."""
     position_BT: Tensor | None
     """(B, T) int64, from 0 in each document; None where a row is one document."""
     masks: dict[str, Tensor | None] = field(default_factory=dict)
-    """What attention layers have made of it for themselves and those after them, by kind."""
+    """Masks of one pass over the rows, by kind: the first layer that needs one makes it."""
+
+    def of_a_pass(self) -> WholeRows:
+        """A copy for a pass of its own, after which no mask is held."""
+        return replace(self, masks={})
+
+    def rows(self, rows: slice) -> WholeRows:
+        """Narrows it to some of the rows."""
+
+        def narrowed(each_BT: Tensor | None) -> Tensor | None:
+            if each_BT is None or each_BT.shape[0] == 1:  # shared by all
+                return each_BT
+            return each_BT[rows]
+
+        masks = {kind: narrowed(mask) for kind, mask in self.masks.items()}
+        return replace(self, position_BT=narrowed(self.position_BT), masks=masks)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WholeRows:
         """A copy with the tensor changed, such as moved to a device."""
@@ -134,7 +147,11 @@ class Batch(TypedDict):
     """The longest of those documents."""
     whole_rows: NotRequired[WholeRows]
     """Where every row is divided over ranks: T is then the length of this rank's part, and only
-    `rows`, `cu_seq_lens` and `max_length` are of whole rows."""
+    what follows and `rows`, `cu_seq_lens` and `max_length` are of whole rows."""
+    row_counts: NotRequired[tuple[int, ...]]
+    """Response tokens of each row, in all its parts."""
+    document_counts: NotRequired[tuple[int, ...]]
+    """Those of each document."""
     document_ids: NotRequired[Tensor]
     """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
     rows: NotRequired[Tensor]
@@ -200,15 +217,21 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
     for name, column in columns.items():
         if isinstance(column, Tensor) and column.dim() == 2:
             columns[name] = column[:, own].contiguous()
-    columns["whole_rows"] = WholeRows(parts, tuple(response_counts(batch)), position_BT)
-    return _indexed(columns)
+    return _indexed(
+        {
+            **columns,
+            "whole_rows": WholeRows(parts, position_BT),
+            "row_counts": batch["response_index"].counts,
+            "document_counts": tuple(response_counts(batch)),
+        }
+    )
 
 
 def response_counts(batch: Batch) -> list[int]:
     """Response tokens of each document of a micro-batch, those that other ranks have among them.
     Waits where it is on a device and its rows are not divided."""
-    if "whole_rows" in batch:
-        return list(batch["whole_rows"].document_tokens)
+    if "document_counts" in batch:
+        return list(batch["document_counts"])
     document_R = batch["document_ids"][batch["response"]]
     counts: list[int] = document_R.bincount(minlength=len(batch["rows"])).tolist()
     return counts

@@ -35,7 +35,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from alphatoken.batch import make_batch, part_of
+from alphatoken.batch import Batch, make_batch, part_of
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints import saving, weight_files
 from alphatoken.checkpoints.export import export_model
@@ -43,6 +43,7 @@ from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import tokenise
 from alphatoken.data.chat import Encoder
@@ -1071,9 +1072,24 @@ def grown(
     return results
 
 
+def ghost_values(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
+    """What the tokens of a batch are worth to itself, by all layers, with a window of six
+    positions."""
+    config = ValuationConfig(layers="all", window=6, stability_weight=0.0)
+    scorer = GhostScorer(decoder, config, torch.device("cpu"), None)
+    with torch.no_grad():
+        scorer.run_body = decoder.hidden_states
+        scorer.refresh([batch])
+        with scorer.capture() as capture:
+            decoder.hidden_states(batch)
+        values = scorer.score(capture.entry, batch).values
+    return {term: getattr(values, term) for term in ("direct_target", "causal_target")}
+
+
 def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> dict[str, Any]:
-    """Tiny models on rows that all ranks divide: what enters the head, this rank's part; and the
-    gradients of the summed response losses, which are sums over ranks. By model and batch."""
+    """Tiny models on rows that all ranks divide: what enters the head and the values of tokens,
+    this rank's part; and the gradients of the summed response losses, which are sums over ranks. By
+    model and batch."""
     device = initialise_ranks(5)
     ranks = collectives.world_size()
     among = form_mesh(ranks, timedelta(minutes=5)).sequence
@@ -1094,6 +1110,7 @@ def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> d
             losses.sum().backward()
             results[f"{name}, {kind}"] = {
                 "hidden": hidden.detach(),
+                "values": ghost_values(decoder, own),
                 "loss": float(collectives.sum_over_ranks(losses.detach().sum())),
                 "gradients": {
                     key: collectives.sum_over_ranks(each.grad)

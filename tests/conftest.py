@@ -164,6 +164,21 @@ def tiny_fisher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
+def stability(tiny_model: Path, tiny_fisher: Path, tmp_path: Path) -> dict[str, str]:
+    """A random Fisher file and a reference a little away from the starting weights."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "reference")
+    return {
+        "fisher": str(tiny_fisher),
+        "reference": str(tmp_path / "reference"),
+    }
+
+
+@pytest.fixture
 def pair_values(run_values: dict[str, Any], pair_data: dict[str, str]) -> dict[str, Any]:
     """The same for preference optimization."""
     return {**run_values, "data": {**run_values["data"], **pair_data}, "preference": {}}

@@ -30,6 +30,7 @@ def random_signals(*, causal: bool) -> LinearSignals:
         span=slice(1, 6),
         halves=None,
         targets_BT=targets_BT,
+        has_response=True,
     )
     return LinearSignals(
         linear=ScoredLinear("v_proj", is_value=causal),

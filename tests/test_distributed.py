@@ -29,21 +29,6 @@ SCORED_BY = ("estimator", "layers", "parameters", "window")
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
 
 
-@pytest.fixture
-def stability(tiny_model: Path, tiny_fisher: Path, tmp_path: Path) -> dict[str, str]:
-    """A random Fisher file and a reference a little away from the starting weights."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(tmp_path / "reference")
-    return {
-        "fisher": str(tiny_fisher),
-        "reference": str(tmp_path / "reference"),
-    }
-
-
 class PlainStep:
     """The step in one process: values of all rows at once, masks by sorting, the gradient by
     autograd."""

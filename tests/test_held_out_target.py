@@ -25,14 +25,12 @@ from tests.exact_oracle import exact_values
 from tests.oracle import Scored, oracle_copy, relative_error, token_values
 from tests.ranks import run_ranks
 from tests.runs import changed, metrics_of, run_recipe
-from tests.test_distributed import check, exact, stability, stage, variant
+from tests.test_distributed import check, exact, stage, variant
 from tests.test_pairs import REFERENCE_FREE, REPORTED, PlainPairs
 from tests.test_preference import OBJECTIVES, objective_of, section, standard
 from tests.test_training import METRICS
 from tests.test_valuation import LENGTHS, scored_set
 from tests.tiny import CASES, collate, pack, random_sequences, scored_linears, unpad
-
-__all__ = ["stability"]
 
 # Chosen and rejected in turn; uneven, and in another order by length than as pairs.
 PAIR_LENGTHS = [(4, 6), (4, 2), (2, 11), (2, 5), (7, 3), (7, 13)]

@@ -22,10 +22,8 @@ from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import Rows
 from tests.ranks import run_ranks
 from tests.runs import changed, metrics_of
-from tests.test_distributed import GLOBAL_BATCH, PlainStep, check, exact, stability, variant
+from tests.test_distributed import GLOBAL_BATCH, PlainStep, check, exact, variant
 from tests.test_pairs import PlainPairs
-
-__all__ = ["stability"]
 
 FROM_TRAIN = {"held_out": "train"}
 

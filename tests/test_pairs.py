@@ -37,7 +37,6 @@ from tests.test_distributed import (
     TERMS,
     check,
     exact,
-    stability,
     stability_tensors,
     stage,
     variant,
@@ -45,8 +44,6 @@ from tests.test_distributed import (
 from tests.test_preference import Side, masked_loss, section, standard
 from tests.test_training import METRICS
 from tests.tiny import collate, tokenised
-
-__all__ = ["stability"]
 
 PAIRS, MICRO_BATCH, KEEP = 12, 2, 0.5
 REFERENCE_FREE = ("simpo", "orpo", "cpo")

@@ -20,9 +20,11 @@ from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import HeadLoss
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import Rows
+from tests.cases import ghost_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.runs import changed
+from tests.test_distributed import TERMS, PlainStep, check, stage, variant
 from tests.tiny import CASES, random_sequences
 
 # The last rank of four has no response token of the long row, nor any of the short ones.
@@ -53,8 +55,8 @@ def batches_of(parts: int) -> dict[str, Batch]:
     }
 
 
-def whole_pass(name: str, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What enters the head, the summed loss of the response, and its gradients."""
+def whole_pass(name: str, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
+    """What enters the head, the summed loss of the response, its gradients, and values."""
     model = CASES[name].build()
     decoder = decoder_of(model)
     hidden = decoder.hidden_states(batch)
@@ -64,29 +66,35 @@ def whole_pass(name: str, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tenso
     ).sum()
     loss.backward()
     gradients = {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
-    return hidden.detach(), loss.detach(), gradients
+    return hidden.detach(), loss.detach(), gradients, ghost_values(decoder, batch)
 
 
 WITH_ATTENTION = [name for name in CASES if CASES[name].packable]
+FEWER_KEY_HEADS = ["llama", "gemma2", "phi3"]
+"""Than four ranks, one of them with eager attention."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_architecture_equals_one_process(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "names"), [(2, WITH_ATTENTION), (4, FEWER_KEY_HEADS)])
+def test_every_architecture_equals_one_process(
+    ranks: int, names: list[str], tmp_path: Path
+) -> None:
     """Uneven rows, packed and not; grouped-query attention with fewer key heads than ranks, sliding
     windows; a rank without response token."""
     batches = batches_of(ranks)
-    results = run_ranks(
-        "divided_passes", ranks, tmp_path, names=WITH_ATTENTION, batches=dict(batches)
-    )
-    for name in WITH_ATTENTION:
+    results = run_ranks("divided_passes", ranks, tmp_path, names=names, batches=dict(batches))
+    for name in names:
         for kind, batch in batches.items():
             own = [result[f"{name}, {kind}"] for result in results]
-            hidden, loss, gradients = whole_pass(name, batch)
+            hidden, loss, gradients, values = whole_pass(name, batch)
             real = batch["document_ids"] >= 0
             found = torch.cat([each["hidden"] for each in own], dim=1)
             assert relative_error(found[real], hidden[real]) < 1e-5, f"{name}, {kind}"
             assert own[0]["loss"] == pytest.approx(float(loss), rel=1e-5), f"{name}, {kind}"
+            for term, value_BT in values.items():
+                found = torch.cat([each["values"][term] for each in own], dim=1)
+                error = relative_error(found, value_BT)
+                assert error < 1e-5, f"{name}, {kind}: {term} is off by {error:.1e}"
             for key, gradient in gradients.items():
                 error = relative_error(own[0]["gradients"][key], gradient)
                 assert error < 1e-5, f"{name}, {kind}: gradient of {key} is off by {error:.1e}"
@@ -94,26 +102,38 @@ def test_every_architecture_equals_one_process(ranks: int, tmp_path: Path) -> No
 
 @pytest.fixture
 def plain_values(run_values: dict[str, Any]) -> dict[str, Any]:
-    """Three steps of SFT without values, in float32."""
-    values = changed(run_values, train={"max_steps": 3}, logging={"responses": 0})
-    del values["data"]["validation"]
-    return {**values, "valuation": {"enabled": False}}
+    """Two steps of SFT, in float32; without values, unless a test asks for them."""
+    return changed(
+        run_values,
+        logging={"responses": 0},
+        valuation={"enabled": False},
+    )
 
 
-# A policy in each scope; losses decide, which every rank knows of its own part.
+# Losses or noise decide, which every rank knows of its own part; or values.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "packed": {"data": {"packing": True}, "selection": {"policy": "loss", "keep_ratio": 0.5}},
-    "sequence": {
-        "selection": {"policy": "loss", "scope": "sequence", "keep_ratio": 0.4, "min_keep": 2},
-        "deepspeed": {"config": {"zero_optimization": {"stage": 2}}},
-    },
     "global batch": {
         "selection": {"policy": "random", "scope": "global_batch", "keep_ratio": 0.3},
         "deepspeed": {"config": {"zero_optimization": {"stage": 1}}},
         "train": {"gradient_checkpointing": True},
     },
+    "valued": {
+        "valuation": {
+            "enabled": True,
+            "contrast": 0.5,
+            "contrast_from": "scored",
+            "reliability": True,
+            "balance": "std",
+            "refresh_every": 2,
+        },
+        "selection": {"keep_ratio": "auto", "weights": "softmax"},
+    },
 }
+REPORTED = (
+    *("eval_loss", "loss_kept", "loss_response", "kept_tokens", "grad_norm", "composite_mean"),
+    *("adaptation_std", "stability_std", "noise_scale", "adaptation_stability_rank_correlation"),
+)
 
 
 def variants(values: dict[str, Any], folder: Path, parts: int) -> dict[str, dict[str, Any]]:
@@ -127,16 +147,14 @@ def variants(values: dict[str, Any], folder: Path, parts: int) -> dict[str, dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (4, 2), (4, 4)])
-def test_runs_equal_one_process(
-    ranks: int, parts: int, plain_values: dict[str, Any], tmp_path: Path
-) -> None:
-    """Rows of very different lengths; gradients of every step, metrics, and weights after all."""
+def test_runs_equal_one_process(plain_values: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of very different lengths on two groups of two ranks; gradients of every step, metrics,
+    and weights after all."""
     (alone,) = run_ranks(
         "divided_runs", 1, tmp_path / "1", configs=variants(plain_values, tmp_path / "1", 1)
     )
-    configs = variants(plain_values, tmp_path / "n", parts)
-    for result in run_ranks("divided_runs", ranks, tmp_path / "n", configs=configs):
+    configs = variants(plain_values, tmp_path / "n", 2)
+    for result in run_ranks("divided_runs", 4, tmp_path / "n", configs=configs):
         for name in VARIANTS:
             found, expected = result[name], alone[name]
             for step, gradients in enumerate(expected["gradients"]):
@@ -146,9 +164,9 @@ def test_runs_equal_one_process(
             for key, weight in expected["weights"].items():
                 assert relative_error(found["weights"][key], weight) < 1e-5, f"{name}: {key}"
             for step, metrics in enumerate(expected["metrics"]):
-                for key in ("eval_loss", "loss_kept", "loss_response", "kept_tokens", "grad_norm"):
-                    if key in metrics:
-                        assert found["metrics"][step][key] == pytest.approx(metrics[key], rel=1e-5)
+                for key in metrics.keys() & set(REPORTED):
+                    other = found["metrics"][step][key]
+                    assert other == pytest.approx(metrics[key], rel=1e-5), f"{name}: {key}"
 
 
 @pytest.mark.slow
@@ -175,8 +193,8 @@ def test_a_run_goes_on_bit_for_bit_and_with_its_rows_divided_otherwise(
     ("sections", "message"),
     [
         (
-            {"valuation": {"enabled": True, "held_out": "train", "stability_weight": 0.0}},
-            "valuation.enabled=true yet",
+            {"valuation": {"enabled": True, "estimator": "exact", "window": 32}},
+            "valuation.estimator=exact yet",
         ),
         ({"selection": {"policy": "excess_loss"}, "reference": {"model": "x"}}, "reference model"),
         ({"model": {"lora": {}}}, "model.lora yet"),
@@ -209,3 +227,60 @@ def test_a_plan_of_divided_rows_is_refused(plain_values: dict[str, Any]) -> None
     config = RunConfig.model_validate(changed(plain_values, train={"sequence_parallel": 2}))
     with pytest.raises(UserError, match="cannot be planned yet"):
         make_plan(config, Rows(64), ranks=2)
+
+
+def merged(results: list[Any], name: str) -> list[Any]:
+    """What ranks found, with the parts of each document put together, which neighbours have."""
+    rows: dict[int, dict[str, Tensor]] = {}
+    for result in results:
+        for row, output in result[name]["rows"].items():
+            before = rows.get(row, {term: part[:0] for term, part in output.items()})
+            rows[row] = {term: torch.cat([before[term], part]) for term, part in output.items()}
+    return [
+        {name: {"rows": rows, "gradients": results[0][name]["gradients"]}},
+        *({name: {"rows": {}, "gradients": each[name]["gradients"]}} for each in results[1:]),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(4, 2), (4, 4)])
+def test_values_masks_and_gradient_equal_one_process(
+    ranks: int,
+    parts: int,
+    run_values: dict[str, Any],
+    stability: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """By `ghost`, with the causal window across the parts' borders, one of them longer than a
+    part."""
+    unstable = {"stability_weight": 0.0}
+    streamed = {**stability, "residency": "streamed"}
+    sections: dict[str, dict[str, Any]] = {
+        "with stability": {"valuation": stability},
+        "long window, packed": {"valuation": {**unstable, "window": 40}, "data": {"packing": True}},
+        "streamed, chunked, eager": {
+            "valuation": {**streamed, "chunk_tokens": 1, "contraction": "ghost"},
+            "model": {"attn_implementation": "eager"},
+            "train": {"gradient_checkpointing": True},
+        },
+        "sequence": {"valuation": unstable, "selection": {"scope": "sequence"}},
+        "global batch": {
+            "valuation": {**unstable, "split_terms": False},
+            "selection": {
+                "scope": "global_batch",
+                "veto": {"by": "low_perplexity", "share": 0.25},
+                "normalise": "kept",
+            },
+            "deepspeed": stage(2),
+        },
+    }
+    configs = {
+        name: variant(run_values, tmp_path / name.replace(" ", "-"), **changes)
+        for name, changes in sections.items()
+    }
+    for values in configs.values():
+        values["train"]["sequence_parallel"] = parts
+    results = run_ranks("valued_steps", ranks, tmp_path / "ranks", configs=configs)
+    for name, values in configs.items():
+        terms = TERMS if values["valuation"].get("split_terms", True) else ("composite",)
+        check(merged(results, name), name, PlainStep(values), terms)

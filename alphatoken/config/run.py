@@ -510,9 +510,9 @@ class RunConfig(Section):
         why not."""
         return (
             (
-                self.valuation.enabled,
-                "valuation.enabled=true",
-                "a token's value needs the attention of positions in other ranks' parts",
+                self.valuation.enabled and self.valuation.estimator != "ghost",
+                f"valuation.estimator={self.valuation.estimator}",
+                "its passes over attention are of whole rows; use ghost",
             ),
             (
                 self.trains_on_pairs,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from alphatoken.batch import WholeRows
 from alphatoken.errors import UserError
 from alphatoken.models.architectures import Architecture, architecture_named
 from alphatoken.models.scored import (
@@ -243,7 +244,9 @@ def body_inputs(batch: Mapping[str, object]) -> dict[str, Any]:
         inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = batch["cu_seq_lens"]
         inputs["max_length_q"] = inputs["max_length_k"] = batch["max_length"]
     if "whole_rows" in batch:
-        inputs["whole_rows"] = batch["whole_rows"]
+        rows = batch["whole_rows"]
+        assert isinstance(rows, WholeRows)
+        inputs["whole_rows"] = rows.of_a_pass()
     return {**inputs, "use_cache": False}
 
 

@@ -140,9 +140,14 @@ def attention_band(call: AttentionCall, window: int) -> Tensor:
     return band_BTW / heads
 
 
-def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor) -> Tensor:
+def mix_band(band_BTW: Tensor, outgrad_BTO: Tensor, beyond_BKO: Tensor | None = None) -> Tensor:
     """sum_{t<k<=t+W} A[k, t] d_k for every position t, the causal path of Eq. 9. (B, T, O), dtype
-    of `outgrad`."""
+    of `outgrad`. `beyond_BKO` are the d of the first K positions behind the last one, where the row
+    goes on; without them, and behind them, d is zero."""
+    if beyond_BKO is not None:
+        further_BTW = F.pad(band_BTW, (0, 0, 0, beyond_BKO.shape[1]))
+        together_BTO = torch.cat([outgrad_BTO, beyond_BKO], dim=1)
+        return mix_band(further_BTW, together_BTO)[:, : outgrad_BTO.shape[1]]
     batch, length, window = band_BTW.shape
     block = window
     blocks = -(-length // block)

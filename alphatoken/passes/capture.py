@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from alphatoken.batch import WholeRows
 from alphatoken.models.decoder import Decoder
 
 HookConsumer = Callable[[str, Tensor, Tensor], None]
@@ -118,6 +119,8 @@ class Entry:
         batch = self.first_BTH.shape[0]
 
         def narrow(value: Any) -> Any:
+            if isinstance(value, WholeRows):
+                return value.rows(rows)
             of_sequences = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch
             return value[rows] if of_sequences else value
 

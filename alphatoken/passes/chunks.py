@@ -29,11 +29,8 @@ class Chunk:
     each; where halves are told apart."""
     targets_BT: Tensor
     """The token that each of their positions predicts."""
-
-    @property
-    def has_response(self) -> bool:
-        """Whether any position has a loss."""
-        return self.index.count > 0
+    has_response: bool
+    """Whether any position has a loss, of this rank's or, where rows are divided, another's."""
 
 
 def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
@@ -43,6 +40,7 @@ def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
     size = max(1, chunk_tokens // length)
     pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     index, both = batch["response_index"], batch.get("half_index")
+    counts = batch.get("row_counts", index.counts)
 
     def halves_of(rows: slice) -> tuple[Tensor, Tensor] | None:
         if both is None:
@@ -57,6 +55,7 @@ def chunks_of(entry: Entry, batch: Batch, chunk_tokens: int) -> list[Chunk]:
             span=index.span(rows),
             halves=halves_of(rows),
             targets_BT=batch["targets"][rows],
+            has_response=any(counts[rows]),
         )
         for rows in pieces
     ]

@@ -11,7 +11,8 @@ heads (H a multiple of G), D head size, X numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,18 @@ divided."""
 def divide_attention(decoder: Decoder) -> None:
     """From now on the decoder's layers take parts of rows, with `Batch.whole_rows`."""
     decoder.config._attn_implementation = DIVIDED[decoder.config._attn_implementation]
+
+
+@contextmanager
+def undivided(decoder: Decoder) -> Iterator[None]:
+    """The decoder's layers take whole rows meanwhile, different ones on every rank."""
+    config: Any = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation = kernel_of(before)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def kernel_of(implementation: str) -> str:
@@ -122,6 +135,30 @@ def attend_divided(
         heads = _SomeHeads(module, query.shape[1] // key.shape[1])
         output_BTHD, _ = attention(heads, query, key, value, mask, **arguments)
     return heads_for_rows(output_BTHD, among), None
+
+
+class NeighbourParts:
+    """What the ranks of a data group tell each other of the causal path in rows that they divide.
+    Every one of them must make the same calls."""
+
+    def __init__(self, among: Axis) -> None:
+        self._among = among
+
+    def own_band(self, band_BTW: Tensor) -> Tensor:
+        """From the attention band of whole rows, (B, T, W), averaged over this rank's heads, that
+        of its part of the rows, averaged over all heads. Sends (R-1)/R of the band."""
+        parts_RBTW = band_BTW.unflatten(1, (self._among.size, -1)).movedim(1, 0).contiguous()
+        return collectives.exchange(parts_RBTW, self._among).mean(0)
+
+    def beyond(self, outgrad_BTO: Tensor, window: int) -> Tensor:
+        """The first `window` positions of what follows this rank's part, (B, K, O), fewer where the
+        row ends. Gathers as many of each rank, which may be all that it has."""
+        count = min(window, outgrad_BTO.shape[1])
+        first_BKO = outgrad_BTO[:, :count]
+        gathered_RX = collectives.gather_equal(first_BKO.flatten(), self._among)
+        following = slice(self._among.place + 1, self._among.place + 1 + -(-window // count))
+        parts_RBKO = gathered_RX[following].view(-1, *first_BKO.shape)
+        return parts_RBKO.movedim(0, 1).flatten(1, 2)[:, :window]
 
 
 class _SomeHeads:

@@ -39,7 +39,7 @@ from alphatoken.evaluation.rows import Task
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
-from alphatoken.passes.divided_attention import divide_attention
+from alphatoken.passes.divided_attention import divide_attention, undivided
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
 from alphatoken.stability.drift import Drift
@@ -288,7 +288,8 @@ def _build_drift(
     """Estimates the Fisher first, where none is given. None where stability counts nothing."""
     fisher = config.valuation.fisher
     if prompts is not None:
-        fisher = estimate_fisher(config, decoder, tokenizer, prompts, device)
+        with undivided(decoder):
+            fisher = estimate_fisher(config, decoder, tokenizer, prompts, device)
         notes.append(f"Fisher: {fisher}, estimated on {prompts}")
     if fisher is None:
         notes.append(

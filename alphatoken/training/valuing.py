@@ -43,6 +43,11 @@ def check_valuing(config: RunConfig) -> None:
         raise UserError(
             "valuation.enabled=false: there is nothing to value tokens by; set it to true"
         )
+    if config.train.sequence_parallel > 1:
+        raise UserError(
+            f"train.sequence_parallel={config.train.sequence_parallel}: values are kept by whole "
+            "responses here, so rows cannot be divided over ranks; leave it at 1"
+        )
     if config.valuation.start_step:
         raise UserError(
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,30 +57,54 @@ class LinearSignals:
 SignalConsumer = Callable[[LinearSignals], None]
 
 
+class OtherParts(Protocol):
+    """What ranks have that divide the rows of a chunk: every one a part of each row, and attention
+    on whole rows in a share of the heads."""
+
+    def own_band(self, band_BTW: Tensor) -> Tensor:
+        """From the band of whole rows, averaged over each rank's heads, that of this rank's part,
+        averaged over all heads."""
+        ...
+
+    def beyond(self, outgrad_BTO: Tensor, window: int) -> Tensor:
+        """From each rank's part of d, what follows this rank's part, (B, K, O): up to `window`
+        positions, fewer where the row ends."""
+        ...
+
+
 class ChunkSignals:
     """Makes the `LinearSignals` of one chunk from what hooks report, in the order of the passes.
 
     The forward pass reports the attention call of each layer, of which the band stays; the backward
     pass then reports h and d of each linear, last layer first. window: 0 follows no causal path.
-    weight_of: the weight of the linear at a path of a layer, as stored.
+    weight_of: the weight of the linear at a path of a layer, as stored. others: where the rows are
+    divided over ranks, which then must all do the same.
     """
 
-    def __init__(self, chunk: Chunk, window: int, weight_of: Callable[[int, str], Tensor]) -> None:
+    def __init__(
+        self,
+        chunk: Chunk,
+        window: int,
+        weight_of: Callable[[int, str], Tensor],
+        others: OtherParts | None = None,
+    ) -> None:
         self._chunk = chunk
-        self._window = window
+        self._others = others
+        self.window = window
         self._weight_of = weight_of
         self._bands: dict[int, Tensor] = {}
         self._mixed: dict[int, Tensor] = {}
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Takes an attention layer's queries and keys; keeps its band, (B, T, W)."""
-        self._bands[layer] = attention_band(call, self._window)
+        band_BTW = attention_band(call, self.window)
+        self._bands[layer] = band_BTW if self._others is None else self._others.own_band(band_BTW)
 
     def signals_of(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
     ) -> LinearSignals:
         """Takes h and d of a linear, once the backward pass has reached its output."""
-        follows = linear.is_value and self._window > 0
+        follows = linear.is_value and self.window > 0
         mixed_BTO = self._mix(linear, outgrad_BTO) if follows else None
         return LinearSignals(linear, self._chunk, act_BTI, outgrad_BTO, mixed_BTO)
 
@@ -90,11 +115,20 @@ class ChunkSignals:
             # What flows back into an adapter's A came through its B, which the backward pass
             # has met before, and of that only the value rows count.
             return self._mixed[linear.layer] @ self._weight_of(linear.layer, linear.feeds)
-        band_BTW, value_rows = self._bands[linear.layer], linear.value_rows
+        value_rows = linear.value_rows
         if value_rows is None:
-            mixed_BTO = mix_band(band_BTW, outgrad_BTO)
+            mixed_BTO = self._mix_values(linear.layer, outgrad_BTO)
         else:
             mixed_BTO = torch.zeros_like(outgrad_BTO)
-            mixed_BTO[..., value_rows] = mix_band(band_BTW, outgrad_BTO[..., value_rows])
+            mixed_BTO[..., value_rows] = self._mix_values(
+                linear.layer, outgrad_BTO[..., value_rows]
+            )
         self._mixed[linear.layer] = mixed_BTO
         return mixed_BTO
+
+    def _mix_values(self, layer: int, outgrad_BTO: Tensor) -> Tensor:
+        """sum_k A[k, t] d_k of the output rows that are values, (B, T, O)."""
+        beyond_BKO = None
+        if self._others is not None:
+            beyond_BKO = self._others.beyond(outgrad_BTO, self.window)
+        return mix_band(self._bands[layer], outgrad_BTO, beyond_BKO)

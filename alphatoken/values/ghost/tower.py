@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from alphatoken.batch import Batch
+from alphatoken.distributed.mesh import mesh
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.scored import ScoredLinear
 from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture, SignalCapture
 from alphatoken.passes.chunks import Chunk, chunks_of, top_backward
+from alphatoken.passes.divided_attention import NeighbourParts
 from alphatoken.passes.streamer import LayerStreamer
 from alphatoken.values.estimator import Coefficients
 from alphatoken.values.ghost.signals import ChunkSignals, SignalConsumer
@@ -108,8 +111,14 @@ class Tower:
                 (coefficient_BT[chunk.rows, :, None] * outgrad_BTH).to(outgrad_BTH.dtype)
                 for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True)
             ]
+        signals_of = partial(
+            ChunkSignals,
+            window=window,
+            weight_of=self.weight,
+            others=NeighbourParts(mesh().sequence) if "whole_rows" in batch else None,
+        )
         for place in reversed(range(len(self.layers))):
-            self._layer(place, chunks, outgrads, consumer_of, window)
+            self._layer(place, chunks, outgrads, consumer_of, signals_of)
         return nll_BT
 
     def _layer(
@@ -118,7 +127,7 @@ class Tower:
         chunks: list[Chunk],
         outgrads: list[Tensor],
         consumer_of: ConsumerOf,
-        window: int,
+        signals_of: Callable[[Chunk], ChunkSignals],
     ) -> None:
         """Runs one layer forward and backward for all chunks, and replaces the gradients at its
         output by those at its input, (B, T, H) per chunk, in place.
@@ -130,8 +139,8 @@ class Tower:
             for number, chunk in enumerate(chunks):
                 if not chunk.has_response:
                     continue
-                signals = ChunkSignals(chunk, window, self.weight)
-                on_attention = signals.on_attention if window else None
+                signals = signals_of(chunk)
+                on_attention = signals.on_attention if signals.window else None
                 hidden_BTH = chunk.entry.into(place).detach()
                 with torch.enable_grad(), self._capture(index, signals, consume):
                     hidden_BTH.requires_grad_(place > 0)
