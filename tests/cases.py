@@ -171,13 +171,14 @@ def weight_messages(
 
 
 def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """The accumulated gradient of every parameter, whole; to be called before the engine's step."""
+    """The accumulated gradient of every trained parameter, whole; to be called before the engine's
+    step."""
     from deepspeed.utils import safe_get_full_grad
 
     return {
         name.removeprefix("lm."): safe_get_full_grad(parameter).clone()
         for name, parameter in trainer.run.model.named_parameters()
-        if name.startswith("lm.")
+        if name.startswith("lm.") and parameter.requires_grad
     }
 
 
@@ -1137,7 +1138,7 @@ def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
             "weights": {
                 key.removeprefix("lm."): safe_get_full_fp32_param(each).clone()
                 for key, each in trainer.run.model.named_parameters()
-                if key.startswith("lm.")
+                if key.startswith("lm.") and each.requires_grad
             },
             "metrics": metrics_of(values["train"]["output_dir"]),
         }

@@ -24,7 +24,7 @@ from tests.cases import ghost_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.runs import changed
-from tests.test_distributed import TERMS, PlainStep, check, stage, variant
+from tests.test_distributed import TERMS, PlainStep, check, exact, stage, variant
 from tests.tiny import CASES, random_sequences
 
 # The last rank of four has no response token of the long row, nor any of the short ones.
@@ -118,7 +118,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "deepspeed": {"config": {"zero_optimization": {"stage": 1}}},
         "train": {"gradient_checkpointing": True},
     },
-    "valued": {
+    "valued, adapters": {
+        "model": {"lora": {"r": 2}},
         "valuation": {
             "enabled": True,
             "contrast": 0.5,
@@ -192,12 +193,7 @@ def test_a_run_goes_on_bit_for_bit_and_with_its_rows_divided_otherwise(
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        (
-            {"valuation": {"enabled": True, "estimator": "exact", "window": 32}},
-            "valuation.estimator=exact yet",
-        ),
         ({"selection": {"policy": "excess_loss"}, "reference": {"model": "x"}}, "reference model"),
-        ({"model": {"lora": {}}}, "model.lora yet"),
     ],
 )
 def test_what_is_not_divided_yet_is_refused_by_name(
@@ -264,6 +260,11 @@ def test_values_masks_and_gradient_equal_one_process(
             "train": {"gradient_checkpointing": True},
         },
         "sequence": {"valuation": unstable, "selection": {"scope": "sequence"}},
+        "exact, all": {"valuation": {**exact("all", "all"), **stability, "chunk_tokens": 1}},
+        "exact, composite only, packed": {
+            "valuation": {**exact("all", 2), **unstable, "split_terms": False},
+            "data": {"packing": True},
+        },
         "global batch": {
             "valuation": {**unstable, "split_terms": False},
             "selection": {

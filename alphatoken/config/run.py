@@ -510,11 +510,6 @@ class RunConfig(Section):
         why not."""
         return (
             (
-                self.valuation.enabled and self.valuation.estimator != "ghost",
-                f"valuation.estimator={self.valuation.estimator}",
-                "its passes over attention are of whole rows; use ghost",
-            ),
-            (
                 self.trains_on_pairs,
                 "preference optimization",
                 "its loss is of whole responses, which no rank has",
@@ -524,7 +519,6 @@ class RunConfig(Section):
                 "a policy that reads a reference model's losses",
                 "those are computed on whole rows",
             ),
-            (self.model.lora is not None, "model.lora", "adapters have not been tested with it"),
         )
 
     def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:

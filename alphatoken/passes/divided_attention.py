@@ -62,7 +62,8 @@ def kernel_of(implementation: str) -> str:
 
 class _Exchange(torch.autograd.Function):
     """`collectives.exchange`. It is its own transpose, and linear, so that its backward and its
-    derivative are exchanges as well. Every rank must run them in the same order."""
+    derivative are exchanges as well; those of several directions go in one message. Every rank must
+    run them in the same order."""
 
     @staticmethod
     def forward(parts_RX: Tensor, among: Axis) -> Tensor:
@@ -75,6 +76,17 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outgrads: Tensor) -> tuple[Tensor, None]:
         return collectives.exchange(outgrads[0], ctx.among), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _exchanged(tangents[0], ctx.among)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None], parts: Tensor, among: Axis
+    ) -> tuple[Tensor, int]:
+        # Behind the dimension of the ranks, any others are numbers that go along.
+        return _exchanged(parts.movedim(in_dims[0], 1), among), 1
 
 
 def _exchanged(parts_RX: Tensor, among: Axis) -> Tensor:
