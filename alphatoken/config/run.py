@@ -496,30 +496,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rows_can_be_divided(self) -> RunConfig:
         parts = self.train.sequence_parallel
-        if parts == 1:
-            return self
-        for is_set, setting, reason in self._not_divided():
-            if is_set:
-                raise ValueError(
-                    f"train.sequence_parallel={parts} is not possible with {setting} yet: {reason}"
-                )
+        if parts > 1 and self.train.evaluate:
+            raise ValueError(
+                f"train.sequence_parallel={parts} is not possible with train.evaluate: tasks are "
+                "answered from whole prompts, which no rank has; evaluate the export with "
+                "alphatoken evaluate"
+            )
         return self
-
-    def _not_divided(self) -> tuple[tuple[bool, str, str], ...]:
-        """What does not work on rows that are divided over ranks: whether it is asked for, how, and
-        why not."""
-        return (
-            (
-                self.trains_on_pairs,
-                "preference optimization",
-                "its loss is of whole responses, which no rank has",
-            ),
-            (
-                self.needs_reference,
-                "a policy that reads a reference model's losses",
-                "those are computed on whole rows",
-            ),
-        )
 
     def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:
         """Raises ValueError where the run does not provide what a setting needs."""

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alphatoken.distributed import collectives
+from alphatoken.distributed.mesh import mesh
+
+
+class _SumOfParts(torch.autograd.Function):
+    """A sum over the ranks of a data group, each of which has a copy of it; the gradient is the sum
+    of those of all copies."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return collectives.sum_over_ranks(own.clone(), mesh().sequence)
+
+    @staticmethod
+    def backward(ctx: Any, *outgrads: Tensor) -> Tensor:
+        return collectives.sum_over_ranks(outgrads[0].clone(), mesh().sequence)
+
+
+def sum_of_parts(own: Tensor) -> Tensor:
+    """The sum of what the ranks that divide the same rows have, with its gradient. Every one of
+    them must call it, and run its backward pass if it has one: an all-reduce each."""
+    if mesh().sequence.size == 1 or not own.numel():
+        return own
+    total: Tensor = _SumOfParts.apply(own)  # type: ignore[no-untyped-call]
+    return total
 
 
 class NamedSums:

@@ -58,7 +58,8 @@ class Objective(Protocol):
         ...
 
     def total(self, losses: KeptLosses) -> Tensor:
-        """The objective of the kept tokens, with the graph of `kept_nll_R`. Scalar."""
+        """The objective of the kept tokens, with the graph of `kept_nll_R`; where rows are divided
+        over ranks, this rank's share, such that those of all ranks add up to it. Scalar."""
         ...
 
     def denominator(self, counted_tokens: int, rows: int) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from alphatoken.batch import Batch
 from alphatoken.config.preference import BRANCHES, BranchName, PreferenceConfig
+from alphatoken.distributed.mesh import mesh
+from alphatoken.distributed.sums import sum_of_parts
 from alphatoken.objectives.base import KeptLosses, ResponseLosses
 from alphatoken.objectives.pair_losses import PAIR_OBJECTIVES, Branch, Pairs, length_weights
 
@@ -51,7 +53,8 @@ class PreferenceObjective:
     def total(self, losses: KeptLosses) -> Tensor:
         counted_R = losses.of_kept(self._length_weights(losses))
         kept = self._kept(losses, counted_R * losses.kept_nll_R)
-        return self.loss(kept=kept, full=self._full(losses)).sum().float()
+        total = self.loss(kept=kept, full=self._full(losses)).sum().float()
+        return total / mesh().sequence.size  # every rank that has a part of the pairs has all sums
 
     def denominator(self, counted_tokens: int, rows: int) -> int:
         return rows
@@ -132,7 +135,8 @@ class PreferenceObjective:
         def sums(value_R: Tensor) -> Tensor:
             """Weighed sums by pair and branch, (P, branches)."""
             nothing_D = torch.zeros(len(batch["rows"]), dtype=torch.float64, device=value_R.device)
-            return nothing_D.index_add(0, document_R, weight_R * value_R).view(-1, len(BRANCHES))
+            own_D = nothing_D.index_add(0, document_R, weight_R * value_R)
+            return sum_of_parts(own_D).view(-1, len(BRANCHES))
 
         nll_PB = sums(nll_R.double())
         reference_PB = sums(reference_R)

@@ -17,16 +17,18 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Layout
 from alphatoken.data.cache import TokenDataset
 from alphatoken.data.chat import tokenizer_identity
-from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.pretrained import embeddings_of, read_settings
 from alphatoken.data.tokenizer import tokens_of
 from alphatoken.distributed import collectives, zero3
 from alphatoken.distributed.engine import build_inference_engine
 from alphatoken.distributed.settings import inference_config
 from alphatoken.errors import UserError
+from alphatoken.models.compatibility import check_divided_rows
 from alphatoken.models.decoder import Decoder, decoder_of, evaluating
 from alphatoken.models.identity import model_identity
 from alphatoken.models.loading import load_model, usable_attention
 from alphatoken.models.token_losses import TokenLosses
+from alphatoken.passes.divided_attention import divide_attention
 from alphatoken.store.filling import fill
 from alphatoken.store.rows_folder import Contents, RowsFolder, StoredColumn
 from alphatoken.store.values import lengths_of
@@ -68,7 +70,8 @@ class Reference:
         self._cached: dict[TokenDataset, StoredColumn] = {}
         self._online: TokenLosses | None = None
         if config.reference.mode == "online":
-            self._online = self._load(tokens_of(tokenizer))
+            divided = config.train.sequence_parallel > 1
+            self._online = self._load(tokens_of(tokenizer), divided=divided)
             return
         folders = self._folders(tokenizer, parts)
         unfinished = [each for each, folder in folders.items() if folder.done() < folder.rows]
@@ -122,8 +125,9 @@ class Reference:
             folders[part_name] = RowsFolder(path, len(part), own, CONTENTS)
         return folders
 
-    def _load(self, tokens: int) -> TokenLosses:
-        """The reference model, sharded as the configuration has it, for forward passes."""
+    def _load(self, tokens: int, *, divided: bool = False) -> TokenLosses:
+        """The reference model, sharded as the configuration has it, for forward passes; `divided`:
+        on rows that are divided over ranks."""
         config = self._config
         values = inference_config(config, offload=config.reference.offload)
         chosen = config.model
@@ -133,7 +137,10 @@ class Reference:
             )
             chosen = chosen.model_copy(update={"attn_implementation": usable_attention(chosen)})
         model = load_model(chosen, values, config.train.seed, tokens).eval()
-        losses = TokenLosses(decoder_of(model))
+        decoder = decoder_of(model)
+        if divided:
+            divide_attention(decoder)
+        losses = TokenLosses(decoder)
         build_inference_engine(losses, values, self._device)
         return losses
 
@@ -168,6 +175,8 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
         return
     if name is None:
         return
+    if config.reference.mode == "online" and config.train.sequence_parallel > 1:
+        check_divided_rows(read_settings(name), config.train.sequence_parallel)
     size = embeddings_of(name, "reference.model")
     own_size = embeddings_of(config.model.name_or_path)
     try:

@@ -145,7 +145,8 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         model.attach(scorer)
     reference = None
     if config.needs_reference:
-        reference = _build_reference(config, model, objective, tokenizer, splits, device)
+        with undivided(decoder):
+            reference = _build_reference(config, model, objective, tokenizer, splits, device)
     inputs = {
         **{name: fingerprint(part.identity) for name, part in splits.named().items()},
         "model.tokenizer": tokenizer_identity(tokenizer),
