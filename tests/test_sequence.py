@@ -237,10 +237,25 @@ def test_models_whose_rows_cannot_be_divided_are_refused_before_loading() -> Non
     check_divided_rows(CASES["llama"].build().config, 4)
 
 
-def test_a_plan_of_divided_rows_is_refused(plain_values: dict[str, Any]) -> None:
-    config = RunConfig.model_validate(changed(plain_values, train={"sequence_parallel": 2}))
-    with pytest.raises(UserError, match="cannot be planned yet"):
-        make_plan(config, Rows(64), ranks=2)
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_a_plan_divides_what_grows_with_rows(run_values: dict[str, Any], estimator: str) -> None:
+    """Twice as many ranks on rows twice as long: activations stay, and attention is more
+    work."""
+    window = {} if estimator == "ghost" else {"window": 32}
+    valuation = {"estimator": estimator, "stability_weight": 0.0, **window}
+    alone = changed(run_values, valuation=valuation, train={"global_batch_size": 4})
+    divided = changed(alone, train={"sequence_parallel": 2})
+    one, two = (
+        make_plan(RunConfig.model_validate(values), Rows(tokens), ranks=ranks)
+        for values, tokens, ranks in ((alone, 64, 2), (divided, 128, 4))
+    )
+    for how, size in one.activations.items():  # what a kernel returns is kept apart from its parts
+        assert size < two.activations[how] < 1.1 * size
+    assert one.own.forward < two.own.forward < 2 * one.own.forward
+    assert one.own.score < two.own.score < 2 * one.own.score
+    ops = {message.about for message in two.traffic if message.op == "all_to_all"}
+    bands = {"attention band"} if estimator == "ghost" else set()
+    assert ops == {"parts of rows for heads", *bands}
 
 
 def merged(results: list[Any], name: str) -> list[Any]:

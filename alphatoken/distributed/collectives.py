@@ -52,7 +52,7 @@ def exchange(parts_RX: Tensor, among: Axis) -> Tensor:
     A rank sends and receives (R-1)/R of the tensor."""
     comm = _comm_of(among)
     if not comm:
-        return parts_RX
+        return parts_RX.clone()
     received_RX = torch.empty_like(parts_RX, memory_format=torch.contiguous_format)
     comm.all_to_all_single(received_RX, parts_RX.contiguous(), group=among.group)
     return received_RX
@@ -60,7 +60,8 @@ def exchange(parts_RX: Tensor, among: Axis) -> Tensor:
 
 def _comm_of(among: Axis | None) -> ModuleType | None:
     """What sends a message among some ranks, or all; None where that is this one alone."""
-    return None if among is not None and among.size == 1 else running_comm()
+    alone = among is not None and (among.size == 1 or among.is_imagined)
+    return None if alone else running_comm()
 
 
 def _group_of(among: Axis | None) -> Any:

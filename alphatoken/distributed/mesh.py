@@ -7,6 +7,8 @@ has n. ZeRO knows nothing of it: weights, gradients and moments are divided over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +28,8 @@ class Axis:
     """Which of them this rank is, from 0."""
     group: Any = None
     """Their process group; None where they are all ranks, or this rank alone."""
+    is_imagined: bool = False
+    """Whether there are no such ranks, as in a plan: nothing is sent."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ def all_ranks() -> Axis:
 def mesh() -> Mesh:
     """The mesh as it was formed last; where none was, every rank is a data group of its own."""
     return Mesh(data=all_ranks(), sequence=ALONE) if _formed is None else _formed
+
+
+@contextmanager
+def imagined_mesh(parts: int) -> Iterator[None]:
+    """Shapes are meanwhile those of the last of `parts` ranks that divide rows, in a process that
+    is none of them."""
+    global _formed
+    before = _formed
+    _formed = Mesh(data=ALONE, sequence=Axis(parts, parts - 1, is_imagined=True))
+    try:
+        yield
+    finally:
+        _formed = before
 
 
 def form_mesh(parts: int, limit: timedelta) -> Mesh:

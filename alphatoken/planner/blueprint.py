@@ -13,7 +13,6 @@ from transformers import AutoConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.distributed.settings import deepspeed_config
-from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import check_before_loading, model_without_weights
 from alphatoken.models.scored import scored_depth
@@ -36,8 +35,14 @@ class PlannedModel:
     def __init__(self, config: ModelConfig) -> None:
         self.decoder = decoder_of(model_without_weights(config, COUNTED_ATTENTION))
         self.decoder.freeze_unreached()
-        self.tracer = Tracer(self.decoder)
+        self._tracers: dict[int, Tracer] = {}
         self._gathers: dict[Any, Gathers] = {}
+
+    def tracer(self, parts: int) -> Tracer:
+        """Runs its layers on rows that are divided over so many ranks."""
+        if parts not in self._tracers:
+            self._tracers[parts] = Tracer(self.decoder, parts)
+        return self._tracers[parts]
 
     def gathers(
         self, sharding: Sharding, *, steering_batches: int, micro_batches: int, checkpointing: bool
@@ -167,7 +172,7 @@ class Blueprint:
     ) -> list[ScoringT]:
         """Has `trace` run every scored layer on a micro-batch of so many rows; see
         `Tracer.scoring`."""
-        return self.model.tracer.scoring(
+        return self.model.tracer(self.workload.parts).scoring(
             trace,
             setting,
             depth=self.depth,
@@ -187,7 +192,8 @@ class Blueprint:
     def held_out_count(self) -> int:
         """Held-out response tokens over all ranks (N)."""
         rows = self.config.valuation.validation_sequences * self.workload.held_out_documents
-        return rows * self.workload.held_out_responses // max(self.workload.held_out_rows, 1)
+        work = self.workload
+        return rows * work.parts * work.held_out_responses // max(work.held_out_rows, 1)
 
 
 def steering_passes(config: RunConfig) -> int:
@@ -199,11 +205,6 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     """The blueprint of a run on so many ranks. Raises UserError for what the run would refuse
     before loading a model, and where the model cannot be planned.
     """
-    if config.train.sequence_parallel > 1:
-        raise UserError(
-            f"train.sequence_parallel={config.train.sequence_parallel} cannot be planned yet: the "
-            "messages and the memory of attention over divided rows are not known to the planner"
-        )
     values = deepspeed_config(config, ranks)
     check_before_loading(config, here=False)
     model = planned_model(config.model)
@@ -212,10 +213,11 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
     valued = config.valuation.enabled
     if valued:
         scored_depth(config.valuation.layers, len(model.decoder.layers))
-    body = model.tracer.body(workload.rows, workload.row_tokens)
+    tracer = model.tracer(workload.parts)
+    body = tracer.body(workload.rows, workload.row_tokens)
     held_out = body
     if valued:
-        held_out = model.tracer.body(workload.held_out_rows, workload.row_tokens)
+        held_out = tracer.body(workload.held_out_rows, workload.row_tokens)
     gathers = None
     if sharding.stage == 3:
         gathers = model.gathers(

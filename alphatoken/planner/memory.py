@@ -199,6 +199,6 @@ def _disk(blueprint: Blueprint) -> list[Part]:
     parts.append(Part("export", sum(numel for numel, _ in blueprint.numels) * weight, "disk"))
     if blueprint.config.needs_reference and blueprint.config.reference.mode == "cached":
         work = blueprint.workload
-        row = work.responses // work.rows * len(blueprint.config.selections) * FLOAT32
+        row = work.parts * work.responses // work.rows * len(blueprint.config.selections) * FLOAT32
         parts.append(Part("cached reference losses of 1,000 rows", 1000 * row, "disk"))
     return parts

@@ -7,7 +7,7 @@ from typing import Literal
 
 from alphatoken.planner.blueprint import Blueprint
 
-Op = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,17 @@ class Message:
     count: float
     bytes: float
     """Of all of them together."""
+    among: int | None = None
+    """How many ranks take part, where it is not all."""
 
     def received(self, ranks: int) -> float:
-        """Bytes that reach a rank in a ring."""
+        """Bytes that reach a rank of so many, in a ring where all get the same."""
+        ranks = self.among or ranks
         factor = {
             "all_gather": ranks - 1,
             "reduce_scatter": (ranks - 1) / ranks,
             "all_reduce": 2 * (ranks - 1) / ranks,
+            "all_to_all": (ranks - 1) / ranks,
         }
         return self.bytes * factor[self.op]
 

@@ -201,6 +201,9 @@ def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, int]]:
             lambda each, to=written: each.model_copy(update={"deepspeed": to}),
             1,
         )
+    for parts in (2, 4, 8):
+        if parts > config.train.sequence_parallel:
+            yield f"train.sequence_parallel={parts}", train(sequence_parallel=parts), 1
     for more in (2, 2, 2):
         ranks *= more
         yield f"--world {ranks}", lambda each: each, more

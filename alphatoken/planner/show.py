@@ -59,7 +59,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"parameters, {counts['trained'] / 1e6:,.1f} trained, {counts['scored'] / 1e6:,.1f} "
         f"scored. {plan.blueprint.sharding.ranks} ranks, ZeRO stage "
         f"{plan.blueprint.sharding.stage}; a rank's step has "
-        f"{plural(work.micro_batches, 'micro-batch')} of {work.rows} x {work.row_tokens} tokens, "
+        f"{plural(work.micro_batches, 'micro-batch')} of {work.rows} x {work.row_tokens} tokens"
+        f"{f' (a row divided by {work.parts})' if work.parts > 1 else ''}, "
         f"{work.responses} of them responses.",
         highlight=False,
     )

@@ -24,9 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
+from alphatoken.batch import WholeRows
+from alphatoken.distributed.mesh import imagined_mesh
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import Decoder
 from alphatoken.passes.capture import Entry, EntryCapture, LayerInput
+from alphatoken.passes.divided_attention import attend_divided
 from alphatoken.passes.streamer import LayerStreamer
 
 META = torch.device("meta")
@@ -156,8 +159,12 @@ def _counted_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **_: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
+    if "whole_rows" in arguments:
+        return attend_divided(
+            _counted_attention, COUNTED_ATTENTION, module, query, key, value, **arguments
+        )
     whole = bool(
         getattr(module.config, "attn_logit_softcapping", None)
     )  # these run eagerly, and keep T x T numbers
@@ -236,11 +243,13 @@ class Tracer:
     """Runs the layers of a decoder that lives on the meta device.
 
     Layers that look alike are run once, and what was run once is remembered: a plan asks for the
-    same micro-batch again with other estimators, and with every change that it considers.
+    same micro-batch again with other estimators, and with every change that it considers. parts:
+    over how many ranks rows are divided; `row_tokens` are then those of a part.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, parts: int = 1) -> None:
         self._decoder = decoder
+        self._parts = parts
         self._entries: dict[tuple[int, int], Entry] = {}
         self._bodies: dict[tuple[int, int], BodyCost] = {}
         self._scoring: dict[Any, Any] = {}
@@ -327,7 +336,10 @@ class Tracer:
                 self._one_of_each_kind(),
                 EntryCapture(self._decoder, 0, keep="every") as capture,
             ):
-                self._decoder.hidden_states({"inputs_embeds": embeddings_BTH})
+                batch: dict[str, object] = {"inputs_embeds": embeddings_BTH}
+                if self._parts > 1:
+                    batch["whole_rows"] = WholeRows(self._parts, None)
+                self._decoder.hidden_states(batch)
             self._entries[size] = capture.entry
         return self._entries[size]
 
@@ -335,7 +347,8 @@ class Tracer:
     def _shapes_only(self) -> Iterator[None]:
         """Explains what layers raise that look at values."""
         try:
-            yield
+            with imagined_mesh(self._parts):
+                yield
         except RuntimeError as error:
             raise UserError(
                 f"{type(self._decoder.model).__name__} cannot be planned: its layers look at "

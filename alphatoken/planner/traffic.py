@@ -7,6 +7,8 @@ out.
 
 from __future__ import annotations
 
+import math
+
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs import cost_of
 from alphatoken.planner.messages import Message, gather, merged
@@ -17,7 +19,7 @@ def traffic_of(blueprint: Blueprint) -> list[Message]:
     refreshed in each."""
     if blueprint.sharding.ranks == 1:
         return []
-    messages = _engine(blueprint)
+    messages = [*_engine(blueprint), *_exchanges(blueprint)]
     if blueprint.depth:
         messages += cost_of(blueprint.config.valuation.estimator).messages(blueprint)
         messages += [*_masters(blueprint), *_statistics(blueprint)]
@@ -71,6 +73,34 @@ def _engine(blueprint: Blueprint) -> list[Message]:
             work.micro_batches,
             work.micro_batches * slices * sharding.ranks * sharding.gradient_bytes,
         ),
+    ]
+
+
+def _exchanges(blueprint: Blueprint) -> list[Message]:
+    """Where rows are divided over ranks: parts of rows for heads, before and behind the kernel of
+    every attention layer, and the parts of its band."""
+    work, config = blueprint.workload, blueprint.config
+    if work.parts == 1:
+        return []
+    text = blueprint.decoder.config
+    heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
+    size = size or text.hidden_size // heads
+    key_heads = math.lcm(getattr(text, "num_key_value_heads", None) or heads, work.parts)
+    passes = work.micro_batches * (2 + config.train.gradient_checkpointing)
+    passes += work.micro_batches * (config.selection.scope == "global_batch")
+    every: float = passes * len(blueprint.decoder.layers)
+    bands = 0
+    if blueprint.depth:
+        held_out = work.held_out_batches * blueprint.steering_passes
+        every += held_out / config.valuation.refresh_every * len(blueprint.decoder.layers)
+        every += blueprint.depth * cost_of(config.valuation.estimator).attended(blueprint)
+        if config.valuation.estimator == "ghost":
+            bands = blueprint.depth * work.micro_batches * (config.valuation.window > 0)
+    whole = 2 * work.tokens * (heads + key_heads) * size * blueprint.sharding.weight_bytes
+    band = 4 * work.tokens * work.parts * config.valuation.window
+    return [
+        Message("parts of rows for heads", "all_to_all", 2 * every, every * whole, work.parts),
+        Message("attention band", "all_to_all", bands, bands * band, work.parts),
     ]
 
 

@@ -58,6 +58,9 @@ class Workload:
     alike."""
 
     row_tokens: int
+    """Tokens of a row, or of this rank's part of it."""
+    parts: int
+    """Over how many ranks a row is divided. Response tokens are divided alike."""
     rows: int
     micro_batches: int
     responses: int
@@ -84,24 +87,33 @@ class Workload:
 
 def workload_of(config: RunConfig, rows: Rows, ranks: int) -> Workload:
     """The step that `config` describes, on one of so many ranks, which must divide it."""
+    parts = config.train.sequence_parallel
+    groups = ranks // parts
+
+    def share(tokens: int) -> int:
+        return math.ceil(tokens / parts)
+
     # Where a schedule ends.
     selections = selections_at(config, max(1, config.valuation.start_step), 1)
     micro_rows = config.train.micro_batch_size
     drawn = config.valuation.validation_sequences
     documents = len(selections) if config.valuation.target == "preference" else 1
-    size = config.held_out_batch_rows(drawn, documents * rows.tokens, ranks)
-    batches = math.ceil(math.ceil(drawn / size) / ranks)
+    size = config.held_out_batch_rows(drawn, documents * rows.tokens, groups)
+    batches = math.ceil(math.ceil(drawn / size) / groups)
     valued = config.valuation.enabled
     return Workload(
-        row_tokens=rows.tokens,
+        row_tokens=share(rows.tokens),
+        parts=parts,
         rows=micro_rows * len(selections),  # a pair is two documents
-        micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * ranks),
-        responses=micro_rows * len(selections) * rows.responses,
-        kept=sum(selection.kept_count([rows.responses] * micro_rows) for selection in selections),
+        micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * groups),
+        responses=share(micro_rows * len(selections) * rows.responses),
+        kept=share(
+            sum(selection.kept_count([rows.responses] * micro_rows) for selection in selections)
+        ),
         held_out_documents=documents,
         held_out_rows=size * documents if valued else 0,
         held_out_batches=batches if valued else 0,
-        held_out_responses=size * documents * rows.responses if valued else 0,
+        held_out_responses=share(size * documents * rows.responses) if valued else 0,
     )
 
 

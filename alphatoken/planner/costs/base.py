@@ -41,6 +41,11 @@ class ScoringCost(ABC):
         """Memory that forming the held-out signals takes; nothing of training is there."""
 
     @abstractmethod
+    def attended(self, blueprint: Blueprint) -> float:
+        """How often a step takes as much through the attention of a scored layer as a forward pass
+        on one micro-batch does: passes back count, and directions of derivatives."""
+
+    @abstractmethod
     def messages(self, blueprint: Blueprint) -> list[Message]:
         """Messages of one optimizer step: scored weights, and what they are contracted with."""
 

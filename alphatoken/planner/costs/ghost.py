@@ -79,7 +79,7 @@ def trace_layer(layer: TracedLayer, window: int) -> LayerScoring:
     band = mixing = 0
     if window and calls:
         with torch.no_grad(), FlopCounter() as counter:
-            band_BTW = attention_band(calls[0], window)
+            band_BTW = attention_band(calls[0], window)[:, : layer.state_BTH.shape[1]]
             band = counter.total
             for each in scored:
                 if each.is_value and each.feeds is None:
@@ -326,6 +326,11 @@ class GhostCost(ScoringCost):
                 scored = [linear.numel for linear in linears]
                 messages.append(gather(blueprint, "drift V", scored, weight, uses))
         return merged(messages)
+
+    def attended(self, blueprint: Blueprint) -> float:
+        work, valuation = blueprint.workload, blueprint.config.valuation
+        held_out = work.held_out_batches * blueprint.steering_passes / valuation.refresh_every
+        return 2 * (work.micro_batches + held_out)
 
     def drift_uses(self, blueprint: Blueprint) -> int:
         return 1 if blueprint.resident else blueprint.workload.micro_batches
