@@ -1090,7 +1090,8 @@ def ghost_values(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
 def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> dict[str, Any]:
     """Tiny models on rows that all ranks divide: what enters the head and the values of tokens,
     this rank's part; and the gradients of the summed response losses, which are sums over ranks. By
-    model and batch."""
+    model and batch. Batches of a kind that begins with flash run with its kernels, on some models
+    only."""
     device = initialise_ranks(5)
     ranks = collectives.world_size()
     among = form_mesh(ranks, timedelta(minutes=5)).sequence
@@ -1098,20 +1099,25 @@ def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> d
     for name in names:
         model = CASES[name].build()
         decoder = decoder_of(model)
-        divide_attention(decoder)
+        kernel: str = decoder.config._attn_implementation
         head_loss = head.HeadLoss(decoder.head, decoder.logit_softcap)
         for kind, batch in batches.items():
-            if kind.startswith("packed") and not CASES[name].packable:
+            is_flash = kind.startswith("flash")
+            if is_flash and name not in ("llama", "mistral"):
                 continue
+            decoder.config._attn_implementation = "flash_attention_2" if is_flash else kernel
+            divide_attention(decoder)
             own = part_of(batch, among.place, ranks)
             model.zero_grad()
-            hidden = decoder.hidden_states(own)
-            index = own["response_index"]
-            losses = head_loss(index.take(hidden), index.take(own["targets"]))
-            losses.sum().backward()
+            with stand_in() if is_flash else contextlib.nullcontext():
+                hidden = decoder.hidden_states(own)
+                index = own["response_index"]
+                losses = head_loss(index.take(hidden), index.take(own["targets"]))
+                losses.sum().backward()
+                values = ghost_values(decoder, own)
             results[f"{name}, {kind}"] = {
                 "hidden": hidden.detach(),
-                "values": ghost_values(decoder, own),
+                "values": values,
                 "loss": float(collectives.sum_over_ranks(losses.detach().sum())),
                 "gradients": {
                     key: collectives.sum_over_ranks(each.grad)

@@ -13,13 +13,14 @@ from torch import Tensor
 from alphatoken.batch import Batch
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
-from alphatoken.data.batches import Layout, micro_batches
+from alphatoken.data.batches import ONE_ROW, Layout, micro_batches
 from alphatoken.errors import UserError
 from alphatoken.models.compatibility import check_divided_rows
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.head import HeadLoss
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import Rows
+from alphatoken.training.valuing import check_valuing
 from tests.cases import ghost_values
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -47,9 +48,13 @@ def dataset_of(lengths: Any = LENGTHS) -> Any:
 
 
 def batches_of(parts: int) -> dict[str, Batch]:
-    """Four rows, and the same packed into rows of 24 tokens."""
+    """Four rows, the same packed into rows of 24 tokens, and those of flash attention, which packs
+    into one row."""
     rows = np.arange(len(LENGTHS))
+    one_row = Layout(4, 0, ONE_ROW, parts=parts)
     return {
+        "flash": micro_batches(dataset_of(), rows, Layout(4, 0, parts=parts), 0, 1)[0],
+        "flash, packed": micro_batches(dataset_of(), rows, one_row, 0, 1)[0],
         "plain": micro_batches(dataset_of(), rows, Layout(4, 0, parts=parts), 0, 1)[0],
         "packed": micro_batches(dataset_of(), rows, Layout(4, 0, 24, parts=parts), 0, 1)[0],
     }
@@ -83,8 +88,11 @@ def test_every_architecture_equals_one_process(
     windows; a rank without response token."""
     batches = batches_of(ranks)
     results = run_ranks("divided_passes", ranks, tmp_path, names=names, batches=dict(batches))
+    assert "llama, flash, packed" in results[0]
     for name in names:
         for kind, batch in batches.items():
+            if f"{name}, {kind}" not in results[0]:
+                continue
             own = [result[f"{name}, {kind}"] for result in results]
             hidden, loss, gradients, values = whole_pass(name, batch)
             real = batch["document_ids"] >= 0
@@ -227,6 +235,12 @@ def test_weights_by_length_are_refused(pair_values: dict[str, Any]) -> None:
     values = changed(pair_values, train={"sequence_parallel": 2}, preference={"length_decay": 0.5})
     with pytest.raises(ValueError, match="is not possible with preference"):
         PreferenceRunConfig.model_validate(values)
+
+
+def test_values_on_disk_are_of_whole_rows(run_values: dict[str, Any]) -> None:
+    values = changed(run_values, train={"sequence_parallel": 2})
+    with pytest.raises(UserError, match="values are kept by whole responses"):
+        check_valuing(RunConfig.model_validate(values))
 
 
 def test_models_whose_rows_cannot_be_divided_are_refused_before_loading() -> None:
