@@ -237,6 +237,18 @@ def test_weights_by_length_are_refused(pair_values: dict[str, Any]) -> None:
         PreferenceRunConfig.model_validate(values)
 
 
+def test_tasks_during_training_are_refused(plain_values: dict[str, Any]) -> None:
+    values = changed(
+        plain_values,
+        train={"evaluate": ["perplexity"]},
+        evaluation={"tasks": [{"task": "perplexity", "data": "x.jsonl"}]},
+    )
+    RunConfig.model_validate(values)
+    values["train"]["sequence_parallel"] = 2
+    with pytest.raises(ValueError, match=r"is not possible with train\.evaluate"):
+        RunConfig.model_validate(values)
+
+
 def test_values_on_disk_are_of_whole_rows(run_values: dict[str, Any]) -> None:
     values = changed(run_values, train={"sequence_parallel": 2})
     with pytest.raises(UserError, match="values are kept by whole responses"):
