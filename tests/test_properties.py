@@ -28,6 +28,7 @@ from alphatoken.values.algebra import (
     ghost_product,
     target_matrix,
 )
+from alphatoken.values.ghost.directions import Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
 from alphatoken.values.ghost.scorer import GhostScorer
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
@@ -330,7 +331,8 @@ def test_both_contractions_are_the_same_bilinear_form(
     )
     for choice in ("ghost", "materialised"):
         # Scaling the validation loss scales its gradients, and with them the values.
-        signals = HeldOutSignals({"linear": (outputs, inputs)}, choice, torch.float32, CPU)
+        features = {"linear": (outputs, inputs)}
+        signals = HeldOutSignals(features, choice, torch.float32, CPU)
         signals.begin(held_out, rows)
         for start in range(0, held_out, block):
             signals.add(
@@ -339,7 +341,9 @@ def test_both_contractions_are_the_same_bilinear_form(
                 val_act[start : start + block],
             )
         signals.reduce(["linear"])
-        (contraction,) = signals.contractions(["linear"]).values()
+        direction = {"target": [Weighted(1.0, signals)]}
+        found = contractions_with(direction, ["linear"], features, torch.float32)
+        contraction = found["target"]["linear"]
         assert torch.allclose(contraction(outgrad, act), factor * explicit, atol=1e-4)
     assert torch.allclose(
         ghost_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4

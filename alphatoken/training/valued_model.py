@@ -147,8 +147,8 @@ class ValuedModel(nn.Module):
         `hidden_BTH` are those that enter the head."""
         with self._stopwatch.phase("score"):
             scores = scorer.score(entry, batch)
-            # Values are linear in their own sequence's gradient, so it may be scaled
-            # afterwards.
+            # 1, or of a pair d (objective) / d (the response's summed losses). Values are linear in
+            # their own sequence's gradient, so it may be scaled afterwards.
             losses = ResponseLosses(batch=batch, nll_BT=scores.nll_BT)
             coefficient_BT = self._objective.coefficients(losses)
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}

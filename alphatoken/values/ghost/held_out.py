@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alphatoken.distributed import collectives
 from alphatoken.values import algebra
-from alphatoken.values.algebra import CONTRACTIONS, Contraction, ContractionName, FromSignals
-from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
+from alphatoken.values.algebra import CONTRACTIONS, ContractionName, FromSignals
+from alphatoken.values.ghost.directions import MeanMatrices
 from alphatoken.values.ghost.outer_sums import OuterSums
 
 
@@ -26,11 +26,12 @@ class _Rows:
 
 
 class HeldOutSignals(MeanMatrices):
-    """Collects (h_v, d_v) per linear and hands out contractions with their mean outer product.
+    """Collects (h_v, d_v) per linear; `directions.contractions_with` makes contractions with their
+    mean outer product.
 
     `features` maps names to (out, in). `choice` is `valuation.contraction`. Contractions are in
-    `dtype`. With `signed` the halves of the rows are told apart. Every rank must call `begin`,
-    `reduce` and `contractions` in the same order.
+    `dtype`. With `signed` the halves of the rows are told apart. Every rank must call `begin` and
+    `reduce` in the same order.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class HeldOutSignals(MeanMatrices):
         self._dtype = dtype
         self._device = device
         self._signed = signed
-        self._formed = OuterSums(features, device, signed=signed)
+        self._formed = OuterSums(features, device, signed=signed)  # sum_v d_v h_v^T, in slices
         self._rows: dict[str, _Rows] = {}
         self._val_count = 0
 
@@ -98,12 +99,6 @@ class HeldOutSignals(MeanMatrices):
         """Moves what was added for `names` into the ranks' slices: one reduce-scatter for all of
         them."""
         self._formed.reduce(names)
-
-    def contractions(self, names: Sequence[str]) -> dict[str, Contraction]:
-        """The target contraction of each named linear; gathers matrices (one message) or rows (two
-        per linear)."""
-        directions = {"target": [Weighted(1.0, self)]}
-        return contractions_with(directions, names, self._features, self._dtype)["target"]
 
     def own_slice(self, name: str, *, signed: bool = False) -> Tensor | None:
         if name not in self._formed:

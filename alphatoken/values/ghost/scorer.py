@@ -141,6 +141,8 @@ class GhostScorer(Scorer):
 
     @torch.no_grad()
     def score(self, entry: Entry, batch: Batch) -> Scores:
+        # The tower hands each layer's signals to `add`, the last layer first; nothing of a layer is
+        # left when the next one runs.
         sums = TermSums(
             batch["response_index"],
             split=self.config.split_terms,
@@ -169,6 +171,7 @@ class GhostScorer(Scorer):
             self._scored.count(batch["response_index"].count)
 
         nll_BT = self.tower.run(entry, batch, contracting, window=self.config.window)
+        # (1, lambda), unless `balance: std` has measured other ones.
         return Scores(sums.values(self.part_weights), nll_BT)
 
     def _take_in(
@@ -238,8 +241,9 @@ class GhostScorer(Scorer):
         return products
 
     def _directions(self) -> dict[str, list[Weighted]]:
-        """What the directions besides V are made of: G and B, or where only the composite is wanted
-        their sum; and D."""
+        """What the directions besides V are made of, each a weighted sum of means: by default G
+        alone; with contrast B, too, or G - c B where only the composite is wanted; with halves D.
+        """
         held_out, contrast = self._held_out, -self.config.contrast
         directions = {"target": [Weighted(1.0, held_out)]}
         if self.config.reliability:

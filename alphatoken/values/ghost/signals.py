@@ -73,10 +73,11 @@ class OtherParts(Protocol):
 
 
 class ChunkSignals:
-    """Makes the `LinearSignals` of one chunk from what hooks report, in the order of the passes.
+    """Makes the `LinearSignals` of one layer on one chunk from what hooks report, in the order of
+    the passes.
 
-    The forward pass reports the attention call of each layer, of which the band stays; the backward
-    pass then reports h and d of each linear, last layer first. window: 0 follows no causal path.
+    The forward pass reports the layer's attention call, of which the band stays; the backward pass
+    then reports h and d of each linear, the last one first. window: 0 follows no causal path.
     weight_of: the weight of the linear at a path of a layer, as stored. others: where the rows are
     divided over ranks, which then must all do the same.
     """
@@ -92,13 +93,15 @@ class ChunkSignals:
         self._others = others
         self.window = window
         self._weight_of = weight_of
-        self._bands: dict[int, Tensor] = {}
-        self._mixed: dict[int, Tensor] = {}
+        self._band_BTW: Tensor | None = None
+        self._mixed_BTO: Tensor | None = None
 
-    def on_attention(self, layer: int, call: AttentionCall) -> None:
-        """Takes an attention layer's queries and keys; keeps its band, (B, T, W)."""
+    def on_attention(self, _layer: int, call: AttentionCall) -> None:
+        """Takes the layer's queries and keys; keeps its band, (B, T, W): the probabilities with
+        which the next W positions attend to each, as the softmax over all keys makes them, averaged
+        over heads."""
         band_BTW = attention_band(call, self.window)
-        self._bands[layer] = band_BTW if self._others is None else self._others.own_band(band_BTW)
+        self._band_BTW = band_BTW if self._others is None else self._others.own_band(band_BTW)
 
     def signals_of(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
@@ -114,21 +117,21 @@ class ChunkSignals:
         if linear.feeds is not None:
             # What flows back into an adapter's A came through its B, which the backward pass
             # has met before, and of that only the value rows count.
-            return self._mixed[linear.layer] @ self._weight_of(linear.layer, linear.feeds)
+            assert self._mixed_BTO is not None, "the backward pass meets B before A"
+            return self._mixed_BTO @ self._weight_of(linear.layer, linear.feeds)
         value_rows = linear.value_rows
         if value_rows is None:
-            mixed_BTO = self._mix_values(linear.layer, outgrad_BTO)
-        else:
+            mixed_BTO = self._mix_values(outgrad_BTO)
+        else:  # queries, keys and values come from one linear
             mixed_BTO = torch.zeros_like(outgrad_BTO)
-            mixed_BTO[..., value_rows] = self._mix_values(
-                linear.layer, outgrad_BTO[..., value_rows]
-            )
-        self._mixed[linear.layer] = mixed_BTO
+            mixed_BTO[..., value_rows] = self._mix_values(outgrad_BTO[..., value_rows])
+        self._mixed_BTO = mixed_BTO
         return mixed_BTO
 
-    def _mix_values(self, layer: int, outgrad_BTO: Tensor) -> Tensor:
+    def _mix_values(self, outgrad_BTO: Tensor) -> Tensor:
         """sum_k A[k, t] d_k of the output rows that are values, (B, T, O)."""
+        assert self._band_BTW is not None, "the forward pass has met the attention call"
         beyond_BKO = None
         if self._others is not None:
             beyond_BKO = self._others.beyond(outgrad_BTO, self.window)
-        return mix_band(self._bands[layer], outgrad_BTO, beyond_BKO)
+        return mix_band(self._band_BTW, outgrad_BTO, beyond_BKO)

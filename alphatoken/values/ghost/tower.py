@@ -103,6 +103,7 @@ class Tower:
                 for chunk in chunks
             ]
         nll_BT = torch.cat([own_BT for own_BT, _ in tops])
+        # d (sum of response losses) / d (output of the last layer), per chunk.
         outgrads = [outgrad_BTH for _, outgrad_BTH in tops]
         if coefficients is not None:
             # Those of a chunk depend on the losses of others, too.
@@ -143,7 +144,9 @@ class Tower:
                 on_attention = signals.on_attention if signals.window else None
                 hidden_BTH = chunk.entry.into(place).detach()
                 with torch.enable_grad(), self._capture(index, signals, consume):
+                    # The lowest layer's input needs no gradient: there its linears begin the graph.
                     hidden_BTH.requires_grad_(place > 0)
+                    # Calls `on_attention` with queries and keys meanwhile.
                     output_BTH = self._streamer.forward(
                         module, hidden_BTH, chunk.entry.layer_inputs[place], on_attention
                     )
@@ -152,7 +155,8 @@ class Tower:
                     outgrads[number] = hidden_BTH.grad
 
     def _capture(self, layer: int, signals: ChunkSignals, consume: SignalConsumer) -> SignalCapture:
-        """Hooks on the scored linears of a layer."""
+        """Hooks on the scored linears of a layer: each hands over h and d once the backward pass
+        has reached its output."""
 
         def on_backward(name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
             consume(signals.signals_of(self.linears[name], act_BTI, outgrad_BTO))
