@@ -405,6 +405,7 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
     }
     assert given.keys() == set(get_args(Need))
     assert SORT_KEYS.keys() == POLICY_TRAITS.keys()
+    assert all(traits.keeps for traits in POLICY_TRAITS.values())
     for policy, traits in POLICY_TRAITS.items():
 
         def sort_key(needs: Iterable[Need], policy: str = policy) -> Tensor:

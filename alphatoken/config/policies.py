@@ -30,23 +30,44 @@ class PolicyTraits:
     be made of them."""
     in_value: bool = False
     """Whether sort keys are values, so that thresholds can be in units of the values' noise."""
+    keeps: str = ""
+    """What it keeps, for the help of `selection.policy`."""
 
 
 POLICY_TRAITS: dict[str, PolicyTraits] = {
-    "top_value": PolicyTraits(needs=frozenset({"values"}), in_value=True),
-    "adaptation": PolicyTraits(needs=frozenset({"terms"}), in_value=True),
-    "agreement": PolicyTraits(needs=frozenset({"values", "spread"}), in_value=True),
-    "stored": PolicyTraits(needs=frozenset({"store"})),
-    "random": PolicyTraits(needs=frozenset({"noise"}), grades=False),
-    "loss": PolicyTraits(),
-    "low_perplexity": PolicyTraits(),
-    "probability": PolicyTraits(),
-    "reference_probability": PolicyTraits(needs=frozenset({"start"})),
-    "excess_loss": PolicyTraits(needs=frozenset({"reference"})),
-    "retrospective_excess_loss": PolicyTraits(needs=frozenset({"start"})),
+    "top_value": PolicyTraits(
+        needs=frozenset({"values"}), in_value=True, keeps="the highest values"
+    ),
+    "adaptation": PolicyTraits(
+        needs=frozenset({"terms"}), in_value=True, keeps="the highest adaptation part of the value"
+    ),
+    "agreement": PolicyTraits(
+        needs=frozenset({"values", "spread"}),
+        in_value=True,
+        keeps="the highest values in the kinder half of the held-out rows",
+    ),
+    "stored": PolicyTraits(
+        needs=frozenset({"store"}),
+        keeps="the highest values that recipes/value_tokens.py has stored",
+    ),
+    "random": PolicyTraits(needs=frozenset({"noise"}), grades=False, keeps="a random choice"),
+    "loss": PolicyTraits(keeps="the highest losses"),
+    "low_perplexity": PolicyTraits(keeps="the lowest losses"),
+    "probability": PolicyTraits(keeps="the highest probabilities under the model"),
+    "reference_probability": PolicyTraits(
+        needs=frozenset({"start"}), keeps="the highest under reference.model or the start"
+    ),
+    "excess_loss": PolicyTraits(
+        needs=frozenset({"reference"}), keeps="the highest losses above reference.model's (Rho-1)"
+    ),
+    "retrospective_excess_loss": PolicyTraits(
+        needs=frozenset({"start"}), keeps="the highest below those of reference.model or the start"
+    ),
     # Minus infinity has no standard deviation.
-    "below_mean_probability": PolicyTraits(grades=False),
-    "all": PolicyTraits(keeps_all=True, grades=False),
+    "below_mean_probability": PolicyTraits(
+        grades=False, keeps="the lowest probabilities below their response's mean (ConfPO)"
+    ),
+    "all": PolicyTraits(keeps_all=True, grades=False, keeps="everything"),
 }
 
 PolicyName = Annotated[str, OneOf(POLICY_TRAITS)]

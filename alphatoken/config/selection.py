@@ -64,13 +64,9 @@ class SelectionConfig(Section):
 
     policy: PolicyName | None = Field(
         None,
-        description="What is kept: highest value, its adaptation part alone, highest value in the "
-        "kinder half of the held-out rows (agreement), highest value that recipes/value_tokens.py "
-        "has stored, a random choice, highest or lowest loss, "
-        "highest probability under the model or the reference, highest loss above that of "
-        "reference.model (Rho-1), or below that of reference.model or the start (retrospective), "
-        "lowest probability of those below their response's mean (ConfPO), or everything; "
-        "default: top_value, or all where valuation is off.",
+        description="What is kept: "
+        + "; ".join(f"{name}, {traits.keeps}" for name, traits in POLICY_TRAITS.items())
+        + ". Default: top_value, or all where valuation is off.",
     )
     veto: VetoConfig | None = Field(
         None,

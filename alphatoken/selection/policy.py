@@ -56,6 +56,7 @@ def register_policy(
     keeps_all: bool = False,
     grades: bool = True,
     in_value: bool = False,
+    keeps: str = "",
 ) -> None:
     """Makes a policy known as `selection.policy: name`, in this process.
 
@@ -63,7 +64,7 @@ def register_policy(
     the configuration is read. Raises ValueError where the name is taken.
     """
     traits = PolicyTraits(
-        needs=frozenset(needs), keeps_all=keeps_all, grades=grades, in_value=in_value
+        needs=frozenset(needs), keeps_all=keeps_all, grades=grades, in_value=in_value, keeps=keeps
     )
     register(POLICY_TRAITS, name, traits, notion="policy")
     SORT_KEYS[name] = sort_key
