@@ -440,13 +440,13 @@ def new(
 
 def _first_commands(config: Path) -> Iterator[str]:
     """What to type with a new configuration."""
-    import yaml
+    from alphatoken.config.file import read_text, sections_of
 
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    yield f"alphatoken preview --config {config}"
-    yield f"alphatoken plan --config {config} --world 8 --gpu h100-80g"
-    recipe = "preference" if "preference" in values else "sft"
-    yield f"alphatoken {recipe} --config {config}"
+    recipe = "preference" if "preference" in sections_of(read_text(config), config) else "sft"
+    given = f"--config {shlex.quote(str(config))}"
+    yield f"alphatoken preview {given}"
+    yield f"alphatoken plan {given} --world 8 --gpu h100-80g"
+    yield f"alphatoken {recipe} {given}"
 
 
 @app.command()

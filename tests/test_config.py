@@ -506,10 +506,13 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
         ("model: {a: 1, a: 2}", "key 'a' is given twice"),
         ("- a list", "must hold sections"),
         ("model: [unclosed", "is not valid YAML"),
+        ("train: {{ folder }}", r"\{'folder': None\} is no key"),
+        ("? [a, b]\n: c", r"\['a', 'b'\] is no key"),
+        ("# caf\udce9", "is not valid YAML, which is text in UTF-8"),
     ],
 )
 def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message) as failure:
         load_config(RunConfig, file)
     assert str(file) in str(failure.value)
