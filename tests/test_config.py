@@ -81,6 +81,9 @@ def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path
     assert config.valuation.layers == 2
     assert config.valuation.window == 7
     assert config.model.name_or_path == "some/model"
+    parted = [*arguments[:2], "optim.lr=1.0", *arguments[2:], "valuation.window=7"]
+    config = parse_arguments(RunConfig, "A recipe.", parted)
+    assert (config.optim.lr, config.valuation.window) == (1.0, 7), "keys may stand between files"
 
 
 def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:
