@@ -46,9 +46,22 @@ def estimate(value: float, resamples_S: Floats) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean of values with its interval, by RESAMPLES resamples. Raises ValueError for none."""
+def mean(values: Sequence[float]) -> float:
+    """The mean; nan where one of them is, or where infinities of both signs meet, as in a run that
+    diverged. Raises ValueError for no values."""
     if not values:
         raise ValueError("no values have a mean")
+    try:
+        return math.fsum(values) / len(values)
+    except ValueError:  # which fsum raises for inf - inf
+        return math.nan
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of values with its interval, by RESAMPLES resamples; nan for both ends where the
+    mean is not finite. Raises ValueError for none."""
+    middle = mean(values)
+    if not math.isfinite(middle):
+        return Estimate(middle, math.nan, math.nan)
     resamples_S = resampled(len(values), RESAMPLES, seed) @ np.array(values) / len(values)
-    return estimate(math.fsum(values) / len(values), resamples_S)
+    return estimate(middle, resamples_S)
