@@ -12,7 +12,7 @@ from alphatoken.report.kinds import KINDS, kinds_of, places_of
 from alphatoken.report.reading import RunRecord
 from alphatoken.report.responses import LOSS, VALUE, ValuedResponse
 from alphatoken.report.wording import unit_of
-from alphatoken.util.resampling import mean
+from alphatoken.util.means import mean
 
 KeyT = TypeVar("KeyT")
 

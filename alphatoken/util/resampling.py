@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from alphatoken.util.means import mean
+
 RESAMPLES = 2000
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -44,17 +46,6 @@ def estimate(value: float, resamples_S: Floats) -> Estimate:
     """A value with the interval that holds the middle 95 % of its resamples."""
     low, high = np.percentile(resamples_S, (2.5, 97.5))
     return Estimate(value, float(low), float(high))
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean; nan where one of them is, or where infinities of both signs meet, as in a run that
-    diverged. Raises ValueError for no values."""
-    if not values:
-        raise ValueError("no values have a mean")
-    try:
-        return math.fsum(values) / len(values)
-    except ValueError:  # which fsum raises for inf - inf
-        return math.nan
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
