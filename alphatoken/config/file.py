@@ -27,6 +27,7 @@ class ConfigLoader(yaml.SafeLoader):
         node: yaml.MappingNode,
         deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML gives it by place
     ) -> dict[Any, Any]:
+        """The mapping. Raises ConstructorError for a key given twice, or that is none."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

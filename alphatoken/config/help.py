@@ -40,7 +40,7 @@ def parse_arguments(
 
     `with_section` as in `load_config`.
     """
-    parser = _Parser(description=description, add_help=False)
+    parser = _Parser(description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path, action="append")
     parser.add_argument(
