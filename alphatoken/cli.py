@@ -122,6 +122,15 @@ ConfigFiles = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
 
 
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Inside, a file is written; what the disk says against it is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+
 def _run_config(files: list[Path], overrides: list[str] | None) -> RunConfig:
     from alphatoken.config.file import load_config
     from alphatoken.config.preference import PreferenceRunConfig
@@ -232,7 +241,8 @@ def preview(
             console.rule(place, align="left")
             console.print(document)
     if html is not None:
-        console.save_html(str(html))
+        with _writing(html):
+            console.save_html(str(html))
 
 
 @values.command("export")
@@ -408,10 +418,8 @@ def report(
 
     if output is None:
         output = RunFolder(runs[0]).report if len(runs) == 1 else Path("comparison.html")
-    try:
+    with _writing(output):
         write_report(runs, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
     typer.echo(output)
 
 
@@ -440,13 +448,13 @@ def new(
 
 def _first_commands(config: Path) -> Iterator[str]:
     """What to type with a new configuration."""
-    import yaml
+    from alphatoken.config.file import read_text, sections_of
 
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    yield f"alphatoken preview --config {config}"
-    yield f"alphatoken plan --config {config} --world 8 --gpu h100-80g"
-    recipe = "preference" if "preference" in values else "sft"
-    yield f"alphatoken {recipe} --config {config}"
+    recipe = "preference" if "preference" in sections_of(read_text(config), config) else "sft"
+    given = f"--config {shlex.quote(str(config))}"
+    yield f"alphatoken preview {given}"
+    yield f"alphatoken plan {given} --world 8 --gpu h100-80g"
+    yield f"alphatoken {recipe} {given}"
 
 
 @app.command()
@@ -463,10 +471,8 @@ def schema(
     if output is None:
         typer.echo(text)
         return
-    try:
+    with _writing(output):
         output.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
     typer.echo(f"{output}; as the first line of a configuration, many editors take it from")
     typer.echo(f"# yaml-language-server: $schema={output.resolve()}")
 

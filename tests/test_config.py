@@ -81,6 +81,9 @@ def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path
     assert config.valuation.layers == 2
     assert config.valuation.window == 7
     assert config.model.name_or_path == "some/model"
+    parted = [*arguments[:2], "optim.lr=1.0", *arguments[2:], "valuation.window=7"]
+    config = parse_arguments(RunConfig, "A recipe.", parted)
+    assert (config.optim.lr, config.valuation.window) == (1.0, 7), "keys may stand between files"
 
 
 def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:
@@ -506,10 +509,13 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
         ("model: {a: 1, a: 2}", "key 'a' is given twice"),
         ("- a list", "must hold sections"),
         ("model: [unclosed", "is not valid YAML"),
+        ("train: {{ folder }}", r"\{'folder': None\} is no key"),
+        ("? [a, b]\n: c", r"\['a', 'b'\] is no key"),
+        ("# caf\udce9", "is not valid YAML, which is text in UTF-8"),
     ],
 )
 def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message) as failure:
         load_config(RunConfig, file)
     assert str(file) in str(failure.value)

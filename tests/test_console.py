@@ -117,6 +117,8 @@ def test_what_to_type_next(error: UserError, command_line: list[str], expected: 
 def test_wrong_arguments_are_refused_as_configurations_are() -> None:
     with pytest.raises(ConfigError, match="unrecognized arguments: --cfg"):
         parse_arguments(RunConfig, "", ["--cfg", "x", "--config", "y"])
+    with pytest.raises(ConfigError, match="unrecognized arguments: --conf"):
+        parse_arguments(RunConfig, "", ["--conf", "x"])  # which starts no launcher
 
 
 def test_it_is_the_last_line(

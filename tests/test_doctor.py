@@ -110,6 +110,7 @@ def examined(
                 "data.train=missing.jsonl",
             ),
             *("valuation.layers=9", f"valuation.fisher={folder}/missing", "reference.mode=online"),
+            "logging.report_to=[tensorboard, trackio]",
         ],
     }
     overrides = {name: [each, each] for name, each in everywhere.items()}
@@ -196,6 +197,7 @@ def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]
         "batches",
         "model settings",
         "fisher",
+        "trackers",
         "reference",
         "output folder",
         "data",
@@ -205,8 +207,9 @@ def test_one_call_tells_all_problems(examined: dict[str, list[dict[str, Finding]
     assert "section reference is given" in failed["reference"]
     assert found["response mask"].outcome == "ok", "the probe needs no rows"
     assert found["end of turn"].outcome == "skipped"
+    assert "report_to=trackio needs the package trackio" in failed["trackers"]
     line = summary(list(found.values()), ["node-0", "node-1"])
-    assert line == "6 problems on node-0, node-1, 0 warnings (2 ranks on node-0, node-1)"
+    assert line == "7 problems on node-0, node-1, 0 warnings (2 ranks on node-0, node-1)"
 
 
 # The response mask.

@@ -438,6 +438,8 @@ def test_the_same_run_twice_and_runs_of_one_name(tmp_path: Path) -> None:
     first, second = made_run(tmp_path / "a" / "run"), made_run(tmp_path / "b" / "run")
     with pytest.raises(UserError, match="given twice"):
         page(first, first)
+    with pytest.raises(UserError, match="given twice"):
+        page(first, second / ".." / ".." / "a" / "run")
     root = page(first, second)
     assert {each.text for each in root.all("th", scope="col")} == {str(first), str(second)}
 
@@ -486,6 +488,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = CliRunner().invoke(app, ["report", str(first), "--output", "no/where.html"])
     assert isinstance(nowhere.exception, UserError)
     assert "cannot write no/where.html: No such file" in str(nowhere.exception)
+    folder = CliRunner().invoke(app, ["report", str(first), "--output", "."])
+    assert isinstance(folder.exception, UserError)
+    assert "cannot write .: " in str(folder.exception)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
@@ -497,6 +503,26 @@ def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     assert math.isnan(body.numbers[1])
     assert body.numbers[2:] == [2 / 3 + 1e-9, 2 + 1e-9]
     assert "nan" not in "".join(str(line.attributes["points"]) for line in root.all("polyline"))
+
+
+def test_a_run_that_diverged_is_compared(tmp_path: Path) -> None:
+    """Infinities of both signs have no sum, and nan no place among others."""
+    words_3 = ["x", "y", "z"]
+    columns = {"loss": (math.inf, 1.0, 1.0), "composite": (math.inf, -math.inf, 0.0)}
+    sound = made_run(tmp_path / "sound", [told(words_3, step) for step in range(1, 9)])
+    broken = [told(words_3, step) for step in range(1, 8)]
+    broken.append(told(words_3, 8, columns=columns))
+    root = page(sound, made_run(tmp_path / "broken", broken))
+    (words,) = root.all("tr", data_group="words")[1:]
+    assert math.isnan(words.numbers[1]), "the mean value"
+    (pairing,) = root.all("section", data_pairing="broken")
+    loss, *ends = pairing.all("tr")[1].numbers
+    assert loss == math.inf
+    assert all(map(math.isnan, ends)), "an interval would mean nothing"
+    both = made_run(tmp_path / "both", [*broken, told(["z"], 9, columns={"loss": (math.nan,)})])
+    other = made_run(tmp_path / "other", [*broken, told(["z"], 9, columns={"loss": (1.0,)})])
+    (pairing,) = page(both, other).all("section", data_pairing="other")
+    assert all(map(math.isnan, pairing.all("tr")[1].numbers))
 
 
 def test_long_curves_keep_their_extremes() -> None:

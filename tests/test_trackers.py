@@ -130,6 +130,9 @@ def test_mlflow_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report(run, tmp_path / "r", [2], from_step=1) == []
     assert {name: sorted(steps) for name, steps in mlflow.runs.items()} == {"run0": [0, 1, 2]}
     assert len(mlflow.parameters) == written, "parameters cannot be written twice"
+    assert report(run, tmp_path / "late", [5], from_step=4) == []
+    assert [*mlflow.runs["run1"]] == [5], "report_to may be given first to a resumed run"
+    assert len(mlflow.parameters) == 2 * written
     assert mlflow.runs["run0"][1]["loss_kept.b_"] == 0.5, (
         "it refuses an asterisk, and keeps loss_kept as a file, which is no folder"
     )

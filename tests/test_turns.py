@@ -691,6 +691,9 @@ def test_a_preview_shows_what_is_trained(
     assert shown.output.count("[[") == 2
     assert f"{tiny_data['train']}:1" in shown.output
     assert first["response"] in page.read_text()
+    nowhere = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "no" / "page.html")])
+    assert isinstance(nowhere.exception, UserError)
+    assert "page.html: No such file" in str(nowhere.exception)
     pairs = {
         **values,
         "data": {**pair_data, "cache_dir": str(tmp_path / "cache")},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,7 +19,7 @@ from alphatoken.util.shipped import or_shipped
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
+class ConfigLoader(yaml.SafeLoader):
     """YAML with two of its traps removed: `2e-5` is a number, and a key given twice is an error."""
 
     def construct_mapping(
@@ -27,9 +27,17 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode,
         deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML gives it by place
     ) -> dict[Any, Any]:
+        """The mapping. Raises ConstructorError for a key given twice, or that is none."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{key!r} is no key; write text in braces or brackets in quotes",
+                    key_node.start_mark,
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -38,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+ConfigLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -59,7 +67,7 @@ def load_config(
     files = [files] if isinstance(files, Path) else files
     values: dict[str, Any] = {}
     for file in files:
-        values = _merged(values, _sections_of(file))
+        values = _merged(values, sections_of(read_text(file), file))
     for override in overrides:
         _apply_override(values, override)
     for section, other_class in (with_section or {}).items():
@@ -111,12 +119,21 @@ def may_change(config_class: type[BaseModel], key: str) -> bool:
     return False
 
 
-def _sections_of(file: Path) -> dict[str, Any]:
-    """The sections that a file holds, as plain values."""
+def read_text(file: Path) -> str:
+    """The text of a configuration, or of the shipped one of this name. Raises UserError."""
     try:
-        values = yaml.load(or_shipped(file).read_text(encoding="utf-8"), _Loader)
+        return or_shipped(file).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not valid YAML, which is text in UTF-8: {error}") from None
+
+
+def sections_of(text: str, file: Path) -> dict[str, Any]:
+    """The sections that the text of a configuration holds, as plain values; `file` is named in the
+    error. Raises UserError."""
+    try:
+        values = yaml.load(text, ConfigLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -150,7 +167,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 "file"
             )
     try:
-        target[last] = yaml.load(text, _Loader)
+        target[last] = yaml.load(text, ConfigLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
 

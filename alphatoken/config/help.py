@@ -34,12 +34,13 @@ def parse_arguments(
     arguments: Sequence[str] | None = None,
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """The command line of a recipe: `--config FILE ... [section.key=value ...]`, where keys of a
-    later file count. `--help` explains every field.
+    """The command line of a recipe: `--config FILE ... [section.key=value ...]`, in any order,
+    where keys of a later file count, and keys given here before all. `--help` explains every
+    field.
 
     `with_section` as in `load_config`.
     """
-    parser = _Parser(description=description, add_help=False)
+    parser = _Parser(description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path, action="append")
     parser.add_argument(
@@ -49,7 +50,7 @@ def parse_arguments(
         help="set by the launcher; LOCAL_RANK is what counts",
     )
     parser.add_argument("overrides", nargs="*")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     if parsed.help:
         print_fields(config_class, description)
         raise SystemExit(0)

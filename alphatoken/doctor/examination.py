@@ -146,6 +146,9 @@ class Examination:
                 comparing.compare_model_settings,
             )
         self._everywhere("fisher", lambda: refusals.stability(config))
+        self._on_first_rank(
+            "trackers", lambda: Finding("trackers", "ok", refusals.trackers(config))
+        )
         known = config if shapes is None else name_attention(config)
         self._on_first_rank("run folder", lambda: refusals.run_folder(known, len(self.nodes)))
         self._check_folders(config)

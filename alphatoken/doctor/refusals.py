@@ -24,6 +24,7 @@ from alphatoken.models.loading import (
 )
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
+from alphatoken.training.trackers import check_trackers
 from alphatoken.util.wording import plural
 from alphatoken.values.registry import scorer_class
 
@@ -102,6 +103,11 @@ def stability(config: RunConfig) -> str:
     if config.valuation.fisher is not None:
         return f"{config.valuation.fisher} can be read"
     return "estimated before training" if config.estimates_fisher else "not needed"
+
+
+def trackers(config: RunConfig) -> str:
+    check_trackers(config.logging)
+    return ", ".join(config.logging.trackers) or "none"
 
 
 def prompts(config: RunConfig, loaded: PreTrainedTokenizerBase, splits: Splits) -> str:

@@ -44,7 +44,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    if len(set(names)) < len(names):
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("the same run is given twice")
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 

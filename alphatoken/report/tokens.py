@@ -12,6 +12,7 @@ from alphatoken.report.kinds import KINDS, kinds_of, places_of
 from alphatoken.report.reading import RunRecord
 from alphatoken.report.responses import LOSS, VALUE, ValuedResponse
 from alphatoken.report.wording import unit_of
+from alphatoken.util.means import mean
 
 KeyT = TypeVar("KeyT")
 
@@ -214,9 +215,9 @@ def _group(name: str, tokens: Sequence[tuple[float | None, float, float]]) -> To
     return TokenGroup(
         name=name,
         count=len(tokens),
-        value=math.fsum(values) / len(values) if values else None,
+        value=mean(values) if values else None,
         kept=sum(weight > 0 for _, weight, _ in tokens) / len(tokens),
-        loss=math.fsum(loss for _, _, loss in tokens) / len(tokens),
+        loss=mean([loss for _, _, loss in tokens]),
     )
 
 

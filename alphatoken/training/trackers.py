@@ -182,7 +182,7 @@ class Trackers:
         values = self._config.model_dump(mode="json")
         if kind.takes_sections:
             tracker.store_init_configuration(values)
-        elif not self._first_step:
+        elif not self._first_step or (begin.known is None and called is not None):
             tracker.store_init_configuration(
                 {key: _scalar(value) for key, value in flat(values).items()}
             )

@@ -25,7 +25,8 @@ def flush(path: Path) -> None:
 def publish(final: Path, write: Callable[[Path], object]) -> None:
     """Has `write` make a file beside `final`, then renames it. Raises OSError when the disk
     refuses."""
-    partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}{PARTIAL}")
+    # Not with_name, which refuses `.` and `/`: the disk does.
+    partial = final.parent / f"{final.name}.{uuid.uuid4().hex}{PARTIAL}"
     try:
         write(partial)
         flush(partial)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from alphatoken.util.means import mean
+
 RESAMPLES = 2000
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -47,8 +49,10 @@ def estimate(value: float, resamples_S: Floats) -> Estimate:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean of values with its interval, by RESAMPLES resamples. Raises ValueError for none."""
-    if not values:
-        raise ValueError("no values have a mean")
+    """The mean of values with its interval, by RESAMPLES resamples; nan for both ends where the
+    mean is not finite. Raises ValueError for none."""
+    middle = mean(values)
+    if not math.isfinite(middle):
+        return Estimate(middle, math.nan, math.nan)
     resamples_S = resampled(len(values), RESAMPLES, seed) @ np.array(values) / len(values)
-    return estimate(math.fsum(values) / len(values), resamples_S)
+    return estimate(middle, resamples_S)

@@ -370,7 +370,8 @@ def test_skypilot_starts_torchrun_on_each_machine(tmp_path: Path) -> None:
     """What each machine of a SkyPilot task runs, with its variables, up to the launcher."""
     file = ROOT / "launch" / "skypilot.yaml"
     task = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert (ROOT / task["envs"]["CONFIG"]).is_file()
+    config_text = (ROOT / task["envs"]["CONFIG"]).read_text(encoding="utf-8")
+    assert {*re.findall(r"\$\{(\w+)\}", config_text)} <= task["envs"].keys()
     for script, text in (
         (".venv/bin/activate", ""),
         ("launch/torchrun.sh", 'echo "$NODES|$RANKS|$RENDEZVOUS|$*"'),
