@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from alphatoken.config.estimators import ESTIMATORS
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs import cost_of
 from alphatoken.planner.messages import Message, gather, merged
@@ -94,7 +95,7 @@ def _exchanges(blueprint: Blueprint) -> list[Message]:
         held_out = work.held_out_batches * blueprint.steering_passes
         every += held_out / config.valuation.refresh_every * len(blueprint.decoder.layers)
         every += blueprint.depth * cost_of(config.valuation.estimator).attended(blueprint)
-        if config.valuation.estimator == "ghost":
+        if "window" in ESTIMATORS[config.valuation.estimator].keys:
             bands = blueprint.depth * work.micro_batches * (config.valuation.window > 0)
     whole = 2 * work.tokens * (heads + key_heads) * size * blueprint.sharding.weight_bytes
     band = 4 * work.tokens * work.parts * config.valuation.window

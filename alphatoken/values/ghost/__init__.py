@@ -7,7 +7,8 @@ To follow a value from beginning to end, read in this order:
 - `tower`: runs the last layers forward and backward, one at a time, the last one first, apart from
   the training graph.
 - `signals`: what each linear saw, (h, d), and d mixed by the attention band.
-- `held_out`: the held-out signals (h_v, d_v), and G in the form each linear needs.
+- `held_out`: the held-out signals (h_v, d_v), kept as they are or summed up to slices of G,
+  whichever is cheaper; `directions` makes whole contractions of either.
 - `contract`: the equation, one linear at a time, and the sum over linears.
 
 What calls what, for one micro-batch:
@@ -22,8 +23,7 @@ What calls what, for one micro-batch:
 `training.valued_model` calls `score` in the middle of a micro-batch's forward pass, and multiplies
 values of a pair by how its objective depends on the response's losses (of SFT by 1).
 
-Not needed for that: `directions` and `outer_sums` (G, B and D in slices of ranks), `scored_mean` (B
-of earlier steps).
+Not needed for that: `outer_sums` (sums in slices of ranks), `scored_mean` (B of earlier steps).
 
 Factors that arise elsewhere: the products themselves (`values.algebra`), the hooks
 (`passes.capture`), the top of the backward pass (`passes.chunks`), the attention band

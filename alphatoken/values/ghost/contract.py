@@ -56,8 +56,8 @@ class Products:
 def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     """Contracts one linear's signals: its share of the terms, by name, (R,) float32 each.
 
-    Absent terms are zero: the causal ones of a linear that no causal path is followed through, the
-    contrast ones without contrast, the proxy ones without drift.
+    Absent terms, which are left out, are zero: the causal ones of a linear that no causal path is
+    followed through, the contrast ones without contrast, the proxy ones without drift.
     """
     paths = {"direct": signals.outgrad_RO}
     if signals.mixed_RO is not None:

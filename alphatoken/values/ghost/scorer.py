@@ -158,6 +158,7 @@ class GhostScorer(Scorer):
 
             def add(signals: LinearSignals) -> None:
                 name = signals.linear.name
+                # lambda here only where the terms are not kept apart.
                 finite = sums.add(signals, products[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
                 if self._scored is not None:

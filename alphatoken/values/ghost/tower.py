@@ -144,7 +144,8 @@ class Tower:
                 on_attention = signals.on_attention if signals.window else None
                 hidden_BTH = chunk.entry.into(place).detach()
                 with torch.enable_grad(), self._capture(index, signals, consume):
-                    # The lowest layer's input needs no gradient: there its linears begin the graph.
+                    # The lowest layer's input needs no gradient: there the hooks let the outputs of
+                    # its scored linears need one, where the graph then begins.
                     hidden_BTH.requires_grad_(place > 0)
                     # Calls `on_attention` with queries and keys meanwhile.
                     output_BTH = self._streamer.forward(
