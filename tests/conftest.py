@@ -39,6 +39,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of how a process ends: one that another test has made a rank would really end, and
+    pytest's with it."""
+    monkeypatch.setattr("alphatoken.distributed.process.running_comm", lambda: None)
+
+
 # Files whose tests run in one process under `-n 2`: they share a fixture that takes long, a
 # download or a cache, or start daemons on two machines.
 ONE_PROCESS = (

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_refused_as_configurations_are() -> None:
 
 
 def test_it_is_the_last_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], not_a_rank: None
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["alphatoken", "export", "none", "new"])
     with pytest.raises(SystemExit):
