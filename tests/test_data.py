@@ -378,6 +378,19 @@ def test_the_cache_is_used_again_and_only_for_the_same_content(
     assert len(calls) == 2
 
 
+def test_rows_of_the_cache_are_called_by_the_place_that_was_asked_for(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Also where the same rows were tokenised from another place before."""
+    for folder in ("before", "now"):
+        file = tmp_path / folder / "rows.jsonl"
+        file.parent.mkdir()
+        write_rows(file, [{"prompt": "Hi", "response": "Hello."}])
+        (report,) = read(str(file), tokenizer, tmp_path).reports
+        assert report.path == str(file)
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+
+
 # Prompts.
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class TokenDataset:
         self.files = files
         self.made = made
         self._parts = [datasets.Dataset.from_file(str(file)).with_format("numpy") for file in files]
-        self.reports = [read_report(file) for file in files]
+        # The same rows may have been tokenised from another place.
+        self.reports = [
+            replace(read_report(file), path=source.path)
+            for source, file in zip(sources, files, strict=True)
+        ]
         self.sizes = [len(part) for part in self._parts]
         self.lengths: np.ndarray[Any, Any] = np.concatenate(
             [np.asarray(part.data.column("length"), dtype=np.int64) for part in self._parts]
