@@ -19,7 +19,7 @@ import torch
 
 from alphatoken.config.run import RunConfig
 from alphatoken.objectives.supervised import SupervisedObjective
-from alphatoken.planner.tracing import FlopCounter
+from alphatoken.planner.counting import FlopCounter
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
 

@@ -36,8 +36,8 @@ from alphatoken.distributed.ranks import initialise_ranks
 from alphatoken.objectives.base import Objective
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.planner.counting import FlopCounter
 from alphatoken.planner.plan import make_plan
-from alphatoken.planner.tracing import FlopCounter
 from alphatoken.planner.workload import rows_of
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer

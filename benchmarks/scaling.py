@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling costs [--output FILE.json]
     python -m benchmarks.scaling objects [--output FILE.json]
+    python -m benchmarks.scaling connections [--output FILE.json]
 
 `costs`: messages, bytes and work of one rank's optimizer step, of models on 8 to 1,024 ranks, and
 the seconds that follow from a bandwidth, a latency and a rate that are assumed (the options), not
@@ -10,19 +11,27 @@ measured. Every rank has as many micro-batches as on the fewest ranks, so a step
 `objects`: the files that so many ranks write into a checkpoint, what they tell each other about
 them, and how long one process takes for what rank 0 does with it. The ranks are made up: one
 process has the objects that each would have, and sends nothing.
+
+`connections`: open files of rank 0 in as many real processes on this machine, before and after the
+groups that a run on CPUs forms, and how long they take to agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import pickle
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from alphatoken.checkpoints.files import (
     missing_files,
@@ -58,6 +67,7 @@ CASES = (
     Case("235B, 22B of them active", "configs/sft/llama3.3_70b_4x8gpu.yaml", "qwen3-235b-a22b", 64),
 )
 RANKS = (8, 32, 64, 512, 1024)
+PROCESSES = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -183,53 +193,114 @@ def _timed(clock: dict[str, float], what: str, work: Callable[[], object]) -> No
     clock[what] = min(found)
 
 
-def cost_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
-    head = (
-        "| model | ranks | rows of a step | memory of a rank | messages | bytes received | work | "
-        "computing | communicating | at least exposed |"
-    )
-    rows = [head, "|" + "---|" * head.count(" |")]
-    for each in lines:
-        fits = {True: "", False: " (does not fit)", None: ""}[each["fits"]]
-        exposed = max(0.0, each["communicating_s"] - each["computing_s"])
-        rows.append(
-            f"| {each['model']} | {each['ranks']:,} | {each['rows']:,} | "
-            f"{each['needed_bytes'] / 2**30:.1f} GiB{fits} | {each['messages']:,.0f} | "
-            f"{each['received_bytes'] / 1e9:,.0f} GB | {each['flops'] / 1e12:,.0f} TFLOP | "
-            f"{each['computing_s']:.1f} s | {each['communicating_s']:.1f} s | {exposed:.1f} s |"
-        )
-    return "\n".join(rows)
+def connections(ranks: int) -> dict[str, Any]:
+    """Open files of rank 0 of `ranks` processes, and the seconds of a small gather of objects."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # modules are in memory once
+    told = context.Queue()
+    processes = [
+        context.Process(target=_connect, args=(rank, ranks, port, told)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[str, Any] = told.get(timeout=120)
+    for process in processes:
+        process.join()
+    return {"ranks": ranks, **found}
 
 
-def object_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
-    head = (
-        "| ranks | files | the list | what rank 0 is told | an answer of rank 0, gathered | sent | "
-        "rank 0 works | every rank reads |"
-    )
-    rows = [head, "|" + "---|" * head.count(" |")]
-    for each in lines:
-        clock = each["seconds"]
-        reading = clock["reading it, on every rank"]
-        rows.append(
-            f"| {each['ranks']:,} | {each['files']:,} | {each['list_bytes'] / 1e3:,.0f} kB | "
-            f"{each['bytes_reaching_rank_0'] / 1e3:,.0f} kB | "
-            f"{each['result_gathered_bytes'] / 1e3:,.0f} kB | "
-            f"{each['result_of_rank_0_bytes'] / 1e3:,.1f} kB | "
-            f"{1e3 * (sum(clock.values()) - reading):,.1f} ms | {1e3 * reading:,.1f} ms |"
+def _connect(rank: int, ranks: int, port: int, told: multiprocessing.Queue[dict[str, Any]]) -> None:
+    """One rank; rank 0 tells what it found."""
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), **address}
+    before = _open_files()
+    torch.distributed.init_process_group("gloo")
+    with_tensors = _open_files()
+    control = torch.distributed.new_group(backend="gloo")
+    everyone: list[Any] = [None] * ranks
+    found = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        torch.distributed.all_gather_object(everyone, None, group=control)
+        found.append(time.perf_counter() - began)
+    if rank == 0:
+        told.put(
+            {
+                "files_before": before,
+                "files_with_tensors_group": with_tensors,
+                "files_with_objects_group": _open_files(),
+                "agreeing_seconds": min(found),
+            }
         )
-    return "\n".join(rows)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def table(head: str, rows: Iterable[str]) -> str:
+    """Markdown; columns are divided by ` | `."""
+    lines = [head, " | ".join(["---"] * (head.count(" | ") + 1)), *rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def cost_row(line: Mapping[str, Any]) -> str:
+    fits = " (does not fit)" if line["fits"] is False else ""
+    exposed = max(0.0, line["communicating_s"] - line["computing_s"])
+    return (
+        f"{line['model']} | {line['ranks']:,} | {line['rows']:,} | "
+        f"{line['needed_bytes'] / 2**30:.1f} GiB{fits} | {line['messages']:,.0f} | "
+        f"{line['received_bytes'] / 1e9:,.0f} GB | {line['flops'] / 1e12:,.0f} TFLOP | "
+        f"{line['computing_s']:.1f} s | {line['communicating_s']:.1f} s | {exposed:.1f} s"
+    )
+
+
+def object_row(line: Mapping[str, Any]) -> str:
+    clock = line["seconds"]
+    reading = clock["reading it, on every rank"]
+    return (
+        f"{line['ranks']:,} | {line['files']:,} | {line['list_bytes'] / 1e3:,.0f} kB | "
+        f"{line['bytes_reaching_rank_0'] / 1e3:,.0f} kB | "
+        f"{line['result_gathered_bytes'] / 1e3:,.0f} kB | "
+        f"{line['result_of_rank_0_bytes'] / 1e3:,.1f} kB | "
+        f"{1e3 * (sum(clock.values()) - reading):,.1f} ms | {1e3 * reading:,.1f} ms"
+    )
+
+
+def connection_row(line: Mapping[str, Any]) -> str:
+    return (
+        f"{line['ranks']} | {line['files_before']} | {line['files_with_tensors_group']} | "
+        f"{line['files_with_objects_group']} | {1e3 * line['agreeing_seconds']:.0f} ms"
+    )
+
+
+COST_HEAD = (
+    "model | ranks | rows of a step | memory of a rank | messages | bytes received | work | "
+    "computing | communicating | at least exposed"
+)
+OBJECT_HEAD = (
+    "ranks | files | the list | what rank 0 is told | an answer of rank 0, gathered | sent | "
+    "rank 0 works | every rank reads"
+)
+CONNECTION_HEAD = "ranks | open files before | with a group | with two | agreeing"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.what == "costs":
         lines = costs(options)
-        print(cost_table(lines))
-    else:
+        print(table(COST_HEAD, map(cost_row, lines)))
+    elif options.what == "objects":
         lines = [objects(ranks) for ranks in RANKS]
-        print(object_table(lines))
+        print(table(OBJECT_HEAD, map(object_row, lines)))
+    else:
+        lines = [connections(ranks) for ranks in PROCESSES]
+        print(table(CONNECTION_HEAD, map(connection_row, lines)))
     if options.output is not None:
         assumed = {
             name: getattr(options, name)
@@ -250,7 +321,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["costs", "objects"])
+    parser.add_argument("what", choices=["costs", "objects", "connections"])
     parser.add_argument("--flops", type=float, default=4e14, help="per second and rank")
     parser.add_argument("--inside", type=float, default=3e11, help="bytes per second, one machine")
     parser.add_argument("--between", type=float, default=4e10, help="bytes per second, several")

@@ -63,8 +63,8 @@ from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.passes.capture import EntryCapture
 from alphatoken.passes.divided_attention import divide_attention
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.planner.counting import PeakBytes
 from alphatoken.planner.plan import make_plan
-from alphatoken.planner.tracing import PeakBytes
 from alphatoken.planner.workload import rows_of
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection, select

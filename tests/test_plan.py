@@ -28,8 +28,8 @@ from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.loading import experts_note
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.planner.counting import FORMULAS, PeakBytes
 from alphatoken.planner.plan import GIB, Plan, make_plan
-from alphatoken.planner.tracing import FORMULAS, PeakBytes
 from alphatoken.planner.workload import Rows, longest_rows
 from alphatoken.values.exact.gradient import MeanGradient
 from alphatoken.values.registry import build_scorer

@@ -15,7 +15,8 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alphatoken.checkpoints.folder import RunFolder
-from alphatoken.config.run import TRACKERS, RunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.training import TRACKERS
 from alphatoken.errors import UserError
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.training import trackers

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from alphatoken.config.run import RunConfig, TrainConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import DataConfig, FilePath, Sources
+from alphatoken.config.training import TrainConfig
 from alphatoken.config.valuation import ValuationConfig
 
 

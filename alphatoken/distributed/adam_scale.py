@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphatoken.config.run import OptimConfig
+from alphatoken.config.training import OptimConfig
 from alphatoken.distributed import zero3
 
 

@@ -11,7 +11,8 @@ from transformers import (
     get_scheduler,
 )
 
-from alphatoken.config.run import OptimConfig, RunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.training import OptimConfig
 from alphatoken.distributed import zero3
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphatoken.config.estimators import ESTIMATORS, keys_of_some
-from alphatoken.config.run import DeepSpeedConfig, RunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.training import DeepSpeedConfig
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.settings import DEFAULT_DEEPSPEED, read_deepspeed_config
 from alphatoken.errors import UserError

@@ -14,7 +14,8 @@ from typing import Any
 import alphatoken.training.metrics  # noqa: F401  declares what trackers are told of
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.config.file import flat
-from alphatoken.config.run import TRACKERS, LoggingConfig, RunConfig
+from alphatoken.config.run import RunConfig
+from alphatoken.config.training import TRACKERS, LoggingConfig
 from alphatoken.errors import UserError
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.util.files import publish_text

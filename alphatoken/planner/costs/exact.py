@@ -11,9 +11,10 @@ from alphatoken.models.head import block_rows
 from alphatoken.models.scored import ParameterSet
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs.base import ScoringCost
+from alphatoken.planner.counting import FlopCounter, PeakBytes
 from alphatoken.planner.messages import Message, gather, merged, reduce
 from alphatoken.planner.parts import FLOAT32, Part, chunk_share, logits, scored_layer
-from alphatoken.planner.tracing import FlopCounter, PeakBytes, TracedLayer
+from alphatoken.planner.tracing import TracedLayer
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from alphatoken.passes.attention import AttentionCall, attention_band, mix_band
 from alphatoken.passes.capture import SignalCapture
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs.base import ScoringCost
+from alphatoken.planner.counting import CountedPass, FlopCounter
 from alphatoken.planner.messages import Message, gather, merged
 from alphatoken.planner.parts import FLOAT32, Part, chunk_share, logits, scored_layer
-from alphatoken.planner.tracing import CountedPass, FlopCounter, TracedLayer
+from alphatoken.planner.tracing import TracedLayer
 from alphatoken.values.algebra import CONTRACTIONS, ContractionName, cheaper_contraction
 
 
