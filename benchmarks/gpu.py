@@ -56,7 +56,7 @@ from alphatoken.passes.attention import (
 from alphatoken.passes.blocked_attention import blocked_attention
 from alphatoken.stability.drift import Drift
 from alphatoken.training.trainer import Trainer
-from alphatoken.values.algebra import bilinear_product, ghost_product, target_matrix
+from alphatoken.values.algebra import bilinear_product, signals_product, target_matrix
 from alphatoken.values.estimator import Scorer
 from alphatoken.values.registry import build_scorer
 from benchmarks.measuring import (
@@ -466,7 +466,7 @@ def head_and_contractions(results: Results, scale: Scale) -> None:
     read = outgrad_RO.nbytes + act_RI.nbytes + matrix_OI.nbytes
     results.measure("D contraction with a matrix", contracted, moved=read)
     held_NO, held_NI = random(rows, wide), random(rows, hidden)
-    signals = partial(ghost_product, outgrad_RO, act_RI, held_NO, held_NI, rows)
+    signals = partial(signals_product, outgrad_RO, act_RI, held_NO, held_NI, rows)
     results.measure("D contraction with signals", signals, moved=2 * (read - matrix_OI.nbytes))
     results.measure("D copy of a matrix", matrix_OI.clone, moved=2 * matrix_OI.nbytes)
     on_host = matrix_OI.cpu()

@@ -25,7 +25,7 @@ from alphatoken.batch import Batch, make_batch
 from alphatoken.data.chat import Encoder, Skipped
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.values.algebra import FromMatrix, target_matrix
-from alphatoken.values.ghost.contract import Products, contract
+from alphatoken.values.ghost.contract import Contractions, contract
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
 from recipes.minimal import best, padded
@@ -151,7 +151,7 @@ def show_contraction(
         d_NO, h_NI = theirs.outgrad_RO, theirs.act_RI
         g_OI = target_matrix(d_NO, h_NI) / len(h_NI)
         v_OI = decoder.model.get_parameter(name).detach() - reference[name]  # with a Fisher of 1
-        terms = contract(ours, Products(target=FromMatrix(g_OI), proxy=FromMatrix(v_OI)))
+        terms = contract(ours, Contractions(target=FromMatrix(g_OI), proxy=FromMatrix(v_OI)))
         for term, value_R in terms.items():
             sums[term] += value_R
         if name == SHOWN:

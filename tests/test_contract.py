@@ -11,7 +11,7 @@ from alphatoken.models.scored import ScoredLinear
 from alphatoken.passes.capture import Entry
 from alphatoken.passes.chunks import Chunk
 from alphatoken.values.algebra import FromMatrix
-from alphatoken.values.ghost.contract import Products, TermSums, contract, contract_at_once
+from alphatoken.values.ghost.contract import Contractions, TermSums, contract, contract_at_once
 from alphatoken.values.ghost.signals import LinearSignals
 
 ROWS, LENGTH, INPUTS, OUTPUTS = 2, 5, 3, 4
@@ -51,7 +51,9 @@ def frobenius(outgrad_BTO: Tensor, matrix_OI: Tensor, act_BTI: Tensor) -> Tensor
 def test_the_terms_are_those_of_the_equation(causal: bool, with_drift: bool) -> None:
     signals = random_signals(causal=causal)
     g_OI, v_OI = (torch.randn(OUTPUTS, INPUTS, dtype=torch.float64) for _ in range(2))
-    products = Products(target=FromMatrix(g_OI), proxy=FromMatrix(v_OI) if with_drift else None)
+    contractions = Contractions(
+        target=FromMatrix(g_OI), proxy=FromMatrix(v_OI) if with_drift else None
+    )
     expected = {"direct_target": frobenius(signals.outgrad_BTO, g_OI, signals.act_BTI)}
     if with_drift:
         expected["direct_proxy"] = frobenius(signals.outgrad_BTO, v_OI, signals.act_BTI)
@@ -61,7 +63,7 @@ def test_the_terms_are_those_of_the_equation(causal: bool, with_drift: bool) -> 
             expected["causal_proxy"] = frobenius(signals.mixed_BTO, v_OI, signals.act_BTI)
 
     response_BT = signals.chunk.targets_BT == 7
-    terms = contract(signals, products)
+    terms = contract(signals, contractions)
     assert terms.keys() == expected.keys()
     for term, value_BT in expected.items():
         assert torch.allclose(terms[term].double(), value_BT[response_BT], rtol=1e-5), term
@@ -69,14 +71,14 @@ def test_the_terms_are_those_of_the_equation(causal: bool, with_drift: bool) -> 
         (LAMBDA if term.endswith("proxy") else 1.0) * value_BT
         for term, value_BT in expected.items()
     ]
-    at_once_R = contract_at_once(signals, products, LAMBDA)
+    at_once_R = contract_at_once(signals, contractions, LAMBDA)
     assert torch.allclose(at_once_R.double(), torch.stack(weighted).sum(0)[response_BT], rtol=1e-4)
 
 
 @pytest.mark.parametrize("split", [True, False])
 def test_sums_land_on_the_response_of_their_rows(split: bool) -> None:
     signals = random_signals(causal=True)
-    products = Products(
+    contractions = Contractions(
         target=FromMatrix(torch.ones(OUTPUTS, INPUTS, dtype=torch.float64)), proxy=None
     )
     response_BT = torch.zeros(3, LENGTH, dtype=torch.bool)
@@ -84,18 +86,18 @@ def test_sums_land_on_the_response_of_their_rows(split: bool) -> None:
     response_BT[1:] = signals.chunk.targets_BT == 7
     sums = TermSums(RowIndex.of_mask(response_BT), split=split)
     for _ in range(2):  # two linears
-        assert sums.add(signals, products, LAMBDA)
+        assert sums.add(signals, contractions, LAMBDA)
     values = sums.values((1.0, LAMBDA))
     expected_BT = torch.zeros(3, LENGTH)
-    expected_BT[1:][response_BT[1:]] = 2 * contract_at_once(signals, products, LAMBDA)
+    expected_BT[1:][response_BT[1:]] = 2 * contract_at_once(signals, contractions, LAMBDA)
     assert torch.allclose(values.composite, expected_BT, rtol=1e-4)
     assert values.direct_target.isnan().equal(response_BT & (not split))
 
 
 def test_what_is_not_finite_is_noticed() -> None:
     signals = random_signals(causal=False)
-    products = Products(
+    contractions = Contractions(
         target=FromMatrix(torch.full((OUTPUTS, INPUTS), torch.inf).double()), proxy=None
     )
     every_BT = torch.ones(3, LENGTH, dtype=torch.bool)
-    assert not TermSums(RowIndex.of_mask(every_BT), split=True).add(signals, products, 1.0)
+    assert not TermSums(RowIndex.of_mask(every_BT), split=True).add(signals, contractions, 1.0)

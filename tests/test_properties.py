@@ -25,7 +25,7 @@ from alphatoken.values.algebra import (
     bilinear_product,
     bilinear_products,
     cheaper_contraction,
-    ghost_product,
+    signals_product,
     target_matrix,
 )
 from alphatoken.values.ghost.directions import Weighted, contractions_with
@@ -346,7 +346,7 @@ def test_both_contractions_are_the_same_bilinear_form(
         contraction = found["target"]["linear"]
         assert torch.allclose(contraction(outgrad, act), factor * explicit, atol=1e-4)
     assert torch.allclose(
-        ghost_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4
+        signals_product(outgrad, act, val_outgrad, val_act, held_out, block), explicit, atol=1e-4
     )
     matrix = target_matrix(val_outgrad, val_act) / held_out
     assert torch.allclose(bilinear_product(outgrad, matrix, act), explicit, atol=1e-4)
@@ -387,7 +387,7 @@ def test_products_with_matrices_are_those_of_the_equation_and_bounded(
     val_act_NI, val_outgrad_NO = random(held_out, inputs), random(held_out, outputs)
     with LargestResult() as largest:
         found = bilinear_products(outgrads, matrices, act_RI)
-        ghost_R = ghost_product(outgrads[0], act_RI, val_outgrad_NO, val_act_NI, held_out)
+        ghost_R = signals_product(outgrads[0], act_RI, val_outgrad_NO, val_act_NI, held_out)
     for matrix_OI, by_outgrad in zip(matrices, found, strict=True):
         for outgrad_RO, product_R in zip(outgrads, by_outgrad, strict=True):
             expected_R = torch.einsum("ro,oi,ri->r", outgrad_RO, matrix_OI, act_RI)

@@ -34,7 +34,9 @@ from alphatoken.util.memory import peak_memory
 from alphatoken.util.wording import plural
 
 BLOCK_ROWS = 512
-"""Rows that are written together, and lost together by a kill."""
+"""The most rows that are written together, and lost together by a kill."""
+LEAST_BLOCK_ROWS = 64
+"""Small datasets are written in eighths, but in no smaller parts than this."""
 
 
 def check_valuing(config: RunConfig) -> None:
@@ -100,9 +102,9 @@ def value_rows(run: Run) -> Path:
     not computed again.
 
     Held-out rows and B are those of a run's first step. Rows are laid out in micro-batches of
-    `train.micro_batch_size` in order of length, within blocks of BLOCK_ROWS, whatever the number of
-    ranks is. Every rank must call it. Raises UserError where the folder holds the values of
-    something else, or one is not finite.
+    `train.micro_batch_size` in order of length, within blocks of rows that are written together,
+    whatever the number of ranks is. Every rank must call it. Raises UserError where the folder
+    holds the values of something else, or one is not finite.
     """
     config, part = run.config, run.splits.train
     folder = RowsFolder(store_folder(config), len(part), _settings(run), CONTENTS)
@@ -126,7 +128,7 @@ def value_rows(run: Run) -> Path:
                 noise_key=(config.train.seed, 0) if config.needs_noise else None,
                 by_row=feed.by_row(part),
             ),
-            block_rows=BLOCK_ROWS,
+            block_rows=min(BLOCK_ROWS, max(LEAST_BLOCK_ROWS, math.ceil(len(part) / 8))),
             device=run.device,
             title="Values of data.train",
             number="a value",

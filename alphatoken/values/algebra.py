@@ -23,7 +23,8 @@ ContractionName = Literal["signals", "matrix"]
 """What a target term is contracted with: the held-out signals themselves, or their mean outer
 product G."""
 CONTRACTIONS: dict[str, ContractionName] = {"ghost": "signals", "materialised": "matrix"}
-"""What `valuation.contraction` names, besides `auto`."""
+"""What `valuation.contraction` names, besides `auto`. Its `ghost`, after the products of Opacus'
+ghost clipping, is not the estimator, which may use either."""
 TERMS = (
     "direct_target",
     "causal_target",
@@ -108,7 +109,7 @@ def target_matrix(val_outgrad_NO: Tensor, val_act_NI: Tensor) -> Tensor:
     return float32_product(val_outgrad_NO.T, val_act_NI)
 
 
-def ghost_product(
+def signals_product(
     outgrad_RO: Tensor,
     act_RI: Tensor,
     val_outgrad_NO: Tensor,
@@ -205,7 +206,7 @@ class FromSignals:
     sign_N: Tensor | None = None
 
     def __call__(self, outgrad_RO: Tensor, act_RI: Tensor) -> Tensor:
-        return ghost_product(
+        return signals_product(
             outgrad_RO,
             act_RI,
             self.outgrad_NO,

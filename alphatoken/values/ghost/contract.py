@@ -32,7 +32,7 @@ from alphatoken.values.ghost.signals import LinearSignals
 
 
 @dataclass(frozen=True)
-class Products:
+class Contractions:
     """What the signals of one linear are contracted with."""
 
     target: Contraction
@@ -53,7 +53,7 @@ class Products:
         return {name: each for name, each in every.items() if each is not None}
 
 
-def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
+def contract(signals: LinearSignals, contractions: Contractions) -> dict[str, Tensor]:
     """Contracts one linear's signals: its share of the terms, by name, (R,) float32 each.
 
     Absent terms, which are left out, are zero: the causal ones of a linear that no causal path is
@@ -62,7 +62,7 @@ def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
     paths = {"direct": signals.outgrad_RO}
     if signals.mixed_RO is not None:
         paths["causal"] = signals.mixed_RO  # sum_k A[k,t] d_k
-    contracted = contract_all([*paths.values()], products.by_direction(), signals.act_RI)
+    contracted = contract_all([*paths.values()], contractions.by_direction(), signals.act_RI)
     return {
         f"{path}_{direction}": share_R
         for direction, shares in contracted.items()
@@ -71,16 +71,19 @@ def contract(signals: LinearSignals, products: Products) -> dict[str, Tensor]:
 
 
 def contract_at_once(
-    signals: LinearSignals, products: Products, stability_weight: float, contrast: float = 0.0
+    signals: LinearSignals,
+    contractions: Contractions,
+    stability_weight: float,
+    contrast: float = 0.0,
 ) -> Tensor:
     """Contracts one linear's signals to its share of the value, (R,) float32, without the terms.
 
     Every term is linear in d, so direct and causal paths may be added before the contraction:
     value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
-    more where `products.target` is with the sum of the three.
+    more where `contractions.target` is with the sum of the three.
     """
     weights = {"target": 1.0, "contrast": -contrast, "proxy": stability_weight}
-    contracted = contract_all([_of_all_paths(signals)], products.by_direction(), signals.act_RI)
+    contracted = contract_all([_of_all_paths(signals)], contractions.by_direction(), signals.act_RI)
     value_R = contracted.pop("target")[0]
     for direction, (share_R,) in contracted.items():
         value_R = value_R + weights[direction] * share_R
@@ -133,16 +136,18 @@ class TermSums:
         device = index.index_R.device
         self._sums = {name: torch.zeros(index.count, device=device) for name in names}
 
-    def add(self, signals: LinearSignals, products: Products, stability_weight: float) -> Tensor:
+    def add(
+        self, signals: LinearSignals, contractions: Contractions, stability_weight: float
+    ) -> Tensor:
         """Contracts one linear's signals and adds the result. Returns whether it was finite, a bool
         scalar on the device."""
         if self._split:
-            shares = contract(signals, products)
+            shares = contract(signals, contractions)
         else:
-            value_R = contract_at_once(signals, products, stability_weight, self._contrast)
+            value_R = contract_at_once(signals, contractions, stability_weight, self._contrast)
             shares = {"composite": value_R}
-        if products.spread is not None:
-            shares["spread"] = contract_spread(signals, products.spread)
+        if contractions.spread is not None:
+            shares["spread"] = contract_spread(signals, contractions.spread)
         for name, share_R in shares.items():
             self._sums[name][signals.chunk.span] += share_R
         return torch.stack(list(shares.values())).isfinite().all()

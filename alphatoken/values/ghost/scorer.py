@@ -22,7 +22,7 @@ from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
 from alphatoken.values.estimator import Coefficients, Scorer, Scores, SliceScale
-from alphatoken.values.ghost.contract import Products, TermSums
+from alphatoken.values.ghost.contract import Contractions, TermSums
 from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
 from alphatoken.values.ghost.scored_mean import ScoredMean
@@ -56,7 +56,7 @@ class GhostScorer(Scorer):
             self._scored = ScoredMean(
                 self._features, config.contrast_memory, device, signed=config.reliability
             )
-        self._kept_products: dict[int, dict[str, Products]] = {}
+        self._kept_contractions: dict[int, dict[str, Contractions]] = {}
         """By layer and linear, where everything is resident; a streamed layer's are gathered while
         it is in memory."""
         self._places = {name: place for place, name in enumerate(linears)}
@@ -134,9 +134,9 @@ class GhostScorer(Scorer):
         if contrast is not None:
             losses += self._take_in(contrast, self._contrast_rows, scored_tokens, coefficients)
         if self._resident:
-            self._kept_products = {}  # the old ones go before the new are gathered
+            self._kept_contractions = {}  # the old ones go before the new are gathered
             for layer in self.tower.layers:
-                self._kept_products[layer] = self._gather_products(layer)
+                self._kept_contractions[layer] = self._gather_contractions(layer)
         return losses
 
     @torch.no_grad()
@@ -152,14 +152,16 @@ class GhostScorer(Scorer):
 
         @contextmanager
         def contracting(layer: int) -> Iterator[SignalConsumer]:
-            products = (
-                self._kept_products[layer] if self._resident else self._gather_products(layer)
+            contractions = (
+                self._kept_contractions[layer]
+                if self._resident
+                else self._gather_contractions(layer)
             )
 
             def add(signals: LinearSignals) -> None:
                 name = signals.linear.name
                 # lambda here only where the terms are not kept apart.
-                finite = sums.add(signals, products[name], self.config.stability_weight)
+                finite = sums.add(signals, contractions[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
                 if self._scored is not None:
                     _add_response(self._scored, signals)
@@ -186,13 +188,13 @@ class GhostScorer(Scorer):
         their token losses."""
         own_count = sum(batch["response_index"].count for batch in batches)
         into.begin(own_count, scored_tokens)
-        losses = [self._signals_of(batch, into, coefficients) for batch in batches]
+        losses = [self._collect(batch, into, coefficients) for batch in batches]
         if self._resident:
             for layer in self.tower.layers:
                 into.reduce(self._names(layer))
         return losses
 
-    def _signals_of(
+    def _collect(
         self, batch: Batch, into: HeldOutSignals, coefficients: Coefficients | None
     ) -> Tensor:
         """Adds the signals of a batch; returns its token losses."""
@@ -212,13 +214,13 @@ class GhostScorer(Scorer):
     def _names(self, layer: int) -> list[str]:
         return [name for name, linear in self.tower.linears.items() if linear.layer == layer]
 
-    def _gather_products(self, layer: int) -> dict[str, Products]:
+    def _gather_contractions(self, layer: int) -> dict[str, Contractions]:
         """What a layer's signals are contracted with, by linear, from all ranks' slices; one
         message for G, B and D, one for V."""
         names, weight = self._names(layer), self.config.stability_weight
         found = contractions_with(self._directions(), names, self._features, self._dtype)
-        products = {
-            name: Products(
+        contractions = {
+            name: Contractions(
                 target=found["target"][name],
                 proxy=None,
                 contrast=found["contrast"][name] if "contrast" in found else None,
@@ -227,10 +229,10 @@ class GhostScorer(Scorer):
             for name in names
         }
         if self._drift is None:
-            return products
+            return contractions
         for name, drift in zip(names, self._drift.matrices(names, self._dtype), strict=True):
             drift_OI = drift.T if self.tower.linears[name].transposed else drift
-            target = products[name].target
+            target = contractions[name].target
             if isinstance(target, FromMatrix) and not self.config.split_terms:
                 # lambda itself, not the part weights: `split_terms: false` is refused with
                 # `balance: std`.
@@ -238,8 +240,8 @@ class GhostScorer(Scorer):
                 changed = {"target": FromMatrix(fused_OI.to(self._dtype))}
             else:
                 changed = {"proxy": FromMatrix(drift_OI)}
-            products[name] = replace(products[name], **changed)
-        return products
+            contractions[name] = replace(contractions[name], **changed)
+        return contractions
 
     def _directions(self) -> dict[str, list[Weighted]]:
         """What the directions besides V are made of, each a weighted sum of means: by default G

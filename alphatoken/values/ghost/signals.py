@@ -2,9 +2,10 @@
 
 A linear y = W h has two signals at position t: its input h_t, and d_t, the gradient of the summed
 response losses at its output y_t. Their outer product d_t h_t^T is what position t adds to the
-gradient of W. The losses of later tokens reach position t through attention, too: on a value
-projection their share is the mixed signal sum_{t<k<=t+w} A[k, t] d_k, with A the attention averaged
-over heads and w the window.
+gradient of W; d_t already holds what the losses of later tokens send back, through this layer's
+attention too. On value projections the paper adds a causal term, one hop further: the mixed signal
+sum_{t<k<=t+w} A[k, t] d_k in place of d_t, with A the attention averaged over heads and w the
+window.
 
 Shape legend: B sequences of one chunk, T positions, R response positions, I and O the features of a
 linear, W the window.
@@ -103,7 +104,7 @@ class ChunkSignals:
         band_BTW = attention_band(call, self.window)
         self._band_BTW = band_BTW if self._others is None else self._others.own_band(band_BTW)
 
-    def signals_of(
+    def of_linear(
         self, linear: ScoredLinear, act_BTI: Tensor, outgrad_BTO: Tensor
     ) -> LinearSignals:
         """Takes h and d of a linear, once the backward pass has reached its output."""

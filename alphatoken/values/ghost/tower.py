@@ -1,12 +1,12 @@
 """The scoring tower: the last K decoder layers, the final norm and the head, re-run apart from the
 training graph.
 
-From the hidden state that entered the scored layers it computes token losses and, in a backward
-pass of its own, the signals (h, d) of every scored linear, which it hands on as they arise, so that
-they can be contracted and dropped.
-
-The layers run one at a time, the last one first, from the states that the decoder's own forward
-pass left between them, so that one layer's activations of one chunk are held. `resident` keeps the
+It starts from the states that the decoder's own forward pass left before each scored layer and
+behind the last. From the last of them norm and head give the token losses and the gradient at the
+output of the last layer. Then each layer is run again, the last one first, in a graph of its own:
+forward from the state before it, backward from the gradient behind it. Meanwhile it hands on the
+signals (h, d) of every scored linear, so that they can be contracted and dropped, and one layer's
+activations of one chunk are held. `resident` keeps the
 weights; `streamed` gathers them layer by layer, and every rank must then run the tower together.
 """
 
@@ -112,14 +112,14 @@ class Tower:
                 (coefficient_BT[chunk.rows, :, None] * outgrad_BTH).to(outgrad_BTH.dtype)
                 for chunk, outgrad_BTH in zip(chunks, outgrads, strict=True)
             ]
-        signals_of = partial(
+        chunk_signals_of = partial(
             ChunkSignals,
             window=window,
             weight_of=self.weight,
             others=NeighbourParts(mesh().sequence) if "whole_rows" in batch else None,
         )
         for place in reversed(range(len(self.layers))):
-            self._layer(place, chunks, outgrads, consumer_of, signals_of)
+            self._layer(place, chunks, outgrads, consumer_of, chunk_signals_of)
         return nll_BT
 
     def _layer(
@@ -128,7 +128,7 @@ class Tower:
         chunks: list[Chunk],
         outgrads: list[Tensor],
         consumer_of: ConsumerOf,
-        signals_of: Callable[[Chunk], ChunkSignals],
+        chunk_signals_of: Callable[[Chunk], ChunkSignals],
     ) -> None:
         """Runs one layer forward and backward for all chunks, and replaces the gradients at its
         output by those at its input, (B, T, H) per chunk, in place.
@@ -140,7 +140,7 @@ class Tower:
             for number, chunk in enumerate(chunks):
                 if not chunk.has_response:
                     continue
-                signals = signals_of(chunk)
+                signals = chunk_signals_of(chunk)
                 on_attention = signals.on_attention if signals.window else None
                 hidden_BTH = chunk.entry.into(place).detach()
                 with torch.enable_grad(), self._capture(index, signals, consume):
@@ -160,7 +160,7 @@ class Tower:
         has reached its output."""
 
         def on_backward(name: str, act_BTI: Tensor, outgrad_BTO: Tensor) -> None:
-            consume(signals.signals_of(self.linears[name], act_BTI, outgrad_BTO))
+            consume(signals.of_linear(self.linears[name], act_BTI, outgrad_BTO))
 
         module = self._streamer.module(layer)
         modules = {
