@@ -27,8 +27,7 @@ from alphatoken.errors import UserError
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
 from alphatoken.store.rows_folder import Contents, RowsFolder
-from alphatoken.training.feed import Feed
-from alphatoken.training.refresh import held_out_refresh
+from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.setup import Run, build_run
 from alphatoken.training.trainer import Trainer
 from alphatoken.training.valuing import check_valuing, run_valuing, value_rows

@@ -15,6 +15,7 @@ from alphatoken.data.splits import check_rows_of_b
 from alphatoken.distributed.mesh import mesh
 from alphatoken.training.setup import Run
 from alphatoken.util.ahead import Ahead
+from alphatoken.values.refresh import HeldOutRefresh
 
 # Streams of random numbers, so that draws of different parts are kept apart.
 TRAINING, HELD_OUT = 0, 1
@@ -184,3 +185,21 @@ class Feed:
             with run.stopwatch.phase("reference"):
                 run.reference.complete(batches)
         return batches
+
+
+def held_out_refresh(run: Run, feed: Feed) -> HeldOutRefresh | None:
+    """The refresh of a run's scorer with the held-out and contrast rows of its feed; None where
+    tokens are not valued."""
+    scorer, config = run.model.scorer, run.config.valuation
+    if scorer is None:
+        return None
+    return HeldOutRefresh(
+        scorer=scorer,
+        draw=feed.held_out,
+        draw_contrast=feed.contrast,
+        every=config.refresh_every,
+        start=config.start_step,
+        adam_scale=run.adam_scale,
+        first_moment=scorer.first_moment,
+        coefficients=run.objective.coefficients if config.target == "preference" else None,
+    )

@@ -22,8 +22,7 @@ from alphatoken.distributed import collectives, zero3
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.training.asking import ask, show_change
 from alphatoken.training.evaluation import evaluate
-from alphatoken.training.feed import Feed
-from alphatoken.training.refresh import held_out_refresh
+from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.report import Report
 from alphatoken.training.setup import Run
 from alphatoken.training.step import OptimizerStep, StepResult

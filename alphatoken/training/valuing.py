@@ -27,8 +27,7 @@ from alphatoken.selection.select import select
 from alphatoken.store.filling import fill
 from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.store.values import CONTENTS, FORMAT_VERSION, VALUE, rows_settings, store_folder
-from alphatoken.training.feed import Feed
-from alphatoken.training.refresh import held_out_refresh
+from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.setup import Run, build_run
 from alphatoken.util.memory import peak_memory
 from alphatoken.util.wording import plural
