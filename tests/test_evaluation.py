@@ -37,7 +37,8 @@ from alphatoken.evaluation.tasks import choices_of, last_number
 from alphatoken.evaluation.tokens import windows
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.token_losses import TokenLosses
-from alphatoken.util.resampling import everything, resampled
+from alphatoken.util import resampling
+from alphatoken.util.resampling import resampled_sums
 from tests.ranks import run_ranks
 from tests.runs import run_recipe
 
@@ -310,6 +311,25 @@ TASK = {"task": "multiple_choice", "data": "rows.jsonl"}
             "'question' must be text, but is 1",
         ),
         ({"ctx": " ", "endings": ["a", "b"], "label": 0}, {}, "is no token of its own"),
+        (
+            {"ctx": "x", "endings": ["[a]", "b"], "label": 0},
+            {},
+            r"nothing is left of the ending '\[a\]'",
+        ),
+        (
+            {"question": "x", "choices": {"text": ["a", "b"], "label": None}, "answerKey": "A"},
+            {},
+            "'answerKey' must be one of the 2 names in 'choices.label', but is 'A'.*None",
+        ),
+        (
+            {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+            | {"answerKey": "1"},
+            {},
+            r"'answerKey' must be one of the 2 names .* but is '1' and these are \['A', 'B'\]",
+        ),
+        ({"ctx": "x", "endings": ["a", "\ud800"], "label": 0}, {}, "half of a character"),
+        ({"text": "\ud800"}, {"task": "perplexity"}, "text has half of a character"),
+        ({"text": 1}, {"task": "perplexity"}, "'text' must be text, but is 1"),
         ({"txt": "x"}, {"task": "perplexity"}, "'text' must be text, but the row has txt"),
         ({"text": ""}, {"task": "perplexity"}, "perplexity has no usable row .1 skipped: empty"),
         ({"prompt": "x", "response": "y"}, {"task": "exact_match"}, "reference has no number"),
@@ -323,6 +343,11 @@ TASK = {"task": "multiple_choice", "data": "rows.jsonl"}
             {"prompt": "x", "response": "1"},
             {"task": "exact_match", "max_new_tokens": 10**6},
             "1000000 of them to be generated, but .* positions: lower max_new_tokens of the task",
+        ),
+        (
+            {"prompt": "x", "response": "long " * 300},
+            {"task": "target_loss"},
+            "positions: lower data.max_length to fit into 1024",
         ),
     ],
 )
@@ -375,12 +400,18 @@ def shares(values: Sequence[float], ids: str = "x") -> TaskResult:
     return TaskResult("exact_match", "target", {"match": "number"}, items)
 
 
-def losses(values: Sequence[float]) -> TaskResult:
+def losses(
+    values: Sequence[float], task: str = "perplexity", part: Any = "retention", longer: int = 0
+) -> TaskResult:
+    """Items of 1, 2, ... tokens, and so many more."""
     items = [
-        {"row": f"f:{place}", "id": str(place), "nll": value, "tokens": 1 + place, "bytes": 9}
+        {
+            **{"row": f"f:{place}", "id": str(place), "nll": value, "bytes": 9},
+            **{"tokens": 1 + place + longer, "accuracy": 1.0, "accuracy_norm": 1.0},
+        }
         for place, value in enumerate(values)
     ]
-    return TaskResult("perplexity", "retention", {}, items)
+    return TaskResult(task, part, {}, items)
 
 
 def test_intervals_hold_the_value_as_often_as_they_say() -> None:
@@ -396,11 +427,19 @@ def test_intervals_hold_the_value_as_often_as_they_say() -> None:
 
 
 def test_resamples_are_as_large_as_the_sample_and_ratios_are_of_sums() -> None:
-    counts = resampled(7, 20, 0)
+    counts = resampled_sums(np.eye(7), 20, 0)
     assert counts.sum(1).tolist() == [7] * 20
     perplexity, _ = MEASURES["perplexity"]
-    of_sums = perplexity.of(losses([1.0, 5.0]).items, everything(2))
-    assert of_sums.tolist() == [pytest.approx(math.exp(6 / 3))]
+    assert perplexity.value(losses([1.0, 5.0]).items) == pytest.approx(math.exp(6 / 3))
+
+
+def test_resamples_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many items are not held in all resamples at once."""
+    values = np.random.default_rng(0).random((9, 2))
+    whole = resampled_sums(values, 20, 3)
+    for draws in (1, 30):
+        monkeypatch.setattr(resampling, "DRAWS", draws)
+        np.testing.assert_allclose(resampled_sums(values, 20, 3), whole, rtol=1e-14)
 
 
 SETTINGS = EvaluationConfig(resamples=200)
@@ -427,7 +466,7 @@ def test_pairs_are_compared_item_by_item() -> None:
 @pytest.mark.parametrize(
     ("after", "message"),
     [
-        ({"other": shares([1.0])}, "no task in common: gsm8k of a, other of b"),
+        ({"other": shares([1.0])}, "no task in common: gsm8k, answers, pairs of a, other of b"),
         ({"gsm8k": losses([1.0, 2.0])}, "task gsm8k is exact_match before and perplexity after"),
         (
             {"gsm8k": dataclasses.replace(shares([1.0, 0.0]), settings={"match": "text"})},
@@ -435,11 +474,54 @@ def test_pairs_are_compared_item_by_item() -> None:
         ),
         ({"gsm8k": shares([1.0, 0.0], "y")}, "item 1 is f:0 before and f:0 after, with other"),
         ({"gsm8k": shares([1.0])}, "cannot be paired: 2 items before and 1 after"),
+        (
+            {"answers": losses([3.0, 4.0], task="target_loss", longer=1)},
+            "task answers: f:0 has 1 response tokens before and 2 after",
+        ),
+        (
+            {"pairs": losses([3.0, 4.0], task="preference_accuracy", longer=1)},
+            "task pairs: f:0 has 1 response tokens before and 2 after",
+        ),
     ],
 )
 def test_what_cannot_be_paired_is_refused(after: dict[str, TaskResult], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        compare(Evaluation("a", {"gsm8k": shares([1.0, 0.0])}), Evaluation("b", after), SETTINGS)
+        compare(
+            Evaluation(
+                "a",
+                {
+                    "gsm8k": shares([1.0, 0.0]),
+                    "answers": losses([3.0, 4.0], task="target_loss"),
+                    "pairs": losses([3.0, 4.0], task="preference_accuracy"),
+                },
+            ),
+            Evaluation("b", after),
+            SETTINGS,
+        )
+
+
+def test_texts_of_other_tokens_are_compared_by_their_bytes() -> None:
+    before, after = (
+        Evaluation(name, {"text": losses([3.0, 4.0], longer=longer)})
+        for name, longer in (("a", 0), ("b", 1))
+    )
+    (found,) = compare(before, after, SETTINGS).differences
+    assert found.measure.name == "byte_perplexity"
+
+
+def test_the_last_sentence_counts_one_unit() -> None:
+    """Nats are not added to perplexities."""
+    before, after = (
+        Evaluation(
+            name,
+            {
+                "text": losses([loss, 4.0]),
+                "old": losses([loss, 9.0], task="target_loss", part="retention"),
+            },
+        )
+        for name, loss in (("a", 3.0), ("b", 2.0))
+    )
+    assert compare(before, after, SETTINGS).sentence().endswith("] (text perplexity)")
 
 
 def test_the_command_compares_two_files_and_ends_with_a_sentence(tmp_path: Path) -> None:
@@ -454,9 +536,15 @@ def test_the_command_compares_two_files_and_ends_with_a_sentence(tmp_path: Path)
     last = done.stdout.splitlines()[-1]
     assert last.startswith("target +0.3750 [+0.")
     assert last.endswith("] (gsm8k exact_match)")
-    files[0].write_text("{}")
-    with pytest.raises(UserError, match="is not an evaluation that this version reads"):
-        read_evaluation(files[0])
+    for damaged, message in (
+        ("{}", "is not an evaluation that this version reads"),
+        ('{"format_version": 1, "tasks": {"a": {}}}', r"is damaged \(KeyError: 'task'\)"),
+        ('{"format_version": 1, "tasks": []}', "is damaged .AttributeError"),
+        ('{"format_version": 1, "tasks": {}}', r"is damaged \(KeyError: 'model'\)"),
+    ):
+        files[0].write_text(damaged)
+        with pytest.raises(UserError, match=message):
+            read_evaluation(files[0])
 
 
 @pytest.mark.slow
@@ -479,6 +567,10 @@ def test_the_recipe_compares_with_an_earlier_evaluation(
     over = run_recipe(file, recipe="evaluate")
     assert over.returncode == 2
     assert f"{earlier} exists; name another file" in over.stderr
+    nowhere = run_recipe(file, "evaluation.output=/proc/nowhere/a.json", recipe="evaluate")
+    assert nowhere.returncode == 2
+    assert "cannot write the evaluation /proc/nowhere/a.json" in nowhere.stderr
+    assert "batches" not in nowhere.stdout
     again = [f"evaluation.output={tmp_path}/again.json", f"evaluation.compare_with={earlier}"]
     second = run_recipe(file, *again, recipe="evaluate")
     assert second.stdout.splitlines()[-1] == (

@@ -68,6 +68,26 @@ def test_a_program_that_ends_early_has_not_passed(program: str) -> None:
     assert not ran(program)
 
 
+def test_a_program_may_use_every_name() -> None:
+    names = ("str", "_os", "os", "exec", "eval", "globals", "write", "text", "run", "value")
+    program = "".join(f"{name} = 'mine'\n" for name in names)
+    assert run_program(program, LIMITS)
+
+
+def test_a_sandbox_that_is_late_once_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def late(program: str, result: str, limits: Limits) -> tuple[bytes, str]:
+        started.append(program)
+        return (b"", "") if len(started) == 1 else (b"+" + result.strip("'").encode(), "")
+
+    monkeypatch.setattr(sandbox, "_said", late)
+    assert run_program("pass", LIMITS)
+    monkeypatch.setattr(sandbox, "_said", lambda *given: (b"", "refused"))
+    with pytest.raises(UserError, match=r"no Python in them \(refused\)"):
+        run_program("pass", LIMITS)
+
+
 def test_an_endless_loop_is_ended() -> None:
     began = time.monotonic()
     assert not ran("while True:\n    pass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -232,12 +233,8 @@ def test_threads_take_turns_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert most == [1, 1, 1, 1]
 
 
-def test_damage_of_a_store_is_named_when_it_is_read(
-    run_values: dict[str, Any], tmp_path: Path
-) -> None:
-    """A flipped bit among the values, which would be another value, of a row that a thread reads
-    ahead; and settings that are none."""
-    store = value_rows(run_of(run_values))
+def damaged(store: Path) -> Path:
+    """The only file of a store, with a flipped bit among its values."""
     (file,) = store.glob("*.parquet")
     table = pq.ParquetFile(file).metadata.row_group(0)
     (column,) = (
@@ -249,6 +246,16 @@ def test_damage_of_a_store_is_named_when_it_is_read(
     begin = column.dictionary_page_offset or column.data_page_offset
     content[begin + column.total_compressed_size // 2] ^= 1
     file.write_bytes(content)
+    return file
+
+
+def test_damage_of_a_store_is_named_when_it_is_read(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A flipped bit among the values, which would be another value, of a row that a thread reads
+    ahead; and settings that are none."""
+    store = value_rows(run_of(run_values))
+    file = damaged(store)
     run = run_of(stored(run_values, store))
     with pytest.raises(UserError, match=rf"{file} is damaged .*; remove it, and its values are"):
         Feed(run).training(0)
@@ -376,6 +383,29 @@ def test_what_cannot_be_exported_is_said(
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, UserError)
     assert re.search(message, str(result.exception))
+
+
+def test_what_stops_an_export_is_said(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file of the store, or a full disk, is not hidden by what datasets makes of it."""
+    store = value_rows(run_of(run_values))
+    file = written(tmp_path / "run.yaml", run_values)
+    command = ["values", "export", str(tmp_path / "rows"), "--config", str(file)]
+    command.append(f"selection.store={store}")
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alphatoken.store.exporting._row", full)
+        result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert re.search("cannot write .*rows: .*No space left", str(result.exception))
+    damaged(store)
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert re.search("is damaged .*; remove it", str(result.exception))
 
 
 def test_trl_trains_on_exported_rows_as_we_do(run_values: dict[str, Any], tmp_path: Path) -> None:

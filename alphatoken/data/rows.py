@@ -59,7 +59,10 @@ def as_chat(fields: dict[str, Any], where: str) -> Chat:
             )
         return Chat(messages, _tools(fields, where))
     if "prompt" in fields and "response" in fields and "messages" not in fields:
-        answer = {"role": "assistant", "content": _text("response", fields["response"], where)}
+        answer = {
+            "role": "assistant",
+            "content": checked_text("response", fields["response"], where),
+        }
         prompt = _turns("prompt", fields["prompt"], "user", where)
         return Chat([*prompt, answer], _tools(fields, where))
     hint = "; pairs are for recipes/preference.py and configurations with a section preference"
@@ -210,7 +213,7 @@ def _common_start(first: Sequence[Message], second: Sequence[Message]) -> list[M
 def _turns(key: str, value: Any, role: str, where: str) -> list[Message]:
     """A text as the only message of `role`; or checked messages."""
     if isinstance(value, str):
-        return [{"role": role, "content": _text(key, value, where)}]
+        return [{"role": role, "content": checked_text(key, value, where)}]
     if isinstance(value, list):
         return _checked(key, value, where)
     raise UserError(
@@ -238,7 +241,7 @@ def _message(message: Any, name: str, where: str) -> Message:
         content = _joined(content, name, where)
     if not isinstance(content, str):
         raise UserError(f"{where}: {name} needs a text 'content', but is {_shortened(message)}")
-    given["content"] = _text(f"content of {name}", content, where)
+    given["content"] = checked_text(f"content of {name}", content, where)
     if given.get("weight", 0) not in (0, 1):
         raise UserError(
             f"{where}: {name} has weight={given['weight']!r}: a message is trained (1) or not (0)"
@@ -303,8 +306,9 @@ def _tools(fields: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _text(name: str, value: Any, where: str) -> str:
-    """A text that can be tokenised."""
+def checked_text(name: str, value: Any, where: str) -> str:
+    """A text that can be tokenised. Raises UserError, which says what it is called and `where` it
+    stands, for what is no text, and for half of a character."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {name!r} must be text, but is {_shortened(value)}")
     try:

@@ -16,7 +16,7 @@ from alphatoken.config.evaluation import EvaluationConfig, Part
 from alphatoken.errors import UserError
 from alphatoken.evaluation.measures import MEASURES, Measure
 from alphatoken.evaluation.results import Evaluation, TaskResult
-from alphatoken.util.resampling import Estimate, Floats, estimate, everything, resampled
+from alphatoken.util.resampling import Estimate, Floats, estimate
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,37 @@ class Comparison:
     def sentence(self) -> str:
         """What was learned and what was kept: `target +x [a, b], retention -y [c, d]`.
 
-        Each is the mean improvement of the first measures of its tasks; more is better in all.
-        Where some of them are shares (0 to 1) those alone count, as losses have another unit.
+        Each is the mean improvement of the first measures of its tasks, as far as they have one
+        unit (`_of_one_unit`); more is better in all.
         """
         said = []
         for part in get_args(Part):
-            main = {each.task: each for each in reversed(self.differences) if each.part == part}
-            shares = [each for each in main.values() if each.measure.is_share]
-            counted = shares or list(main.values())
-            if not counted:
+            main: dict[str, Difference] = {}
+            for each in self.differences:
+                if each.part == part:
+                    main.setdefault(each.task, each)
+            if not main:
                 continue
-            value = sum(each.improvement for each in counted) / len(counted)
-            improved_KS = np.stack([each.improved_S for each in counted])
-            found = estimate(value, improved_KS.mean(0))
-            named = ", ".join(f"{each.task} {each.measure.name}" for each in reversed(counted))
+            counted = _of_one_unit([*main.values()])
+            found = _mean_improvement(counted)
+            named = ", ".join(f"{each.task} {each.measure.name}" for each in counted)
             said.append(
                 f"{part} {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] ({named})"
             )
         return ", ".join(said)
+
+
+def _of_one_unit(differences: Sequence[Difference]) -> list[Difference]:
+    """Those that are shares (0 to 1); where none is, those of the first one's measure."""
+    shares = [each for each in differences if each.measure.is_share]
+    first = differences[0].measure.name
+    return shares or [each for each in differences if each.measure.name == first]
+
+
+def _mean_improvement(differences: Sequence[Difference]) -> Estimate:
+    value = sum(each.improvement for each in differences) / len(differences)
+    improved_KS = np.stack([each.improved_S for each in differences])
+    return estimate(value, improved_KS.mean(0))
 
 
 def compare(before: Evaluation, after: Evaluation, config: EvaluationConfig) -> Comparison:
@@ -128,6 +141,7 @@ def _check_pairs(name: str, before: TaskResult, after: TaskResult) -> None:
             )
     ids = [[item["id"] for item in each.items] for each in (before, after)]
     if ids[0] == ids[1]:
+        _check_tokens(name, before, after)
         return
     unpaired = next(
         (place for place, (was, now) in enumerate(zip(*ids, strict=False)) if was != now), None
@@ -144,15 +158,47 @@ def _check_pairs(name: str, before: TaskResult, after: TaskResult) -> None:
     )
 
 
+def _check_tokens(name: str, before: TaskResult, after: TaskResult) -> None:
+    """Raises UserError where no measure is left that does not depend on the number of tokens, and
+    that differs."""
+    place = _other_tokens(before, after)
+    if place is not None and not _measures_of(before, after):
+        was, now = (each.items[place]["tokens"] for each in (before, after))
+        raise UserError(
+            f"task {name}: {before.items[place]['row']} has {was} response tokens before and {now} "
+            "after, so the numbers are of different tokens; evaluate both with one tokenizer, chat "
+            "template and data.train_reasoning"
+        )
+
+
+def _other_tokens(before: TaskResult, after: TaskResult) -> int | None:
+    """The first item that had another number of tokens."""
+    pairs = zip(before.items, after.items, strict=True)
+    return next(
+        (place for place, (was, now) in enumerate(pairs) if was.get("tokens") != now.get("tokens")),
+        None,
+    )
+
+
+def _measures_of(before: TaskResult, after: TaskResult) -> list[Measure]:
+    """The measures that two results of the same items can be compared by: where texts have other
+    tokens, none that is per token."""
+    measures = MEASURES[before.task]
+    if _other_tokens(before, after) is None:
+        return [*measures]
+    if before.task == "preference_accuracy":  # of which response is longer, too
+        return []
+    return [each for each in measures if each.per != "tokens"]
+
+
 def _differences(
     name: str, before: TaskResult, after: TaskResult, resamples: int, seed: int
 ) -> list[Difference]:
-    counts_SN = resampled(len(before.items), resamples, seed)
-    once_1N = everything(len(before.items))
     found = []
-    for measure in MEASURES[before.task]:
-        was, now = (float(measure.of(each.items, once_1N)[0]) for each in (before, after))
-        resamples_S = measure.of(after.items, counts_SN) - measure.of(before.items, counts_SN)
+    for measure in _measures_of(before, after):
+        was, now = measure.value(before.items), measure.value(after.items)
+        was_S = measure.resampled(before.items, resamples, seed)
+        resamples_S = measure.resampled(after.items, resamples, seed) - was_S
         found.append(
             Difference(
                 task=name,

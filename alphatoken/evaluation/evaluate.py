@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +56,20 @@ def judged(
     return Evaluation(model, found)
 
 
-def _check_is_new(file: Path) -> None:
-    """Raises UserError where there is a file: it may be what is to be compared with."""
+def _check_target(file: Path) -> None:
+    """Raises UserError where there is a file, which may be what is to be compared with, and where
+    none can be written."""
     if file.exists():
         raise UserError(f"{file} exists; name another file with evaluation.output, or remove it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write the evaluation {file}: {error.strerror}; name another file with "
+            "evaluation.output"
+        ) from None
 
 
 def _unasked(config: RunConfig, tasks: Sequence[Task]) -> dict[str, TaskResult]:
@@ -85,7 +96,7 @@ def run_evaluation(config: RunConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     config = settle_model(config)
     file = config.evaluation.output or config.train.output_dir / "evaluation.json"
-    collectives.on_rank_0(lambda: _check_is_new(file))
+    collectives.on_rank_0(lambda: _check_target(file))
     before = config.evaluation.compare_with
     earlier = None if before is None else collectives.agree(lambda: read_evaluation(before))
     tasks = build_tasks(config, tokenizer, config.evaluation.tasks)
@@ -107,9 +118,11 @@ def run_evaluation(config: RunConfig) -> None:
         batch_size=config.evaluation.batch_size,
     )
     evaluation = judged(config, tasks, judge, config.model.name_or_path, shown=True)
-    collectives.on_rank_0(lambda: write_evaluation(file, evaluation, config.evaluation))
+    # Shown first: should the disk refuse the file, the numbers are not lost.
     if collectives.rank() == 0:
         console.print(table_of(evaluation, config.evaluation))
+    collectives.on_rank_0(lambda: write_evaluation(file, evaluation, config.evaluation))
+    if collectives.rank() == 0:
         console.print(str(file), markup=False, soft_wrap=True)
         if earlier is not None:
             compared = compare(earlier, evaluation, config.evaluation)

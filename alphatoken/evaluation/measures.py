@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from alphatoken.config.evaluation import TASKS, Better
-from alphatoken.util.resampling import Estimate, Floats, estimate, everything, resampled
+from alphatoken.util.resampling import Estimate, Floats, estimate, resampled_sums
 
 Item = Mapping[str, Any]
 """What is known of one item, by name; the numbers that are measured among it."""
@@ -35,13 +35,24 @@ class Measure:
         """Whether it is between 0 and 1."""
         return self.per is None
 
-    def of(self, items: Sequence[Item], counts_SN: Floats) -> Floats:
-        """The measure of each resample, (S,); `counts_SN` tell how often each item is in it."""
-        total_N = np.array([item[self.total] for item in items], dtype=np.float64)
-        per_N = np.array(
-            [1.0 if self.per is None else item[self.per] for item in items], dtype=np.float64
+    def value(self, items: Sequence[Item]) -> float:
+        """The measure of these items."""
+        return float(self._quotient(self._columns(items).sum(0, keepdims=True))[0])
+
+    def resampled(self, items: Sequence[Item], resamples: int, seed: int) -> Floats:
+        """The measure of each resample of the items, (S,); other measures and other numbers of the
+        same items have the same resamples."""
+        return self._quotient(resampled_sums(self._columns(items), resamples, seed))
+
+    def _columns(self, items: Sequence[Item]) -> Floats:
+        """What is summed, and by whose sum that is divided, (N, 2)."""
+        return np.array(
+            [(item[self.total], 1.0 if self.per is None else item[self.per]) for item in items],
+            dtype=np.float64,
         )
-        found_S: Floats = (counts_SN @ total_N) / (counts_SN @ per_N)
+
+    def _quotient(self, sums_S2: Floats) -> Floats:
+        found_S: Floats = sums_S2[:, 0] / sums_S2[:, 1]
         return np.exp(found_S) if self.exp else found_S
 
 
@@ -64,10 +75,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {task: _measures(task) for task in TA
 
 def measured(task: str, items: Sequence[Item], resamples: int, seed: int) -> dict[str, Estimate]:
     """Every measure of a task by name, with its interval."""
-    counts_SN = resampled(len(items), resamples, seed)
     return {
-        each.name: estimate(
-            float(each.of(items, everything(len(items)))[0]), each.of(items, counts_SN)
-        )
+        each.name: estimate(each.value(items), each.resampled(items, resamples, seed))
         for each in MEASURES[task]
     }

@@ -15,6 +15,7 @@ from alphatoken.config.evaluation import TASKS, EvaluationConfig, EvaluationTask
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
 from alphatoken.evaluation.measures import Item, measured
+from alphatoken.evaluation.rows import pair_lengths
 from alphatoken.util.files import publish_text
 from alphatoken.util.resampling import Estimate
 
@@ -51,7 +52,11 @@ def result_of(task: EvaluationTask, config: RunConfig, items: Sequence[Item]) ->
     settings: dict[str, Any] = {"dtype": config.model.dtype}
     if task.task == "target_loss":
         settings["data.max_length"] = config.data.max_length
-    elif task.task != "preference_accuracy":
+    elif task.task == "preference_accuracy":
+        settings["preference.max_prompt_tokens"], settings["preference.max_response_tokens"] = (
+            pair_lengths(config)
+        )
+    else:
         settings["evaluation.max_length"] = config.evaluation.max_length
     if task.task == "exact_match":
         settings["match"] = task.match
@@ -108,14 +113,20 @@ def read_evaluation(file: Path) -> Evaluation:
             f"{file} is not an evaluation that this version reads (format_version {found!r}, not "
             f"{FORMAT_VERSION}): recipes/evaluate.py writes them"
         )
-    tasks = {
-        name: TaskResult(each["task"], each["part"], each["settings"], each["items"])
-        for name, each in content["tasks"].items()
-    }
+    try:
+        tasks = {
+            name: TaskResult(each["task"], each["part"], each["settings"], each["items"])
+            for name, each in content["tasks"].items()
+        }
+        evaluation = Evaluation(content["model"], tasks)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}): evaluate again"
+        ) from None
     for name, result in tasks.items():
         if result.task not in TASKS:
             raise UserError(f"{file}: task {name} is of an unknown kind, {result.task!r}")
-    return Evaluation(content["model"], tasks)
+    return evaluation
 
 
 def table_of(evaluation: Evaluation, config: EvaluationConfig) -> Table:

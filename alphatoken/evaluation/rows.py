@@ -20,6 +20,7 @@ from alphatoken.config.sections import Source
 from alphatoken.data.cache import Document
 from alphatoken.data.chat import Encoded, RowEncoder, Skipped
 from alphatoken.data.pretrained import embeddings_of, read_settings
+from alphatoken.data.rows import checked_text
 from alphatoken.data.sources import OpenSource, Row, location
 from alphatoken.errors import UserError
 from alphatoken.evaluation.judge import Judge
@@ -46,14 +47,11 @@ class Setting:
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def pair_lengths(self) -> tuple[int, int]:
-        """Longest prompt and response of a pair."""
-        config = self.config
-        lengths = (
-            config.preference if isinstance(config, PreferenceRunConfig) else PreferenceConfig()
-        )
-        return lengths.max_prompt_tokens, lengths.max_response_tokens
+
+def pair_lengths(config: RunConfig) -> tuple[int, int]:
+    """Longest prompt and response of a pair."""
+    lengths = config.preference if isinstance(config, PreferenceRunConfig) else PreferenceConfig()
+    return lengths.max_prompt_tokens, lengths.max_response_tokens
 
 
 @dataclass
@@ -64,6 +62,8 @@ class Questions(Generic[QuestionT]):
     task: EvaluationTask
     kept: list[Question[QuestionT]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    known: dict[str, Sequence[Any]] = field(default_factory=dict)
+    """What of each item is known before the model is asked, by column: its `tokens`, say."""
 
     def add(self, row: str, content: object, asked: QuestionT) -> None:
         """Keeps a question about `content`, anything that JSON can hold."""
@@ -84,48 +84,55 @@ class Questions(Generic[QuestionT]):
             for what, count in self.counts.items()
         ]
 
-    def checked(self, documents: Sequence[Document], more: int = 0) -> None:
+    def checked(
+        self, documents: Sequence[Document], *, limit: str = "evaluation.max_length", more: int = 0
+    ) -> None:
         """Raises UserError where there is nothing to ask, a token without an embedding, or a text
-        that with so many `more` tokens is longer than the model has positions."""
+        that with `more` generated tokens is longer than the model has positions. `limit` is the
+        key that bounds the texts."""
         if not self.kept:
             reasons = ", ".join(f"{count} {what}" for what, count in self.counts.items())
             raise UserError(
                 f"evaluation task {self.task.called} has no usable row ({reasons or 'none'})"
             )
-        model = self.setting.config.model
-        settings = read_settings(model.name_or_path).get_text_config()
+        self._check_positions(max(len(ids) for ids, _ in documents), limit, more)
+        if not self.setting.config.model.resize_embeddings:
+            self._check_embeddings(max(int(ids.max(initial=0)) for ids, _ in documents))
+
+    def _check_positions(self, longest: int, limit: str, more: int) -> None:
+        name = self.setting.config.model.name_or_path
+        settings = read_settings(name).get_text_config()
         positions = getattr(settings, "max_position_embeddings", None)
-        longest = max((len(ids) for ids, _ in documents), default=0) + more
-        if positions is not None and longest > positions:
-            raise UserError(
-                f"evaluation task {self.task.called} has a text of {longest} tokens"
-                + (f", {more} of them to be generated" if more else "")
-                + f", but {model.name_or_path} has {positions} positions: "
-                + (
-                    f"set evaluation.max_length={positions - more}"
-                    if longest - more > positions - more > 0
-                    else "lower max_new_tokens of the task"
-                )
-            )
-        if model.resize_embeddings:
+        if positions is None or longest + more <= positions:
             return
-        embeddings = embeddings_of(model.name_or_path)
-        highest = max((int(ids.max(initial=0)) for ids, _ in documents), default=0)
+        room = positions - more
+        advice = f"lower {limit} to fit into {room}"
+        if not 0 < room < longest:
+            advice = "lower max_new_tokens of the task"
+        generated = f", {more} of them to be generated" if more else ""
+        raise UserError(
+            f"evaluation task {self.task.called} has a text of {longest + more} tokens{generated}, "
+            f"but {name} has {positions} positions: {advice}"
+        )
+
+    def _check_embeddings(self, highest: int) -> None:
+        name = self.setting.config.model.name_or_path
+        embeddings = embeddings_of(name)
         if highest >= embeddings:
             raise UserError(
                 f"evaluation task {self.task.called} has the token "
                 f"{self.setting.tokenizer.convert_ids_to_tokens(highest)!r} of id {highest}, but "
-                f"{model.name_or_path} has {embeddings} embeddings: use the tokenizer that the "
+                f"{name} has {embeddings} embeddings: use the tokenizer that the "
                 "model was published with"
             )
 
     def results(self, columns: Mapping[str, Sequence[Any]] = MappingProxyType({})) -> list[Item]:
-        """Items with what was found of each, by column; by default which they are."""
+        """Items with what is known and what was found of each, by column."""
         return [
             {
                 "row": each.row,
                 "id": each.id,
-                **{name: column[place] for name, column in columns.items()},
+                **{name: column[place] for name, column in {**self.known, **columns}.items()},
             }
             for place, each in enumerate(self.kept)
         ]
@@ -185,13 +192,9 @@ def encoded_rows(
 
 def text_of(fields: Mapping[str, Any], name: str, where: str) -> str:
     """A column that must be text. Raises UserError where it is not there or something else."""
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {name!r} must be text, but "
-            + (f"is {str(value)[:80]}" if name in fields else f"the row has {', '.join(fields)}")
-        )
-    return value
+    if name not in fields:
+        raise UserError(f"{where}: {name!r} must be text, but the row has {', '.join(fields)}")
+    return checked_text(name, fields[name], where)
 
 
 def marked(encoded: Encoded) -> list[Document]:

@@ -13,7 +13,7 @@ from alphatoken.config.evaluation import EvaluationTask
 from alphatoken.data.cache import Document
 from alphatoken.data.chat import Encoder, PromptEncoder
 from alphatoken.data.pairs import PairEncoder
-from alphatoken.data.rows import as_chat, is_tokenised
+from alphatoken.data.rows import as_chat, checked_text, is_tokenised
 from alphatoken.data.tokenizer import chat_rules
 from alphatoken.errors import UserError
 from alphatoken.evaluation.code import Programs
@@ -25,6 +25,7 @@ from alphatoken.evaluation.rows import (
     Task,
     encoded_rows,
     marked,
+    pair_lengths,
     raw_rows,
     text_of,
 )
@@ -49,15 +50,11 @@ class TargetLoss(Task):
         self.questions = Questions[Document](setting, task)
         encoded_rows(self.questions, encoder, lambda encoded, fields, where: marked(encoded)[0])
         self._documents = [each.asked for each in self.questions.kept]
-        self.questions.checked(self._documents)
+        self.questions.checked(self._documents, limit="data.max_length")
+        self.questions.known["tokens"] = [int(mask.sum()) for _, mask in self._documents]
 
     def judge(self, judge: Judge) -> list[Item]:
-        return self.questions.results(
-            {
-                "nll": judge.losses(self._documents, self.questions.places),
-                "tokens": [int(mask.sum()) for _, mask in self._documents],
-            }
-        )
+        return self.questions.results({"nll": judge.losses(self._documents, self.questions.places)})
 
 
 class PreferenceAccuracy(Task):
@@ -67,23 +64,25 @@ class PreferenceAccuracy(Task):
     def __init__(self, setting: Setting, task: EvaluationTask) -> None:
         self.settings = task
         config, tokenizer = setting.config, setting.tokenizer
-        encoder = PairEncoder(tokenizer, *setting.pair_lengths, chat_rules(config, tokenizer))
+        encoder = PairEncoder(tokenizer, *pair_lengths(config), chat_rules(config, tokenizer))
         self.questions = Questions[list[Document]](setting, task)
         encoded_rows(self.questions, encoder, lambda encoded, fields, where: marked(encoded))
         self._documents = [each for of_pair in self.questions.kept for each in of_pair.asked]
-        self.questions.checked(self._documents)
+        self.questions.checked(
+            self._documents, limit="preference.max_prompt_tokens or max_response_tokens"
+        )
+        tokens = [int(mask.sum()) for _, mask in self._documents]
+        self.questions.known["tokens"] = np.array(tokens).reshape(-1, 2).tolist()
 
     def judge(self, judge: Judge) -> list[Item]:
         places = [place for place in self.questions.places for _ in range(2)]
         nll = np.array(judge.losses(self._documents, places)).reshape(-1, 2)
-        tokens = np.array([mask.sum() for _, mask in self._documents]).reshape(-1, 2)
-        mean = nll / tokens
+        mean = nll / np.array(self.questions.known["tokens"])
         return self.questions.results(
             {
                 "accuracy": (nll[:, 0] < nll[:, 1]).astype(float).tolist(),
                 "accuracy_norm": (mean[:, 0] < mean[:, 1]).astype(float).tolist(),
                 "nll": nll.tolist(),
-                "tokens": tokens.tolist(),
             }
         )
 
@@ -137,31 +136,56 @@ def choices_of(fields: dict[str, Any], where: str) -> Choices:
     """A row of HellaSwag's or ARC's form, as published or with `ctx`, and a `label` that counts
     from 0, as the text that lm-eval makes of it. Raises UserError naming what is wrong with it."""
     if "endings" in fields:
-        context = fields.get("ctx")
-        if "ctx_a" in fields and "ctx_b" in fields and "activity_label" in fields:
-            begun = text_of(fields, "ctx_b", where).capitalize()
-            context = f"{fields['activity_label']}: {fields['ctx_a']} {begun}"
-        if not isinstance(context, str):
-            raise UserError(
-                f"{where}: rows with 'endings' need 'ctx', or 'ctx_a', 'ctx_b' and "
-                f"'activity_label'; this one has {', '.join(sorted(fields))}"
-            )
-        endings = _texts(fields["endings"], "endings", where)
-        label = _label(fields.get("label"), len(endings), where)
-        return Choices(_as_hellaswag(context), tuple(map(_as_hellaswag, endings)), label)
+        return _hellaswag(fields, where)
     if "choices" in fields and "question" in fields:
-        given, answer = fields["choices"], fields.get("label")
-        if isinstance(given, dict):  # as ARC is published
-            names, key = list(given.get("label", ())), fields.get("answerKey")
-            given, answer = given.get("text"), names.index(key) if key in names else key
-        texts = _texts(given, "choices", where)
-        question = text_of(fields, "question", where)
-        right = _label(answer, len(texts), where)
-        return Choices(f"Question: {question}\nAnswer:", tuple(texts), right)
+        return _arc(fields, where)
     raise UserError(
         f"{where}: multiple_choice reads rows with 'ctx', 'endings' and 'label' (HellaSwag), or "
         f"'question', 'choices' and 'label' (ARC); this one has {', '.join(sorted(fields))}"
     )
+
+
+def _hellaswag(fields: dict[str, Any], where: str) -> Choices:
+    if all(name in fields for name in ("ctx_a", "ctx_b", "activity_label")):
+        activity, first, second = (
+            text_of(fields, name, where) for name in ("activity_label", "ctx_a", "ctx_b")
+        )
+        context = f"{activity}: {first} {second.capitalize()}"
+    elif "ctx" in fields:
+        context = text_of(fields, "ctx", where)
+    else:
+        raise UserError(
+            f"{where}: rows with 'endings' need 'ctx', or 'ctx_a', 'ctx_b' and "
+            f"'activity_label'; this one has {', '.join(sorted(fields))}"
+        )
+    endings = _texts(fields["endings"], "endings", where)
+    cleaned = [_as_hellaswag(each) for each in endings]
+    for ending, text in zip(endings, cleaned, strict=True):
+        if not text:
+            raise UserError(
+                f"{where}: nothing is left of the ending {ending!r} once what is in brackets is "
+                "removed, which is WikiHow's markup"
+            )
+    right = _label(fields.get("label"), len(endings), where)
+    return Choices(_as_hellaswag(context), tuple(cleaned), right)
+
+
+def _arc(fields: dict[str, Any], where: str) -> Choices:
+    question = text_of(fields, "question", where)
+    given = fields["choices"]
+    if isinstance(given, dict):  # as published
+        texts = _texts(given.get("text"), "choices.text", where)
+        names, key = given.get("label"), fields.get("answerKey")
+        if not isinstance(names, list) or len(names) != len(texts) or key not in names:
+            raise UserError(
+                f"{where}: 'answerKey' must be one of the {len(texts)} names in 'choices.label', "
+                f"but is {key!r} and these are {str(names)[:80]}"
+            )
+        right = names.index(key)
+    else:
+        texts = _texts(given, "choices", where)
+        right = _label(fields.get("label"), len(texts), where)
+    return Choices(f"Question: {question}\nAnswer:", tuple(texts), right)
 
 
 def _as_hellaswag(text: str) -> str:
@@ -179,7 +203,7 @@ def _texts(value: Any, name: str, where: str) -> list[str]:
         raise UserError(
             f"{where}: {name!r} must be a list of at least 2 texts, but is {str(value)[:80]}"
         )
-    return value
+    return [checked_text(name, each, where) for each in value]
 
 
 def _label(value: Any, choices: int, where: str) -> int:
@@ -200,7 +224,7 @@ class Perplexity(Task):
         self.settings = task
         tokenizer, width = setting.tokenizer, setting.config.evaluation.max_length
         self.questions = Questions[list[Document]](setting, task)
-        self._bytes: list[int] = []
+        sizes: list[int] = []
         first = tokenizer.bos_token_id
         prefix = tokenizer.eos_token_id if first is None else first
         if prefix is None:
@@ -215,9 +239,12 @@ class Perplexity(Task):
                 self.questions.counts["skipped: empty text"] += 1
                 continue
             self.questions.add(where, row.fields, windows([prefix, *ids], width))
-            self._bytes.append(len(text.encode("utf-8")))
-        self._documents = [each for question in self.questions.kept for each in question.asked]
+            sizes.append(len(text.encode("utf-8")))
+        kept = self.questions.kept
+        self._documents = [each for question in kept for each in question.asked]
         self.questions.checked(self._documents)
+        tokens = [sum(int(mask.sum()) for _, mask in each.asked) for each in kept]
+        self.questions.known |= {"tokens": tokens, "bytes": sizes}
 
     def judge(self, judge: Judge) -> list[Item]:
         kept = self.questions.kept
@@ -228,11 +255,7 @@ class Perplexity(Task):
         ]
         losses = iter(judge.losses(self._documents, places))
         return self.questions.results(
-            {
-                "nll": [sum(next(losses) for _ in each.asked) for each in kept],
-                "tokens": [sum(int(mask.sum()) for _, mask in each.asked) for each in kept],
-                "bytes": self._bytes,
-            }
+            {"nll": [sum(next(losses) for _ in each.asked) for each in kept]}
         )
 
 

@@ -4,13 +4,14 @@ no code of ours."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from alphatoken.batch import IGNORE_INDEX
@@ -86,7 +87,7 @@ def export_values(
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            made = datasets.Dataset.from_generator(rows, cache_dir=scratch)
+            made = _dataset_of(rows, scratch)
             if chosen.is_folder:
                 _save_folder(made, target)
             else:
@@ -94,6 +95,17 @@ def export_values(
         except OSError as error:
             raise UserError(f"cannot write {target}: {error}") from None
     return ExportedRows(rows=len(part), trained=int(counts[0]), responses=int(counts[1]))
+
+
+def _dataset_of(rows: Callable[[], Iterator[dict[str, Any]]], scratch: str) -> datasets.Dataset:
+    """What `rows` yields, on disk in the folder `scratch`. Raises what goes wrong there as it is,
+    UserError or OSError, which datasets wraps."""
+    try:
+        return datasets.Dataset.from_generator(rows, cache_dir=scratch)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError | OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _save_folder(rows: datasets.Dataset, target: Path) -> None:

@@ -15,7 +15,6 @@ from alphatoken.evaluation.measures import MEASURES
 from alphatoken.evaluation.results import Evaluation, read_evaluation, write_evaluation
 from alphatoken.training.setup import Run
 from alphatoken.util.metrics import Metrics
-from alphatoken.util.resampling import everything
 
 
 def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
@@ -43,7 +42,7 @@ def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
 def metrics_of(evaluation: Evaluation) -> Metrics:
     """Every measure of every task by its name in the metrics."""
     return {
-        f"eval_{measure.name}/{name}": float(measure.of(task.items, everything(len(task.items)))[0])
+        f"eval_{measure.name}/{name}": measure.value(task.items)
         for name, task in evaluation.tasks.items()
         for measure in MEASURES[task.task]
     }

@@ -1,6 +1,6 @@
 """How sure a mean over items is: 95 % intervals by resampling the items (percentile bootstrap).
 
-Shape legend: N items, S resamples.
+Shape legend: N items, K numbers of each, S resamples.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def everything(items: int) -> Floats:
-    """The one "resample" that has each item once, (1, N)."""
-    return np.ones((1, items))
+DRAWS = 2**22
+"""How many draws are held at once, but at least those of one resample."""
 
 
-def resampled(items: int, resamples: int, seed: int) -> Floats:
-    """How often each item is in each resample of as many items, drawn with replacement, (S, N)."""
+def resampled_sums(values_NK: Floats, resamples: int, seed: int) -> Floats:
+    """The sums over each resample of as many items, drawn with replacement, (S, K)."""
     rng = np.random.default_rng(seed)
-    drawn_SN = rng.integers(items, size=(resamples, items))
-    return np.stack([np.bincount(drawn_N, minlength=items) for drawn_N in drawn_SN]).astype(float)
+    items = len(values_NK)
+    at_once = max(1, DRAWS // items)
+    found = []
+    for start in range(0, resamples, at_once):
+        drawn_SN = rng.integers(items, size=(min(at_once, resamples - start), items))
+        counts_SN = np.stack([np.bincount(drawn_N, minlength=items) for drawn_N in drawn_SN])
+        found.append(counts_SN.astype(float) @ values_NK)
+    return np.concatenate(found)
 
 
 def estimate(value: float, resamples_S: Floats) -> Estimate:
@@ -54,5 +59,5 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Estimate:
     middle = mean(values)
     if not math.isfinite(middle):
         return Estimate(middle, math.nan, math.nan)
-    resamples_S = resampled(len(values), RESAMPLES, seed) @ np.array(values) / len(values)
-    return estimate(middle, resamples_S)
+    sums_SK = resampled_sums(np.array(values)[:, None], RESAMPLES, seed)
+    return estimate(middle, sums_SK[:, 0] / len(values))
