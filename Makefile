@@ -1,6 +1,6 @@
 # make quickstart   installs, then fine-tunes SmolLM2-135M on two CPU ranks or the GPUs present (MODEL=tiny: no download)
 # make study-small  which rule trains best on rows with an advertisement, in the small, on two cores
-# make test-fast    what a change needs while it is written, in a minute: no processes, three architectures
+# make test-fast    what a change needs while it is written, in two minutes: no processes, three architectures
 # make test         every test but the longest (make test-long)
 # make gpu          what has to hold on a GPU, and what it takes there; without one as far as a CPU goes
 # make lint types   ruff; mypy
