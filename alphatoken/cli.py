@@ -11,7 +11,6 @@ import os
 import runpy
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,18 +70,17 @@ def next_step(error: UserError | RemoteError, command_line: Sequence[str]) -> st
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends a rank when what is inside is done; with status 2 and a message on rank 0 where the user
-    has to act."""
+    """Ends a rank when what is inside is done; with status 2 where the user has to act, and a
+    message on one rank: 0 if that failed, too."""
     try:
         yield
         process.barrier()
     except (UserError, RemoteError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            told = f"error: {error}\nnext: {next_step(error, sys.argv)}"
+        if process.is_to_tell():
+            rank = os.environ.get("RANK", "0")
+            of_rank = "" if rank == "0" else f"rank {rank}: "
+            told = f"error: {of_rank}{error}\nnext: {next_step(error, sys.argv)}"
             print(told, file=sys.stderr, flush=True)
-        else:
-            # A launcher stops every rank as soon as one ends: leave rank 0 the time to say why.
-            time.sleep(2)
         process.end_process(2)
     else:
         process.end_process(0)

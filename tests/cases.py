@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import io
 import itertools
 import math
 import os
@@ -39,6 +40,7 @@ from alphatoken.batch import Batch, make_batch, part_of
 from alphatoken.checkpoints import files as checkpoint_files
 from alphatoken.checkpoints import saving, weight_files
 from alphatoken.checkpoints.export import export_model
+from alphatoken.cli import readable_errors
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
@@ -334,6 +336,28 @@ def counted_devices(folder: Path) -> int:
         patch.setattr(subprocess, "check_output", lambda *_, **__: pytest.fail("started a program"))
         count: int = get_accelerator().device_count()
         return count
+
+
+def told_of_failure(folder: Path, failing: list[int], *, agreed: bool) -> str:
+    """What this rank says at its end where some ranks find bad input, by themselves or in what all
+    of them agree on."""
+    initialise_ranks()
+    said, ended = io.StringIO(), list[int]()
+    process.end_process = ended.append  # ranks stay, as no launcher is there to stop them
+
+    def work() -> None:
+        if collectives.rank() in failing:
+            raise UserError("rows.parquet is damaged")
+
+    with contextlib.redirect_stderr(said), readable_errors():
+        if agreed:
+            collectives.agree(work)
+        else:
+            work()
+    if ended == [2] and len(failing) < collectives.world_size() and not agreed:
+        process.barrier()  # that others wait in
+    assert ended in ([0], [2])
+    return said.getvalue()
 
 
 def slow_rank_0(folder: Path, limit_seconds: float, work_seconds: float) -> dict[str, Any]:

@@ -58,6 +58,19 @@ def test_without_ranks_a_process_goes_on_unless_the_user_has_to_act(
     assert capsys.readouterr().err == "error: what to do\nnext: python recipe.py --help\n"
 
 
+def test_before_ranks_meet_one_of_each_machine_tells(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_a_rank: None
+) -> None:
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    monkeypatch.setattr("alphatoken.distributed.process.PATIENCE", 0.0)
+    monkeypatch.setenv("RANK", "9")
+    for local_rank, told in (("0", "error: rank 9: "), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit), readable_errors():
+            raise UserError("no such file")
+        assert capsys.readouterr().err.partition("no such file")[0] == told
+
+
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )

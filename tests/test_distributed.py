@@ -448,6 +448,23 @@ def test_no_program_is_started_to_count_cpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "agreed", "told"),
+    [
+        ([1], False, [None, "error: rank 1: "]),  # rank 0 waits for it
+        ([0, 1], False, ["error: ", None]),
+        ([1], True, ["error: rank 1: ", None]),
+    ],
+)
+def test_bad_input_is_told_once_whichever_rank_finds_it(
+    failing: list[int], agreed: bool, told: list[str | None], tmp_path: Path
+) -> None:
+    said = run_ranks("told_of_failure", 2, tmp_path, failing=failing, agreed=agreed)
+    lines = [text.splitlines()[:1] for text in said]
+    assert lines == [[f"{start}rows.parquet is damaged"] if start else [] for start in told]
+
+
+@pytest.mark.slow
 def test_ranks_wait_for_work_on_rank_0_longer_than_for_tensors(tmp_path: Path) -> None:
     """What one rank does for all may take longer than a message of tensors may: nobody dies, and
     tensors still arrive. A rank that is late for a message of tensors is given up."""

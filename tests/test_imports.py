@@ -190,6 +190,7 @@ FOREIGN = {
     "_commit_hash",  # transformers: the commit that a hub name stood for
     "_current_frames",  # sys: where every thread is
     "_exit",  # os: ending without the interpreter's shutdown
+    "_get_default_store",  # torch: what the ranks of a process group met in
     "_fingerprint",  # datasets: a hash of the content
     "_forward_hooks",  # torch: hooks left behind
     "_lazy_init_hp_params_optimizer_state",  # DeepSpeed: fp32 moments of a bf16 optimizer

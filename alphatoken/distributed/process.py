@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,10 @@ from typing import Any
 # go through, with hours of patience. None in a single process, and where somebody else formed the
 # process group: then it is the default group.
 control_group: Any = None
+
+PATIENCE = 2.0
+"""Seconds that rank 0 has to say why the ranks end before another rank does."""
+TOLD = "alphatoken/told"  # in the store of the process group: how many ranks wanted to say it
 
 
 def running_comm() -> ModuleType | None:
@@ -33,6 +38,28 @@ def barrier() -> None:
     comm = running_comm()
     if comm:
         comm.barrier(group=control_group)
+
+
+def is_to_tell() -> bool:
+    """Whether this rank is the one to say why the ranks end; to be asked once, by a rank that
+    failed.
+
+    Rank 0 is. Another one waits first: a launcher stops every rank as soon as one ends. If rank 0
+    has said nothing by then it may not even know, and waits for this one in a message: the first
+    to ask tells. Where ranks have not met yet, those of a machine failed alike, and one tells.
+    """
+    comm = running_comm()
+    leads = os.environ.get("RANK", "0") == "0"
+    if not leads:
+        time.sleep(PATIENCE)
+    if not comm:
+        return leads or os.environ.get("LOCAL_RANK", "0") == "0"
+    from torch.distributed import distributed_c10d
+
+    try:
+        return distributed_c10d._get_default_store().add(TOLD, 1) == 1 or leads
+    except RuntimeError:  # the rank that held the store, which is rank 0, has ended by itself
+        return leads
 
 
 def end_process(status: int) -> None:
