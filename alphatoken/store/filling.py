@@ -22,6 +22,8 @@ from alphatoken.util.progress import Countdown
 Compute = Callable[[Batch], Mapping[str, Tensor]]
 """Columns of a micro-batch by name, (B, T) each; off the response anything. Their dtypes are those
 of the files."""
+Columns = dict[str, list[np.ndarray[tuple[int], np.dtype[np.float32]]]]
+"""The numbers of consecutive rows by column, (R,) each."""
 
 
 def fill(
@@ -52,7 +54,7 @@ def fill(
             for count, batch in enumerate(dealt, start=1):
                 found.append(_by_row(to_device(batch, device), compute))
                 countdown.advance(done + min(count * chosen.size * ranks, len(rows)))
-            folder.add(done, _gathered(found, part, rows, number))
+            folder.add(done, _on_rank_0(found, part, rows, number))
             done = int(rows[-1]) + 1
 
 
@@ -65,28 +67,33 @@ def _by_row(batch: Batch, compute: Compute) -> tuple[Tensor, dict[str, Tensor]]:
     }
 
 
-def _gathered(
+def _on_rank_0(
     found: list[tuple[Tensor, dict[str, Tensor]]],
     part: TokenDataset,
     rows: np.ndarray[tuple[int], np.dtype[np.int64]],
     number: str,
-) -> dict[str, list[np.ndarray[tuple[int], np.dtype[np.float32]]]]:
-    """The columns of all ranks, row by row."""
+) -> Columns:
+    """The columns of all ranks, row by row, on rank 0, which writes them; none on the others."""
     dtypes = {name: column_R.dtype for name, column_R in found[0][1].items()}
     # One matrix for one message; float64 holds row numbers, token ids and float32 as they are.
     own = [
         torch.stack([row_R.double(), *(columns[name].double() for name in dtypes)], dim=1)
         for row_R, columns in found
     ]
-    everywhere = collectives.gather_rows(torch.cat(own)).cpu()
-    everywhere = everywhere[everywhere[:, 0].argsort(stable=True)]
-    numbers, counts = everywhere[:, 0].long().unique_consecutive(return_counts=True)
-    assert numbers.tolist() == rows.tolist(), "every row has a response token, and is dealt once"
-    finite_R = torch.isfinite(everywhere).all(1)
-    if not bool(finite_R.all()):
-        faulty = part.location(int(everywhere[~finite_R][0, 0]))
-        raise UserError(f"{number} of {faulty} is not finite; try model.dtype=float32")
-    return {
-        name: [each.to(dtype).numpy() for each in everywhere[:, place].split(counts.tolist())]
-        for place, (name, dtype) in enumerate(dtypes.items(), start=1)
-    }
+    collected = collectives.collect_on_rank_0(torch.cat(own).cpu())
+
+    def by_row() -> Columns:
+        everywhere = torch.cat(collected)
+        everywhere = everywhere[everywhere[:, 0].argsort(stable=True)]
+        numbers, counts = everywhere[:, 0].long().unique_consecutive(return_counts=True)
+        assert numbers.tolist() == rows.tolist(), "each row has response tokens, and is dealt once"
+        finite_R = torch.isfinite(everywhere).all(1)
+        if not bool(finite_R.all()):
+            faulty = part.location(int(everywhere[~finite_R][0, 0]))
+            raise UserError(f"{number} of {faulty} is not finite; try model.dtype=float32")
+        return {
+            name: [each.to(dtype).numpy() for each in everywhere[:, place].split(counts.tolist())]
+            for place, (name, dtype) in enumerate(dtypes.items(), start=1)
+        }
+
+    return collectives.agree(lambda: by_row() if collectives.rank() == 0 else {})
