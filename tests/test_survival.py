@@ -23,10 +23,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from alphatoken.checkpoints import files as checkpoint_files
+from alphatoken.checkpoints.best import Best
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import obsolete
-from alphatoken.checkpoints.folder import step_folders
+from alphatoken.checkpoints.folder import RunFolder, step_folders
 from alphatoken.checkpoints.resuming import find_checkpoint, open_run_folder
+from alphatoken.checkpoints.saving import Checkpoints, TrainingState
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
@@ -522,6 +524,49 @@ def test_a_checkpoint_leaves_the_options_of_the_optimizer_as_configured() -> Non
     assert groups[0]["lr"] == pytest.approx(0.04)
 
 
+def test_a_checkpoint_saved_for_being_best_goes_when_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    """Also where all that are due are kept, and after a resume. Of (step, best step) as saved."""
+    monkeypatch.setattr(zero3, "save_shards", lambda *_: ([], None))
+    monkeypatch.setattr(zero3, "load_shards", lambda *_: {"alphatoken": loaded})
+    for name in ("optimizer_options", "separate_step_counts", "set_optimizer_options"):
+        monkeypatch.setattr(zero3, name, lambda *_: None)
+    values = {
+        "model": {"name_or_path": str(tiny_model)},
+        "data": {"train": "t.jsonl", "validation": "v.jsonl", "eval": "e.jsonl"},
+        "train": {
+            "output_dir": str(tmp_path),
+            "save_every": 100,
+            "eval_every": 10,
+            "keep_best": "eval_loss",
+        },
+    }
+    config, folder = validate(RunConfig, values, "of the test"), RunFolder(tmp_path)
+
+    def state(best: int) -> TrainingState:
+        return TrainingState(scales=None, inputs={}, best=Best("eval_loss", 1.0, best), random=None)
+
+    def kept() -> list[int]:
+        return sorted(step_folders(folder.checkpoints))
+
+    saves = Checkpoints(folder=folder, engine=None, config=config, needed=0)
+    for step, best, left in (
+        (100, 100, [100]),
+        (110, 110, [100, 110]),
+        (120, 120, [100, 120]),
+        (200, 120, [100, 120, 200]),
+        (210, 210, [100, 200, 210]),
+    ):
+        saves.save(step, state(best))
+        assert kept() == left
+    loaded = {"scales": None, "inputs": {}, "best": Best("eval_loss", 1.0, 210).as_json()}
+    again = Checkpoints(folder=folder, engine=None, config=config, needed=0)
+    again.load(folder.checkpoints / "step-210", 210)
+    again.save(220, state(220))
+    assert kept() == [100, 200, 220]
+
+
 def test_which_checkpoints_may_go() -> None:
     steps = [10, 20, 30, 40, 50]
     assert obsolete(steps, None, None) == []
@@ -596,13 +641,15 @@ def test_a_stop_is_remembered_and_short_grace_drops_the_window() -> None:
         stop.took("micro-batch", 5.0)
         stop.drop_if_short(99, evaluates=True)  # nobody asked
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.drop_if_short(
-            5, evaluates=True
-        )  # 25 s and, as nothing is known of saves, half of the grace
+        # 25 s and, as nothing is known of saves, half of the grace
+        stop.drop_if_short(5, evaluates=False)
         with pytest.raises(WindowDroppedError):
-            stop.drop_if_short(7, evaluates=True)
+            stop.drop_if_short(7, evaluates=False)
         stop.took("save", 10.0)
-        stop.drop_if_short(7, evaluates=True)
+        stop.drop_if_short(7, evaluates=False)
+        stop.drop_if_short(3, evaluates=True)  # the same of evaluations
+        with pytest.raises(WindowDroppedError):
+            stop.drop_if_short(5, evaluates=True)
         stop.took("evaluation", 20.0)
         stop.drop_if_short(7, evaluates=False)
         with pytest.raises(WindowDroppedError):

@@ -69,6 +69,8 @@ class Checkpoints:
         self._needed = needed
         self.newest = 0
         """Optimizer steps of the newest checkpoint that this run saved or continued; 0 is none."""
+        self._best: int | None = None
+        """Optimizer steps of the best evaluation, as of that checkpoint."""
 
     def check_space(self) -> None:
         """Removes what killed saves have left. Raises UserError on every rank if a checkpoint does
@@ -101,6 +103,7 @@ class Checkpoints:
                 f"cannot write checkpoint {final}: {error}; older checkpoints are untouched"
             ) from None
         self.newest = done
+        self._best = None if state.best is None else state.best.step
         return final
 
     def load(self, checkpoint: Path, step: int) -> TrainingState:
@@ -116,10 +119,12 @@ class Checkpoints:
         zero3.set_optimizer_options(self._engine, options)
         self.newest = step
         values = client_state[STATE]
+        best = Best.from_json(values.get("best"))
+        self._best = None if best is None else best.step
         return TrainingState(
             scales=values["scales"],
             inputs=values["inputs"],
-            best=Best.from_json(values.get("best")),
+            best=best,
             random=_random_of(checkpoint, values),
         )
 
@@ -189,6 +194,16 @@ class Checkpoints:
             keep_last = 1  # they are saved for being the best alone
         best_step = None if best is None else best.step
         tidy(final.parent, step, keep_last, train.keep_every, best_step)
+        self._remove_former_best({step, best_step})
+
+    def _remove_former_best(self, kept: set[int | None]) -> None:
+        """Removes what was the best and is no more, unless it is among `kept` or was due."""
+        train, former = self._config.train, self._best
+        every = [each for each in (train.save_every, train.keep_every) if each is not None]
+        if former is None or former in kept or train.keep_last is not None:
+            return  # the last few are removed when they are older
+        if all(former % each for each in every):
+            shutil.rmtree(self._folder.checkpoints / f"step-{former}", ignore_errors=True)
 
 
 def checkpoint_bytes(module: nn.Module, *, trains_in_16_bit: bool) -> int:

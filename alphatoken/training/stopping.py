@@ -63,14 +63,16 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         of the step.
 
         That is so many micro-batches, an evaluation if `evaluates`, and a save, as long as they
-        took the last time; a save that was not seen yet counts half of the grace period. Every rank
-        must call it, between micro-batches; without a grace period it does nothing.
+        took the last time; an evaluation or a save that was not seen yet counts half of the grace
+        period. Every rank must call it, between micro-batches; without a grace period it does
+        nothing.
         """
         if self._grace is None:
             return
-        evaluation = self._known.get("evaluation", 0.0) if evaluates else 0.0
+        unseen = 0.5 * self._grace
+        evaluation = self._known.get("evaluation", unseen) if evaluates else 0.0
         left = micro_batches * self._known.get("micro-batch", 0.0) + evaluation
-        left += self._known.get("save", 0.5 * self._grace)
+        left += self._known.get("save", unseen)
         asked_at = self._asked_at
         is_late = asked_at is not None and time.monotonic() + left > asked_at + self._grace
         if self._any(on_this_rank=is_late):

@@ -104,7 +104,7 @@ class Trainer:
                 try:
                     result = self.step.take(
                         step,
-                        evaluates=self._evaluates(step + 1),
+                        evaluates=self._has_evaluations and self._evaluates(step + 1),
                         responses=report.responses_of(step + 1),
                     )
                 except WindowDroppedError:
