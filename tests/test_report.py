@@ -474,6 +474,23 @@ def test_a_damaged_folder_is_refused_by_file(
     assert not (folder / "report.html").exists()
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run(tmp_path / "a")
+    read = Path.read_text
+
+    def refuse(file: Path, **named: Any) -> str:
+        if file.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied", str(file))
+        return read(file, **named)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"cannot read {run / 'metrics.jsonl'}: Permission denied"
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b")
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         names = [str(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("the same run is given twice")
-    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    try:
+        return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _read_run(folder: Path, name: str) -> RunRecord:
