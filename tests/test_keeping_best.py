@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alphatoken.checkpoints.best import Best, updated
+from alphatoken.checkpoints.best import Best, updated, why_void
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
+from alphatoken.evaluation.rows import Questions, Setting
+from alphatoken.training.asking import questions_of
 from tests.ranks import run_ranks
 from tests.runs import changed, metrics_of
 
@@ -31,6 +35,17 @@ def test_the_best_so_far_is_the_first_of_equals() -> None:
     assert updated(best, LOSS, "higher", 1.5, 7) == Best(LOSS, 1.5, 7)
     unknown = updated(None, LOSS, "lower", float("nan"), 1)
     assert updated(unknown, LOSS, "lower", 9.0, 2) == Best(LOSS, 9.0, 2)
+
+
+def test_a_best_of_other_questions_does_not_count() -> None:
+    best = updated(None, MATCH, "higher", 0.5, 10, "a")
+    assert why_void(best, MATCH, "a") is None
+    assert "of other questions than so far" in str(why_void(best, MATCH, "b"))
+    assert "the best so far was by" in str(why_void(best, LOSS, None))
+    older = Best.from_json({"metric": MATCH, "value": 0.5, "step": 10, "stale": 1})
+    assert older is not None
+    assert why_void(older, MATCH, "a") is None
+    assert updated(older, MATCH, "higher", 0.4, 11, "a").questions == "a"
 
 
 @pytest.fixture
@@ -93,6 +108,29 @@ def test_evaluations_have_to_be_where_checkpoints_can(
     train = {"keep_best": "eval_rewards_accuracy", "eval_every": 1}
     pairs = validate(PreferenceRunConfig, changed(pair_values, train=train), "of the test")
     assert pairs.evaluated_metrics["eval_rewards_accuracy"] == "higher"
+
+
+def run_asking(values: dict[str, Any], rows: list[str]) -> Any:
+    """As much of a run as its questions take."""
+    config = validate(RunConfig, values, "of the test")
+    tasks = []
+    for task in config.evaluation.tasks:
+        questions = Questions[str](Setting(config, SimpleNamespace()), task)  # type: ignore[arg-type]
+        for number, row in enumerate(rows):
+            questions.add(f"file:{number}", row, row)
+        tasks.append(SimpleNamespace(settings=task, questions=questions))
+    return SimpleNamespace(config=config, tasks=tasks)
+
+
+def test_questions_are_rows_and_settings_of_their_task(values: dict[str, Any]) -> None:
+    asked = questions_of(run_asking(values, ["1 + 1", "2 + 2"]), MATCH)
+    assert asked is not None
+    assert questions_of(run_asking(values, ["1 + 1", "2 + 2"]), MATCH) == asked
+    assert questions_of(run_asking(values, ["1 + 1", "2 + 3"]), MATCH) != asked
+    longer = copy.deepcopy(values)
+    longer["evaluation"]["tasks"][0]["max_new_tokens"] = 6
+    assert questions_of(run_asking(longer, ["1 + 1", "2 + 2"]), MATCH) != asked
+    assert questions_of(run_asking(values, ["1 + 1"]), LOSS) is None
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,6 +19,8 @@ class Best:
     """Optimizer steps that were taken when it was made."""
     stale: int = 0
     """Evaluations since then, none of which was better."""
+    questions: str | None = None
+    """A hash of what was asked; None where that is rows of the run itself, or is not known."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | None) -> Best | None:
@@ -29,11 +31,32 @@ class Best:
         return asdict(self)
 
 
-def updated(best: Best | None, metric: str, better: Better, value: float, step: int) -> Best:
+def updated(
+    best: Best | None,
+    metric: str,
+    better: Better,
+    value: float,
+    step: int,
+    questions: str | None = None,
+) -> Best:
     """The best after another evaluation: that one, or the one before with one more that was not
     better. An equal value is not better, nor is NaN."""
+    now = Best(metric, value, step, questions=questions)
     if best is None or math.isnan(best.value):
-        return Best(metric, value, step)
+        return now
     if (value > best.value) if better == "higher" else (value < best.value):
-        return Best(metric, value, step)
-    return replace(best, stale=best.stale + 1)
+        return now
+    return replace(best, stale=best.stale + 1, questions=questions)
+
+
+def why_void(best: Best, metric: str, questions: str | None) -> str | None:
+    """Why later values of a metric cannot be compared with the best so far; None where they can.
+    Checkpoints of earlier versions do not tell what was asked, and count."""
+    if best.metric != metric:
+        return f"the best so far was by {best.metric}: {metric} starts anew"
+    if best.questions is not None and best.questions != questions:
+        return (
+            f"{metric} is of other questions than so far (rows or settings of the task changed): "
+            "the best starts anew"
+        )
+    return None

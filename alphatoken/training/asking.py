@@ -8,12 +8,19 @@ from rich.console import Console
 
 from alphatoken.data.tokenizer import stop_tokens
 from alphatoken.distributed import collectives
+from alphatoken.errors import UserError
 from alphatoken.evaluation.comparison import compare
 from alphatoken.evaluation.evaluate import judged
 from alphatoken.evaluation.judge import Judge
 from alphatoken.evaluation.measures import MEASURES
-from alphatoken.evaluation.results import Evaluation, read_evaluation, write_evaluation
+from alphatoken.evaluation.results import (
+    Evaluation,
+    read_evaluation,
+    result_of,
+    write_evaluation,
+)
 from alphatoken.training.setup import Run
+from alphatoken.util.files import fingerprint
 from alphatoken.util.metrics import Metrics
 
 
@@ -48,12 +55,27 @@ def metrics_of(evaluation: Evaluation) -> Metrics:
     }
 
 
+def questions_of(run: Run, metric: str) -> str | None:
+    """A hash of what decides a metric's value besides the model: the settings and the items of its
+    task. None of a metric of `data.eval`, whose rows are the same in all of a run."""
+    _, _, name = metric.partition("/")
+    for task in run.tasks:
+        if task.settings.called == name:
+            asked = result_of(task.settings, run.config, task.questions.results())
+            return fingerprint([asked.task, asked.settings, [item["id"] for item in asked.items]])
+    return None
+
+
 def show_change(run: Run, done: int, console: Console) -> None:
     """Prints how the evaluation after `done` steps differs from that before training, where both
-    were made; for rank 0."""
+    were made, or why they cannot be compared; for rank 0."""
     before, after = run.folder.evaluation(0), run.folder.evaluation(done)
     if not (before.exists() and after.exists()):
         return
-    found = compare(read_evaluation(before), read_evaluation(after), run.config.evaluation)
+    try:
+        found = compare(read_evaluation(before), read_evaluation(after), run.config.evaluation)
+    except UserError as error:  # as where the run was continued with other tasks
+        console.print(f"not compared: {error}", markup=False, soft_wrap=True)
+        return
     console.print(found.table())
     console.print(found.sentence(), markup=False, soft_wrap=True)

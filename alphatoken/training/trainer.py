@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from alphatoken.checkpoints.best import Best, updated
+from alphatoken.checkpoints.best import Best, updated, why_void
 from alphatoken.checkpoints.export import export_checkpoint, export_model
 from alphatoken.checkpoints.resuming import Continuation, changed_inputs
 from alphatoken.checkpoints.saving import (
@@ -20,7 +20,7 @@ from alphatoken.checkpoints.saving import (
 from alphatoken.checkpoints.starting import start_run_folder
 from alphatoken.distributed import collectives, zero3
 from alphatoken.report.responses import ValuedResponse
-from alphatoken.training.asking import ask, show_change
+from alphatoken.training.asking import ask, questions_of, show_change
 from alphatoken.training.evaluation import evaluate
 from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.report import Report
@@ -191,8 +191,9 @@ class Trainer:
         wanted = self.run.config.train.keep_best
         if saved is None or wanted is None:
             return None, []
-        if saved.metric != wanted:
-            return None, [f"the best so far was by {saved.metric}: {wanted} starts anew"]
+        void = why_void(saved, wanted, questions_of(self.run, wanted))
+        if void is not None:
+            return None, [void]
         kept = self.run.folder.checkpoints / f"step-{saved.step}"
         if not collectives.on_rank_0(kept.is_dir):
             return None, [f"warning: {kept}, the best by {wanted}, is gone: the best starts anew"]
@@ -235,7 +236,8 @@ class Trainer:
         metric = self.run.config.train.keep_best
         if metric is not None:
             better = self.run.config.evaluated_metrics[metric]
-            self.best = updated(self.best, metric, better, float(metrics[metric]), done)
+            questions = questions_of(self.run, metric)
+            self.best = updated(self.best, metric, better, float(metrics[metric]), done, questions)
 
     def _stop_after(self, done: int, report: Report) -> None:
         """Ends a run that was asked to stop, so that it can go on."""
