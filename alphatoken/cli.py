@@ -21,6 +21,7 @@ import typer
 import alphatoken
 from alphatoken.distributed import process
 from alphatoken.errors import ConfigError, NonFiniteError, RemoteError, UserError
+from alphatoken.util.files import writing
 from alphatoken.util.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -118,15 +119,6 @@ ConfigFiles = Annotated[
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """Inside, a file is written; what the disk says against it is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _run_config(files: list[Path], overrides: list[str] | None) -> RunConfig:
@@ -239,7 +231,7 @@ def preview(
             console.rule(place, align="left")
             console.print(document)
     if html is not None:
-        with _writing(html):
+        with writing(html):
             console.save_html(str(html))
 
 
@@ -416,7 +408,7 @@ def report(
 
     if output is None:
         output = RunFolder(runs[0]).report if len(runs) == 1 else Path("comparison.html")
-    with _writing(output):
+    with writing(output):
         write_report(runs, output)
     typer.echo(output)
 
@@ -469,7 +461,7 @@ def schema(
     if output is None:
         typer.echo(text)
         return
-    with _writing(output):
+    with writing(output):
         output.write_text(text + "\n", encoding="utf-8")
     typer.echo(f"{output}; as the first line of a configuration, many editors take it from")
     typer.echo(f"# yaml-language-server: $schema={output.resolve()}")

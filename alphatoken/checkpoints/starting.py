@@ -13,6 +13,7 @@ from alphatoken.checkpoints.weight_files import prefixes_of
 from alphatoken.config.file import save_config
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
+from alphatoken.errors import UserError
 from alphatoken.util.files import publish_text
 
 
@@ -25,7 +26,8 @@ def start_run_folder(
 ) -> None:
     """Creates the folder and writes what is known before the first step, on rank 0: the resolved
     configuration, and what an export needs besides weights (the model's configuration and
-    tokenizer, `about`: the data, and the prefixes of the names in its files).
+    tokenizer, `about`: the data, and the prefixes of the names in its files). Raises UserError when
+    the disk refuses.
     """
 
     def write() -> None:
@@ -41,4 +43,10 @@ def start_run_folder(
         known = {**about, "prefixes": prefixes_of(model)}
         publish_text(folder.model / ABOUT, json.dumps(known, indent=1))
 
-    collectives.on_rank_0(write)
+    def refused_or_written() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise UserError(f"cannot write into {folder.path}: {error}") from None
+
+    collectives.on_rank_0(refused_or_written)

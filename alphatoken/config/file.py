@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from alphatoken.config.sections import Section
 from alphatoken.errors import ConfigError
+from alphatoken.util.files import publish_text
 from alphatoken.util.shipped import or_shipped
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -87,10 +88,8 @@ def validate(config_class: type[ConfigT], values: dict[str, Any], origin: str) -
 
 
 def save_config(config: Section, file: Path) -> None:
-    """Writes the resolved configuration: every key, defaults included."""
-    file.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-    )
+    """Writes the resolved configuration, whole or not at all: every key, defaults included."""
+    publish_text(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.report.page import write_report
 from alphatoken.report.responses import VALUE, ValuedResponse, append_responses
 from alphatoken.training.trackers import Trackers
-from alphatoken.util.files import publish_text
+from alphatoken.util.files import publish_text, writing
 from alphatoken.util.metrics import Metrics
 
 TOLD_STEPS = 100
@@ -31,7 +31,7 @@ TOLD_STEPS = 100
 
 class Report:
     """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and
-    write nothing."""
+    write nothing. Building it raises UserError where what an earlier run left cannot be cut."""
 
     def __init__(
         self,
@@ -82,10 +82,11 @@ class Report:
 
     def step(self, metrics: Metrics) -> None:
         """Records the metrics of one optimizer step (from 1; 0 is the evaluation before
-        training)."""
+        training). Raises UserError when the disk refuses."""
         if not self._active:
             return
-        with self._folder.metrics.open("a", encoding="utf-8") as lines:
+        file = self._folder.metrics
+        with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
         if self._trackers is not None:
             self._trackers.log(metrics)
@@ -117,7 +118,7 @@ class Report:
     def keep(self, responses: Sequence[ValuedResponse]) -> None:
         """Keeps responses in the run folder and in trackers. That the disk refuses is said; a run
         goes on."""
-        if not self._config.logging.responses:
+        if not responses or not self._config.logging.responses:
             return
         if self._trackers is not None:
             self._trackers.keep(responses)
@@ -143,30 +144,38 @@ class Report:
             self._trackers.finish()
         if told is not None and told.is_valued:
             self._show_values(told)
-        table = Table(title="Run summary", title_justify="left", show_header=False)
-        table.add_row("optimizer steps", str(self._last["step"]))
-        if len(self._evaluations) > 1:
-            first, *_, last = self._evaluations
-            for key, value in first.items():
-                changed = "" if value == last[key] else f" -> {last[key]:.4f}"
-                table.add_row(key, f"{value:.4f}{changed}")
-        for key, name in (
-            ("loss_kept", "loss of kept tokens"),
-            ("rewards_margin", "reward margin"),
-        ):
-            if key in self._last:
-                table.add_row(f"{name}, last step", f"{self._last[key]:.4f}")
-        table.add_row(
-            "kept tokens, last step",
-            f"{self._last['kept_tokens']} of {self._last['response_tokens']}",
-        )
-        table.add_row("peak memory of rank 0", f"{self._last['peak_memory_bytes'] / 2**30:.2f} GiB")
+        table = self._summary()
         table.add_row("time", str(timedelta(seconds=round(time.monotonic() - self._started))))
         for name in ("metrics.jsonl", "config.yaml", "export"):
             table.add_row(name, str(self._folder.path / name))
         if self._write_page():
             table.add_row(self._folder.report.name, str(self._folder.report))
         self._console.print(table)
+
+    def _summary(self) -> Table:
+        """What the run came to. A finished run that is only exported into a new folder has no lines
+        to tell of, and a continued one may have been asked other things before."""
+        table = Table(title="Run summary", title_justify="left", show_header=False)
+        step = self._last
+        if "step" in step:
+            table.add_row("optimizer steps", str(step["step"]))
+        if len(self._evaluations) > 1:
+            first, *_, last = self._evaluations
+            for key in (each for each in first if each in last):
+                changed = "" if first[key] == last[key] else f" -> {last[key]:.4f}"
+                table.add_row(key, f"{first[key]:.4f}{changed}")
+        for key, name in (
+            ("loss_kept", "loss of kept tokens"),
+            ("rewards_margin", "reward margin"),
+        ):
+            if key in step:
+                table.add_row(f"{name}, last step", f"{step[key]:.4f}")
+        if "kept_tokens" in step:
+            kept, of = step["kept_tokens"], step["response_tokens"]
+            table.add_row("kept tokens, last step", f"{kept} of {of}")
+            peak = step["peak_memory_bytes"] / 2**30
+            table.add_row("peak memory of rank 0", f"{peak:.2f} GiB")
+        return table
 
     def _write_page(self) -> bool:
         """Whether the HTML report was written. It is no reason for a run to fail, whatever
@@ -254,7 +263,12 @@ def _evaluated(metrics: Metrics) -> str:
 
 def _cut_lines(file: Path, first_step: int) -> list[Any]:
     """Drops the lines of steps that will be done again, so that a resumed run continues its file;
-    returns the rest."""
+    returns the rest. Raises UserError when the disk refuses."""
+    with writing(file):
+        return _lines_up_to(file, first_step)
+
+
+def _lines_up_to(file: Path, first_step: int) -> list[Any]:
     if not file.exists():
         return []
     if first_step == 0:  # the evaluation before training is done again, too

@@ -136,8 +136,12 @@ class Trackers:
         known = _known(folder) if first_step else {}
         for name in config.logging.trackers:
             self._attempt(name, partial(self._begin, name, known))
-        if self._begun:
+        if not self._begun:
+            return
+        try:
             publish_text(folder.trackers, json.dumps(known, indent=1) + "\n")
+        except OSError as error:
+            say(f"warning: {folder.trackers} cannot be written: {error}; a resumed run is another")
 
     def log(self, metrics: Metrics) -> None:
         """Hands on the numbers of one step."""

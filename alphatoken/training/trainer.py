@@ -84,12 +84,14 @@ class Trainer:
         run, total = self.run, self.run.total_steps
         data = {name: part.described() for name, part in run.splits.named().items()}
         start_run_folder(run.folder, run.config, run.model.lm, run.tokenizer, {"data": data})
-        report = Report(
-            config=run.config,
-            folder=run.folder,
-            first_step=self.first_step,
-            total_steps=total,
-            active=collectives.rank() == 0,
+        report = collectives.agree(
+            lambda: Report(
+                config=run.config,
+                folder=run.folder,
+                first_step=self.first_step,
+                total_steps=total,
+                active=collectives.rank() == 0,
+            )
         )
         with self.stop, self.watchdog, closing(report):
             self._announce(report)

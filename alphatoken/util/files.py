@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from alphatoken.errors import UserError
 
 PARTIAL = ".partial"  # how names end of what is still being written
 
@@ -20,6 +23,15 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Inside, a file is written; what the disk says against it is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 
 def publish(final: Path, write: Callable[[Path], object]) -> None:
