@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from alphatoken.checkpoints.folder import RunFolder
+from alphatoken.checkpoints.starting import start_run_folder
 from alphatoken.config.file import save_config
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
@@ -97,6 +98,13 @@ def test_a_disk_that_refuses_metrics_is_told_of(tmp_path: Path) -> None:
         report.step({"step": 1})
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: Is a directory"):
         report_of(tmp_path, first_step=1)
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder, nothing = RunFolder(tmp_path / "file" / "run"), SimpleNamespace()
+    with pytest.raises(UserError, match=r"cannot write into .*run: .*Not a directory"):
+        start_run_folder(folder, config_of(folder.path), nothing, nothing, {})  # type: ignore[arg-type]
 
 
 def test_names_of_trackers_that_cannot_be_written_are_a_warning(tmp_path: Path) -> None:
