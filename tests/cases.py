@@ -343,7 +343,9 @@ def told_of_failure(folder: Path, failing: list[int], *, agreed: bool) -> str:
     of them agree on."""
     initialise_ranks()
     said, ended = io.StringIO(), list[int]()
-    process.end_process = ended.append  # ranks stay, as no launcher is there to stop them
+    # Ranks stay, as no launcher is there to stop them.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(process, "end_process", ended.append)
 
     def work() -> None:
         if collectives.rank() in failing:
@@ -356,6 +358,7 @@ def told_of_failure(folder: Path, failing: list[int], *, agreed: bool) -> str:
             work()
     if ended == [2] and len(failing) < collectives.world_size() and not agreed:
         process.barrier()  # that others wait in
+    patch.undo()
     assert ended in ([0], [2])
     return said.getvalue()
 

@@ -115,7 +115,7 @@ def run_asking(values: dict[str, Any], rows: list[str]) -> Any:
     config = validate(RunConfig, values, "of the test")
     tasks = []
     for task in config.evaluation.tasks:
-        questions = Questions[str](Setting(config, SimpleNamespace()), task)  # type: ignore[arg-type]
+        questions = Questions[str](Setting(config, SimpleNamespace()), task)
         for number, row in enumerate(rows):
             questions.add(f"file:{number}", row, row)
         tasks.append(SimpleNamespace(settings=task, questions=questions))

@@ -104,7 +104,7 @@ def test_a_run_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder, nothing = RunFolder(tmp_path / "file" / "run"), SimpleNamespace()
     with pytest.raises(UserError, match=r"cannot write into .*run: .*Not a directory"):
-        start_run_folder(folder, config_of(folder.path), nothing, nothing, {})  # type: ignore[arg-type]
+        start_run_folder(folder, config_of(folder.path), nothing, nothing, {})
 
 
 def test_names_of_trackers_that_cannot_be_written_are_a_warning(tmp_path: Path) -> None:

@@ -528,6 +528,7 @@ def test_a_checkpoint_saved_for_being_best_goes_when_it_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     """Also where all that are due are kept, and after a resume. Of (step, best step) as saved."""
+    loaded = {"scales": None, "inputs": {}, "best": Best("eval_loss", 1.0, 210).as_json()}
     monkeypatch.setattr(zero3, "save_shards", lambda *_: ([], None))
     monkeypatch.setattr(zero3, "load_shards", lambda *_: {"alphatoken": loaded})
     for name in ("optimizer_options", "separate_step_counts", "set_optimizer_options"):
@@ -560,7 +561,6 @@ def test_a_checkpoint_saved_for_being_best_goes_when_it_is_not(
     ):
         saves.save(step, state(best))
         assert kept() == left
-    loaded = {"scales": None, "inputs": {}, "best": Best("eval_loss", 1.0, 210).as_json()}
     again = Checkpoints(folder=folder, engine=None, config=config, needed=0)
     again.load(folder.checkpoints / "step-210", 210)
     again.save(220, state(220))
