@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from alphatoken.batch import Batch
-from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import ONE_ROW, Layout, micro_batches
 from alphatoken.errors import UserError
@@ -148,7 +147,11 @@ def plain_values(run_values: dict[str, Any]) -> dict[str, Any]:
 
 # Losses or noise decide, which every rank knows of its own part; or values.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "packed": {"data": {"packing": True}, "selection": {"policy": "loss", "keep_ratio": 0.5}},
+    "packed, asked": {
+        "data": {"packing": True},
+        "selection": {"policy": "loss", "keep_ratio": 0.5},
+        "train": {"evaluate": ["answers", "target_loss"]},
+    },
     "global batch": {
         "selection": {"policy": "random", "scope": "global_batch", "keep_ratio": 0.3},
         "deepspeed": {"config": {"zero_optimization": {"stage": 1}}},
@@ -172,6 +175,7 @@ REPORTED = (
     *("adaptation_std", "stability_std", "noise_scale", "adaptation_stability_rank_correlation"),
     *("loss", "rewards_margin", "rewards_accuracy_masked", "omega", "kl_estimate"),
     *("kept_share_chosen", "length_rejected", "eval_rewards_margin"),
+    *("eval_exact_match/answers", "eval_loss/target_loss"),
 )
 
 
@@ -191,6 +195,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "cached reference": {
         "valuation": {"enabled": True, "stability_weight": 0.0, "target": "preference"},
         "data": {"packing": True},
+        "preference": {"length_decay": 0.5},
     },
     "online reference": {
         "reference": {"mode": "online"},
@@ -203,10 +208,25 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_runs_equal_one_process(plain_values: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_equal_one_process(
+    plain_values: dict[str, Any], tiny_data: dict[str, str], tmp_path: Path
+) -> None:
     """Rows of very different lengths on two groups of two ranks; gradients of every step, metrics,
-    and weights after all."""
-    check_runs(plain_values, VARIANTS, tmp_path)
+    and weights after all. Tasks during training are answered from whole rows."""
+    held_out = {"data": tiny_data["validation"]}
+    tasks = [
+        {
+            "task": "exact_match",
+            "name": "answers",
+            "match": "text",
+            "max_new_tokens": 3,
+            **held_out,
+        },
+        {"task": "target_loss", **held_out},
+    ]
+    asked = changed(plain_values, evaluation={"tasks": tasks})
+    alone = check_runs(asked, VARIANTS, tmp_path)
+    assert "eval_loss/target_loss" in alone["packed, asked"]["metrics"][-1]
 
 
 @pytest.mark.slow
@@ -218,7 +238,10 @@ def test_runs_on_pairs_equal_one_process(
     check_runs(values, PAIRS, tmp_path)
 
 
-def check_runs(values: dict[str, Any], changes: dict[str, dict[str, Any]], folder: Path) -> None:
+def check_runs(
+    values: dict[str, Any], changes: dict[str, dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """Compares runs on two groups of two ranks with those on one; returns what this one found."""
     (alone,) = run_ranks(
         "divided_runs", 1, folder / "1", configs=variants(values, changes, folder / "1", 1)
     )
@@ -237,6 +260,7 @@ def check_runs(values: dict[str, Any], changes: dict[str, dict[str, Any]], folde
                     other = found["metrics"][step][key]
                     expected_number = pytest.approx(metrics[key], rel=1e-5, abs=1e-6)
                     assert other == expected_number, f"{name}: {key}"
+    return dict(alone)
 
 
 @pytest.mark.slow
@@ -257,24 +281,6 @@ def test_a_run_goes_on_bit_for_bit_and_with_its_rows_divided_otherwise(
     for found in (alone["alone"]["weights"], undivided["rows"]["weights"]):
         for key, weight in whole.items():
             assert relative_error(found[key], weight) < 1e-5, key
-
-
-def test_weights_by_length_are_refused(pair_values: dict[str, Any]) -> None:
-    values = changed(pair_values, train={"sequence_parallel": 2}, preference={"length_decay": 0.5})
-    with pytest.raises(ValueError, match="is not possible with preference"):
-        PreferenceRunConfig.model_validate(values)
-
-
-def test_tasks_during_training_are_refused(plain_values: dict[str, Any]) -> None:
-    values = changed(
-        plain_values,
-        train={"evaluate": ["perplexity"]},
-        evaluation={"tasks": [{"task": "perplexity", "data": "x.jsonl"}]},
-    )
-    RunConfig.model_validate(values)
-    values["train"]["sequence_parallel"] = 2
-    with pytest.raises(ValueError, match=r"is not possible with train\.evaluate"):
-        RunConfig.model_validate(values)
 
 
 def test_values_on_disk_are_of_whole_rows(run_values: dict[str, Any]) -> None:
