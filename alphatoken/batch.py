@@ -152,6 +152,8 @@ class Batch(TypedDict):
     """Response tokens of each row, in all its parts."""
     document_counts: NotRequired[tuple[int, ...]]
     """Those of each document."""
+    earlier_counts: NotRequired[tuple[int, ...]]
+    """Those of each document that are in the parts before this rank's."""
     document_ids: NotRequired[Tensor]
     """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
     rows: NotRequired[Tensor]
@@ -223,6 +225,7 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
             "whole_rows": WholeRows(parts, position_BT),
             "row_counts": batch["response_index"].counts,
             "document_counts": tuple(response_counts(batch)),
+            "earlier_counts": tuple(_counts_before(batch, own.start)),
         }
     )
 
@@ -233,6 +236,14 @@ def response_counts(batch: Batch) -> list[int]:
     if "document_counts" in batch:
         return list(batch["document_counts"])
     document_R = batch["document_ids"][batch["response"]]
+    counts: list[int] = document_R.bincount(minlength=len(batch["rows"])).tolist()
+    return counts
+
+
+def _counts_before(batch: Batch, position: int) -> list[int]:
+    """Response tokens of each document of whole rows before a position."""
+    before = slice(position)
+    document_R = batch["document_ids"][:, before][batch["response"][:, before]]
     counts: list[int] = document_R.bincount(minlength=len(batch["rows"])).tolist()
     return counts
 

@@ -18,7 +18,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from fractions import Fraction
@@ -82,12 +82,13 @@ from alphatoken.training.trainer import Trainer
 from alphatoken.training.valuing import run_valuing
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.ghost.scorer import GhostScorer
+from alphatoken.values.registry import build_scorer
 from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
 from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
-from tests.tiny import CASES, with_index
+from tests.tiny import CASES, UNEVEN, with_index
 
 
 def run_flash_trainers(
@@ -1100,37 +1101,54 @@ def grown(
     return results
 
 
-def ghost_values(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
-    """What the tokens of a batch are worth to itself, by all layers, with a window of six
-    positions."""
-    config = ValuationConfig(layers="all", window=6, stability_weight=0.0)
-    scorer = GhostScorer(decoder, config, torch.device("cpu"), None)
-    with torch.no_grad():
-        scorer.run_body = decoder.hidden_states
-        scorer.refresh([batch])
-        with scorer.capture() as capture:
-            decoder.hidden_states(batch)
-        values = scorer.score(capture.entry, batch).values
-    return {term: getattr(values, term) for term in ("direct_target", "causal_target")}
+ESTIMATED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "ghost": ({"window": 6}, ("direct_target", "causal_target")),
+    "exact": ({"parameters": "all"}, ("direct_target",)),
+}
+"""By estimator, its settings in `values_to_itself` and what it tells."""
 
 
-def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> dict[str, Any]:
+def values_to_itself(
+    decoder: Decoder, batch: Batch, estimators: Sequence[str]
+) -> dict[str, Tensor]:
+    """What the tokens of a batch are worth to itself, by all layers: by `ghost` with a window of
+    six positions, by `exact` to all parameters."""
+    found: dict[str, Tensor] = {}
+    for estimator in estimators:
+        settings, terms = ESTIMATED[estimator]
+        config = ValuationConfig.model_validate(
+            {"estimator": estimator, "layers": "all", "stability_weight": 0.0, **settings}
+        )
+        scorer = build_scorer(decoder, config, torch.device("cpu"), None)
+        with torch.no_grad():
+            scorer.run_body = decoder.hidden_states
+            scorer.refresh([batch])
+            with scorer.capture() as capture:
+                decoder.hidden_states(batch)
+            values = scorer.score(capture.entry, batch).values
+        found |= {f"{estimator}, {term}": getattr(values, term) for term in terms}
+    return found
+
+
+def divided_passes(
+    folder: Path, names: list[str], batches: dict[str, Any], estimators: list[str]
+) -> dict[str, Any]:
     """Tiny models on rows that all ranks divide: what enters the head and the values of tokens,
     this rank's part; and the gradients of the summed response losses, which are sums over ranks. By
-    model and batch. Batches of a kind that begins with flash run with its kernels, on some models
-    only."""
+    model and batch. Batches of a kind that begins with flash run with its kernels, on Llamas and
+    Mistrals only."""
     device = initialise_ranks(5)
     ranks = collectives.world_size()
     among = form_mesh(ranks, timedelta(minutes=5)).sequence
     results: dict[str, Any] = {}
     for name in names:
-        model = CASES[name].build()
+        model = (UNEVEN | CASES)[name].build()
         decoder = decoder_of(model)
         kernel: str = decoder.config._attn_implementation
         head_loss = head.HeadLoss(decoder.head, decoder.logit_softcap)
         for kind, batch in batches.items():
             is_flash = kind.startswith("flash")
-            if is_flash and name not in ("llama", "mistral"):
+            if is_flash and not name.startswith(("llama", "mistral")):
                 continue
             decoder.config._attn_implementation = "flash_attention_2" if is_flash else kernel
             divide_attention(decoder)
@@ -1141,7 +1159,7 @@ def divided_passes(folder: Path, names: list[str], batches: dict[str, Any]) -> d
                 index = own["response_index"]
                 losses = head_loss(index.take(hidden), index.take(own["targets"]))
                 losses.sum().backward()
-                values = ghost_values(decoder, own)
+                values = values_to_itself(decoder, own, estimators)
             results[f"{name}, {kind}"] = {
                 "hidden": hidden.detach(),
                 "values": values,

@@ -18,7 +18,7 @@ import torch
 import yaml
 from packaging.specifiers import SpecifierSet
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from alphatoken.batch import Batch
 from alphatoken.checkpoints.files import most_at_once
@@ -39,6 +39,7 @@ from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
 from alphatoken.errors import UserError
 from tests.ranks import ROOT, free_port, rank_environment, run_program, run_ranks
+from tests.runs import changed
 
 TURN = "'<|im_start|>' + message['role'] + '\n'"
 TRAINED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -476,6 +477,58 @@ def test_cut_responses_are_counted_apart(
     assert lengths.outcome == "warning"
     assert "rows truncated" in lengths.found
     assert sum(int(line.split()[-2]) for line in lengths.details[1:]) == len(train)
+
+
+def test_divided_rows_against_heads_and_lengths(run_values: dict[str, Any]) -> None:
+    """The tiny model has four heads, and its rows are of up to about a hundred tokens."""
+    whole = RunConfig.model_validate(run_values)
+    train = read_splits(whole, AutoTokenizer.from_pretrained(whole.model.name_or_path)).train
+    longest = int(train.lengths.max())
+
+    def judged(parts: int, limit: int) -> Finding:
+        return rows.judge_division(
+            train,
+            RunConfig.model_validate(
+                changed(run_values, data={"max_length": limit}, train={"sequence_parallel": parts})
+            ),
+        )
+
+    even, uneven, wasteful = judged(2, longest), judged(3, longest), judged(4, 4 * longest)
+    assert even.outcome == "ok"
+    assert even.found.startswith("each of the 2 ranks that divide a row takes 2 attention heads")
+    assert f"{longest} tokens of the {longest} that are allowed, {-(-longest // 2)} for each" in (
+        even.found
+    )
+    assert "multiples of 2, by 1 token at most" in even.found
+    assert uneven.outcome == "warning"
+    assert "take 1 or 2, so that 33% of their time in attention is waiting" in uneven.found
+    assert uneven.fix == "with train.sequence_parallel one of 2, 4 none waits"
+    assert wasteful.outcome == "warning"
+    assert "train.sequence_parallel=1 would do" in wasteful.fix
+    with pytest.raises(UserError, match="more than the 4 attention heads"):
+        judged(5, longest)
+
+
+def test_rows_beyond_the_models_positions(
+    run_values: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Rotary positions go on, which is said; of learned ones there are no more."""
+    config = RunConfig.model_validate(run_values)
+    splits = read_splits(config, AutoTokenizer.from_pretrained(tiny_model))
+    assert refusals.positions(config, splits).outcome == "ok"
+    longest = max(int(part.lengths.max()) for part in splits.named().values())
+    for model_type, positions, learned in (("llama", 64, False), ("gpt2", 64, True)):
+        folder = tmp_path / model_type
+        AutoConfig.for_model(model_type, max_position_embeddings=positions).save_pretrained(folder)
+        short = changed(run_values, model={"name_or_path": str(folder)})
+        if learned:
+            with pytest.raises(UserError, match=r"an embedding of its own: lower data\.max_length"):
+                refusals.positions(RunConfig.model_validate(short), splits)
+        else:
+            finding = refusals.positions(RunConfig.model_validate(short), splits)
+            assert finding.outcome == "warning"
+            assert f"rows of up to {longest} tokens, and {folder} 64 positions" in finding.found
+            assert "set rope_parameters there (YaRN, for one)" in finding.found
 
 
 # What ranks have gathered.

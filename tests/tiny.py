@@ -185,6 +185,47 @@ CASES: dict[str, TinyCase] = {
     ),
 }
 
+# Heads that two ranks, and four, do not divide, by number of query and key heads.
+_SIX = {"num_attention_heads": 6, "head_dim": 4}
+UNEVEN: dict[str, TinyCase] = {
+    "llama, 3 and 1": TinyCase(
+        _build("LlamaForCausalLM", "LlamaConfig", num_attention_heads=3, num_key_value_heads=1)
+    ),
+    "llama, 9 and 3": TinyCase(
+        _build(
+            "LlamaForCausalLM",
+            "LlamaConfig",
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            hidden_size=36,
+        )
+    ),
+    "gpt2, 3 and 3": TinyCase(
+        _build(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            num_attention_heads=3,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        )
+    ),
+    "mistral, 6 and 2": TinyCase(
+        _build("MistralForCausalLM", "MistralConfig", sliding_window=5, **_SIX)
+    ),
+    "gemma2, 6 and 2": TinyCase(
+        _build(
+            "Gemma2ForCausalLM",
+            "Gemma2Config",
+            query_pre_attn_scalar=4,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            **{**_SIX, **MIXED_WINDOWS},
+        ),
+        eager_only=True,
+    ),
+}
+
 
 def save_published(name: str, folder: Path) -> PreTrainedModel:
     """Writes a tiny model as models of its class are published, and returns it: Qwen3.5's text

@@ -239,14 +239,3 @@ class PreferenceRunConfig(RunConfig):
     @property
     def needs_reference(self) -> bool:
         return super().needs_reference or self.preference.needs_reference
-
-    @model_validator(mode="after")
-    def _lengths_are_known(self) -> PreferenceRunConfig:
-        parts, decay = self.train.sequence_parallel, self.preference.length_decay
-        if parts > 1 and decay != 1:
-            raise ValueError(
-                f"train.sequence_parallel={parts} is not possible with preference.length_decay="
-                f"{decay}: what a token counts depends on its place in the response, of which a "
-                "rank has a part"
-            )
-        return self

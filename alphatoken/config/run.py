@@ -259,17 +259,6 @@ class RunConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _rows_can_be_divided(self) -> RunConfig:
-        parts = self.train.sequence_parallel
-        if parts > 1 and self.train.evaluate:
-            raise ValueError(
-                f"train.sequence_parallel={parts} is not possible with train.evaluate: tasks are "
-                "answered from whole prompts, which no rank has; evaluate the export with "
-                "alphatoken evaluate"
-            )
-        return self
-
     def _check_needs(self, setting: str, needs: frozenset[Need]) -> None:
         """Raises ValueError where the run does not provide what a setting needs."""
         if needs & {"values", "terms", "spread"} and not self.valuation.enabled:

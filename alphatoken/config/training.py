@@ -68,8 +68,8 @@ class TrainConfig(Section):
         1,
         ge=1,
         description="Cut every row into so many equal parts, one for each of so many ranks, to "
-        "train on longer rows (docs/long_context.md). It divides the number of ranks and the "
-        "model's attention heads.",
+        "train on longer rows (docs/long_context.md). It divides the number of ranks, and is at "
+        "most that of the model's attention heads, best a divisor of it.",
         json_schema_extra=MAY_CHANGE,
     )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")

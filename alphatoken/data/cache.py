@@ -100,6 +100,17 @@ class TokenDataset:
         part, row = self._find(index)
         return location(self._sources[part], int(self._parts[part][row]["number"]))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; of a pair either is one."""
+        found = 0
+        for part in self._parts:
+            lengths, seconds = (
+                np.asarray(part.data.column(name), dtype=np.int64) for name in ("length", "second")
+            )
+            found = max(found, int(np.maximum(seconds, lengths - seconds).max(initial=0)))
+        return found
+
     def first_beyond(self, tokens: int) -> tuple[int, int] | None:
         """The first row with a token of id `tokens` or above, and its id; None without one."""
         for start, part in zip(self._starts, self._parts, strict=False):

@@ -16,7 +16,7 @@ from alphatoken.data.batches import Indices, Order
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoder, PromptEncoder, RowEncoder
 from alphatoken.data.pairs import ChosenEncoder, HeldOutPairEncoder, PairEncoder
-from alphatoken.data.pretrained import embeddings_of
+from alphatoken.data.pretrained import embeddings_of, read_settings
 from alphatoken.data.tokenizer import chat_rules, tokens_of
 from alphatoken.errors import UserError
 
@@ -93,6 +93,31 @@ def _check_tokens(
                 "model.resize_embeddings=true, which adds the missing ones, or use the tokenizer "
                 "that the model was published with"
             )
+
+
+def positions_note(config: RunConfig, splits: Splits) -> str | None:
+    """What becomes of rows that are longer than the model has positions; None where there are none.
+    Raises UserError where positions are learned, so that it knows no others."""
+    text = read_settings(config.model.name_or_path).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    longest = {name: part.longest for name, part in splits.named().items()}
+    name = max(longest, key=lambda each: longest[each])
+    if positions is None or longest[name] <= positions:
+        return None
+    found = (
+        f"{name} has rows of up to {longest[name]} tokens, and {config.model.name_or_path} "
+        f"{positions} positions (max_position_embeddings of its config.json)"
+    )
+    is_pairs = isinstance(config, PreferenceRunConfig)
+    lower = "lower " + (
+        "preference.max_prompt_tokens and max_response_tokens" if is_pairs else "data.max_length"
+    )
+    if getattr(text, "rope_parameters", None) is None:
+        raise UserError(f"{found}, each with an embedding of its own: {lower}")
+    return (
+        f"{found}: beyond them its rotary embedding goes on as before, which it was not trained "
+        f"for; set rope_parameters there (YaRN, for one), or {lower}"
+    )
 
 
 def _tokenised(sources: list[Source], encoder: RowEncoder, config: RunConfig) -> TokenDataset:

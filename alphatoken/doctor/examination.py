@@ -162,21 +162,32 @@ class Examination:
             self._on_first_rank("response mask", lambda: masks.judge_run(config, tokenizer))
         splits = None if tokenizer is None else self._read_data(config, tokenizer)
         if tokenizer is None or splits is None:
-            self._skip("data", "rows", "overlap", "prompts", "lengths", "end of turn", "disk space")
+            divided = ("divided rows",) if config.train.sequence_parallel > 1 else ()
+            lengths = ("lengths", "positions", *divided)
+            self._skip("data", "rows", "overlap", "prompts", *lengths, "end of turn", "disk space")
             return
-        self._on_first_rank("rows", lambda: refusals.sizes(config, splits))
-        self._on_first_rank("overlap", lambda: rows.check_overlap(splits))
-        self._everywhere("prompts", lambda: refusals.prompts(config, tokenizer, splits))
-        self._on_first_rank("lengths", lambda: rows.describe_lengths(splits.train, config))
-        self._on_first_rank(
-            "end of turn", lambda: rows.check_endings(splits.train, tokenizer, config)
-        )
+        self._check_rows(config, tokenizer, splits)
         if shapes is None:
             self._skip("a model", "disk space")
         else:
             self._on_first_rank(
                 "disk space", lambda: storage.check_space(config, shapes, len(splits.train))
             )
+
+    def _check_rows(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits
+    ) -> None:
+        """What the tokenised rows are like, and whether run and model can take them."""
+        self._on_first_rank("rows", lambda: refusals.sizes(config, splits))
+        self._on_first_rank("overlap", lambda: rows.check_overlap(splits))
+        self._everywhere("prompts", lambda: refusals.prompts(config, tokenizer, splits))
+        self._on_first_rank("lengths", lambda: rows.describe_lengths(splits.train, config))
+        self._on_first_rank("positions", lambda: refusals.positions(config, splits))
+        if config.train.sequence_parallel > 1:
+            self._on_first_rank("divided rows", lambda: rows.judge_division(splits.train, config))
+        self._on_first_rank(
+            "end of turn", lambda: rows.check_endings(splits.train, tokenizer, config)
+        )
 
     def _compare_ranks(self) -> RunConfig | None:
         """Compares what ranks are made of; the configuration, where all have read one."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alphatoken.checkpoints.resuming import find_checkpoint
 from alphatoken.config.run import RunConfig
 from alphatoken.data.chat import Encoder
-from alphatoken.data.splits import Splits, check_sizes, load_prompts
+from alphatoken.data.splits import Splits, check_sizes, load_prompts, positions_note
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.distributed.settings import deepspeed_config
 from alphatoken.doctor.findings import Finding
@@ -121,6 +121,13 @@ def sizes(config: RunConfig, splits: Splits) -> Finding:
     parts = [f"{name} {plural(len(part), 'row')}" for name, part in splits.named().items()]
     steps = plural(config.train.total_steps(len(splits.train)), "step")
     return Finding("rows", "ok", f"{', '.join(parts)}; a run of {steps}")
+
+
+def positions(config: RunConfig, splits: Splits) -> Finding:
+    """Whether the model has a position for every token of a row."""
+    note = positions_note(config, splits)
+    found = note or "the model has as many as rows have tokens"
+    return Finding("positions", "warning" if note else "ok", found)
 
 
 def run_folder(config: RunConfig, ranks: int) -> Finding:

@@ -16,15 +16,20 @@ from alphatoken.config.run import RunConfig
 from alphatoken.data.audit import ending, last_said
 from alphatoken.data.batches import Layout, micro_batches, row_tokens
 from alphatoken.data.cache import TokenDataset
+from alphatoken.data.pretrained import read_settings
 from alphatoken.data.splits import Splits, shared_rows
 from alphatoken.data.tokenizer import stop_tokens
 from alphatoken.doctor.findings import Finding
+from alphatoken.models.compatibility import check_divided_rows
 from alphatoken.models.loading import name_attention
+from alphatoken.passes.head_shares import HeadShares
+from alphatoken.planner.workload import longest_rows
 from alphatoken.util.wording import plural
 
 LOOKED_AT = 64  # rows that are collated
 BARS = 8
 BAR_WIDTH = 30
+NOTABLE_WAITING = 0.2  # share of the time in attention
 NOTABLE = 0.05  # share of rows that are cut or skipped
 
 
@@ -127,6 +132,32 @@ def describe_lengths(dataset: TokenDataset, config: RunConfig) -> Finding:
             details=details,
         )
     return Finding("lengths", "ok", found, details=details)
+
+
+def judge_division(dataset: TokenDataset, config: RunConfig) -> Finding:
+    """How ranks that divide rows (`train.sequence_parallel`) take attention heads and the training
+    rows, and whether the division fits both. Raises UserError where the model's rows cannot be
+    divided so."""
+    parts = config.train.sequence_parallel
+    settings = read_settings(config.model.name_or_path)
+    check_divided_rows(settings, parts)
+    shares = HeadShares.of_model(settings, parts)
+    longest, limit = dataset.longest, longest_rows(config).tokens
+    found = (
+        f"{shares.told}; the longest training row has {longest} tokens of the {limit} that are "
+        f"allowed, {-(-longest // parts)} for each; rows are padded to multiples of {parts}, by "
+        f"{plural(parts - 1, 'token')} at most"
+    )
+    fix = ""
+    if longest * parts <= limit:
+        fix = (
+            "whole rows are no longer than a rank's part of the longest that is allowed: "
+            "train.sequence_parallel=1 would do"
+        )
+    elif shares.idle > NOTABLE_WAITING:
+        divisors = [each for each in range(2, shares.heads + 1) if shares.heads % each == 0]
+        fix = f"with train.sequence_parallel one of {', '.join(map(str, divisors))} none waits"
+    return Finding("divided rows", "warning" if fix else "ok", found, fix)
 
 
 def check_overlap(splits: Splits) -> Finding:

@@ -152,10 +152,10 @@ def check_divided_rows(config: PretrainedConfig, parts: int) -> None:
             "carry a state along the row, from one rank's part into the next; set it to 1"
         )
     heads = config.get_text_config().num_attention_heads
-    if heads % parts:
+    if parts > heads:
         raise UserError(
-            f"{setting} does not divide the {heads} attention heads of the model, of which every "
-            "rank takes a share"
+            f"{setting} is more than the {heads} attention heads of the model, of which every rank "
+            f"takes some: set it to {heads} at most"
         )
 
 

@@ -69,19 +69,20 @@ def mean_log_probability(branch: Branch) -> Tensor:
     return -branch.mean_nll
 
 
-def length_weights(document_R: Tensor, documents: int, decay: float) -> Tensor:
+def length_weights(document_R: Tensor, counts_D: Tensor, earlier_D: Tensor, decay: float) -> Tensor:
     """`decay` where a token lies beyond the length of its pair's shorter response, else 1, (R,)
     float32: what it counts in the model's log-probability. LD-DPO, Liu et al., arXiv 2409.06411,
     its alpha; as in TRL and LLaMA-Factory the reference's log-probability is not decayed.
 
     `document_R` int64 numbers the documents, 2 i and 2 i + 1 those of pair i, of response tokens
-    that lie together and in order for each document.
+    that lie together and in order for each document. `counts_D` int64 are the response tokens of
+    each, `earlier_D` those before the first of `document_R`, where these are a part of them.
     """
     index_R = torch.arange(len(document_R), device=document_R.device)
-    first_D = torch.zeros(documents, dtype=torch.int64, device=document_R.device)
+    first_D = torch.zeros_like(counts_D)
     first_D.scatter_reduce_(0, document_R, index_R, "amin", include_self=False)
-    shorter_P = document_R.bincount(minlength=documents).view(-1, 2).amin(1)
-    beyond_R = index_R - first_D[document_R] >= shorter_P[document_R // 2]
+    place_R = index_R - first_D[document_R] + earlier_D[document_R]
+    beyond_R = place_R >= counts_D.view(-1, 2).amin(1)[document_R // 2]
     return torch.where(beyond_R, decay, 1.0)
 
 

@@ -114,12 +114,17 @@ class PreferenceObjective:
         response."""
         weight_BT = torch.ones_like(losses.nll_BT)
         if self._settings.length_decay != 1:
-            index = losses.response_index
-            weight_R = length_weights(
-                index.take(losses.batch["document_ids"]),
-                len(losses.batch["rows"]),
-                self._settings.length_decay,
-            )
+            index, batch = losses.response_index, losses.batch
+            document_R = index.take(batch["document_ids"])
+            counts_D = document_R.bincount(minlength=len(batch["rows"]))
+            earlier_D = torch.zeros_like(counts_D)
+            if "whole_rows" in batch:
+                counts_D, earlier_D = (
+                    torch.tensor(counts, dtype=torch.int64, device=document_R.device)
+                    for counts in (batch["document_counts"], batch["earlier_counts"])
+                )
+            decay = self._settings.length_decay
+            weight_R = length_weights(document_R, counts_D, earlier_D, decay)
             weight_BT.view(-1).index_copy_(0, index.index_R, weight_R)
         return weight_BT
 

@@ -1,22 +1,22 @@
 """Attention over rows that are divided over ranks (DeepSpeed's Ulysses, arXiv 2309.14509).
 
 Every rank has a part of each row. Before the kernel runs, ranks exchange parts of the row for
-heads: each has the whole row then, for H / R heads; behind it they exchange them back. What is
-causal, packed or windowed is therefore the kernel's, on whole rows.
+heads: each has the whole row then, for its share of the heads; behind it they exchange them back.
+What is causal, packed or windowed is therefore the kernel's, on whole rows.
 
 Shape legend: R ranks of a data group, B rows, T positions of whole rows, H query heads, G key/value
-heads (H a multiple of G), D head size, X numbers.
+heads (H a multiple of G), S heads that each rank is sent, D head size, X numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -26,6 +26,7 @@ from alphatoken.distributed import collectives
 from alphatoken.distributed.mesh import Axis, mesh
 from alphatoken.models.compatibility import FLASH_KERNELS
 from alphatoken.models.decoder import Decoder
+from alphatoken.passes.head_shares import HeadShares
 from alphatoken.passes.kernels import Attention, kernel_function, named
 
 # Without the kernels' own names: `transformers` looks for "flash" in them.
@@ -95,8 +96,8 @@ def _exchanged(parts_RX: Tensor, among: Axis) -> Tensor:
 
 
 def rows_for_heads(tensors: Sequence[Tensor], among: Axis) -> list[Tensor]:
-    """From this rank's part of the rows in all heads, (B, H, T/R, D) each with its own H and D, to
-    whole rows in its share of the heads, (B, H/R, T, D), in one message."""
+    """From this rank's part of the rows in heads for every rank in turn, (B, R S, T/R, D) each with
+    its own S and D, to whole rows in those for this rank, (B, S, T, D), in one message."""
     ranks = among.size
     parts = [each.unflatten(1, (ranks, -1)).movedim(1, 0) for each in tensors]
     flat_RX = torch.cat([part.flatten(1) for part in parts], dim=1)
@@ -109,8 +110,8 @@ def rows_for_heads(tensors: Sequence[Tensor], among: Axis) -> list[Tensor]:
 
 
 def heads_for_rows(output_BTHD: Tensor, among: Axis) -> Tensor:
-    """The way back for what a kernel returns: from whole rows in this rank's heads,
-    (B, T, H/R, D), to its part of the rows in all heads, (B, T/R, H, D)."""
+    """The way back for what a kernel returns: from whole rows in this rank's heads, (B, T, S, D),
+    to its part of the rows in those of every rank in turn, (B, T/R, R S, D)."""
     parts_RBTHD = output_BTHD.unflatten(1, (among.size, -1)).movedim(1, 0)
     received_RBTHD = _exchanged(parts_RBTHD.contiguous(), among)
     return received_RBTHD.movedim(0, 2).flatten(2, 3)
@@ -136,30 +137,61 @@ def attend_divided(
     """
     among = mesh().sequence
     assert among.size == whole_rows.parts, f"{whole_rows.parts} parts for {among.size} ranks"
-    # Fewer key heads than ranks, or none for each: a rank has a copy of those its queries read.
-    copies = among.size // math.gcd(among.size, key.shape[1])
-    if copies > 1:
-        key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
-    query, key, value = rows_for_heads((query, key, value), among)
+    shares = HeadShares(query.shape[1], key.shape[1], among.size)
+    query, key, value = _own_heads((query, key, value), shares, among)
     arguments["position_ids"] = whole_rows.position_BT
     with named(module, kernel):
         mask = _mask(module.config, query, whole_rows, arguments.get("sliding_window"))
         heads = _SomeHeads(module, query.shape[1] // key.shape[1])
         output_BTHD, _ = attention(heads, query, key, value, mask, **arguments)
-    return heads_for_rows(output_BTHD, among), None
+    if shares.are_even:
+        return heads_for_rows(output_BTHD, among), None
+    unused = shares.queries_sent - output_BTHD.shape[2]
+    slots_BTHD = heads_for_rows(F.pad(output_BTHD, (0, 0, 0, unused)), among)
+    return _chosen(slots_BTHD, shares.outputs(), 2), None
+
+
+def _own_heads(
+    tensors: Sequence[Tensor], shares: HeadShares, among: Axis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From this rank's part of the rows in all heads, queries (B, H, T/R, D), keys and values
+    (B, G, T/R, D), to whole rows in the heads that this rank takes, and those that they read."""
+    query, key, value = tensors
+    if shares.are_even:
+        # Fewer key heads than ranks, or none for each: a rank has a copy of those its queries read.
+        copies = shares.keys_sent * among.size // shares.key_heads
+        if copies > 1:
+            key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
+        query, key, value = rows_for_heads((query, key, value), among)
+        return query, key, value
+    sent = zip(tensors, (shares.queries(), shares.keys(), shares.keys()), strict=True)
+    query, key, value = rows_for_heads([_chosen(each, heads, 1) for each, heads in sent], among)
+    own, read = len(shares.taken(among.place)), shares.keys_read(among.place)
+    return query[:, :own], _chosen(key, read, 1), _chosen(value, read, 1)
+
+
+def _chosen(tensor: Tensor, places: Sequence[int], dim: int) -> Tensor:
+    """Slices of a dimension, some of them perhaps several times. Gradients are added up in the same
+    order always, which `index_select` does not promise on a GPU."""
+    slices = tensor.unbind(dim)
+    return torch.stack([slices[place] for place in places], dim)
 
 
 class NeighbourParts:
     """What the ranks of a data group tell each other of the causal path in rows that they divide.
     Every one of them must make the same calls."""
 
-    def __init__(self, among: Axis) -> None:
+    def __init__(self, among: Axis, heads: int) -> None:
+        """`heads`: of all ranks together."""
         self._among = among
+        own = len(HeadShares(heads, heads, among.size).taken(among.place))
+        self._weight = own * among.size / heads
 
     def own_band(self, band_BTW: Tensor) -> Tensor:
         """From the attention band of whole rows, (B, T, W), averaged over this rank's heads, that
         of its part of the rows, averaged over all heads. Sends (R-1)/R of the band."""
-        parts_RBTW = band_BTW.unflatten(1, (self._among.size, -1)).movedim(1, 0).contiguous()
+        weighed_BTW = band_BTW * self._weight
+        parts_RBTW = weighed_BTW.unflatten(1, (self._among.size, -1)).movedim(1, 0).contiguous()
         return collectives.exchange(parts_RBTW, self._among).mean(0)
 
     def beyond(self, outgrad_BTO: Tensor, window: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alphatoken.passes.head_shares import HeadShares
 from alphatoken.planner.compute import Compute
 from alphatoken.planner.parts import Part
 from alphatoken.planner.plan import PLANNED_BELOW_MEASURED, Plan
@@ -25,6 +26,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "parameters": _parameters(plan),
         "workload": asdict(plan.blueprint.workload),
+        "waiting_in_attention": shares.idle if (shares := _head_shares(plan)) else 0.0,
         "memory": {
             "steady": {part.name: part.bytes for part in memory.steady},
             "moments": {
@@ -64,11 +66,20 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{work.responses} of them responses.",
         highlight=False,
     )
+    shares = _head_shares(plan)
+    if shares is not None:
+        console.print(f"Attention: {shares.told}.", highlight=False)
     console.print(_memory_table(plan))
     if plan.traffic:
         console.print(_traffic_table(plan))
     console.print(_compute_table(plan))
     _print_verdict(plan, console)
+
+
+def _head_shares(plan: Plan) -> HeadShares | None:
+    """How ranks take attention heads where they divide rows."""
+    parts = plan.blueprint.workload.parts
+    return HeadShares.of_model(plan.blueprint.decoder.config, parts) if parts > 1 else None
 
 
 def _parameters(plan: Plan) -> dict[str, int]:

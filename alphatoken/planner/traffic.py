@@ -7,9 +7,8 @@ out.
 
 from __future__ import annotations
 
-import math
-
 from alphatoken.config.estimators import ESTIMATORS
+from alphatoken.passes.head_shares import HeadShares
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs import cost_of
 from alphatoken.planner.messages import Message, gather, merged
@@ -84,9 +83,9 @@ def _exchanges(blueprint: Blueprint) -> list[Message]:
     if work.parts == 1:
         return []
     text = blueprint.decoder.config
-    heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
-    size = size or text.hidden_size // heads
-    key_heads = math.lcm(getattr(text, "num_key_value_heads", None) or heads, work.parts)
+    shares = HeadShares.of_model(text, work.parts)
+    size = getattr(text, "head_dim", None) or text.hidden_size // shares.heads
+    sent = work.parts * (shares.queries_sent + shares.keys_sent)
     passes = work.micro_batches * (2 + config.train.gradient_checkpointing)
     passes += work.micro_batches * (config.selection.scope == "global_batch")
     every: float = passes * len(blueprint.decoder.layers)
@@ -97,7 +96,7 @@ def _exchanges(blueprint: Blueprint) -> list[Message]:
         every += blueprint.depth * cost_of(config.valuation.estimator).attended(blueprint)
         if "window" in ESTIMATORS[config.valuation.estimator].keys:
             bands = blueprint.depth * work.micro_batches * (config.valuation.window > 0)
-    whole = 2 * work.tokens * (heads + key_heads) * size * blueprint.sharding.weight_bytes
+    whole = 2 * work.tokens * sent * size * blueprint.sharding.weight_bytes
     band = 4 * work.tokens * work.parts * config.valuation.window
     return [
         Message("parts of rows for heads", "all_to_all", 2 * every, every * whole, work.parts),

@@ -19,6 +19,8 @@ from alphatoken.evaluation.results import (
     result_of,
     write_evaluation,
 )
+from alphatoken.models.decoder import decoder_of
+from alphatoken.passes.divided_attention import undivided
 from alphatoken.training.setup import Run
 from alphatoken.util.files import fingerprint
 from alphatoken.util.metrics import Metrics
@@ -26,8 +28,8 @@ from alphatoken.util.metrics import Metrics
 
 def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
     """What the tasks of `train.evaluate` find after `done` optimizer steps,
-    `eval_<measure>/<task>`; every item is written into the run's folder. Every rank must call
-    it."""
+    `eval_<measure>/<task>`; every item is written into the run's folder. Ranks that divide rows
+    in training answer whole ones meanwhile. Every rank must call it."""
     if not run.tasks:
         return {}
     judge = Judge(
@@ -39,7 +41,8 @@ def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
         batch_size=run.config.evaluation.batch_size,
         on_batch=on_batch,
     )
-    evaluation = judged(run.config, run.tasks, judge, f"{run.folder.path}, step {done}")
+    with undivided(decoder_of(run.model.lm)):
+        evaluation = judged(run.config, run.tasks, judge, f"{run.folder.path}, step {done}")
     collectives.on_rank_0(
         lambda: write_evaluation(run.folder.evaluation(done), evaluation, run.config.evaluation)
     )

@@ -16,7 +16,13 @@ from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
 from alphatoken.data.audit import look_at_rows
 from alphatoken.data.chat import tokenizer_identity
-from alphatoken.data.splits import Prompts, Splits, load_prompts, load_splits
+from alphatoken.data.splits import (
+    Prompts,
+    Splits,
+    load_prompts,
+    load_splits,
+    positions_note,
+)
 from alphatoken.data.tokenizer import (
     load_tokenizer,
     stop_at_end_of_turn,
@@ -40,6 +46,7 @@ from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
 from alphatoken.objectives.base import Objective
 from alphatoken.passes.divided_attention import divide_attention, undivided
+from alphatoken.passes.head_shares import HeadShares
 from alphatoken.reference.losses import Reference, check_reference
 from alphatoken.selection.step import selections_at
 from alphatoken.stability.drift import Drift
@@ -109,7 +116,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     # One that has to tokenise longer than the others must not keep them waiting for weights.
     splits = collectives.agree(lambda: load_splits(config, tokenizer))
     stored = _stored_values(config, tokenizer, splits)
-    notes = collectives.on_rank_0(lambda: look_at_rows(config, tokenizer))
+    notes = collectives.on_rank_0(lambda: _data_notes(config, tokenizer, splits))
     tasks = build_tasks(config, tokenizer, config.asked)
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
@@ -185,6 +192,12 @@ def _stored_values(
     return collectives.agree(lambda: columns_of(config, tokenizer, splits.train))[VALUE]
 
 
+def _data_notes(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[str]:
+    """What the user should know of the rows."""
+    beyond = positions_note(config, splits)
+    return [*look_at_rows(config, tokenizer), *([] if beyond is None else [beyond])]
+
+
 def _join(config: RunConfig) -> tuple[torch.device, dict[str, Any]]:
     """Joins the other ranks: this one's device, and DeepSpeed's configuration for all of them."""
     if config.train.deterministic:
@@ -234,6 +247,7 @@ def _model_notes(
     """What differs from the model as published, once `lm` stops where turns end, and from a run
     whose ranks have whole rows."""
     parts = config.train.sequence_parallel
+    shares = HeadShares.of_model(lm.config, parts)
     found = (
         vocabulary_note(config.model, tokenizer),
         stop_at_end_of_turn(lm.generation_config, config.model, tokenizer),
@@ -243,6 +257,7 @@ def _model_notes(
         if parts == 1
         else f"rows are divided over groups of {parts} ranks, so the report shows no responses: no "
         "rank has a whole one",
+        None if shares.are_even else shares.told,
     )
     return [note for note in found if note is not None]
 

@@ -68,6 +68,10 @@ class Tower:
         they are kept."""
         self._streamer.refresh()
 
+    @property
+    def _others(self) -> NeighbourParts:
+        return NeighbourParts(mesh().sequence, self._decoder.config.num_attention_heads)
+
     def capture(self) -> EntryCapture:
         """Wrap the model's forward pass in this, then hand its `.entry` to `run`."""
         return EntryCapture(self._decoder, self.layers.start, keep="every")
@@ -116,7 +120,7 @@ class Tower:
             ChunkSignals,
             window=window,
             weight_of=self.weight,
-            others=NeighbourParts(mesh().sequence) if "whole_rows" in batch else None,
+            others=self._others if "whole_rows" in batch else None,
         )
         for place in reversed(range(len(self.layers))):
             self._layer(place, chunks, outgrads, consumer_of, chunk_signals_of)
