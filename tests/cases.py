@@ -82,6 +82,7 @@ from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.ghost.scorer import GhostScorer
 from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
+from tests.host_copies import host_copies
 from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
@@ -786,8 +787,8 @@ def memory_of_one_of_many(
     folder: Path, configs: dict[str, dict[str, Any]], ranks: int, steps: int
 ) -> dict[str, dict[str, Any]]:
     """The most that tensors take from the beginning of a run on rank 0 of so many, the others of
-    which are not there; what is planned; what they take after each step; and on a GPU what the
-    allocator holds."""
+    which are not there; what is planned; what they take after each step, and how long it takes; and
+    on a GPU what the allocator holds."""
     pretend_ranks(ranks)
     results = {}
     for name, values in configs.items():
@@ -795,7 +796,7 @@ def memory_of_one_of_many(
         config = validate(RunConfig, values, "of the test")
         device = initialise_ranks()
         cuda = device.type == "cuda"
-        after = []
+        after, seconds = [], []
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -803,7 +804,11 @@ def memory_of_one_of_many(
         with contextlib.nullcontext() if cuda else PeakBytes([]) as counter:
             trainer = trainer_of(values)
             for step in range(steps):
+                start = time.perf_counter()
                 trainer.step.take(step, evaluates=False)
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
                 gc.collect()
                 after.append(
                     torch.cuda.memory_allocated() - before if counter is None else counter.now
@@ -816,6 +821,7 @@ def memory_of_one_of_many(
             "measured": peak,
             "planned": plan.memory.peak,
             "after": after,
+            "seconds": seconds,
             "reserved": reserved,
         }
         trainer.run.engine.destroy()
@@ -1149,6 +1155,26 @@ def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
             "metrics": metrics_of(values["train"]["output_dir"]),
         }
         finish(trainer)
+    return results
+
+
+def runs_with_host_copies(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As `divided_runs`, where layers copy what they keep on the host: how many tensors went there
+    and came back, their numbers of dimensions, and how many micro-batches this rank trained on."""
+    results: dict[str, Any] = {}
+    for name, values in configs.items():
+        with host_copies() as copies:
+            results |= divided_runs(folder, {name: values})
+        steps = len(results[name]["gradients"])
+        train = values["train"]
+        groups = collectives.world_size() // train.get("sequence_parallel", 1)
+        results[name] |= {
+            "copies": len(copies.out),
+            "back": copies.back,
+            "sizes": {tensor.dim() for tensor in copies.out},
+            "micro_batches": steps
+            * (train["global_batch_size"] // train["micro_batch_size"] // groups),
+        }
     return results
 
 

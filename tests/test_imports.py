@@ -192,6 +192,7 @@ FOREIGN = {
     "_exit",  # os: ending without the interpreter's shutdown
     "_fingerprint",  # datasets: a hash of the content
     "_forward_hooks",  # torch: hooks left behind
+    "_gradient_checkpointing_func",  # transformers: what a layer is checkpointed by
     "_lazy_init_hp_params_optimizer_state",  # DeepSpeed: fp32 moments of a bf16 optimizer
     "_overloadpacket",  # torch: an operator whatever its overload
     "_run_exitfuncs",  # atexit

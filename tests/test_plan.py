@@ -270,6 +270,61 @@ def test_what_does_not_fit_is_told_how_to_fit() -> None:
     assert plan.advice[0].change == "train.gradient_checkpointing=true"
     assert plan.capacity is not None
     assert sizes[-1] <= plan.capacity
+    train = {"output_dir": "run", "global_batch_size": 64, "gradient_checkpointing": True}
+    plan = make_plan(
+        plan.blueprint.config.model_validate(
+            {**plan.blueprint.config.model_dump(), "train": train}, strict=False
+        ),
+        Rows(131_072),
+        8,
+        "a100-80g",
+    )
+    changes = [each.change for each in plan.advice]
+    assert "train.gradient_checkpointing=true" not in changes, "it is on"
+    assert "train.gradient_checkpointing=offload" in changes
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_states_on_the_host_leave_the_device(estimator: str, tmp_path: Path) -> None:
+    """Of training; scoring holds on to those that it needs. Work and messages stay, and a CPU has
+    one memory."""
+    model = TINY["llama"].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+
+    def planned(device: str, *, keeps: bool | str) -> Plan:
+        return plan_of(
+            "llama",
+            device=device,
+            model={"name_or_path": str(tmp_path)},
+            valuation={"layers": 2, "estimator": estimator},
+            train={
+                "output_dir": "run",
+                "global_batch_size": 64,
+                "micro_batch_size": 4,
+                "gradient_checkpointing": keeps,
+            },
+        )
+
+    kept, moved = (planned("a100-40g", keeps=each) for each in (True, "offload"))
+    state = 4 * 2048 * 24 * 2  # rows, positions, features, bf16
+    less = {
+        moment: sum(part.bytes for part in parts)
+        - sum(part.bytes for part in moved.memory.moments[moment])
+        for moment, parts in kept.memory.moments.items()
+    }
+    assert less["loss"] == less["backward"] == 4 * state
+    # The two that entered the scored layers; forward mode needs the first of them only.
+    assert less["score"] == (2 if estimator == "ghost" else 3) * state
+    assert less["refresh"] == less["optimizer"] == 0
+    assert moved.memory.host - kept.memory.host == 4 * 2**19 > 4 * state, "rounded up to be pinned"
+    assert moved.offloaded == 2 * 4 * state, "micro-batches of four layers"
+    assert kept.offloaded == 0
+    assert moved.traffic == kept.traffic
+    assert moved.own == kept.own
+    on_cpu = [planned("cpu", keeps=each) for each in (True, "offload")]
+    assert on_cpu[0].memory == on_cpu[1].memory
+    assert on_cpu[1].offloaded == 0
 
 
 def test_what_is_too_close_to_tell_is_not_said_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:

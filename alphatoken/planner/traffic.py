@@ -87,7 +87,7 @@ def _exchanges(blueprint: Blueprint) -> list[Message]:
     heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
     size = size or text.hidden_size // heads
     key_heads = math.lcm(getattr(text, "num_key_value_heads", None) or heads, work.parts)
-    passes = work.micro_batches * (2 + config.train.gradient_checkpointing)
+    passes = work.micro_batches * (2 + bool(config.train.gradient_checkpointing))
     passes += work.micro_batches * (config.selection.scope == "global_batch")
     every: float = passes * len(blueprint.decoder.layers)
     bands = 0

@@ -126,8 +126,10 @@ class ExactCost(ScoringCost):
         body, directions = blueprint.body, _directions(blueprint)
         largest = max(each.peak_bytes for each in _traced(blueprint))
         working = int(chunk_share(blueprint) * largest)
+        # The state that entered the first scored layer is there anyhow, unless it is on the host.
+        states = 1 + 2 * directions + blueprint.offloads
         return (
-            Part("states and derivatives", (1 + 2 * directions) * body.state_bytes),
+            Part("states and derivatives", states * body.state_bytes),
             *scored_layer(blueprint, matrices=directions, working=working),
         )
 

@@ -250,8 +250,9 @@ class GhostCost(ScoringCost):
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         work, share = blueprint.workload, chunk_share(blueprint)
         layer = max(each.kept_bytes for each in _tower(blueprint, rows=work.rows))
-        # Checkpointing keeps what enters a layer anyhow.
-        entered = 0 if blueprint.config.train.gradient_checkpointing else blueprint.depth
+        # Checkpointing keeps what enters a layer anyhow, unless it keeps that on the host.
+        keeps = blueprint.config.train.gradient_checkpointing and not blueprint.offloads
+        entered = 0 if keeps else blueprint.depth
         states = _states(entered) * blueprint.body.state_bytes
         parts = (
             Part("activations of scoring", int(share * layer) + states),
