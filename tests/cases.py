@@ -231,12 +231,13 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
     return results
 
 
-def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
-    """What each case of the benchmark takes, and what was planned. (Memory does not count: forked
+def planned_and_measured(folder: Path, model: Path, cases: list[str]) -> dict[str, Any]:
+    """What cases of the benchmark take, and what was planned. (Memory does not count: forked
     processes share.)"""
+    ranks = int(os.environ["WORLD_SIZE"])
     return {
-        case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32"))
-        for case in plan_accuracy.CASES
+        case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32", ranks))
+        for case in cases
     }
 
 
@@ -1156,6 +1157,25 @@ def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
         }
         finish(trainer)
     return results
+
+
+def gradients_as_divided(
+    folder: Path, configs: dict[str, dict[str, Any]], told: int
+) -> dict[str, dict[str, Tensor]]:
+    """The gradient of each run's first step, as DeepSpeed leaves it where its reductions are told
+    of rows that are divided over so many ranks; 1 is what it knows of a run."""
+    found = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        assert trainer.run.engine.sequence_parallel_size == 1
+        assert trainer.run.engine.optimizer.sequence_parallel_size == 1
+        trainer.run.engine.optimizer.sequence_parallel_size = told
+        gradients: list[dict[str, Tensor]] = []
+        before_update(trainer, partial(_keep_gradients, trainer, gradients))
+        trainer.step.take(0, evaluates=False)
+        found[name] = gradients[0]
+        finish(trainer)
+    return found
 
 
 def runs_with_host_copies(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -150,10 +150,10 @@ class ExactCost(ScoringCost):
             logits(blueprint, work.held_out_responses),
         )
 
-    def attended(self, blueprint: Blueprint) -> float:
+    def attended(self, blueprint: Blueprint) -> tuple[float, float]:
         work, every = blueprint.workload, blueprint.config.valuation.refresh_every
         held_out = 2 * work.held_out_batches * _sums(blueprint) / every
-        return (1 + _directions(blueprint)) * work.micro_batches + held_out
+        return (1 + _directions(blueprint)) * work.micro_batches, held_out
 
     def messages(self, blueprint: Blueprint) -> list[Message]:
         weight, passes = blueprint.sharding.weight_bytes, blueprint.workload.micro_batches

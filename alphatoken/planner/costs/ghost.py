@@ -329,10 +329,10 @@ class GhostCost(ScoringCost):
                 messages.append(gather(blueprint, "drift V", scored, weight, uses))
         return merged(messages)
 
-    def attended(self, blueprint: Blueprint) -> float:
+    def attended(self, blueprint: Blueprint) -> tuple[float, float]:
         work, valuation = blueprint.workload, blueprint.config.valuation
         held_out = work.held_out_batches * blueprint.steering_passes / valuation.refresh_every
-        return 2 * (work.micro_batches + held_out)
+        return 2 * work.micro_batches, 2 * held_out
 
     def drift_uses(self, blueprint: Blueprint) -> int:
         return 1 if blueprint.resident else blueprint.workload.micro_batches
