@@ -19,8 +19,9 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -37,6 +38,7 @@ from alphatoken.objectives.base import Objective
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.counting import FlopCounter
+from alphatoken.planner.messages import Message, Op
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import rows_of
 from alphatoken.training.setup import build_run
@@ -45,6 +47,16 @@ from benchmarks.measuring import circumstances, status, write_result
 from benchmarks.preference_memory import run_values, save_data
 
 STEPS = 3
+PARTS = {"sequence_parallel": 2}
+DIVIDED: dict[str, dict[str, Any]] = {
+    "ghost, rows divided": {"train": PARTS},
+    "ghost, checkpointing, stage 2, rows divided": {
+        "train": {**PARTS, "gradient_checkpointing": True},
+        "deepspeed": {"config": {"zero_optimization": {"stage": 2}}},
+    },
+    "exact, rows divided": {"train": PARTS, "valuation": {"estimator": "exact"}},
+    "pairs, rows divided": {"train": PARTS, "preference": {}},
+}
 CASES: dict[str, dict[str, Any]] = {
     "ghost": {},
     "without valuation": {"valuation": {"enabled": False}},
@@ -60,15 +72,16 @@ CASES: dict[str, dict[str, Any]] = {
         "valuation": {"contrast": 1.0, "contrast_from": "drawn", "residency": "streamed"},
     },
     "pairs, by held-out pairs": {"preference": {}, "valuation": {"target": "preference"}},
+    **DIVIDED,
 }
 
 
-def config_of(case: str, folder: Path, model: Path, dtype: str) -> RunConfig:
-    """Two micro-batches of two documents on each of two ranks."""
+def config_of(case: str, folder: Path, model: Path, dtype: str, ranks: int = 2) -> RunConfig:
+    """As many rows in a step as make two micro-batches of two documents on each rank."""
     changes = {**CASES[case], "model": {"dtype": dtype}}
     kind = "pairs" if "preference" in changes else "sft"
     run = case.replace(" ", "-")
-    values = run_values(kind, folder, model, ranks=2, documents=2, steps=STEPS + 1, run=run)
+    values = run_values(kind, folder, model, ranks=ranks, documents=2, steps=STEPS + 1, run=run)
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys}
     return (PreferenceRunConfig if kind == "pairs" else RunConfig).model_validate(values)
@@ -102,8 +115,23 @@ def measure(config: RunConfig) -> dict[str, Any]:
     }
     return {
         "row_tokens": rows.tokens,
+        "operations": by_operation(plan.traffic, communicated),
         **{name: {"planned": pair[0], "measured": pair[1]} for name, pair in pairs.items()},
     }
+
+
+def by_operation(
+    planned: Sequence[Message], measured: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
+    """Bytes of each collective operation, planned and in DeepSpeed's log."""
+    found: dict[str, dict[str, float]] = {}
+    for operation in get_args(Op):
+        sums = (
+            sum(message.bytes for message in planned if message.op == operation),
+            sum(size for name, size in measured.items() if name.startswith(operation)),
+        )
+        found[operation] = dict(zip(("planned", "measured"), sums, strict=True))
+    return found
 
 
 def run_case(case: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

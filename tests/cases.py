@@ -85,6 +85,7 @@ from alphatoken.values.ghost.scorer import GhostScorer
 from alphatoken.values.registry import build_scorer
 from benchmarks import plan_accuracy
 from tests.flash_attention import stand_in
+from tests.host_copies import host_copies
 from tests.one_of_many import pretend_ranks
 from tests.published import LOSSES
 from tests.runs import metrics_of
@@ -233,12 +234,13 @@ def valued_steps(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
     return results
 
 
-def planned_and_measured(folder: Path, model: Path) -> dict[str, Any]:
-    """What each case of the benchmark takes, and what was planned. (Memory does not count: forked
+def planned_and_measured(folder: Path, model: Path, cases: list[str]) -> dict[str, Any]:
+    """What cases of the benchmark take, and what was planned. (Memory does not count: forked
     processes share.)"""
+    ranks = int(os.environ["WORLD_SIZE"])
     return {
-        case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32"))
-        for case in plan_accuracy.CASES
+        case: plan_accuracy.measure(plan_accuracy.config_of(case, folder, model, "float32", ranks))
+        for case in cases
     }
 
 
@@ -814,8 +816,8 @@ def memory_of_one_of_many(
     folder: Path, configs: dict[str, dict[str, Any]], ranks: int, steps: int
 ) -> dict[str, dict[str, Any]]:
     """The most that tensors take from the beginning of a run on rank 0 of so many, the others of
-    which are not there; what is planned; what they take after each step; and on a GPU what the
-    allocator holds."""
+    which are not there; what is planned; what they take after each step, and how long it takes; and
+    on a GPU what the allocator holds."""
     pretend_ranks(ranks)
     results = {}
     for name, values in configs.items():
@@ -823,7 +825,7 @@ def memory_of_one_of_many(
         config = validate(RunConfig, values, "of the test")
         device = initialise_ranks()
         cuda = device.type == "cuda"
-        after = []
+        after, seconds = [], []
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -831,7 +833,11 @@ def memory_of_one_of_many(
         with contextlib.nullcontext() if cuda else PeakBytes([]) as counter:
             trainer = trainer_of(values)
             for step in range(steps):
+                start = time.perf_counter()
                 trainer.step.take(step, evaluates=False)
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
                 gc.collect()
                 after.append(
                     torch.cuda.memory_allocated() - before if counter is None else counter.now
@@ -844,6 +850,7 @@ def memory_of_one_of_many(
             "measured": peak,
             "planned": plan.memory.peak,
             "after": after,
+            "seconds": seconds,
             "reserved": reserved,
         }
         trainer.run.engine.destroy()
@@ -1194,6 +1201,45 @@ def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, 
             "metrics": metrics_of(values["train"]["output_dir"]),
         }
         finish(trainer)
+    return results
+
+
+def gradients_as_divided(
+    folder: Path, configs: dict[str, dict[str, Any]], told: int
+) -> dict[str, dict[str, Tensor]]:
+    """The gradient of each run's first step, as DeepSpeed leaves it where its reductions are told
+    of rows that are divided over so many ranks; 1 is what it knows of a run."""
+    found = {}
+    for name, values in configs.items():
+        trainer = trainer_of(values)
+        assert trainer.run.engine.sequence_parallel_size == 1
+        assert trainer.run.engine.optimizer.sequence_parallel_size == 1
+        trainer.run.engine.optimizer.sequence_parallel_size = told
+        gradients: list[dict[str, Tensor]] = []
+        before_update(trainer, partial(_keep_gradients, trainer, gradients))
+        trainer.step.take(0, evaluates=False)
+        found[name] = gradients[0]
+        finish(trainer)
+    return found
+
+
+def runs_with_host_copies(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As `divided_runs`, where layers copy what they keep on the host: how many tensors went there
+    and came back, their numbers of dimensions, and how many micro-batches this rank trained on."""
+    results: dict[str, Any] = {}
+    for name, values in configs.items():
+        with host_copies() as copies:
+            results |= divided_runs(folder, {name: values})
+        steps = len(results[name]["gradients"])
+        train = values["train"]
+        groups = collectives.world_size() // train.get("sequence_parallel", 1)
+        results[name] |= {
+            "copies": len(copies.out),
+            "back": copies.back,
+            "sizes": {tensor.dim() for tensor in copies.out},
+            "micro_batches": steps
+            * (train["global_batch_size"] // train["micro_batch_size"] // groups),
+        }
     return results
 
 

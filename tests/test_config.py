@@ -605,6 +605,17 @@ def test_what_may_differ_between_a_run_and_its_continuation(file: Path) -> None:
     assert not any(may_change(RunConfig, key) for key in ("train.gone", "gone", "gone.save_every"))
 
 
+def test_recomputation_is_on_or_off_or_on_the_host(file: Path) -> None:
+    def read(text: str) -> bool | str:
+        override = f"train.gradient_checkpointing={text}"
+        return load_config(RunConfig, file, [override]).train.gradient_checkpointing
+
+    assert [read(text) for text in ("true", "false", "offload")] == [True, False, "offload"]
+    for wrong in ("ofload", "1", "null"):
+        with pytest.raises(UserError, match=r"valid boolean, .*; or input should be 'offload'"):
+            read(wrong)
+
+
 def test_names_from_a_table_are_answered_like_those_of_a_literal() -> None:
     """A wrong policy or objective reads as it would if the names were fixed, and a name that is
     added later is accepted."""

@@ -193,6 +193,7 @@ FOREIGN = {
     "_get_default_store",  # torch: what the ranks of a process group met in
     "_fingerprint",  # datasets: a hash of the content
     "_forward_hooks",  # torch: hooks left behind
+    "_gradient_checkpointing_func",  # transformers: what a layer is checkpointed by
     "_lazy_init_hp_params_optimizer_state",  # DeepSpeed: fp32 moments of a bf16 optimizer
     "_overloadpacket",  # torch: an operator whatever its overload
     "_run_exitfuncs",  # atexit

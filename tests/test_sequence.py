@@ -283,6 +283,47 @@ def test_a_run_goes_on_bit_for_bit_and_with_its_rows_divided_otherwise(
             assert relative_error(found[key], weight) < 1e-5, key
 
 
+REDUCTIONS = {
+    "stage 3": (3, True, 1),
+    "stage 3, all-reduce": (3, False, 2),
+    "stage 2": (2, True, 2),
+    "stage 2, all-reduce": (2, False, 2),
+}
+"""ZeRO's stage, whether it scatters what it reduces, and how many times ours a gradient is that
+DeepSpeed divides for rows over two ranks."""
+
+
+@pytest.mark.slow
+def test_every_reduction_of_deepspeed_averages_over_all_ranks(
+    plain_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """DeepSpeed's own sequence parallelism divides a gradient by the number of data groups, but
+    for the scattered one of stage 3, which it divides by that of all ranks. It is not told of ours:
+    every reduction divides by the number of all ranks, by which losses are multiplied."""
+
+    def configs(parts: int) -> dict[str, dict[str, Any]]:
+        return {
+            name: changed(
+                plain_values,
+                train={"sequence_parallel": parts, "output_dir": str(tmp_path / f"{name} {parts}")},
+                deepspeed={
+                    "config": {"zero_optimization": {"stage": number, "reduce_scatter": scatter}}
+                },
+            )
+            for name, (number, scatter, _) in REDUCTIONS.items()
+        }
+
+    alone = configs(1)["stage 3"]
+    (one,) = run_ranks("gradients_as_divided", 1, tmp_path, configs={"alone": alone}, told=1)
+    for told in (1, 2):
+        ranks = run_ranks("gradients_as_divided", 2, tmp_path, configs=configs(2), told=told)
+        for name, (_, _, theirs) in REDUCTIONS.items():
+            times = 1 if told == 1 else theirs
+            for key, gradient in one["alone"].items():
+                error = relative_error(ranks[0][name][key], times * gradient)
+                assert error < 1e-5, f"{name}, told of {told}: {key} is off by {error:.1e}"
+
+
 def test_values_on_disk_are_of_whole_rows(run_values: dict[str, Any]) -> None:
     values = changed(run_values, train={"sequence_parallel": 2})
     with pytest.raises(UserError, match="values are kept by whole responses"):

@@ -152,8 +152,10 @@ class TrainConfig(Section):
         description="End training after so many evaluations in which keep_best was no better.",
         json_schema_extra=MAY_CHANGE,
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in backward: less memory, more time."
+    gradient_checkpointing: bool | Literal["offload"] = Field(
+        False,
+        description="Recompute activations in backward: less memory, more time. offload: what "
+        "enters each layer is moved to host memory until then, too.",
     )
 
     deterministic: bool = Field(

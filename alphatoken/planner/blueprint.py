@@ -4,7 +4,7 @@ work on."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -106,6 +106,16 @@ class Blueprint:
         return valuation.enabled and (
             valuation.fisher is not None or valuation.stability_weight > 0
         )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the states that enter layers are kept on the host until the backward pass."""
+        return self.config.train.gradient_checkpointing == "offload"
+
+    def training(self, **changes: Any) -> Blueprint:
+        """The same run with other values in its section `train`, which change no shape."""
+        train = self.config.train.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"train": train}))
 
     @property
     def steering_passes(self) -> int:
@@ -224,7 +234,7 @@ def draw(config: RunConfig, rows: Rows, ranks: int) -> Blueprint:
             sharding,
             steering_batches=workload.held_out_batches * steering_passes(config),
             micro_batches=workload.micro_batches,
-            checkpointing=config.train.gradient_checkpointing,
+            checkpointing=bool(config.train.gradient_checkpointing),
         )
     return Blueprint(
         config=config,

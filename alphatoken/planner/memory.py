@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from alphatoken.checkpoints.saving import checkpoint_bytes
 from alphatoken.models.head import block_rows
@@ -49,6 +50,8 @@ def _total(parts: tuple[Part, ...]) -> int:
 def memory_of(blueprint: Blueprint, *, on_cpu: bool) -> Memory:
     """Where a bucket is larger than what it will hold, a CPU takes only what is written to, a GPU
     all of it."""
+    if on_cpu and blueprint.offloads:  # the host's memory is the device's
+        blueprint = blueprint.training(gradient_checkpointing=True)
     steady, host = _states(blueprint, on_cpu=on_cpu)
     if blueprint.depth:
         steady += _valuation(blueprint)
@@ -56,6 +59,8 @@ def memory_of(blueprint: Blueprint, *, on_cpu: bool) -> Memory:
         steady.append(Part("process, after its imports", _process(blueprint)))
         steady += host  # all is host memory
         host = []
+    elif blueprint.offloads:
+        host.append(Part("states between layers", _pinned(blueprint)))
     elsewhere = [Part(part.name, part.bytes, "host") for part in host]
     return Memory(tuple(steady), _moments(blueprint), (*elsewhere, *_disk(blueprint)))
 
@@ -126,7 +131,9 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
 
 def _moments(blueprint: Blueprint) -> dict[str, tuple[Part, ...]]:
     work, weight = blueprint.workload, blueprint.sharding.weight_bytes
-    gathered, activations = _gathered(blueprint), _activations(blueprint)
+    checkpointing = blueprint.config.train.gradient_checkpointing
+    activations = Part("activations", activation_bytes(blueprint, checkpointing=checkpointing))
+    gathered = _gathered(blueprint)
     # A layer's gradients on their way: about as much as its three largest activations.
     working = Part("gradients of one layer", 3 * blueprint.body.largest_bytes)
     vocabulary = blueprint.decoder.head.weight.shape[0]
@@ -162,18 +169,21 @@ def _gathered(blueprint: Blueprint) -> Part:
     return Part("gathered weights", (held + arriving) * sharding.weight_bytes)
 
 
-def _activations(blueprint: Blueprint, *, checkpointing: bool | None = None) -> Part:
-    """What the forward pass of a micro-batch keeps for its backward pass."""
+def activation_bytes(blueprint: Blueprint, *, checkpointing: bool | Literal["offload"]) -> int:
+    """What the forward pass of a micro-batch keeps on the device for its backward pass: all, or the
+    states between layers and one layer's rest at a time; without those states where they are on the
+    host."""
+    kept = [layer.kept_bytes for layer in blueprint.body.layers]
+    if not checkpointing:
+        return sum(kept)
+    states = 0 if checkpointing == "offload" else len(kept) * blueprint.body.state_bytes
+    return states + max(kept)
+
+
+def _pinned(blueprint: Blueprint) -> int:
+    """Host memory of the states between layers; torch takes a power of two for each."""
     body = blueprint.body
-    if blueprint.config.train.gradient_checkpointing if checkpointing is None else checkpointing:
-        largest = max(layer.kept_bytes for layer in body.layers)
-        return Part("activations", len(body.layers) * body.state_bytes + largest)
-    return Part("activations", sum(layer.kept_bytes for layer in body.layers))
-
-
-def activation_bytes(blueprint: Blueprint, *, checkpointing: bool) -> int:
-    """Activations of one micro-batch, with or without recomputing them."""
-    return _activations(blueprint, checkpointing=checkpointing).bytes
+    return len(body.layers) * (1 << (body.state_bytes - 1).bit_length())
 
 
 def _step_gradients(blueprint: Blueprint) -> Part:

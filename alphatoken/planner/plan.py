@@ -87,11 +87,25 @@ class Plan:
 
     @property
     def activations(self) -> dict[str, int]:
-        """Bytes of one micro-batch's activations with and without recomputing them."""
+        """Bytes on the device of one micro-batch's activations, with and without recomputing
+        them."""
         return {
+            "with offloaded checkpointing": activation_bytes(
+                self.blueprint, checkpointing="offload"
+            ),
             "with checkpointing": activation_bytes(self.blueprint, checkpointing=True),
             "without checkpointing": activation_bytes(self.blueprint, checkpointing=False),
         }
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes of states between layers that a step copies from the device to the host, and as
+        many back; 0 where they stay."""
+        blueprint = self.blueprint
+        if not blueprint.offloads or self.device == "cpu":
+            return 0
+        states = blueprint.workload.micro_batches * len(blueprint.body.layers)
+        return states * blueprint.body.state_bytes
 
 
 def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = None) -> Plan:
@@ -102,7 +116,9 @@ def make_plan(config: RunConfig, rows: Rows, ranks: int, device: str | None = No
     memory = memory_of(blueprint, on_cpu=device == "cpu")
     needed = _with_overhead(memory, device)
     capacity = _budget(GPUS.get(device or "", float("inf")) * GIB)
-    advice = tuple(_advise(config, rows, ranks, device, capacity)) if needed > capacity else ()
+    advice: tuple[Advice, ...] = ()
+    if needed > capacity:
+        advice = tuple(_advise(config, rows, ranks, device, needed, capacity))
     own = compute_of(blueprint)
     compute = _compute_by_estimator(config, rows, ranks, own)
     return Plan(
@@ -148,18 +164,17 @@ def _estimating(config: RunConfig, estimator: str) -> RunConfig:
 
 
 def _advise(
-    config: RunConfig, rows: Rows, ranks: int, device: str | None, capacity: float
+    config: RunConfig, rows: Rows, ranks: int, device: str | None, lowest: int, capacity: float
 ) -> Iterator[Advice]:
-    """Changes that lower the peak, each on top of the others, until it fits; what does not lower it
-    is left out."""
-    lowest = None
+    """Changes that lower the peak below `lowest`, each on top of the others, until it fits; what
+    does not lower it is left out."""
     for change, changed, more in _changes(config, ranks):
         try:
             memory = memory_of(draw(changed(config), rows, ranks * more), on_cpu=False)
         except UserError:  # such as a batch that so many ranks do not divide
             continue
         needed = _with_overhead(memory, device)
-        if lowest is not None and needed >= lowest:
+        if needed >= lowest:
             continue
         lowest, config, ranks = needed, changed(config), ranks * more
         yield Advice(change, needed)
@@ -188,6 +203,7 @@ def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, int]]:
         yield f"train.micro_batch_size={size}", train(micro_batch_size=size), 1
     if config.valuation.enabled:
         yield "valuation.chunk_tokens=1", valuation(chunk_tokens=1), 1
+    yield "train.gradient_checkpointing=offload", train(gradient_checkpointing="offload"), 1
     values = read_deepspeed_config(config.deepspeed.config)
     small = {"reduce_bucket_size": 50_000_000}
     offloaded = {**small, "offload_optimizer": {"device": "cpu", "pin_memory": True}}

@@ -39,6 +39,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
             "capacity": plan.capacity,
             "fits": plan.fits,
             "activations": plan.activations,
+            "copied_to_host": plan.offloaded,
             "elsewhere": {
                 part.name: {"bytes": part.bytes, "where": part.where} for part in memory.elsewhere
             },
@@ -119,6 +120,8 @@ def _memory_table(plan: Plan) -> Table:
     for part in memory.elsewhere:
         if part.bytes:
             table.add_row(f"{part.name}, on {part.where}", size(part.bytes))
+    if plan.offloaded:
+        table.add_row("copied to the host in a step, and as much back", size(plan.offloaded))
     return table
 
 

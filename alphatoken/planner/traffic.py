@@ -12,6 +12,7 @@ from alphatoken.passes.head_shares import HeadShares
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.costs import cost_of
 from alphatoken.planner.messages import Message, gather, merged
+from alphatoken.selection.step import selections_at
 
 
 def traffic_of(blueprint: Blueprint) -> list[Message]:
@@ -19,7 +20,7 @@ def traffic_of(blueprint: Blueprint) -> list[Message]:
     refreshed in each."""
     if blueprint.sharding.ranks == 1:
         return []
-    messages = [*_engine(blueprint), *_exchanges(blueprint)]
+    messages = [*_engine(blueprint), *_exchanges(blueprint), *_choices(blueprint)]
     if blueprint.depth:
         messages += cost_of(blueprint.config.valuation.estimator).messages(blueprint)
         messages += [*_masters(blueprint), *_statistics(blueprint)]
@@ -78,7 +79,7 @@ def _engine(blueprint: Blueprint) -> list[Message]:
 
 def _exchanges(blueprint: Blueprint) -> list[Message]:
     """Where rows are divided over ranks: parts of rows for heads, before and behind the kernel of
-    every attention layer, and the parts of its band."""
+    every attention layer, and what the causal path of values needs of other parts."""
     work, config = blueprint.workload, blueprint.config
     if work.parts == 1:
         return []
@@ -86,22 +87,71 @@ def _exchanges(blueprint: Blueprint) -> list[Message]:
     shares = HeadShares.of_model(text, work.parts)
     size = getattr(text, "head_dim", None) or text.hidden_size // shares.heads
     sent = work.parts * (shares.queries_sent + shares.keys_sent)
-    passes = work.micro_batches * (2 + config.train.gradient_checkpointing)
+    layers, depth = len(blueprint.decoder.layers), blueprint.depth
+    passes = work.micro_batches * (2 + bool(config.train.gradient_checkpointing))
     passes += work.micro_batches * (config.selection.scope == "global_batch")
-    every: float = passes * len(blueprint.decoder.layers)
-    bands = 0
-    if blueprint.depth:
-        held_out = work.held_out_batches * blueprint.steering_passes
-        every += held_out / config.valuation.refresh_every * len(blueprint.decoder.layers)
-        every += blueprint.depth * cost_of(config.valuation.estimator).attended(blueprint)
-        if "window" in ESTIMATORS[config.valuation.estimator].keys:
-            bands = blueprint.depth * work.micro_batches * (config.valuation.window > 0)
-    whole = 2 * work.tokens * sent * size * blueprint.sharding.weight_bytes
-    band = 4 * work.tokens * work.parts * config.valuation.window
+    every: float = passes * layers
+    held_out: float = 0
+    if depth:
+        scored, steered = cost_of(config.valuation.estimator).attended(blueprint)
+        refreshed = work.held_out_batches * blueprint.steering_passes
+        every += depth * scored
+        held_out = layers * refreshed / config.valuation.refresh_every + depth * steered
+    # Of pairs a draw for B has both documents, whichever are held out.
+    tokens = every * work.tokens
+    tokens += (
+        held_out * work.held_out_tokens * (blueprint.steering_documents / blueprint.steering_passes)
+    )
+    whole = 2 * sent * size * blueprint.sharding.weight_bytes
+    count = 2 * (every + held_out)
     return [
-        Message("parts of rows for heads", "all_to_all", 2 * every, every * whole, work.parts),
-        Message("attention band", "all_to_all", bands, bands * band, work.parts),
+        Message("parts of rows for heads", "all_to_all", count, tokens * whole, work.parts),
+        *_causal_path(blueprint),
     ]
+
+
+def _causal_path(blueprint: Blueprint) -> list[Message]:
+    """Where rows are divided over ranks: parts of the attention band of every scored layer, and the
+    output gradients of values that the window reaches in the parts of others."""
+    work, valuation = blueprint.workload, blueprint.config.valuation
+    if not (blueprint.depth and "window" in ESTIMATORS[valuation.estimator].keys):
+        return []
+    window, times = valuation.window, work.micro_batches
+    values = [
+        len(linear.value_rows)
+        if linear.value_rows is not None
+        else blueprint.decoder.model.get_parameter(linear.name).shape[int(linear.transposed)]
+        for linear in blueprint.decoder.scored_linears(blueprint.depth)
+        if linear.is_value and linear.feeds is None
+    ]
+    band = 4 * work.tokens * work.parts * window
+    beyond = work.rows * min(window, work.row_tokens) * blueprint.sharding.weight_bytes
+    bands = times * blueprint.depth * bool(window)
+    mixed = times * len(values) * bool(window)
+    return [
+        Message("attention band", "all_to_all", bands, bands * band, work.parts),
+        Message(
+            "gradients of the next parts",
+            "all_gather",
+            mixed,
+            times * sum(values) * beyond,
+            work.parts,
+        ),
+    ]
+
+
+def _choices(blueprint: Blueprint) -> list[Message]:
+    """What selections read of response tokens, where they are chosen among those of several ranks:
+    float64, as long as what the rank has that has most."""
+    work, config = blueprint.workload, blueprint.config
+    whole_step = config.selection.scope == "global_batch"
+    if work.parts == 1 and not whole_step:
+        return []
+    columns = {name for each in selections_at(config, 1, 1) for name in each.columns()}
+    size = 8 * (3 + len(columns)) * work.most_responses * work.micro_batches
+    among = None if whole_step else work.parts
+    count = 1 if whole_step else work.micro_batches
+    return [Message("tokens to choose among", "all_gather", count, size, among)]
 
 
 def _masters(blueprint: Blueprint) -> list[Message]:
@@ -119,10 +169,10 @@ def _masters(blueprint: Blueprint) -> list[Message]:
 
 
 def _statistics(blueprint: Blueprint) -> list[Message]:
-    """Adaptation and stability of every response token, for their rank correlation: two float64."""
+    """Adaptation and stability of every response token, for their rank correlation: two float32."""
     if not (blueprint.has_drift and blueprint.config.valuation.split_terms):
         return []
-    size = 16 * blueprint.workload.responses * blueprint.workload.micro_batches
+    size = 8 * blueprint.workload.most_responses * blueprint.workload.micro_batches
     return [Message("values, for their correlation", "all_gather", 1, size)]
 
 

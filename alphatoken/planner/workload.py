@@ -80,6 +80,12 @@ class Workload:
         return self.rows * self.row_tokens
 
     @property
+    def most_responses(self) -> int:
+        """Response tokens of a micro-batch on the rank that has most of them: they are at the end
+        of a row, and so in its last parts."""
+        return min(self.tokens, self.parts * self.responses)
+
+    @property
     def held_out_tokens(self) -> int:
         """Tokens of a held-out micro-batch."""
         return self.held_out_rows * self.row_tokens

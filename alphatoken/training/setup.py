@@ -44,6 +44,7 @@ from alphatoken.evaluation.evaluate import build_tasks
 from alphatoken.evaluation.rows import Task
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import adapters_note, experts_note, load_model, settle_model
+from alphatoken.models.recomputing import recompute_layers
 from alphatoken.objectives.base import Objective
 from alphatoken.passes.divided_attention import divide_attention, undivided
 from alphatoken.passes.head_shares import HeadShares
@@ -228,7 +229,7 @@ def _load(
 ) -> PreTrainedModel:
     model = load_model(config.model, engine_config, config.train.seed, tokens_of(tokenizer))
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model, offload=config.train.gradient_checkpointing == "offload")
     return model
 
 

@@ -107,9 +107,7 @@ class ValuedModel(nn.Module):
             return self._trained_on_kept(self._decoder.hidden_states(batch), ahead)
         if self.scorer is None or not self.scores_tokens:
             return self._without_scorer(batch)
-        with self.scorer.capture() as capture:
-            hidden_BTH = self._decoder.hidden_states(batch)
-        facts = self._score(batch, self.scorer, capture.entry, hidden_BTH)
+        hidden_BTH, facts = self._valued(batch, self.scorer)
         return self._trained_on_kept(hidden_BTH, weigh(self.selections, facts))
 
     @torch.no_grad()
@@ -141,6 +139,13 @@ class ValuedModel(nn.Module):
     def token_losses(self, batch: Batch) -> Tensor:
         """Losses of response tokens, (B, T) float32, without training or scoring."""
         return losses_of(self.hidden_states(batch), self.head_loss, batch)
+
+    def _valued(self, batch: Batch, scorer: Scorer) -> tuple[Tensor, TokenFacts]:
+        """What enters the head, (B, T, H), with its graph, and what is known of tokens. The states
+        that scoring needed are let go of: the head's logits may take their place."""
+        with scorer.capture() as capture:
+            hidden_BTH = self._decoder.hidden_states(batch)
+        return hidden_BTH, self._score(batch, scorer, capture.entry, hidden_BTH)
 
     def _score(self, batch: Batch, scorer: Scorer, entry: Entry, hidden_BTH: Tensor) -> TokenFacts:
         """What is known of tokens, values included, from the states that entered scored layers;

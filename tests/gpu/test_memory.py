@@ -43,9 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ghost": {},
     "ghost, streamed": {"valuation": {"residency": "streamed"}},
     "ghost, checkpointing": {"train": {"gradient_checkpointing": True}},
+    "ghost, states on the host": {"train": {"gradient_checkpointing": "offload"}},
     "exact, all": {"valuation": {"estimator": "exact", "layers": "all", "parameters": "all"}},
 }
 
+KEEPS: tuple[Any, ...] = (True, "offload")
 ON_CPU = ("ghost, streamed", "exact, all")
 
 
@@ -106,3 +108,34 @@ def test_memory_is_as_planned(
     for name, each in found.items():
         if on_gpu:  # what the first two steps leave, the next ones leave again
             assert each["after"][-1] <= 1.01 * each["after"][-2], f"{name} grows"
+
+
+def test_states_on_the_host_leave_the_gpu(
+    wide: dict[str, Any], device: torch.device, tmp_path: Path, note: Note
+) -> None:
+    """As much less as planned, but for the state of one layer; and what a step of it takes."""
+    if device.type != "cuda":
+        pytest.skip("a CPU has one memory, and nothing is copied")
+    configs = {
+        str(keeps): changed(
+            wide,
+            valuation={"enabled": False},
+            train={
+                "gradient_checkpointing": keeps,
+                "output_dir": str(tmp_path / str(keeps)),
+                "global_batch_size": RANKS * 16,
+                "micro_batch_size": 16,
+            },
+        )
+        for keeps in KEEPS
+    }
+    found = run_alone(
+        "memory_of_one_of_many", tmp_path / "rank", configs=configs, ranks=RANKS, steps=6
+    )
+    kept, moved = found["True"], found["offload"]
+    saved, planned = (kept[how] - moved[how] for how in ("measured", "planned"))
+    seconds = " and ".join(f"{min(each['seconds']):.3f}" for each in (kept, moved))
+    note(f"{saved / 2**20:,.0f} MiB less, planned {planned / 2**20:,.0f}; {seconds} s a step")
+    assert planned > 0.1 * kept["planned"], "the model is too small to tell"
+    layers = SIZES["cuda"]["num_hidden_layers"]
+    assert saved == pytest.approx(planned, abs=1.1 * planned / layers)

@@ -213,7 +213,7 @@ def test_random_numbers_go_on_where_they_were_saved(device: torch.device) -> Non
 def test_recomputing_activations_changes_nothing(
     unstable: dict[str, Any], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the hooks that capture states, adapters, and biases."""
+    """With the hooks that capture states, adapters, and biases; and with states on the host."""
     biased = with_biases(unstable, tmp_path / "model")
     variants = {"lora": changed(unstable, model={"lora": {"r": 3}}), "biases": biased}
     configs = {
@@ -225,14 +225,16 @@ def test_recomputing_activations_changes_nothing(
             },
         )
         for name, values in variants.items()
-        for again in (False, True)
+        for again in (False, True, "offload")
     }
     run_on(device, "run_trainers", tmp_path / "ranks", configs=configs)
     for name in variants:
-        kept, recomputed = (metrics_of(tmp_path / f"{name} {again}") for again in (False, True))
-        for one, other in zip(kept, recomputed, strict=True):
-            for key in one.keys() & {"loss_kept", "grad_norm", "composite_mean", "kept_tokens"}:
-                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (name, key)
+        kept = metrics_of(tmp_path / f"{name} False")
+        for again in (True, "offload"):
+            recomputed = metrics_of(tmp_path / f"{name} {again}")
+            for one, other in zip(kept, recomputed, strict=True):
+                for key in one.keys() & {"loss_kept", "grad_norm", "composite_mean", "kept_tokens"}:
+                    assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (name, key)
 
 
 def with_biases(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -41,9 +41,10 @@ class ScoringCost(ABC):
         """Memory that forming the held-out signals takes; nothing of training is there."""
 
     @abstractmethod
-    def attended(self, blueprint: Blueprint) -> float:
+    def attended(self, blueprint: Blueprint) -> tuple[float, float]:
         """How often a step takes as much through the attention of a scored layer as a forward pass
-        on one micro-batch does: passes back count, and directions of derivatives."""
+        on one micro-batch does, and on one held-out micro-batch: passes back count, and directions
+        of derivatives."""
 
     @abstractmethod
     def messages(self, blueprint: Blueprint) -> list[Message]:

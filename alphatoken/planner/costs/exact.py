@@ -126,8 +126,10 @@ class ExactCost(ScoringCost):
         body, directions = blueprint.body, _directions(blueprint)
         largest = max(each.peak_bytes for each in _traced(blueprint))
         working = int(chunk_share(blueprint) * largest)
+        # The state that entered the first scored layer is there anyhow, unless it is on the host.
+        states = 1 + 2 * directions + blueprint.offloads
         return (
-            Part("states and derivatives", (1 + 2 * directions) * body.state_bytes),
+            Part("states and derivatives", states * body.state_bytes),
             *scored_layer(blueprint, matrices=directions, working=working),
         )
 
@@ -148,10 +150,10 @@ class ExactCost(ScoringCost):
             logits(blueprint, work.held_out_responses),
         )
 
-    def attended(self, blueprint: Blueprint) -> float:
+    def attended(self, blueprint: Blueprint) -> tuple[float, float]:
         work, every = blueprint.workload, blueprint.config.valuation.refresh_every
         held_out = 2 * work.held_out_batches * _sums(blueprint) / every
-        return (1 + _directions(blueprint)) * work.micro_batches + held_out
+        return (1 + _directions(blueprint)) * work.micro_batches, held_out
 
     def messages(self, blueprint: Blueprint) -> list[Message]:
         weight, passes = blueprint.sharding.weight_bytes, blueprint.workload.micro_batches

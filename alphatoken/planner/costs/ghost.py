@@ -250,8 +250,9 @@ class GhostCost(ScoringCost):
     def score_parts(self, blueprint: Blueprint) -> tuple[Part, ...]:
         work, share = blueprint.workload, chunk_share(blueprint)
         layer = max(each.kept_bytes for each in _tower(blueprint, rows=work.rows))
-        # Checkpointing keeps what enters a layer anyhow.
-        entered = 0 if blueprint.config.train.gradient_checkpointing else blueprint.depth
+        # Checkpointing keeps what enters a layer anyhow, unless it keeps that on the host.
+        keeps = blueprint.config.train.gradient_checkpointing and not blueprint.offloads
+        entered = 0 if keeps else blueprint.depth
         states = _states(entered) * blueprint.body.state_bytes
         parts = (
             Part("activations of scoring", int(share * layer) + states),
@@ -328,10 +329,10 @@ class GhostCost(ScoringCost):
                 messages.append(gather(blueprint, "drift V", scored, weight, uses))
         return merged(messages)
 
-    def attended(self, blueprint: Blueprint) -> float:
+    def attended(self, blueprint: Blueprint) -> tuple[float, float]:
         work, valuation = blueprint.workload, blueprint.config.valuation
         held_out = work.held_out_batches * blueprint.steering_passes / valuation.refresh_every
-        return 2 * (work.micro_batches + held_out)
+        return 2 * work.micro_batches, 2 * held_out
 
     def drift_uses(self, blueprint: Blueprint) -> int:
         return 1 if blueprint.resident else blueprint.workload.micro_batches
