@@ -151,7 +151,7 @@ def test_large_models_fit_where_their_configurations_say(
 ) -> None:
     """By the command in the file's first lines, from the model's `config.json` alone."""
     monkeypatch.chdir(ROOT)  # paths in configurations are relative to the project
-    (command,) = re.findall(r"# +(alphatoken plan .*)", file.read_text())
+    (command,) = re.findall(r"# +(?:DATA_DIR=DIR )?(alphatoken plan .*)", file.read_text())
     _, _, *options = shlex.split(command)
     arguments = dict(zip(options[::2], options[1::2], strict=True))
     assert arguments["--config"] == str(file.relative_to(ROOT))

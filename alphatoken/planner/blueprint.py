@@ -113,7 +113,7 @@ class Blueprint:
         return self.config.train.gradient_checkpointing == "offload"
 
     def training(self, **changes: Any) -> Blueprint:
-        """The same run with other values in its section `train`, which change no shape."""
+        """A run like this with other values in its section `train`, which change no shape."""
         train = self.config.train.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"train": train}))
 
