@@ -13,8 +13,7 @@ from alphatoken.checkpoints.weight_files import prefixes_of
 from alphatoken.config.file import save_config
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives
-from alphatoken.errors import UserError
-from alphatoken.util.files import publish_text
+from alphatoken.util.files import publish_text, writing
 
 
 def start_run_folder(
@@ -30,6 +29,7 @@ def start_run_folder(
     the disk refuses.
     """
 
+    @writing(folder.path)
     def write() -> None:
         folder.model.mkdir(parents=True, exist_ok=True)
         save_config(config, folder.config)
@@ -43,10 +43,4 @@ def start_run_folder(
         known = {**about, "prefixes": prefixes_of(model)}
         publish_text(folder.model / ABOUT, json.dumps(known, indent=1))
 
-    def refused_or_written() -> None:
-        try:
-            write()
-        except OSError as error:
-            raise UserError(f"cannot write into {folder.path}: {error}") from None
-
-    collectives.on_rank_0(refused_or_written)
+    collectives.on_rank_0(write)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from alphatoken.config.evaluation import EvaluationConfig, Part
 from alphatoken.errors import UserError
-from alphatoken.evaluation.measures import MEASURES, Measure
+from alphatoken.evaluation.measures import MEASURES, Measure, resampled
 from alphatoken.evaluation.results import Evaluation, TaskResult
 from alphatoken.util.resampling import Estimate, Floats, estimate
 
@@ -163,7 +163,7 @@ def _check_tokens(name: str, before: TaskResult, after: TaskResult) -> None:
     that differs."""
     place = _other_tokens(before, after)
     if place is not None and not _measures_of(before, after):
-        was, now = (each.items[place]["tokens"] for each in (before, after))
+        was, now = (each.items[place].get("tokens") for each in (before, after))
         raise UserError(
             f"task {name}: {before.items[place]['row']} has {was} response tokens before and {now} "
             "after, so the numbers are of different tokens; evaluate both with one tokenizer, chat "
@@ -194,11 +194,14 @@ def _measures_of(before: TaskResult, after: TaskResult) -> list[Measure]:
 def _differences(
     name: str, before: TaskResult, after: TaskResult, resamples: int, seed: int
 ) -> list[Difference]:
+    measures = _measures_of(before, after)
+    before_S, after_S = (
+        resampled(measures, each.items, resamples, seed) for each in (before, after)
+    )
     found = []
-    for measure in _measures_of(before, after):
+    for measure, was_S, now_S in zip(measures, before_S, after_S, strict=True):
         was, now = measure.value(before.items), measure.value(after.items)
-        was_S = measure.resampled(before.items, resamples, seed)
-        resamples_S = measure.resampled(after.items, resamples, seed) - was_S
+        resamples_S = now_S - was_S
         found.append(
             Difference(
                 task=name,

@@ -37,21 +37,17 @@ class Measure:
 
     def value(self, items: Sequence[Item]) -> float:
         """The measure of these items."""
-        return float(self._quotient(self._columns(items).sum(0, keepdims=True))[0])
+        return float(self.quotient(self.columns(items).sum(0, keepdims=True))[0])
 
-    def resampled(self, items: Sequence[Item], resamples: int, seed: int) -> Floats:
-        """The measure of each resample of the items, (S,); other measures and other numbers of the
-        same items have the same resamples."""
-        return self._quotient(resampled_sums(self._columns(items), resamples, seed))
-
-    def _columns(self, items: Sequence[Item]) -> Floats:
+    def columns(self, items: Sequence[Item]) -> Floats:
         """What is summed, and by whose sum that is divided, (N, 2)."""
         return np.array(
             [(item[self.total], 1.0 if self.per is None else item[self.per]) for item in items],
             dtype=np.float64,
         )
 
-    def _quotient(self, sums_S2: Floats) -> Floats:
+    def quotient(self, sums_S2: Floats) -> Floats:
+        """The measure of each of some sums of its columns, (S,)."""
         found_S: Floats = sums_S2[:, 0] / sums_S2[:, 1]
         return np.exp(found_S) if self.exp else found_S
 
@@ -73,9 +69,18 @@ MEASURES: dict[str, tuple[Measure, ...]] = {task: _measures(task) for task in TA
 """What each task measures; the first is the one that comparisons are made by."""
 
 
+def resampled(
+    measures: Sequence[Measure], items: Sequence[Item], resamples: int, seed: int
+) -> list[Floats]:
+    """Each measure of each resample of the items, (S,). The resamples are those of any measures of
+    as many items with this seed."""
+    columns = np.concatenate([each.columns(items) for each in measures], axis=1)
+    sums = resampled_sums(columns, resamples, seed)
+    return [each.quotient(sums[:, 2 * n : 2 * n + 2]) for n, each in enumerate(measures)]
+
+
 def measured(task: str, items: Sequence[Item], resamples: int, seed: int) -> dict[str, Estimate]:
     """Every measure of a task by name, with its interval."""
-    return {
-        each.name: estimate(each.value(items), each.resampled(items, resamples, seed))
-        for each in MEASURES[task]
-    }
+    measures = MEASURES[task]
+    found = zip(measures, resampled(measures, items, resamples, seed), strict=True)
+    return {each.name: estimate(each.value(items), value_S) for each, value_S in found}
