@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphatoken.config.file import validate
+from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.data.batches import Order
 from alphatoken.data.splits import load_splits
 from alphatoken.errors import NonFiniteError, UserError
+from alphatoken.selection.step import vetoes_on_b
 from alphatoken.values.algebra import TERMS
 from tests.cases import trainer_of
 from tests.exact_oracle import exact_values
 from tests.oracle import (
     Sequences,
     half_differences,
-    mean_gradients,
     oracle_copy,
     relative_error,
     sequence_signals,
@@ -36,6 +37,8 @@ from tests.tiny import CASES, tokenised
 
 C, MEMORY, BATCH, HELD_OUT, ROWS = 0.7, 0.6, 12, 5, 30
 CONTRAST = {"contrast": C, "reliability": True, "stability_weight": 0.0}
+VETO: dict[str, Any] = {"by": "low_perplexity", "threshold": -5.6}
+"""Rules out about every fourth token of a model that was not trained."""
 Directions = dict[str, Tensor]
 
 
@@ -102,16 +105,45 @@ class Truth:
             {name: each / count for name, each in signed.items()},
         )
 
-    def drawn_mean(self, step: int) -> tuple[Directions, Directions]:
+    def drawn_mean(self, step: int, *, vetoed: bool) -> tuple[Directions, Directions]:
+        """B and half the difference of its halves; with `vetoed` of the summed losses of tokens
+        that no veto rules out, at all response positions, divided by the number of those tokens."""
         twin, rows = self.at(step), others_of(step)
-        halves = [self.documents(half) for half in halves_of(rows)]
-        mean = mean_gradients(twin, self.scored, self.documents(rows))
-        return mean, half_differences(twin, self.scored, *halves)
+        sums = {name: torch.zeros(()).double() for name in self.scored.linears}
+        signed, count = dict(sums), 0
+        for row in rows:
+            sign = 1 if row in halves_of(rows)[0] else -1
+            counted = self.eligible([row]) if vetoed else self.train[row]
+            for (ids, labels), (_, masked) in zip(self.train[row], counted, strict=True):
+                signals = sequence_signals(twin, self.scored, ids, masked)
+                count += len(signals.response)
+                for name in sums:
+                    for t in sequence_signals(twin, self.scored, ids, labels).response:
+                        outer = torch.outer(signals.outgrad[name][t], signals.act[name][t])
+                        sums[name] = sums[name] + outer
+                        signed[name] = signed[name] + sign * outer
+        return (
+            {name: each / count for name, each in sums.items()},
+            {name: each / count for name, each in signed.items()},
+        )
+
+    def eligible(self, rows: list[int]) -> Sequences:
+        """The documents of rows, without the labels that VETO rules out at the current weights."""
+        found = []
+        for ids, labels in self.documents(rows):
+            logits = oracle_copy(self.model)(input_ids=ids[None]).logits[0]
+            key = torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0]
+            masked = labels.clone()
+            masked[1:][key < VETO["threshold"]] = -100
+            found.append((ids, masked))
+        return found
 
     def ghost(self, step: int, *, scored: bool) -> dict[int, dict[str, Tensor]]:
         """Values of the documents of a step, by number."""
         contrast, difference = (
-            self.scored_mean(step) if scored and step > 0 else self.drawn_mean(step)
+            self.scored_mean(step)
+            if scored and step > 0
+            else self.drawn_mean(step, vetoed=not scored)
         )
         held_out = [self.held_out[row] for row in held_out_of(step)]
         sides = [[self.held_out[row] for row in half] for half in halves_of(held_out_of(step))]
@@ -136,7 +168,7 @@ class Truth:
             self.documents(rows_of(step)),
             [self.held_out[row] for row in held_out_of(step)],
             list(self.scored.linears),
-            contrast=self.documents(others_of(step)),
+            contrast=self.eligible(others_of(step)),
             contrast_weight=C,
         )
         for row in found:
@@ -216,8 +248,11 @@ def terms_of(valuation: dict[str, Any]) -> tuple[str, ...]:
 def three_steps(
     run_values: dict[str, Any], names: list[str], world_size: int, folder: Path
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Three steps with each of the named settings, on so many ranks, without evaluations."""
-    values = changed(run_values, valuation=CONTRAST, train={"max_steps": 3})
+    """Three steps with each of the named settings, on so many ranks, without evaluations. VETO
+    rules out some of the tokens."""
+    values = changed(
+        run_values, valuation=CONTRAST, selection={"veto": VETO}, train={"max_steps": 3}
+    )
     del values["data"]["eval"]
     configs = {
         name: changed(
@@ -436,3 +471,42 @@ def test_b_of_the_held_out_rows_is_g(estimator: str, pair_values: dict[str, Any]
     run.model.scorer.refresh(rows, 1, contrast=rows)
     plain = run.model.assess(batch).values
     assert relative_error(plain["direct_contrast"], found["direct_contrast"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("veto", "valuation", "on_b"),
+    [
+        (VETO, {}, True),
+        ({"by": "reference_probability", "threshold": 0.1}, {}, True),
+        (VETO, {"contrast_from": "scored"}, False),
+        ({"by": "loss", "share": 0.1}, {}, False),
+        ({"by": "top_value", "threshold": 0.0}, {}, False),
+        ({"by": "agreement", "threshold": 0.0, "unit": "noise"}, {}, False),
+        (None, {}, False),
+    ],
+)
+def test_which_vetoes_are_on_b(
+    veto: dict[str, Any] | None,
+    valuation: dict[str, Any],
+    on_b: bool,
+    run_values: dict[str, Any],
+) -> None:
+    """Those that know of a token before values do, and that no group of tokens decides."""
+    valuation = {**CONTRAST, "contrast_from": "drawn", **valuation}
+    values = changed(run_values, valuation=valuation, selection={"veto": veto, "protect_eos": True})
+    found = vetoes_on_b(validate(RunConfig, values, "of the test"))
+    assert (found is not None) == on_b
+    if found is not None:
+        (selection,) = found
+        assert (selection.policy, selection.floor, selection.protect_eos) == ("all", None, True)
+
+
+def test_each_branch_has_its_own_veto_on_b(pair_values: dict[str, Any]) -> None:
+    values = changed(
+        pair_values,
+        valuation={**CONTRAST, "contrast_from": "drawn"},
+        selection={"rejected": {"veto": VETO}},
+    )
+    found = vetoes_on_b(validate(PreferenceRunConfig, values, "of the test"))
+    assert found is not None
+    assert [selection.veto is not None for selection in found] == [False, True]

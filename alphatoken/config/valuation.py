@@ -65,7 +65,8 @@ class ValuationConfig(Section):
         "auto",
         description="Where B comes from: scored is the mean over the tokens that earlier steps "
         "have scored (estimator ghost; nearly free), drawn a pass over as many training rows as "
-        "validation_sequences, those of the next steps, at every refresh, and moment Adam's first "
+        "validation_sequences, those of the next steps, at every refresh, without the tokens that "
+        "selection.veto rules out by a threshold known before values, and moment Adam's first "
         "moment, which is of the kept tokens' objective alone, after clipping (estimator exact). "
         "auto is scored for ghost and drawn for exact.",
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alphatoken.batch import Batch, response_counts
+from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.run import RunConfig
 from alphatoken.config.selection import SelectionConfig, VetoConfig
 from alphatoken.distributed import collectives
@@ -80,6 +81,36 @@ def _floor(section: SelectionConfig, policy: str) -> Cut | None:
     if section.threshold is None:
         return None
     return Cut(by=policy, threshold=section.threshold, in_noise=section.threshold_unit == "noise")
+
+
+def vetoes_on_b(config: RunConfig) -> tuple[Selection, ...] | None:
+    """Selections, one per branch, that keep the tokens which B of drawn rows is the mean of: all
+    that the branch's veto leaves, where that is a threshold on what is known of a token before it
+    is valued. None where no veto is on B."""
+    if config.valuation.contrast_source != "drawn":  # else B is of what was scored, or trained on
+        return None
+    vetoes = [
+        section.veto if section.veto is not None and _precedes_values(section.veto) else None
+        for section in config.selections
+    ]
+    if not any(vetoes):
+        return None
+    return tuple(
+        Selection(
+            "all",
+            Fraction(1),
+            protect_eos=section.protect_eos,
+            veto=None if veto is None else _veto(veto),
+        )
+        for section, veto in zip(config.selections, vetoes, strict=True)
+    )
+
+
+def _precedes_values(veto: VetoConfig) -> bool:
+    # A share is one of a group, and rows of B are in other groups than those that are trained on.
+    if veto.threshold is None or veto.unit == "noise":
+        return False
+    return POLICY_TRAITS[veto.by].needs <= {"reference", "start", "store"}
 
 
 @dataclass(frozen=True, kw_only=True)

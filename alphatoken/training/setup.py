@@ -49,7 +49,7 @@ from alphatoken.objectives.base import Objective
 from alphatoken.passes.divided_attention import divide_attention, undivided
 from alphatoken.passes.head_shares import HeadShares
 from alphatoken.reference.losses import Reference, check_reference
-from alphatoken.selection.step import selections_at
+from alphatoken.selection.step import selections_at, vetoes_on_b
 from alphatoken.stability.drift import Drift
 from alphatoken.stability.estimate import estimate_fisher
 from alphatoken.stability.of_run import build_drift, check_files
@@ -136,6 +136,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         eos_token_ids=stop_tokens(config.model, tokenizer),
         stopwatch=stopwatch,
         needs_entropy=config.needs_entropy,
+        vetoes=vetoes_on_b(config),
     )
     engine = _engine_around(model, config, engine_config, total_steps)
 

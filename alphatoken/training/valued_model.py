@@ -19,7 +19,7 @@ from alphatoken.models.token_losses import losses_of
 from alphatoken.objectives.base import KeptLosses, Objective, ResponseLosses
 from alphatoken.passes.capture import Entry
 from alphatoken.selection.facts import Choice, TokenFacts, WeighedTokens
-from alphatoken.selection.select import Selection
+from alphatoken.selection.select import Selection, select
 from alphatoken.selection.step import weigh
 from alphatoken.util.stopwatch import Stopwatch
 from alphatoken.values.estimator import Scorer
@@ -67,7 +67,10 @@ class ValuedModel(nn.Module):
         eos_token_ids: list[int],
         stopwatch: Stopwatch,
         needs_entropy: bool = False,
+        vetoes: Sequence[Selection] | None = None,
     ) -> None:
+        """`vetoes`, one per branch, keep the tokens that B of drawn rows is the mean of; None for
+        all."""
         super().__init__()
         self.lm = decoder.model
         self.head_loss = HeadLoss(decoder.head, decoder.logit_softcap)
@@ -79,6 +82,7 @@ class ValuedModel(nn.Module):
         self._eos_token_ids = eos_token_ids
         self._stopwatch = stopwatch
         self._needs_entropy = needs_entropy
+        self._vetoes = vetoes
         self._engine_knows_order: Callable[[], bool] = lambda: False
         self.attach(None)
 
@@ -88,6 +92,7 @@ class ValuedModel(nn.Module):
         object.__setattr__(self, "scorer", scorer)
         if scorer is not None:
             scorer.run_body = self.hidden_states
+            scorer.eligible = None if self._vetoes is None else self._eligible
 
     def engaged(self, knows_order: Callable[[], bool]) -> None:
         """Takes note of its engine, of which `knows_order` says what `zero3.knows_order` does."""
@@ -159,9 +164,16 @@ class ValuedModel(nn.Module):
             values = {name: coefficient_BT * value_BT for name, value_BT in scores.values.items()}
             return self._facts(batch, nll_BT=scores.nll_BT, values=values, hidden_BTH=hidden_BTH)
 
+    def _eligible(self, losses: ResponseLosses) -> Tensor:
+        """The response tokens that no veto rules out, (B, T) bool."""
+        assert self._vetoes is not None
+        facts = self._facts(losses.batch, nll_BT=losses.nll_BT, values={}, hidden_BTH=None)
+        return facts.response_index.put(select(self._vetoes, facts).choice.kept_R)
+
     def _facts(
-        self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor
+        self, batch: Batch, *, nll_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor | None
     ) -> TokenFacts:
+        """What is known of tokens; without `hidden_BTH` not their entropy."""
         protected_BT = torch.zeros_like(batch["response"])
         for token in self._eos_token_ids:  # a few; a tensor of them would have to be copied
             protected_BT |= batch["targets"] == token
@@ -171,7 +183,11 @@ class ValuedModel(nn.Module):
             protected_BT=protected_BT,
             values=values,
             contrast=0.0 if self.scorer is None else self.scorer.config.contrast,
-            entropy=self._entropy(batch, hidden_BTH) if self._needs_entropy else None,
+            entropy=(
+                self._entropy(batch, hidden_BTH)
+                if self._needs_entropy and hidden_BTH is not None
+                else None
+            ),
         )
 
     @torch.no_grad()

@@ -26,6 +26,9 @@ Coefficients = Callable[[ResponseLosses], Tensor]
 """What the loss of each held-out position counts: d objective / d (sum_t l_t) of its document,
 detached, (B, T); `Objective.coefficients` of the run."""
 
+Eligible = Callable[[ResponseLosses], Tensor]
+"""Which response tokens of a micro-batch may be trained on, (B, T) bool, False off the response."""
+
 BodyPass = Callable[[Batch], Tensor]
 """Runs a decoder's body on a batch, without a graph; returns what enters the head, (B, T, H)."""
 
@@ -42,6 +45,27 @@ class Scores:
     """Token losses, (B, T) float32, zero off the response."""
 
 
+def of_eligible(eligible: Eligible, coefficients: Coefficients | None) -> Coefficients:
+    """The same coefficients, 1 where there are none, and 0 for tokens that are not eligible."""
+
+    def found(losses: ResponseLosses) -> Tensor:
+        eligible_BT = eligible(losses).to(losses.nll_BT.dtype)
+        return eligible_BT if coefficients is None else eligible_BT * coefficients(losses)
+
+    return found
+
+
+def count_eligible(
+    eligible: Eligible, batches: Sequence[Batch], losses: Sequence[Tensor]
+) -> Tensor:
+    """How many tokens of micro-batches with these losses, (B, T) each, are eligible; int64."""
+    found = [
+        eligible(ResponseLosses(batch=batch, nll_BT=nll_BT)).sum()
+        for batch, nll_BT in zip(batches, losses, strict=True)
+    ]
+    return torch.stack(found).sum()
+
+
 class Scorer(ABC):
     """Values response tokens of batches. Every rank must call `refresh` together, and `score`
     unless it is resident."""
@@ -53,6 +77,9 @@ class Scorer(ABC):
         self.run_body: BodyPass = decoder.hidden_states
         """For the rows that `refresh` is given; a training run replaces it by one that keeps its
         engine's order of modules."""
+        self.eligible: Eligible | None = None
+        """Of which response tokens of contrast rows B is the mean, where `refresh` is given such
+        rows; None for all. A training run with a veto sets it."""
         self.first_moment: FirstMoment | None = None
         """The optimizer's, where `valuation.contrast_from` is moment; set once it is built."""
 
@@ -113,11 +140,12 @@ class Scorer(ABC):
         and, unless all padding is on the right, `attention_mask`), equally many on every rank; one
         without response positions is a placeholder. `scored_tokens`, about as many as this rank
         will score with them, helps to choose contractions. `contrast` is this rank's share of the
-        training rows that B is the mean gradient of, likewise; an estimator that does not read
-        `valuation.contrast` is never given any. `coefficients` (`valuation.target: preference`) are
-        called with the losses of each batch of either kind and multiply them in the sums, which are
-        still divided by the number of response tokens; None counts each loss once. Returns the
-        losses of `batches` and then of `contrast`, (B, T) float32 each, not multiplied.
+        training rows that B is the mean gradient of, likewise, or of their `eligible` tokens; an
+        estimator that does not read `valuation.contrast` is never given any. `coefficients`
+        (`valuation.target: preference`) are called with the losses of each batch of either kind and
+        multiply them in the sums, which are still divided by the number of response tokens, or of
+        `eligible` ones; None counts each loss once. Returns the losses of `batches` and then of
+        `contrast`, (B, T) float32 each, not multiplied.
         """
 
     @property

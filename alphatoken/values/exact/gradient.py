@@ -23,7 +23,13 @@ from alphatoken.models.scored import ScoredParameter, Segment
 from alphatoken.objectives.base import ResponseLosses
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
-from alphatoken.values.estimator import BodyPass, Coefficients
+from alphatoken.values.estimator import (
+    BodyPass,
+    Coefficients,
+    Eligible,
+    count_eligible,
+    of_eligible,
+)
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,18 @@ class MeanGradient:
         batches: Sequence[Batch],
         run_body: BodyPass,
         coefficients: Coefficients | None = None,
+        eligible: Eligible | None = None,
     ) -> list[Tensor]:
         """Takes in this rank's share of the sequences, as `Scorer.refresh` wants it; returns token
         losses. `run_body` runs the decoder's body; `coefficients` multiply the losses in the sums,
-        if given.
+        if given; the mean is over all response tokens or the `eligible`.
 
         Memory besides the weights of one segment: the state between any two scored layers for all
         sequences, and one segment's gradients in float32. Communication per segment: one
         all-gather, one reduce-scatter; with signed gradients twice that, and another pass back.
         """
-        count = torch.tensor(sum(batch["response_index"].count for batch in batches))
-        self._count = max(int(collectives.sum_over_ranks(count.to(self._device))), 1)
+        if eligible is not None:
+            coefficients = of_eligible(eligible, coefficients)
         self._sums, self._signed_sums = {}, {}
         entries = []
         for batch in batches:
@@ -100,6 +107,11 @@ class MeanGradient:
         losses = self._back(batches, entries, self._sums, signed=False, coefficients=coefficients)
         if self._signed:
             self._back(batches, entries, self._signed_sums, signed=True, coefficients=coefficients)
+        if eligible is None:
+            own = torch.tensor(sum(batch["response_index"].count for batch in batches))
+        else:
+            own = count_eligible(eligible, batches, losses)
+        self._count = max(int(collectives.sum_over_ranks(own.to(self._device))), 1)
         return losses
 
     def _back(

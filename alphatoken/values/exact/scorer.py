@@ -134,7 +134,7 @@ class ExactScorer(Scorer):
         if batches is not None:
             losses = self._gradient.refresh(batches, self.run_body, coefficients)
         if contrast is not None:
-            losses += self._contrast.refresh(contrast, self.run_body, coefficients)
+            losses += self._contrast.refresh(contrast, self.run_body, coefficients, self.eligible)
         self._slices = {segment: self._form(segment) for segment in self._segments}
         if self.config.refresh_every == 1:  # the next directions are of new gradients
             self._gradient.free()

@@ -70,6 +70,10 @@ class HeldOutSignals(MeanMatrices):
         self._formed.begin([name for name, form in chosen.items() if form == "matrix"])
         self._rows = {name: _Rows() for name, form in chosen.items() if form == "signals"}
 
+    def divide_by(self, own_val_count: Tensor) -> None:
+        """Makes means over fewer positions than `begin` was told of: this rank's, int64."""
+        self._val_count = int(collectives.sum_over_ranks(own_val_count))
+
     def clear(self) -> None:
         """Forgets all signals, which take no memory any more."""
         self._formed.begin(())

@@ -21,7 +21,14 @@ from alphatoken.models.scored import ScoredLinear, scored_depth
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.stability.drift import Drift
 from alphatoken.values.algebra import FromMatrix
-from alphatoken.values.estimator import Coefficients, Scorer, Scores, SliceScale
+from alphatoken.values.estimator import (
+    Coefficients,
+    Scorer,
+    Scores,
+    SliceScale,
+    count_eligible,
+    of_eligible,
+)
 from alphatoken.values.ghost.contract import Contractions, TermSums
 from alphatoken.values.ghost.directions import MeanMatrices, Weighted, contractions_with
 from alphatoken.values.ghost.held_out import HeldOutSignals
@@ -132,7 +139,7 @@ class GhostScorer(Scorer):
         if batches is not None:
             losses = self._take_in(batches, self._held_out, scored_tokens, coefficients)
         if contrast is not None:
-            losses += self._take_in(contrast, self._contrast_rows, scored_tokens, coefficients)
+            losses += self._take_in_contrast(contrast, scored_tokens, coefficients)
         if self._resident:
             self._kept_contractions = {}  # the old ones go before the new are gathered
             for layer in self.tower.layers:
@@ -192,6 +199,18 @@ class GhostScorer(Scorer):
         if self._resident:
             for layer in self.tower.layers:
                 into.reduce(self._names(layer))
+        return losses
+
+    def _take_in_contrast(
+        self, batches: Sequence[Batch], scored_tokens: int, coefficients: Coefficients | None
+    ) -> list[Tensor]:
+        """The same of the rows that B is of, and of their eligible tokens alone."""
+        rows, eligible = self._contrast_rows, self.eligible
+        if eligible is None:
+            return self._take_in(batches, rows, scored_tokens, coefficients)
+        counted = of_eligible(eligible, coefficients)
+        losses = self._take_in(batches, rows, scored_tokens, counted)
+        rows.divide_by(count_eligible(eligible, batches, losses))
         return losses
 
     def _collect(
