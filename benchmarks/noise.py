@@ -69,12 +69,16 @@ CASES: dict[str, tuple[str, str]] = {
     "digits, GSM8K": ("gsm8k", "digits"),
     "swapped, GSM8K": ("gsm8k", "swapped"),
     "off target, Dolly in GSM8K": ("gsm8k", "off_target"),
+    "clean, problems": ("problems", "none"),
     "junk, problems": ("problems", "junk"),
     "rule, problems": ("problems", "rule"),
     "advertisement, problems": ("problems", "advertisement"),
     "human spans, QA feedback": ("qa_feedback", "spans"),
 }
 """Where rows come from, and how they are corrupted."""
+
+CORRUPTED = [name for name, (_, corruption) in CASES.items() if corruption != "none"]
+"""Those with bad tokens to find."""
 
 
 @dataclass(frozen=True)
@@ -442,7 +446,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--model", type=Path, required=True)
     own.add_argument("--data", type=Path, help="folder of the data sets (.jsonl.gz)")
     own.add_argument("--output", type=Path, required=True, help="JSON")
-    own.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    own.add_argument("--cases", nargs="+", choices=CORRUPTED, default=CORRUPTED, metavar="CASE")
     own.add_argument("--estimators", nargs="+", metavar="NAME", help="some of them; default: all")
     own.add_argument("--stages", nargs="+", type=int, default=[0, 20, 60], help="steps")
     own.add_argument("--scored", type=int, default=48, help="rows that are scored")

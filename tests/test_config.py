@@ -18,6 +18,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
 from alphatoken.distributed.settings import deepspeed_config, without_ranks
 from alphatoken.errors import UserError
+from alphatoken.selection.step import vetoes_on_b
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -124,7 +125,8 @@ def test_what_is_harmful_is_dropped_whatever_the_file_of_the_run_keeps(path: Pat
         RunConfig, [path, preset], with_section={"preference": PreferenceRunConfig}
     )
     assert config.selection.keep_ratio == "auto"
-    assert config.valuation.contrast == 1
+    assert config.valuation.contrast == 0.75
+    assert vetoes_on_b(config) is not None
     assert config.normalise == "response"
 
 
