@@ -329,15 +329,42 @@ def test_checkpoints_beyond_the_newest_are_set_aside(tmp_path: Path) -> None:
         (tmp_path / f"step-{step}").mkdir()
         (tmp_path / f"step-{step}" / "complete.json").write_text("{}")
     (tmp_path / "step-20" / "complete.json").unlink()  # damaged
-    for name in ("step-10-universal", "step-22-universal"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "step-10-universal").mkdir()
     checkpoint_files.tidy(tmp_path, saved=22, keep_last=1, keep_every=None)
     assert {path.name for path in tmp_path.iterdir()} == {
         "step-20",
         "step-22",
         "step-30.abandoned",
-        "step-22-universal",
     }
+
+
+def test_a_converted_checkpoint_is_of_the_save_it_was_made_from(tmp_path: Path) -> None:
+    """Another save of the same step, by as many ranks under the same configuration, differs in its
+    files alone."""
+    checkpoint, converted = tmp_path / "step-8", tmp_path / "step-8-universal"
+
+    def saved(content: str) -> None:
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / "weights.pt").write_text(content)
+        files = checkpoint_files.described_files(checkpoint, [checkpoint / "weights.pt"], 1)
+        description = {"format_version": checkpoint_files.FORMAT_VERSION, "step": 8}
+        checkpoint_files.write_description(checkpoint, {**description, "files": files})
+
+    saved("first")
+    converted.mkdir()
+    source = checkpoint_files.source_of(checkpoint)
+    checkpoint_files.write_description(converted, {**source, "files": {}})
+    checkpoint_files.tidy(tmp_path, saved=8, keep_last=None, keep_every=None)
+    assert checkpoint_files.is_form_of(converted, checkpoint)
+    saved("again")
+    assert not checkpoint_files.is_form_of(converted, checkpoint)
+    checkpoint_files.tidy(tmp_path, saved=8, keep_last=None, keep_every=None)
+    assert not converted.exists()
+    # One that does not tell the files, of before, is made again.
+    del source["made_from"]
+    converted.mkdir()
+    checkpoint_files.write_description(converted, {**source, "files": {}})
+    assert not checkpoint_files.is_form_of(converted, checkpoint)
 
 
 @pytest.fixture(scope="module")

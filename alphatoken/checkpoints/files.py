@@ -28,6 +28,7 @@ FORMAT_VERSION = 4
 READABLE_VERSIONS = (3, 4)  # in version 3 every rank's file holds all ranks' random states
 DESCRIPTION = "complete.json"
 LATEST = "latest"
+UNIVERSAL = "-universal"  # how names end of what was converted for any number of ranks
 SHARDS = "*optim_states.pt"  # what DeepSpeed calls them; at stage 0 there are none
 ABOUT = "about.json"  # in the run's model folder
 # In names of files that every rank writes: which rank did.
@@ -48,8 +49,8 @@ def tidy(
     keep_every: int | None,
     best: int | None = None,
 ) -> None:
-    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and old
-    converted ones. That of step `best` is kept.
+    """After step `saved`: sets aside what lies beyond it, removes what is not to be kept and
+    converted ones of any other checkpoint. That of step `best` is kept.
 
     A checkpoint of a later step is damaged, or of a continuation that was given up; it is renamed,
     so that it is never taken for newer.
@@ -67,8 +68,9 @@ def tidy(
         if step == best:
             continue
         shutil.rmtree(folders[step], ignore_errors=True)
-    for converted in checkpoints.glob("step-*-universal"):
-        if converted.name != f"step-{saved}-universal":
+    newest = checkpoints / f"step-{saved}"
+    for converted in checkpoints.glob(f"step-*{UNIVERSAL}"):
+        if converted != universal_folder(newest) or not is_form_of(converted, newest):
             shutil.rmtree(converted, ignore_errors=True)
 
 
@@ -118,10 +120,28 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     return description
 
 
+def universal_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's universal form lies."""
+    return checkpoint.with_name(checkpoint.name + UNIVERSAL)
+
+
 def source_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint and its universal form have in common."""
+    """What a checkpoint's universal form says of it: its description, with a fingerprint in place
+    of its files."""
     description = read_description(checkpoint)
-    return {key: value for key, value in description.items() if key != "files"}
+    # Another save of the same step has other files, and may have all else in common.
+    made_from = fingerprint(description.pop("files"))
+    return {**description, "made_from": made_from}
+
+
+def is_form_of(converted: Path, checkpoint: Path) -> bool:
+    """Whether a folder says that it was made from this checkpoint as it is now."""
+    try:
+        description = read_description(converted)
+        del description["files"]
+        return description == source_of(checkpoint)
+    except UserError:
+        return False
 
 
 def write_description(checkpoint: Path, description: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from alphatoken.checkpoints.files import (
     SHARDS,
+    UNIVERSAL,
     damage,
     read_description,
 )
 from alphatoken.checkpoints.folder import RunFolder, step_folders
-from alphatoken.checkpoints.universal import UNIVERSAL, universal_checkpoint
+from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.config.file import flat, may_change
 from alphatoken.config.run import RunConfig
 from alphatoken.data.sources import without_nulls

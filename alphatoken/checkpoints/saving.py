@@ -17,6 +17,7 @@ from alphatoken.checkpoints.best import Best
 from alphatoken.checkpoints.files import (
     FORMAT_VERSION,
     LATEST,
+    UNIVERSAL,
     described_files,
     free_bytes,
     missing_files,
@@ -26,7 +27,6 @@ from alphatoken.checkpoints.files import (
     write_description,
 )
 from alphatoken.checkpoints.folder import RunFolder
-from alphatoken.checkpoints.universal import UNIVERSAL
 from alphatoken.config.run import RunConfig
 from alphatoken.distributed import collectives, process, zero3
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile, save_tensors

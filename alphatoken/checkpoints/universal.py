@@ -15,15 +15,15 @@ from alphatoken.checkpoints.files import (
     check_listing,
     damage,
     described_files,
+    is_form_of,
     source_of,
+    universal_folder,
     workers,
     write_description,
 )
 from alphatoken.distributed import collectives, conversion
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush
-
-UNIVERSAL = "-universal"
 
 
 def universal_checkpoint(checkpoint: Path) -> Path:
@@ -32,19 +32,11 @@ def universal_checkpoint(checkpoint: Path) -> Path:
 
     Raises UserError with DeepSpeed's last words where it cannot be made.
     """
-    target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
-    is_there = collectives.on_rank_0(lambda: _is_form_of(target, checkpoint))
+    target = universal_folder(checkpoint)
+    is_there = collectives.on_rank_0(lambda: is_form_of(target, checkpoint))
     if not is_there or damage(target, together=True) is not None:
         collectives.on_rank_0(lambda: _convert(checkpoint, target))
     return target
-
-
-def _is_form_of(target: Path, checkpoint: Path) -> bool:
-    """Whether a folder says that it was made from this checkpoint."""
-    try:
-        return source_of(target) == source_of(checkpoint)
-    except UserError:
-        return False
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
