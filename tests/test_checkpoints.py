@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from alphatoken.checkpoints.files import (
     described_files,
     missing_files,
     read_description,
+    universal_folder,
     write_description,
 )
 from alphatoken.checkpoints.resuming import accepted_changes
@@ -256,9 +259,66 @@ def test_an_export_that_the_disk_refuses_leaves_nothing(
         failing.setattr(PartialFolder, "discard", lambda _: None)  # a kill does not clean up
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(run, target)
-        assert [path.suffix for path in target.parent.iterdir()] == [".partial"]
+        assert {path.suffix for path in target.parent.iterdir()} == {".partial"}
     export_checkpoint(run, target)
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_two_writers_of_one_folder_do_not_destroy_each_others(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "exported"
+    first, second = PartialFolder(target), PartialFolder(target)
+    first.create()
+    (first.path / "weights").write_text("first")
+    with pytest.raises(UserError, match=f"another process is writing {target}; wait until"):
+        second.create()
+    second.discard()  # as its caller does
+    first.publish()
+    first.discard()
+    assert (target / "weights").read_text() == "first"
+    assert list(target.parent.iterdir()) == [target]
+    second.create()
+    second.discard()
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_the_folder_of_a_killed_writer_can_be_written(tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    script = (
+        "import sys, time; from pathlib import Path; from alphatoken.util.files import "
+        "PartialFolder; folder = PartialFolder(Path(sys.argv[1])); folder.create(); "
+        "(folder.path / 'torn').touch(); print('made', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", script, str(target)]
+    folder = PartialFolder(target)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "made\n"
+            with pytest.raises(UserError, match="another process is writing"):
+                folder.create()
+        finally:
+            writer.kill()
+    assert (folder.path / "torn").exists()
+    folder.create()
+    folder.publish()
+    folder.discard()
+    assert list(tmp_path.iterdir()) == [target]
+    assert list(target.iterdir()) == []
+
+
+def test_a_checkpoint_is_not_converted_twice_at_once(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    torch.save({}, checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    files = described_files(checkpoint, list(checkpoint.iterdir()), 1)
+    description = {"format_version": FORMAT_VERSION, "world_size": 1, "files": files}
+    write_description(checkpoint, description)
+    other = PartialFolder(universal_folder(checkpoint))
+    other.create()
+    with pytest.raises(UserError, match=f"another process is writing {checkpoint}-universal"):
+        universal_checkpoint(checkpoint)
+    assert other.path.exists()
+    other.discard()
 
 
 def test_a_key_of_a_source_that_is_new_and_not_set_is_no_change(run_values: dict[str, Any]) -> None:

@@ -464,7 +464,7 @@ def test_a_killed_conversion_starts_clean_with_several_workers(
 ) -> None:
     checkpoint = damaged_run.train.output_dir / "checkpoints" / "step-1"
     target = checkpoint.with_name("step-1-universal")
-    killed = target.with_name(f"{target.name}.0123.partial")
+    killed = target.with_name(f"{target.name}.partial")
     (killed / "zero").mkdir(parents=True)
     commands: list[list[str]] = []
     start = subprocess.run

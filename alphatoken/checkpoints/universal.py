@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +22,7 @@ from alphatoken.checkpoints.files import (
 )
 from alphatoken.distributed import collectives, conversion
 from alphatoken.errors import UserError
-from alphatoken.util.files import PARTIAL, flush
+from alphatoken.util.files import PartialFolder
 
 
 def universal_checkpoint(checkpoint: Path) -> Path:
@@ -42,13 +41,26 @@ def universal_checkpoint(checkpoint: Path) -> Path:
 def _convert(checkpoint: Path, target: Path) -> None:
     """Makes the universal form, in place of what is there."""
     check_listing(checkpoint)
+    folder = PartialFolder(target)
+    try:
+        folder.create()
+        shutil.rmtree(target, ignore_errors=True)  # before, as both may not fit
+        _fill(checkpoint, folder.path)
+        folder.publish()
+    except OSError as error:
+        raise UserError(
+            f"cannot convert {checkpoint} to {target}: {error}; make room, or make the folder "
+            "writable"
+        ) from None
+    finally:
+        folder.discard()
+
+
+def _fill(checkpoint: Path, partial: Path) -> None:
+    """Writes the universal form with its description."""
     Console(stderr=True, highlight=False).print(
         f"converting {checkpoint} for another number of ranks, which wait", markup=False
     )
-    shutil.rmtree(target, ignore_errors=True)
-    for killed in target.parent.glob(f"{target.name}.*{PARTIAL}"):
-        shutil.rmtree(killed, ignore_errors=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
     at_once = [
         *("--num_extract_workers", str(_extracting(checkpoint))),
@@ -57,7 +69,6 @@ def _convert(checkpoint: Path, target: Path) -> None:
     command = [sys.executable, "-m", conversion.__name__, *folders, *at_once]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"DeepSpeed cannot convert {checkpoint} for another number of "
             f"ranks:\n{finished.stderr.strip()[-1000:]}"
@@ -66,10 +77,8 @@ def _convert(checkpoint: Path, target: Path) -> None:
     write_description(
         partial, {**source_of(checkpoint), "files": described_files(partial, names, workers())}
     )
-    partial.rename(target)
     # DeepSpeed's converter notes the new tag beside the checkpoints.
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
-    flush(checkpoint.parent)
 
 
 def _extracting(checkpoint: Path) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from alphatoken.errors import UserError
 
 PARTIAL = ".partial"  # how names end of what is still being written
@@ -50,18 +52,30 @@ def publish(final: Path, write: Callable[[Path], object]) -> None:
 
 class PartialFolder:
     """A folder that is filled beside its place, at `path`, and then renamed, in place of an older
-    one. Raises OSError when the disk refuses."""
+    one, by one process at a time: a lock beside it ends with the process. Raises OSError when the
+    disk refuses."""
 
     def __init__(self, final: Path) -> None:
         self._final = final
+        lock = final.with_name(f"{final.name}.lock{PARTIAL}")
+        self._lock = FileLock(lock, thread_local=False)
         self._older = final.with_name(f"{final.name}.older{PARTIAL}")
         self.path = final.with_name(f"{final.name}{PARTIAL}")
 
     def create(self) -> None:
-        """Makes it, empty. What one that was killed has left behind is removed."""
+        """Makes it, empty. What one that was killed has left behind is removed. Raises UserError
+        where another process is filling it."""
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"another process is writing {self._final}; wait until it has ended, or name "
+                "another folder"
+            ) from None
         for leftover in (self.path, self._older):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        self.path.mkdir()
 
     def publish(self) -> None:
         """Makes it appear whole in its place."""
@@ -74,8 +88,14 @@ class PartialFolder:
         shutil.rmtree(self._older, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes it, where it was not published."""
+        """Ends the writing: removes it where it was not published. Nothing where it was not
+        created."""
+        if not self._lock.is_locked:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
+        # While it is locked: who has opened it before finds that it is gone.
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
 
 def publish_text(final: Path, text: str) -> None:
