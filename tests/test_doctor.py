@@ -21,7 +21,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from alphatoken.batch import Batch
-from alphatoken.checkpoints.files import most_at_once
+from alphatoken.checkpoints.files import (
+    FORMAT_VERSION,
+    described_files,
+    most_at_once,
+    source_of,
+    universal_folder,
+    write_description,
+)
 from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
@@ -38,6 +45,7 @@ from alphatoken.doctor.measuring import AllReduce
 from alphatoken.doctor.output import summary
 from alphatoken.doctor.rendezvous import Arrival, meet
 from alphatoken.errors import UserError
+from alphatoken.util.wording import size
 from tests.ranks import ROOT, free_port, rank_environment, run_program, run_ranks
 from tests.runs import changed
 
@@ -610,6 +618,38 @@ def test_room_for_checkpoints(config: RunConfig, monkeypatch: pytest.MonkeyPatch
     assert "train.keep_last" in found.fix
     best = config.model_copy(update={"train": train.model_copy(update={"keep_best": "eval_loss"})})
     assert "4 checkpoints of" in storage.check_space(best, model, 30).found
+
+
+def test_room_to_convert_a_checkpoint(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = config.train.model_copy(update={"output_dir": tmp_path, "resume": "auto"})
+    config = config.model_copy(update={"train": train})
+    checkpoint = tmp_path / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True)
+    names = [checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+    for name in names:
+        torch.save({"of": torch.ones(1000)}, name)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "step": 2,
+        "world_size": 2,
+        "config": config.model_dump(mode="json"),
+        "files": described_files(checkpoint, names, 1),
+    }
+    write_description(checkpoint, description)
+    needed = 2 * sum(name.stat().st_size for name in names)
+    for free, outcome in ((needed, "ok"), (needed - 1, "failed")):
+        monkeypatch.setattr(refusals, "free_bytes", lambda folder, free=free: free)
+        assert refusals.run_folder(config, 3).outcome == outcome
+    found = refusals.run_folder(config, 3)
+    assert f"converted for 3; that takes {size(needed)} beside it" in found.found
+    assert "or start on as many ranks as wrote it" in found.fix
+    assert refusals.run_folder(config, 2).outcome == "ok"
+    converted = universal_folder(checkpoint)
+    converted.mkdir()
+    write_description(converted, {**source_of(checkpoint), "files": {}})
+    assert refusals.run_folder(config, 3).outcome == "ok"
 
 
 # The rendezvous.

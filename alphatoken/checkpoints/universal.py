@@ -15,6 +15,7 @@ from alphatoken.checkpoints.files import (
     damage,
     described_files,
     is_form_of,
+    read_description,
     source_of,
     universal_folder,
     workers,
@@ -36,6 +37,19 @@ def universal_checkpoint(checkpoint: Path) -> Path:
     if not is_there or damage(target, together=True) is not None:
         collectives.on_rank_0(lambda: _convert(checkpoint, target))
     return target
+
+
+def bytes_to_convert(checkpoint: Path) -> int:
+    """What the disk of a checkpoint has to have free for its universal form: nothing where it is
+    there already.
+
+    That is twice its size: DeepSpeed first writes every rank's pieces, which it then merges, and
+    the form goes only when the next checkpoint has been written.
+    """
+    if is_form_of(universal_folder(checkpoint), checkpoint):
+        return 0
+    files = read_description(checkpoint)["files"].values()
+    return 2 * sum(int(each["bytes"]) for each in files)
 
 
 def _convert(checkpoint: Path, target: Path) -> None:

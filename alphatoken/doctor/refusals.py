@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alphatoken.checkpoints.files import free_bytes
 from alphatoken.checkpoints.resuming import find_checkpoint
+from alphatoken.checkpoints.universal import bytes_to_convert
 from alphatoken.config.run import RunConfig
 from alphatoken.data.chat import Encoder
 from alphatoken.data.splits import Splits, check_sizes, load_prompts, positions_note
@@ -25,7 +27,7 @@ from alphatoken.models.loading import (
 from alphatoken.reference.losses import check_reference
 from alphatoken.stability.of_run import check_files
 from alphatoken.training.trackers import check_trackers
-from alphatoken.util.wording import plural
+from alphatoken.util.wording import plural, size
 from alphatoken.values.registry import scorer_class
 
 
@@ -131,11 +133,19 @@ def positions(config: RunConfig, splits: Splits) -> Finding:
 
 
 def run_folder(config: RunConfig, ranks: int) -> Finding:
-    """Whether a run may start in its folder, or where it continues; for rank 0."""
+    """Whether a run may start in its folder, or where it continues, and whether there is room to
+    convert that for as many ranks; for rank 0."""
     found = find_checkpoint(config, ranks)
     if found is None:
         return Finding("run folder", "ok", f"{config.train.output_dir}: a new run")
     notes = "".join(f"; {note}" for note in found.notes)
     suspicious = any(note.severity == "warning" for note in found.notes)
     text = f"{config.train.output_dir}: continues after step {found.step}{notes}"
+    needed = bytes_to_convert(found.checkpoint) if found.universal else 0
+    if needed:
+        free = free_bytes(found.checkpoint)
+        text += f"; that takes {size(needed)} beside it, where {size(free)} are free"
+        if free < needed:
+            fix = f"make room for {size(needed - free)} more, or start on as many ranks as wrote it"
+            return Finding("run folder", "failed", text, fix)
     return Finding("run folder", "warning" if suspicious else "ok", text)
