@@ -46,7 +46,7 @@ class Scores:
 
 
 def of_eligible(eligible: Eligible, coefficients: Coefficients | None) -> Coefficients:
-    """The same coefficients, 1 where there are none, and 0 for tokens that are not eligible."""
+    """Coefficients as given, or 1 where there are none, with 0 for tokens that are not eligible."""
 
     def found(losses: ResponseLosses) -> Tensor:
         eligible_BT = eligible(losses).to(losses.nll_BT.dtype)

@@ -204,7 +204,8 @@ class GhostScorer(Scorer):
     def _take_in_contrast(
         self, batches: Sequence[Batch], scored_tokens: int, coefficients: Coefficients | None
     ) -> list[Tensor]:
-        """The same of the rows that B is of, and of their eligible tokens alone."""
+        """Collects the signals of the rows that B is of, from the losses of their eligible tokens
+        alone; returns all their token losses."""
         rows, eligible = self._contrast_rows, self.eligible
         if eligible is None:
             return self._take_in(batches, rows, scored_tokens, coefficients)
