@@ -36,7 +36,7 @@ from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection, select
 from benchmarks.fidelity import token_losses
 from benchmarks.measuring import circumstances, write_result
-from benchmarks.noise import CASES, Example, Pool, read_pool
+from benchmarks.noise import CASES, Example, Pool, marked_tokens, read_pool
 from recipes.minimal import padded
 
 SETTINGS: dict[str, Any] = {"layers": 3, "stability_weight": 0.0, "reliability": True}
@@ -60,13 +60,7 @@ class Scored:
             {**self._columns, "document_ids": row_B[:, None].expand_as(input_ids_BT)}
         )
         self._nll_BT = self._losses(pool.scored)
-        spoken = [
-            mark
-            for example in pool.scored
-            for mark, own in zip(example.bad[1:], example.document.response_mask[1:], strict=True)
-            if own
-        ]
-        self.bad_R = torch.tensor(spoken)
+        self.bad_R = torch.from_numpy(marked_tokens(pool.scored)[0])
         self.contrast = {"all": pool.contrast, "not vetoed": self._spared(pool.contrast)}
         """The rows that B is of, by which of their tokens."""
 

@@ -188,6 +188,17 @@ def _examples(
     return found
 
 
+def marked_tokens(examples: Sequence[Example]) -> tuple[Marks, np.ndarray[Any, Any]]:
+    """Whether each response token of rows is bad, and the number of its row, (R,) each."""
+    bad, rows = [], []
+    for number, example in enumerate(examples):
+        spoken = example.document.response_mask[1:]
+        marks = [mark for mark, own in zip(example.bad[1:], spoken, strict=True) if own]
+        bad += marks
+        rows += [number] * len(marks)
+    return np.array(bad), np.array(rows)
+
+
 class Measured:
     """A model in training, and what rules say of its tokens.
 
@@ -207,13 +218,7 @@ class Measured:
 
     def tokens(self) -> tuple[Marks, np.ndarray[Any, Any]]:
         """Whether each scored token is bad, and the number of its row, (R,) each."""
-        bad, rows = [], []
-        for number, example in enumerate(self._pool.scored):
-            spoken = example.document.response_mask[1:]
-            marks = [mark for mark, own in zip(example.bad[1:], spoken, strict=True) if own]
-            bad += marks
-            rows += [number] * len(marks)
-        return np.array(bad), np.array(rows)
+        return marked_tokens(self._pool.scored)
 
     def seen(self) -> Seen:
         """What rules without held-out rows are made of."""
