@@ -105,17 +105,21 @@ def measure(config: RunConfig) -> dict[str, Any]:
     with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
         trainer.step.take(STEPS, evaluates=False)
     rows = rows_of(trainer.run.splits.train, len(config.selections))
-    plan = make_plan(
-        config, rows, collectives.world_size(), "cpu" if device.type == "cpu" else None
-    )
+
+    def planned() -> tuple[int, tuple[Message, ...], int]:
+        ranks = collectives.world_size()
+        plan = make_plan(config, rows, ranks, "cpu" if device.type == "cpu" else None)
+        return plan.memory.peak, plan.traffic, plan.own.total
+
+    memory, traffic, flops = collectives.on_rank_0(planned)
     pairs = {
-        "memory": (plan.memory.peak, peak),
-        "bytes": (sum(message.bytes for message in plan.traffic), sum(communicated.values())),
-        "flops": (plan.own.total, counter.total),
+        "memory": (memory, peak),
+        "bytes": (sum(message.bytes for message in traffic), sum(communicated.values())),
+        "flops": (flops, counter.total),
     }
     return {
         "row_tokens": rows.tokens,
-        "operations": by_operation(plan.traffic, communicated),
+        "operations": by_operation(traffic, communicated),
         **{name: {"planned": pair[0], "measured": pair[1]} for name, pair in pairs.items()},
     }
 

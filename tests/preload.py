@@ -1,4 +1,5 @@
-"""Loads what the ranks of a test import late, once, in the server that they are forked from.
+"""Loads and compiles what the ranks of a test need late, once, in the server that they are forked
+from.
 
 DeepSpeed and PyTorch import some 650 modules while the first engine is built, which takes each rank
 seconds. Nothing is collected meanwhile, which would take a fifth of the time. `gc.freeze` takes
@@ -11,6 +12,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from alphatoken.report.page import page_template
 
 MODULES = (
     "deepspeed.comm.mori",
@@ -33,6 +38,8 @@ MODULES = (
 gc.disable()
 for _name in MODULES:
     importlib.import_module(_name)
+page_template()
+get_checkpoint_conversion_mapping("llama")  # the first call compiles those of every model
 gc.enable()
 gc.collect()
 gc.freeze()

@@ -313,9 +313,9 @@ def test_what_does_not_fit_is_told_how_to_fit() -> None:
         plan.blueprint.config.model_validate(
             {**plan.blueprint.config.model_dump(), "train": train}, strict=False
         ),
-        Rows(131_072),
+        Rows(65_536),
         8,
-        "a100-80g",
+        "a100-40g",
     )
     changes = [each.change for each in plan.advice]
     assert "train.gradient_checkpointing=true" not in changes, "it is on"

@@ -69,7 +69,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 def page_of(runs: Sequence[RunRecord]) -> str:
     """The page as HTML."""
     chosen = chosen_responses(runs, RESPONSES_OF_EACH if len(runs) > 1 else RESPONSES_OF_ONE)
-    return _template().render(
+    return page_template().render(
         runs=runs,
         summary=summary_of(runs),
         differing=differing_settings(runs) if len(runs) > 1 else [],
@@ -93,7 +93,8 @@ def page_of(runs: Sequence[RunRecord]) -> str:
 
 
 @cache
-def _template() -> Template:
+def page_template() -> Template:
+    """The page's template, compiled once in a process."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
