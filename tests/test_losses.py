@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from alphatoken.batch import loss_positions, make_batch
 from alphatoken.models import head as head_module
-from alphatoken.models.head import HeadLoss, head_jvp, head_loss, head_outgrads
+from alphatoken.models.head import HeadLoss, head_jvp, head_loss, head_nll, head_outgrads
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.supervised import SupervisedObjective
 from tests.oracle import relative_error
@@ -68,6 +69,37 @@ def test_blocked_head_equals_cross_entropy(
     if rows:
         (own,) = torch.autograd.grad(cross_entropy("sum"), hidden)
         assert relative_error(plain_gradient, own) <= 1e-5
+
+
+def test_in_bfloat16_blocks_of_the_head_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is rounded once per block strays from the true one; one that is rounded at
+    its end does not."""
+    vocabulary, rows = 64, 512
+    head = nn.Linear(16, vocabulary, dtype=torch.bfloat16)
+    hidden = torch.randn(rows, 16, dtype=torch.bfloat16)
+    targets, weights = torch.randint(0, vocabulary, (rows,)), torch.rand(rows)
+
+    def gradients(nll: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [
+            each.detach().to(dtype).requires_grad_() for each in (hidden, head.weight, head.bias)
+        ]
+        return list(torch.autograd.grad((nll(*leaves) * weights).sum(), leaves))
+
+    def blocked(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+        return head_nll(hidden_RH, weight_VH, bias_V, targets, None)
+
+    def whole(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+        logits_RV = nn.functional.linear(hidden_RH, weight_VH, bias_V)
+        return nn.functional.cross_entropy(logits_RV, targets, reduction="none")
+
+    truth = gradients(whole, torch.float64)
+    one_block = gradients(blocked, torch.bfloat16)
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows * vocabulary // 64)
+    many_blocks = gradients(blocked, torch.bfloat16)
+    for name, one, many, true in zip(
+        ("hidden states", "weight", "bias"), one_block, many_blocks, truth, strict=True
+    ):
+        assert relative_error(many, true) <= 1.5 * relative_error(one, true), name
 
 
 def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:

@@ -24,25 +24,38 @@ def block_rows(vocabulary: int) -> int:
     return max(1, LOGIT_BLOCK_ELEMENTS // vocabulary)
 
 
+def block_tokens(rows: int) -> int:
+    """For how many tokens of the vocabulary at once it is differentiated on so many rows."""
+    return max(1, LOGIT_BLOCK_ELEMENTS // max(rows, 1))
+
+
+def _logits(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (R, V) float32, and their derivative by the head's output, where a cap makes it other
+    than one."""
+    logits_RV = F.linear(hidden_RH, weight_VH, bias_V).float()
+    if softcap is None:
+        return logits_RV, None
+    bounded_RV = torch.tanh(logits_RV / softcap)
+    return softcap * bounded_RV, 1 - bounded_RV.square()
+
+
 def _block_loss(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     targets_R: Tensor,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Negative log likelihoods (R,) and their gradients with respect to the head's output (R, V),
-    both float32."""
-    logits_RV = F.linear(hidden_RH, weight_VH, bias_V).float()
-    slope_RV: Tensor | None = None
-    if softcap is not None:
-        bounded_RV = torch.tanh(logits_RV / softcap)
-        logits_RV, slope_RV = softcap * bounded_RV, 1 - bounded_RV.square()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log likelihoods (R,), their gradients with respect to the head's output (R, V), and
+    the logarithms of the softmax's denominators (R,), all float32."""
+    logits_RV, slope_RV = _logits(hidden_RH, weight_VH, bias_V, softcap)
     lse_R = torch.logsumexp(logits_RV, dim=-1)
     nll_R = lse_R - logits_RV.gather(1, targets_R[:, None])[:, 0]
     grad_RV = logits_RV.sub_(lse_R[:, None]).exp_()
     grad_RV.scatter_add_(1, targets_R[:, None], torch.full_like(nll_R, -1.0)[:, None])
-    return nll_R, grad_RV if slope_RV is None else grad_RV.mul_(slope_RV)
+    return nll_R, grad_RV if slope_RV is None else grad_RV.mul_(slope_RV), lse_R
 
 
 @torch.no_grad()
@@ -60,7 +73,7 @@ def head_loss(
     rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
-        nll_R[block], grad_RV = _block_loss(
+        nll_R[block], grad_RV, _ = _block_loss(
             hidden_RH[block], head.weight, head.bias, targets_R[block], softcap
         )
         grad_RH[block] = grad_RV.to(hidden_RH.dtype) @ head.weight
@@ -94,7 +107,7 @@ def head_jvp(
     rows = block_rows(head.weight.shape[0])
     for start in range(0, hidden_RH.shape[0], rows):
         block = slice(start, start + rows)
-        nll_R[block], grad_RV = _block_loss(
+        nll_R[block], grad_RV, _ = _block_loss(
             hidden_RH[block], head.weight, head.bias, targets_R[block], softcap
         )
         for number, tangent_RH in enumerate(tangents_NRH):
@@ -164,8 +177,13 @@ def head_samples(
 
 
 class BlockedNLL(torch.autograd.Function):
-    """Head and cross-entropy whose backward recomputes the logits block by block, unless one block
-    is all there is."""
+    """Head and cross-entropy whose backward recomputes the logits, unless one block is all there
+    is.
+
+    The forward pass goes through blocks of rows, the backward pass through blocks of the
+    vocabulary: each row of the weight's gradient is then one product, rounded once. Those of the
+    hidden states, which are few numbers, are summed in float32.
+    """
 
     @staticmethod
     def forward(
@@ -178,15 +196,16 @@ class BlockedNLL(torch.autograd.Function):
     ) -> Tensor:
         rows = block_rows(weight_VH.shape[0])
         nll_R = torch.empty(hidden_RH.shape[0], device=hidden_RH.device)
+        lse_R = torch.empty_like(nll_R)
         only_block: Tensor | None = None
         for start in range(0, hidden_RH.shape[0], rows):
             block = slice(start, start + rows)
-            nll_R[block], grad_RV = _block_loss(
+            nll_R[block], grad_RV, lse_R[block] = _block_loss(
                 hidden_RH[block], weight_VH, bias_V, targets_R[block], softcap
             )
             if hidden_RH.shape[0] <= rows:
                 only_block = grad_RV.to(hidden_RH.dtype)
-        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R, only_block)
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R, lse_R, only_block)
         ctx.softcap = softcap
         return nll_R
 
@@ -194,27 +213,33 @@ class BlockedNLL(torch.autograd.Function):
     def backward(
         ctx: Any, outgrad_R: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        hidden_RH, weight_VH, bias_V, targets_R, only_block = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_RH)
-        grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        hidden_RH, weight_VH, bias_V, targets_R, lse_R, only_block = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden_RH, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias = (
-            torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+            torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         )
-        rows = block_rows(weight_VH.shape[0])
-        for start in range(0, hidden_RH.shape[0], rows):
-            block = slice(start, start + rows)
+        tokens = weight_VH.shape[0]
+        size = tokens if only_block is not None else block_tokens(len(hidden_RH))
+        for start in range(0, tokens, size):
+            block = slice(start, start + size)
             grad_RV = only_block
             if grad_RV is None:
-                _, grad_RV = _block_loss(
-                    hidden_RH[block], weight_VH, bias_V, targets_R[block], ctx.softcap
-                )
-            grad_RV = (grad_RV * outgrad_R[block, None]).to(hidden_RH.dtype)
-            grad_hidden[block] = grad_RV @ weight_VH
+                bias = None if bias_V is None else bias_V[block]
+                grad_RV, slope_RV = _logits(hidden_RH, weight_VH[block], bias, ctx.softcap)
+                grad_RV = grad_RV.sub_(lse_R[:, None]).exp_()
+                inside_R = (targets_R >= start) & (targets_R < start + grad_RV.shape[1])
+                target_R = (targets_R - start).clamp(0, grad_RV.shape[1] - 1)
+                grad_RV.scatter_add_(1, target_R[:, None], -inside_R[:, None].float())
+                if slope_RV is not None:
+                    grad_RV.mul_(slope_RV)
+            grad_RV = (grad_RV * outgrad_R[:, None]).to(hidden_RH.dtype)
+            grad_hidden += grad_RV @ weight_VH[block]
             if grad_weight is not None:
-                grad_weight.addmm_(grad_RV.T, hidden_RH[block])
+                torch.mm(grad_RV.T, hidden_RH, out=grad_weight[block])
             if grad_bias is not None:
-                grad_bias += grad_RV.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+                grad_bias[block] = grad_RV.sum(0)
+        return grad_hidden.to(hidden_RH.dtype), grad_weight, grad_bias, None, None
 
 
 def head_nll(
