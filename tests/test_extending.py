@@ -170,6 +170,16 @@ def test_the_policy_of_the_page_trains_from_a_configuration_file(
 
 
 @pytest.mark.slow
+def test_the_metric_of_the_page_is_computed(run_values: dict[str, Any], tmp_path: Path) -> None:
+    values = {**run_values, "valuation": {"enabled": False}}
+    ran = run_example("A metric", tmp_path, values)
+    assert ran.returncode == 0, ran.stderr
+    metrics = last_metrics(values)
+    # A mean of exponentials is above the exponential of the mean.
+    assert math.exp(-metrics["loss_response"]) < metrics["probability_mean"] < 1
+
+
+@pytest.mark.slow
 def test_the_objective_of_the_page_trains_from_a_configuration_file(
     pair_values: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -3,8 +3,33 @@ a page or a console can name them without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import alphatoken.objectives.metrics  # noqa: F401  declares those of objectives
 from alphatoken.util.metrics import declare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alphatoken.selection.facts import TokenFacts
+
+RESPONSE_MEANS: dict[str, Callable[[TokenFacts], Tensor]] = {}
+"""Metrics that are means over response tokens, and what of."""
+
+
+def declare_response_mean(
+    name: str, sentence: str, unit: str = "", *, of: Callable[[TokenFacts], Tensor]
+) -> str:
+    """Declares a metric that every step computes: the mean over all response tokens of the global
+    batch of what `of` gives of a micro-batch, (B, T). Returns its name.
+
+    Where `of` raises LookupError, as facts do that a run does not have, there is no such metric;
+    it must do so on every rank or on none. Raises ValueError if the name is declared already.
+    """
+    RESPONSE_MEANS[declare(name, sentence, unit)] = of
+    return name
+
 
 # Of an optimizer step (step.py).
 declare("step", "optimizer steps taken; 0 is the evaluation before training")
@@ -35,7 +60,9 @@ declare("peak_memory_bytes", "peak memory of rank 0 since the start", "bytes")
 
 # Over its micro-batches and ranks (statistics.py).
 LOSS_KEPT = declare("loss_kept", "mean loss of the tokens trained on", "nats")
-LOSS_RESPONSE = declare("loss_response", "mean loss of all response tokens", "nats")
+declare_response_mean(
+    "loss_response", "mean loss of all response tokens", "nats", of=lambda facts: facts.nll_BT
+)
 LOSS = declare("loss", "the objective per pair, on kept tokens (preference runs)")
 CORRELATION = declare(
     "adaptation_stability_rank_correlation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from alphatoken.errors import NonFiniteError
 from alphatoken.selection.select import Selection
 from alphatoken.training.by_source import BySource
 from alphatoken.training.dropped import DroppedTokens, counts_of
-from alphatoken.training.metrics import CORRELATION, LOSS, LOSS_KEPT, LOSS_RESPONSE
+from alphatoken.training.metrics import CORRELATION, LOSS, LOSS_KEPT, RESPONSE_MEANS
 from alphatoken.training.moments import ValueColumns, rank_correlation
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.util.metrics import Metrics
@@ -86,7 +87,10 @@ class StepStatistics:
         self._sums.add(COUNTS, counts_of(facts, output["choice"], len(self._branches) or 1))
         self._has_spread |= "spread" in facts.values
         self._sums.add(LOSS_KEPT, output["kept_nll_R"].double().sum())
-        self._sums.add(LOSS_RESPONSE, facts.nll_BT.double().sum())
+        for name, of in RESPONSE_MEANS.items():
+            with suppress(LookupError):
+                number_R = batch["response_index"].take(of(facts))
+                self._sums.add_vectors({name: number_R})
         self._sums.add(LOSS, output["total"])
         self._sums.add_vectors(output["metrics"], prefix=OBJECTIVE)
         if self._by_source is not None:
@@ -109,7 +113,7 @@ class StepStatistics:
         )
         metrics: Metrics = {
             LOSS_KEPT: float(sums[LOSS_KEPT]) / max(dropped.count("trained"), 1),
-            LOSS_RESPONSE: float(sums[LOSS_RESPONSE]) / max(dropped.count("response"), 1),
+            **{name: mean(sums[name]) for name in RESPONSE_MEANS if name in sums},
             **dropped.metrics(),
         }
         if self._branches:
