@@ -106,7 +106,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         trainer.step.take(STEPS, evaluates=False)
     rows = rows_of(trainer.run.splits.train, len(config.selections))
 
-    def planned() -> tuple[int, tuple[Message, ...], int]:
+    def planned() -> tuple[int, tuple[Message, ...], float]:
         ranks = collectives.world_size()
         plan = make_plan(config, rows, ranks, "cpu" if device.type == "cpu" else None)
         return plan.memory.peak, plan.traffic, plan.own.total

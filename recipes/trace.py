@@ -99,9 +99,11 @@ def losses(decoder: Decoder, batch: Batch, positions_BT: Tensor) -> Tensor:
     return cross_entropy(decoder.head(hidden_RH), batch["targets"][positions_BT], reduction="none")
 
 
-def run_tower(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, LinearSignals]]:
-    """Runs the decoder and the tower. Returns the entry, (B, T, H), the token losses, (B, T), and
-    the signals of every scored linear by name."""
+def run_tower(
+    decoder: Decoder, batch: Batch, window: int
+) -> tuple[Tensor, Tensor, dict[str, LinearSignals]]:
+    """Runs the decoder and the tower, with a causal path over so many positions. Returns the entry,
+    (B, T, H), the token losses, (B, T), and the signals of every scored linear by name."""
     found: dict[str, LinearSignals] = {}
 
     @contextmanager
@@ -115,13 +117,13 @@ def run_tower(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str,
     tower.refresh()
     with torch.no_grad(), tower.capture() as capture:
         decoder.hidden_states({"input_ids": batch["input_ids"]})
-    nll_BT = tower.run(capture.entry, batch, keeping, window=WINDOW)
+    nll_BT = tower.run(capture.entry, batch, keeping, window=window)
     return capture.entry.first_BTH, nll_BT, found
 
 
 def show_signals(decoder: Decoder, batch: Batch, t: int) -> dict[str, LinearSignals]:
     """Runs the tower on the row; returns the signals of every scored linear by name."""
-    entry_BTH, nll_BT, signals = run_tower(decoder, batch)
+    entry_BTH, nll_BT, signals = run_tower(decoder, batch, WINDOW)
     shown = signals[SHOWN]
     assert shown.mixed_BTO is not None
     print("SIGNALS")
@@ -142,7 +144,7 @@ def show_contraction(
     t: int,
 ) -> Tensor:
     """G and V of every linear, the four terms, and their sum: the value, (B, T)."""
-    _, _, held_out_signals = run_tower(decoder, held_out)
+    _, _, held_out_signals = run_tower(decoder, held_out, 0)
     index = signals[SHOWN].chunk.index
     sums = {term: torch.zeros(index.count) for term in TERMS}
     print("CONTRACTION")

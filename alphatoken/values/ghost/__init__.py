@@ -1,7 +1,8 @@
 """Estimator `ghost`, the paper's: signals of the last layers' linears, contracted with the held-out
 gradient and the drift.
 
-To follow a value from beginning to end, read in this order:
+To follow a value from beginning to end, read these five in this order. The code writes `act` for h,
+a linear's input, and `outgrad` for d, the loss gradient at its output:
 
 - `scorer`: drives; `refresh` takes in held-out rows, `score` values a batch.
 - `tower`: runs the last layers forward and backward, one at a time, the last one first, each in a
@@ -9,8 +10,11 @@ To follow a value from beginning to end, read in this order:
 - `signals`: what each linear saw, (h, d), and d mixed by the attention band.
 - `held_out`: the held-out signals (h_v, d_v), kept as they are or summed up to slices of G
   (`outer_sums`), whichever is cheaper.
-- `directions`: what signals are contracted with, made whole from either.
 - `contract`: the equation, one linear at a time, and the sum over linears.
+
+`training.step.OptimizerStep.take` has everything refreshed, then runs each micro-batch through
+`training.valued_model`, which calls `score` in the middle of the forward pass and multiplies values
+of a pair by how its objective depends on the response's losses (of SFT by 1).
 
 What calls what, once a step, for G, B and V (`values.refresh` decides when):
 
@@ -18,7 +22,7 @@ What calls what, once a step, for G, B and V (`values.refresh` decides when):
       _take_in -> _collect -> Tower.run                  rows of all ranks, no causal path
         HeldOutSignals.add, reduce                       (h_v, d_v), or sum_v d_v h_v^T in slices
       _gather_contractions                               one `Contractions` for each linear
-        contractions_with, Drift.matrices                G and B; V
+        contractions_with, Drift.matrices                G, B and D; V
 
 and for one micro-batch:
 
@@ -29,10 +33,15 @@ and for one micro-batch:
                      consumer -> TermSums.add -> contract       d^T G h, d^T V h
       TermSums.values -> TokenValues.from_terms          the sum over linears, (1, lambda) times it
 
-`training.valued_model` calls `score` in the middle of a micro-batch's forward pass, and multiplies
-values of a pair by how its objective depends on the response's losses (of SFT by 1).
+Where c, which multiplies B, and lambda, which multiplies V, enter:
 
-Not needed for that: how `outer_sums` deals slices to ranks, `scored_mean` (B of earlier steps).
+    split_terms: true (default)    both in TokenValues.from_terms, of sums over linears
+    split_terms: false             c in GhostScorer._directions (G - c B is one contraction); lambda
+                                   in _gather_contractions where G is a matrix, which lambda V is
+                                   added to, else in contract_at_once
+
+Not needed for that: `directions` (G, B and D made whole from slices or signals), how `outer_sums`
+deals slices to ranks, `scored_mean` (B of earlier steps).
 
 Factors that arise elsewhere: the products themselves (`values.algebra`), the hooks
 (`passes.capture`), the top of the backward pass (`passes.chunks`), the attention band

@@ -1,12 +1,13 @@
-"""The value of a token, in one place: the signals of one linear contracted with G, B and V, and the
+"""The equation of a token's value: the signals of one linear contracted with G, B and V, and the
 sum over linears (Eqs. 8 to 12 of arXiv 2606.01635, which know no B: there c is 0).
 
     value(t) =   d_t^T G h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T G h_t              adaptation
                - c      ( d_t^T B h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T B h_t )
                + lambda ( d_t^T V h_t  +  sum_{t<k<=t+w} A[k,t] d_k^T V h_t )   stability
 
-summed over the scored linears; the sums over k over value projections only. The spread is the same
-with D, half the difference of G - c B under two halves of the rows, in place of G - c B + lambda V.
+summed over the scored linears; the second summand of each line exists at value projections only.
+The spread is the same with D, half the difference of G - c B under two halves of the rows, in place
+of G - c B + lambda V. `split_terms` decides where c and lambda enter; the package says where.
 
 Shape legend: B sequences and T positions of a batch, R response positions of one chunk, I and O the
 features of a linear.
@@ -71,23 +72,20 @@ def contract(signals: LinearSignals, contractions: Contractions) -> dict[str, Te
 
 
 def contract_at_once(
-    signals: LinearSignals,
-    contractions: Contractions,
-    stability_weight: float,
-    contrast: float = 0.0,
+    signals: LinearSignals, contractions: Contractions, stability_weight: float
 ) -> Tensor:
     """Contracts one linear's signals to its share of the value, (R,) float32, without the terms.
 
     Every term is linear in d, so direct and causal paths may be added before the contraction:
     value = (d + mixed)^T (G - c B + lambda V) h. That halves the work on value projections, and
-    more where `contractions.target` is with the sum of the three.
+    more where `contractions.target` is with lambda V, too. It is with -c B, if there is contrast.
     """
-    weights = {"target": 1.0, "contrast": -contrast, "proxy": stability_weight}
     contracted = contract_all([_of_all_paths(signals)], contractions.by_direction(), signals.act_RI)
-    value_R = contracted.pop("target")[0]
-    for direction, (share_R,) in contracted.items():
-        value_R = value_R + weights[direction] * share_R
-    return value_R
+    (value_R,) = contracted["target"]
+    if "proxy" not in contracted:
+        return value_R
+    (proxy_R,) = contracted["proxy"]
+    return value_R + stability_weight * proxy_R
 
 
 def contract_all(
@@ -140,12 +138,11 @@ class TermSums:
         self, signals: LinearSignals, contractions: Contractions, stability_weight: float
     ) -> Tensor:
         """Contracts one linear's signals and adds the result. Returns whether it was finite, a bool
-        scalar on the device."""
+        scalar on the device. `stability_weight` counts where the terms are not kept apart."""
         if self._split:
             shares = contract(signals, contractions)
         else:
-            value_R = contract_at_once(signals, contractions, stability_weight, self._contrast)
-            shares = {"composite": value_R}
+            shares = {"composite": contract_at_once(signals, contractions, stability_weight)}
         if contractions.spread is not None:
             shares["spread"] = contract_spread(signals, contractions.spread)
         for name, share_R in shares.items():

@@ -167,7 +167,6 @@ class GhostScorer(Scorer):
 
             def add(signals: LinearSignals) -> None:
                 name = signals.linear.name
-                # lambda here only where the terms are not kept apart.
                 finite = sums.add(signals, contractions[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
                 if self._scored is not None:
@@ -267,18 +266,18 @@ class GhostScorer(Scorer):
         """What the directions besides V are made of, each a weighted sum of means: by default G
         alone; with contrast B, too, or G - c B where only the composite is wanted; with halves D.
         """
-        held_out, contrast = self._held_out, -self.config.contrast
+        held_out, minus_c = self._held_out, -self.config.contrast
         directions = {"target": [Weighted(1.0, held_out)]}
         if self.config.reliability:
             directions["spread"] = [Weighted(1.0, held_out, signed=True)]
-        if not contrast:
+        if not minus_c:
             return directions
         if self.config.split_terms:
             directions["contrast"] = [Weighted(1.0, self._contrast_mean)]
         else:
-            directions["target"].append(Weighted(contrast, self._contrast_mean))
+            directions["target"].append(Weighted(minus_c, self._contrast_mean))
         if self.config.reliability:
-            directions["spread"].append(Weighted(contrast, self._contrast_mean, signed=True))
+            directions["spread"].append(Weighted(minus_c, self._contrast_mean, signed=True))
         return directions
 
     @property
