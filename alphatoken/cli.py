@@ -22,7 +22,7 @@ import typer
 import alphatoken
 from alphatoken.distributed import process
 from alphatoken.errors import ConfigError, NonFiniteError, RemoteError, UserError
-from alphatoken.util.files import writing
+from alphatoken.util.files import check_is_new, writing
 from alphatoken.util.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
-    from alphatoken.checkpoints.folder import check_is_new, checkpoints_to_export
+    from alphatoken.checkpoints.folder import checkpoints_to_export
 
     check_is_new(target)
     if not merge:  # or it may be the hub name of adapters

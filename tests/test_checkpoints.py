@@ -281,6 +281,57 @@ def test_two_writers_of_one_folder_do_not_destroy_each_others(tmp_path: Path) ->
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_a_folder_that_a_killed_writer_had_moved_away_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames of a replacement; and the next writer fails, too."""
+    target = tmp_path / "exported"
+    target.mkdir()
+    (target / "weights").write_text("older")
+    folder = PartialFolder(target)
+    folder.create()
+    rename = Path.rename
+
+    def killed(path: Path, to: Path) -> Path:
+        if path == folder.path:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as killing:
+        killing.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.publish()
+    assert not target.exists()
+    folder.discard()
+    next_one = PartialFolder(target)
+    next_one.create()
+    assert (target / "weights").read_text() == "older"
+    next_one.discard()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_export_made_meanwhile_is_not_replaced(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process that ended between the first look and the writing."""
+    values = changed(
+        run_values, valuation={"enabled": False}, train={"max_steps": 1, "save_every": 1}
+    )
+    Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective())).train()
+    run, target = Path(values["train"]["output_dir"]), tmp_path / "exported"
+    create = PartialFolder.create
+
+    def create_late(folder: PartialFolder, *, replace: bool) -> None:
+        target.mkdir()
+        (target / "weights").write_text("of the other")
+        create(folder, replace=replace)
+
+    monkeypatch.setattr(PartialFolder, "create", create_late)
+    with pytest.raises(UserError, match="exists; name a new folder"):
+        export_checkpoint(run, target)
+    assert [each.read_text() for each in target.iterdir()] == ["of the other"]
+
+
 def test_the_folder_of_a_killed_writer_can_be_written(tmp_path: Path) -> None:
     target = tmp_path / "exported"
     script = (

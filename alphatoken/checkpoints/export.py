@@ -29,7 +29,7 @@ from alphatoken.checkpoints.files import (
     damage,
     read_description,
 )
-from alphatoken.checkpoints.folder import check_is_new, checkpoints_to_export, step_folders
+from alphatoken.checkpoints.folder import checkpoints_to_export, step_folders
 from alphatoken.checkpoints.weight_files import (
     Prefix,
     Source,
@@ -41,7 +41,7 @@ from alphatoken.data.pretrained import holds_adapters, read_settings
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.token_losses import WEIGHTS
-from alphatoken.util.files import PartialFolder
+from alphatoken.util.files import PartialFolder, check_is_new
 
 
 def export_model(
@@ -184,7 +184,7 @@ def export_checkpoint(
     if merge and step is None:
         place = _adapters_without_checkpoint(run)
         if place is not None:
-            return _export_merged(run, place, target)
+            return _export_merged(run, place, target, replace=replace)
     checkpoint = _checkpoint_of(run, step)
     description = read_description(checkpoint)
     config = description["config"]
@@ -197,18 +197,18 @@ def export_checkpoint(
     model_files = run / "model"
     if not (model_files / "config.json").is_file():
         raise UserError(f"{model_files} is missing; is {run} a run folder?")
-    with _appearing(target) as folder:
+    with _appearing(target, replace=replace) as folder:
         parameters, files = _write_checkpoint(run, checkpoint, description, folder, merge=merge)
     return Exported(folder=target, step=description["step"], parameters=parameters, files=files)
 
 
 @contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
+def _appearing(target: Path, *, replace: bool) -> Iterator[Path]:
     """A folder to fill, which is at `target` when that is done, and nowhere if it is not. Raises
-    UserError where the disk refuses."""
+    UserError where the disk refuses, and where `target` exists that is not to be replaced."""
     folder = PartialFolder(target)
     try:
-        folder.create()
+        folder.create(replace=replace)
         yield folder.path
         folder.publish()
     except (OSError, SafetensorError) as error:
@@ -325,7 +325,7 @@ def _adapters_without_checkpoint(run: Path) -> str | None:
     return str(exported) if finished and not step_folders(run / "checkpoints") else None
 
 
-def _export_merged(run: Path, adapters: str, target: Path) -> Exported:
+def _export_merged(run: Path, adapters: str, target: Path, *, replace: bool) -> Exported:
     """Writes the model that adapters make of the one they belong to, in a run's dtype or else the
     model's own. Raises UserError where that cannot be loaded."""
     import peft
@@ -336,7 +336,7 @@ def _export_merged(run: Path, adapters: str, target: Path) -> Exported:
     dtype = "auto"
     if settings.is_file():
         dtype = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["dtype"]
-    with _appearing(target) as folder:
+    with _appearing(target, replace=replace) as folder:
         parameters = _merge(adapters, folder, str(base), dtype, generation=run / "model")
         own_tokenizer = Path(adapters, "tokenizer_config.json").is_file()
         tokenizer = transformers.AutoTokenizer.from_pretrained(adapters if own_tokenizer else base)

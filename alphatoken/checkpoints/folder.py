@@ -85,9 +85,3 @@ def checkpoints_to_export(run: Path, step: int | None = None) -> list[Path]:
             f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(folders)))}"
         )
     return list(folders.values()) if step is None else [folders[step]]
-
-
-def check_is_new(target: Path) -> None:
-    """Raises UserError where a folder to be written exists."""
-    if target.exists():
-        raise UserError(f"{target} exists; name a new folder")

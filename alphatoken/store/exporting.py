@@ -110,8 +110,8 @@ def _dataset_of(rows: Callable[[], Iterator[dict[str, Any]]], scratch: str) -> d
 
 def _save_folder(rows: datasets.Dataset, target: Path) -> None:
     folder = PartialFolder(target)
-    folder.create()
     try:
+        folder.create(replace=False)
         datasets.DatasetDict({"train": rows}).save_to_disk(folder.path)
         folder.publish()
     finally:

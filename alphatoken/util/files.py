@@ -50,6 +50,12 @@ def publish(final: Path, write: Callable[[Path], object]) -> None:
     flush(final.parent)
 
 
+def check_is_new(target: Path) -> None:
+    """Raises UserError where a folder to be written exists."""
+    if target.exists():
+        raise UserError(f"{target} exists; name a new folder")
+
+
 class PartialFolder:
     """A folder that is filled beside its place, at `path`, and then renamed, in place of an older
     one, by one process at a time: a lock beside it ends with the process. Raises OSError when the
@@ -62,9 +68,10 @@ class PartialFolder:
         self._older = final.with_name(f"{final.name}.older{PARTIAL}")
         self.path = final.with_name(f"{final.name}{PARTIAL}")
 
-    def create(self) -> None:
-        """Makes it, empty. What one that was killed has left behind is removed. Raises UserError
-        where another process is filling it."""
+    def create(self, *, replace: bool = True) -> None:
+        """Makes it, empty. What one that was killed has left behind is removed, and an older folder
+        is put back that it had only moved away. Raises UserError where another process is filling
+        it, and without `replace` where there is one at its place."""
         self._final.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)
@@ -73,8 +80,12 @@ class PartialFolder:
                 f"another process is writing {self._final}; wait until it has ended, or name "
                 "another folder"
             ) from None
+        if self._older.exists() and not self._final.exists():
+            self._older.rename(self._final)
         for leftover in (self.path, self._older):
             shutil.rmtree(leftover, ignore_errors=True)
+        if not replace:
+            check_is_new(self._final)
         self.path.mkdir()
 
     def publish(self) -> None:
