@@ -51,6 +51,8 @@ def visible(text: str) -> str:
     """A text in which nothing is invisible or turns the direction of what follows: controls,
     formats, separators of lines and what is no character are written as Python would escape them.
     Line breaks stay."""
+    if text.isprintable():  # most texts are: Python then knows no such character in it
+        return text
     return "".join(
         each
         if each in ("\n", JOINER) or unicodedata.category(each) not in UNSEEN
