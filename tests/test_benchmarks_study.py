@@ -66,7 +66,7 @@ def test_an_arm_is_skipped_where_the_file_says_so(tmp_path: Path) -> None:
         for condition in settings.conditions
     }
     assert arms["advertisement"] == list(settings.arms)
-    assert arms["clean"] == ["untrained", "all", "drop harmful"]
+    assert arms["clean"] == ["untrained", "all", "drop harmful, c 0.75, and improbable"]
 
 
 @pytest.mark.parametrize("skip", ["{klean: [all]}", "{clean: [al]}", "{clean: [all]}"])
