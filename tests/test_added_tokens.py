@@ -55,6 +55,7 @@ def rows_with(word: str, tmp_path: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_row_with_a_token_that_has_no_embedding_is_refused_before_weights_are_read(
     values: dict[str, Any], with_token: Path, tmp_path: Path
 ) -> None:

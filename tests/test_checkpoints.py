@@ -234,6 +234,7 @@ def test_files_that_would_run_something_are_not_opened(
     assert ran.exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_the_disk_refuses_leaves_nothing(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_folder_that_a_killed_writer_had_moved_away_comes_back(
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.slow
 def test_an_export_made_meanwhile_is_not_replaced(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

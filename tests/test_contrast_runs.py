@@ -402,6 +402,7 @@ def test_contrast_needs_rows_that_are_not_scored(run_values: dict[str, Any]) -> 
     trainer_of(changed(values, valuation={"reliability": False}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
 def test_a_row_of_b_that_is_not_finite_is_named(
     estimator: str, run_values: dict[str, Any], tmp_path: Path
@@ -449,6 +450,7 @@ def test_rows_of_b_are_neither_scored_nor_held_out(run_values: dict[str, Any]) -
     assert not found[3] & (found[0] | found[1] | found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
 def test_b_of_the_held_out_rows_is_g(estimator: str, pair_values: dict[str, Any]) -> None:
     """With `target: preference` the losses of B have the coefficients that those of G have."""

@@ -137,6 +137,7 @@ def test_a_name_that_ends_no_turn_is_refused(
         stop_tokens(config, load_tokenizer(config))
 
 
+@pytest.mark.slow
 def test_a_run_protects_it_and_its_export_stops_at_it(
     base: Path, run_values: dict[str, Any], tmp_path: Path
 ) -> None:

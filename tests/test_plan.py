@@ -145,6 +145,7 @@ def test_peak_memory_is_as_planned(tiny_model: Path, tmp_path: Path) -> None:
     assert memory["planned"] == pytest.approx(memory["measured"], rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
 def test_large_models_fit_where_their_configurations_say(
     file: Path, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +301,7 @@ def test_entropy_costs_the_head_once_more(scope: str, *, valued: bool, tmp_path:
     assert entropy - plain == head > 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_how_to_fit() -> None:
     plan = plan_of("llama-3.1-8b", device="a100-40g")
     assert plan.fits is False
@@ -365,6 +367,7 @@ def test_states_on_the_host_leave_the_device(estimator: str, tmp_path: Path) -> 
     assert on_cpu[1].offloaded == 0
 
 
+@pytest.mark.slow
 def test_what_is_too_close_to_tell_is_not_said_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """`exact` over all parameters of 70 billion on four nodes."""
     monkeypatch.setenv("DATA_DIR", "data")
@@ -444,6 +447,7 @@ def test_exact_takes_what_is_planned(
     assert expected == pytest.approx(measured, rel=0.15), parts
 
 
+@pytest.mark.slow
 def test_what_can_never_fit_gets_no_false_hope() -> None:
     result = CliRunner().invoke(
         app, ["plan", *written_for("llama-3.3-70b"), "--world", "1", "--gpu", "rtx4090-24g"]

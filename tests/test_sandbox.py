@@ -88,6 +88,7 @@ def test_a_sandbox_that_is_late_once_is_started_again(monkeypatch: pytest.Monkey
         run_program("pass", LIMITS)
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_ended() -> None:
     began = time.monotonic()
     assert not ran("while True:\n    pass")
@@ -95,6 +96,7 @@ def test_an_endless_loop_is_ended() -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_what_a_program_leaves_behind_ends_with_it() -> None:
     """Also what left its session and its parent, and asked not to be ended with it."""
     name = f"stay{os.getpid() % 10**6}"
@@ -151,6 +153,7 @@ def becomes(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_comes_to_nothing() -> None:
     name = f"bomb{os.getpid() % 10**6}"
     most: list[int] = [0]

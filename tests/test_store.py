@@ -71,6 +71,7 @@ def kept_in_first_step(run: Run) -> list[torch.Tensor]:
     return [select(run.model.selections, each).choice.kept_R for each in facts]
 
 
+@pytest.mark.slow
 def test_a_store_gives_the_masks_of_scoring_while_training(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_killed_valuation_goes_on_where_it_was_on_any_number_of_ranks(
         assert relative_error(*columns) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_pairs_have_values_of_both_responses(pair_values: dict[str, Any], tmp_path: Path) -> None:
     pair_values["selection"] = {"store": str(tmp_path / "store")}
     run_valuing(validate(PreferenceRunConfig, pair_values, "test"))
@@ -159,6 +161,7 @@ def test_pairs_have_values_of_both_responses(pair_values: dict[str, Any], tmp_pa
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow
 def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
     store = value_rows(run_of(run_values))
     longer = changed(run_values, data={"max_length": 999})
@@ -179,6 +182,7 @@ def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path
         run_of(stored(run_values, tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_values_of_other_settings_are_not_taken_for_those_asked_for(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -249,6 +253,7 @@ def damaged(store: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_damage_of_a_store_is_named_when_it_is_read(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -264,6 +269,7 @@ def test_damage_of_a_store_is_named_when_it_is_read(
         run_of(stored(run_values, store))
 
 
+@pytest.mark.slow
 def test_values_of_pairs_depend_on_the_objective(
     pair_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +308,7 @@ def test_what_cannot_be_valued_is_said_first(
         check_valuing(RunConfig.model_validate(changed(run_values, **changes)))
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_is_not_valued_as_what_it_began_with(
     run_values: dict[str, Any],
 ) -> None:
@@ -311,6 +318,7 @@ def test_a_run_with_checkpoints_is_not_valued_as_what_it_began_with(
         run_valuing(RunConfig.model_validate(values))
 
 
+@pytest.mark.slow
 def test_the_recipe_values_and_another_trains_by_it(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -408,6 +416,7 @@ def test_what_stops_an_export_is_said(
     assert re.search("is damaged .*; remove it", str(result.exception))
 
 
+@pytest.mark.slow
 def test_trl_trains_on_exported_rows_as_we_do(run_values: dict[str, Any], tmp_path: Path) -> None:
     """Two steps of all rows at once: the second loss depends on the update as well."""
     values = changed(

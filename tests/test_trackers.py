@@ -74,6 +74,7 @@ def test_tensorboard_has_every_number_and_what_it_means(tmp_path: Path) -> None:
     assert "train.global_batch_size: 64" in settings.read_text()
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_tables_and_continues_its_run(tmp_path: Path) -> None:
     """By the key of its mode alone, as before there was `report_to`."""
     run = config(wandb="offline", project="p")
