@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import Order
 from alphatoken.distributed.ranks import allow_open_files, tensor_limit
 from alphatoken.errors import UserError
+from alphatoken.models import loading
 from tests.cases import shard_of
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -27,6 +29,36 @@ from tests.tiny import CASES, SMALL, collate, tokenised
 GLOBAL_BATCH, MICRO_BATCH, KEEP = 12, 2, 0.5
 SCORED_BY = ("estimator", "layers", "parameters", "window")
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
+
+
+def test_weights_of_the_hub_are_fetched_before_any_is_read(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks then wait for the slowest download in a control message, and not in the one that
+    shares out the first weight. Copies in other formats are not fetched."""
+    order: list[object] = []
+
+    def fetch(name: str, *, allow_patterns: list[str]) -> None:
+        order.append((name, allow_patterns))
+        raise OSError("no network: transformers says so")
+
+    def agree(work: Any) -> None:
+        order.append("agree")
+        work()
+
+    def read(name: str, **_: object) -> None:
+        order.append("read")
+        raise OSError(f"{name} cannot be had")
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr("alphatoken.distributed.collectives.agree", agree)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+    with pytest.raises(OSError, match="some/model cannot be had"):
+        loading.load_model(ModelConfig(name_or_path="some/model"), {}, seed=0)
+    patterns = ["model*.safetensors", "model.safetensors.index.json"]
+    assert order == ["agree", ("some/model", patterns), "read"]
+    loading.fetch_weights(str(tiny_model))
+    assert len(order) == 3, "a folder has its weights"
 
 
 class PlainStep:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -102,15 +106,33 @@ def different_kernels(by_rank: Sequence[str]) -> str | None:
     )
 
 
+def fetch_weights(name_or_path: str) -> None:
+    """Has the weights of a model of the hub on this machine, where they are in safetensors;
+    `transformers` looks for others. Nothing to do for a folder.
+
+    Raises nothing: what cannot be had `transformers` says, where it reads it.
+    """
+    if Path(name_or_path).is_dir():
+        return
+    with suppress(OSError, HfHubHTTPError, ValueError):
+        snapshot_download(
+            name_or_path, allow_patterns=["model*.safetensors", "model.safetensors.index.json"]
+        )
+
+
 def load_model(
     config: ModelConfig, deepspeed_values: dict[str, Any], seed: int, tokens: int | None = None
 ) -> PreTrainedModel:
     """The pretrained model, with fresh adapters if LoRA is configured (`seed` makes them alike on
     every rank), and with `model.resize_embeddings` an embedding for each of `tokens` tokens.
 
-    Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read.
+    Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read. Every rank must
+    call it.
     """
     from transformers.integrations import HfDeepSpeedConfig
+
+    # A machine that has to download longer than the others must not keep them waiting for weights.
+    collectives.agree(lambda: fetch_weights(config.name_or_path))
 
     stage = deepspeed_values.get("zero_optimization", {}).get("stage", 0)
     # transformers shards at load for as long as this object lives.
