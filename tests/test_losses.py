@@ -14,6 +14,7 @@ from alphatoken.models import head as head_module
 from alphatoken.models.head import HeadLoss, head_jvp, head_loss, head_nll, head_outgrads
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.planner.counting import PeakBytes
 from tests.oracle import relative_error
 
 
@@ -100,6 +101,26 @@ def test_in_bfloat16_blocks_of_the_head_lose_nothing(monkeypatch: pytest.MonkeyP
         ("hidden states", "weight", "bias"), one_block, many_blocks, truth, strict=True
     ):
         assert relative_error(many, true) <= 1.5 * relative_error(one, true), name
+
+
+@pytest.mark.parametrize(("softcap", "blocks"), [(None, 2), (0.8, 3)])
+def test_memory_of_the_head_is_bounded_by_blocks_of_logits(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, blocks: int
+) -> None:
+    """Of sixteen that all logits would be, twice: as much again inside the log-sum-exp or for the
+    product with the loss's gradient, and once more for a cap's derivative."""
+    vocabulary, rows = 4096, 128
+    monkeypatch.setattr(head_module, "LOGIT_BLOCK_ELEMENTS", rows // 16 * vocabulary)
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (rows,))
+    most = 1.05 * blocks * 4 * head_module.LOGIT_BLOCK_ELEMENTS
+    with PeakBytes([hidden, weight, targets]) as forward:
+        nll = head_nll(hidden, weight, None, targets, softcap)
+    with PeakBytes([hidden, weight, targets]) as backward:
+        nll.sum().backward()
+    assert forward.total <= most
+    assert backward.total - weight.nbytes <= most, "beside the gradient itself"
 
 
 def test_the_supervised_objective_is_a_sum_over_kept_tokens() -> None:

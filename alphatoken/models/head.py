@@ -37,8 +37,9 @@ def _logits(
     logits_RV = F.linear(hidden_RH, weight_VH, bias_V).float()
     if softcap is None:
         return logits_RV, None
-    bounded_RV = torch.tanh(logits_RV / softcap)
-    return softcap * bounded_RV, 1 - bounded_RV.square()
+    bounded_RV = logits_RV.div_(softcap).tanh_()  # in place: it is large
+    slope_RV = bounded_RV.square().neg_().add_(1)
+    return bounded_RV.mul_(softcap), slope_RV
 
 
 def _block_loss(
