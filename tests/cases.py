@@ -70,7 +70,7 @@ from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import rows_of
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection, select
-from alphatoken.selection.step import count_tokens, weigh_globally
+from alphatoken.selection.step import count_tokens, weigh, weigh_globally
 from alphatoken.stability.estimate import run_fisher
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.store.rows_folder import RowsFolder
@@ -1179,6 +1179,31 @@ def divided_passes(
             }
     assert device.type == "cpu"
     return results
+
+
+def vetoed_parts(
+    folder: Path, batches: dict[str, Any], selections: list[Selection]
+) -> dict[str, Tensor]:
+    """Which response tokens of this rank's part are vetoed, by batch, where all ranks divide its
+    rows; (B, T / ranks)."""
+    device = initialise_ranks(5)
+    ranks = collectives.world_size()
+    among = form_mesh(ranks, timedelta(minutes=5)).sequence
+    decoder = decoder_of(CASES["llama"].build())
+    if ranks > 1:
+        divide_attention(decoder)
+    valued = valued_model.ValuedModel(
+        decoder=decoder,
+        objective=SupervisedObjective(),
+        selections=selections,
+        eos_token_ids=[],
+        stopwatch=Stopwatch(device),
+    )
+    found = {}
+    for kind, batch in batches.items():
+        facts = valued.assess(part_of(batch, among.place, ranks) if ranks > 1 else batch)
+        found[kind] = facts.response_index.put(weigh(selections, facts).choice.vetoed_R)
+    return found
 
 
 def divided_runs(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:

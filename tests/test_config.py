@@ -307,6 +307,14 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ("optim.name=adm", "optim.name: input should be 'adamw', not 'adm'"),
         ("selection.keep_ratio=0", "selection.keep_ratio: input should be greater than 0, not 0"),
         (
+            "selection.veto={by: probability, threshold: .nan}",
+            "selection.veto.threshold: input should be a finite number, not nan",
+        ),
+        (
+            "valuation.contrast=.inf",
+            "valuation.contrast: input should be a finite number, not inf",
+        ),
+        (
             "selection.keep_ratio=1.5",
             "selection.keep_ratio: input should be less than or equal to 1, not 1.5",
         ),

@@ -32,6 +32,7 @@ from alphatoken.selection.select import (
 )
 from alphatoken.selection.weights import WEIGHT_RULES
 from alphatoken.training.dropped import DroppedTokens, counts_of
+from alphatoken.training.metrics import RESPONSE_MEANS
 from alphatoken.training.statistics import StepStatistics
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.values.algebra import TERMS
@@ -323,6 +324,33 @@ def test_a_value_or_spread_that_is_not_finite_stops_the_step(fault: str) -> None
     values[fault] = torch.tensor([[0.0, torch.nan, 0.0]])
     with pytest.raises(NonFiniteError):
         reduced(facts(values, torch.ones(1, 3), columns))
+
+
+@pytest.mark.parametrize("name", ["counts", "faults", "gram"])
+def test_a_declared_mean_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of the statistics themselves have such names, too."""
+    monkeypatch.setitem(RESPONSE_MEANS, name, lambda facts: 2.0 * facts.nll_BT)
+    response = torch.ones(1, 3, dtype=torch.bool)
+    batch = with_index({"response": response}) | {
+        "document_ids": torch.zeros(1, 3, dtype=torch.int64),
+        "rows": torch.tensor([4]),
+    }
+    known = TokenFacts(batch=batch, nll_BT=torch.ones(1, 3), protected_BT=~response, values={})
+    selections = [Selection("all", Fraction(1))]
+    statistics = StepStatistics(
+        device=torch.device("cpu"), part_weights=(1.0, 0.0), has_drift=False, selections=selections
+    )
+    output = StepOutput(
+        total=torch.tensor(3.0),
+        weight_BT=torch.ones(1, 3),
+        kept_index_R=torch.arange(3),
+        kept_nll_R=torch.ones(3),
+        metrics={},
+        facts=known,
+        choice=select(selections, known).choice,
+    )
+    statistics.add(known.batch, output)
+    assert statistics.reduce(denominator=3).metrics[name] == 2.0
 
 
 def test_what_a_cut_says_of_itself() -> None:

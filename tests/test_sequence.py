@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from alphatoken.models.head import HeadLoss
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.show import as_values, print_plan
 from alphatoken.planner.workload import Rows
+from alphatoken.selection.select import Cut, Selection
 from alphatoken.training.valuing import check_valuing
 from tests.cases import values_to_itself
 from tests.oracle import relative_error
@@ -393,6 +395,27 @@ def merged(results: list[Any], name: str) -> list[Any]:
         {name: {"rows": rows, "gradients": results[0][name]["gradients"]}},
         *({name: {"rows": {}, "gradients": each[name]["gradients"]}} for each in results[1:]),
     ]
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_response_is_below_its_own_mean_wherever_its_parts_are(
+    branches: int, tmp_path: Path
+) -> None:
+    """ConfPO's sort key compares a token with all of its response, of which a rank has a part; a
+    rank without any takes part."""
+    veto = Cut(by="below_mean_probability", threshold=0.0)
+    selections = [Selection("all", Fraction(1), veto=veto)] * branches
+    batches = {kind: batches_of(2)[kind] for kind in ("plain", "packed")}
+    alone, *own = [
+        found
+        for ranks in (1, 2)
+        for found in run_ranks(
+            "vetoed_parts", ranks, tmp_path / f"{ranks}", batches=batches, selections=selections
+        )
+    ]
+    for kind, expected in alone.items():
+        assert expected.any()
+        assert torch.cat([each[kind] for each in own], dim=1).equal(expected), kind
 
 
 @pytest.mark.slow

@@ -128,7 +128,9 @@ class BranchSelectionConfig(Section):
 
     policy: PolicyName | None = Field(None, description="As selection.policy, for this branch.")
     veto: VetoConfig | None = Field(
-        None, description="As selection.veto, for this branch; replaces it as a whole."
+        None,
+        description="As selection.veto, for this branch; replaces it as a whole. null inherits it; "
+        "{by: probability, threshold: 0} rules nothing out.",
     )
     keep_ratio: KeepRatio | None = Field(
         None, description="As selection.keep_ratio, for this branch."

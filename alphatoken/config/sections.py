@@ -37,7 +37,7 @@ class Section(BaseModel):
     """A frozen section; `read_config` turns its validation errors into messages that name the
     nearest key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 GIVEN_TO_TEMPLATES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,6 +24,9 @@ class TokenFacts(ResponseLosses):
     """What the contrast terms are multiplied by in adaptation, and subtracted."""
     entropy: Tensor | None = None
     """Entropy of the predictions, zero off the response; None where nothing of the run needs it."""
+    total: Callable[[Tensor], Tensor] = lambda own: own
+    """Adds up what each rank has that the micro-batch's rows are divided over: all of them must
+    call it. Where they are not divided it gives back what it is given."""
 
     @property
     def composite_BT(self) -> Tensor:

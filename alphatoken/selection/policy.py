@@ -16,7 +16,9 @@ from alphatoken.selection import rules
 from alphatoken.selection.facts import TokenFacts
 
 SortKey = Callable[[TokenFacts], Tensor]
-"""Gives what tokens are sorted by, (B, T): the highest are kept first, NaN last."""
+"""Gives what tokens are sorted by, (B, T): the highest are kept first, NaN last. Of rows that are
+divided over ranks it is called with this rank's part, on every rank of the data group; a key that
+compares a token with others of its response needs theirs from `TokenFacts.total`."""
 
 SORT_KEYS: dict[str, SortKey] = {
     "top_value": lambda facts: facts.composite_BT,
@@ -42,8 +44,14 @@ SORT_KEYS: dict[str, SortKey] = {
 
 def _below_mean_probability(facts: TokenFacts) -> Tensor:
     key_BT = torch.full_like(facts.nll_BT, -torch.inf)
-    response_BT, document_BT = facts.response_BT, facts.batch["document_ids"]
-    key_R = rules.below_mean_probability(facts.nll_BT[response_BT], document_BT[response_BT])
+    response_BT, batch = facts.response_BT, facts.batch
+    nll_R, document_R = facts.nll_BT[response_BT], batch["document_ids"][response_BT]
+    if "whole_rows" in batch:  # the rest of a response is on other ranks
+        key_R = rules.below_mean_probability(
+            nll_R, document_R, sequences=len(batch["rows"]), total=facts.total
+        )
+    else:
+        key_R = rules.below_mean_probability(nll_R, document_R)
     key_BT[response_BT] = key_R.float()
     return key_BT
 

@@ -10,6 +10,8 @@ token and of the group that its selection chooses among; a sequence lies in one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,14 +79,22 @@ def gibbs_weights(score_R: Tensor, sequence_R: Tensor, temperature: float) -> Te
     return control_R * weight_R
 
 
-def below_mean_probability(nll_R: Tensor, sequence_R: Tensor) -> Tensor:
+def below_mean_probability(
+    nll_R: Tensor,
+    sequence_R: Tensor,
+    *,
+    sequences: int = 0,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """How far p is below the mean p of its response, minus infinity where it is not, (R,): ConfPO
     trains on the tokens for which this is finite (Yoon et al., arXiv 2506.08712).
 
-    Source: `cpo_loss_confpo` of the released code, strictly below the arithmetic mean.
+    `total` adds up what there is of each of `sequences` responses where others have tokens of them,
+    too. Source: `cpo_loss_confpo` of the released code, strictly below the arithmetic mean.
     """
     probability_R = torch.exp(-nll_R.double())
-    below_R = _sequence_means(probability_R, sequence_R)[sequence_R] - probability_R
+    mean_S = _sequence_means(probability_R, sequence_R, sequences, total)
+    below_R = mean_S[sequence_R] - probability_R
     return torch.where(below_R > 0, below_R, -torch.inf)
 
 
@@ -114,11 +124,19 @@ def _softmax_weights(score_R: Tensor, sequence_R: Tensor) -> Tensor:
     return raw_R / _sequence_means(raw_R, sequence_R)[sequence_R]
 
 
-def _sequence_means(number_R: Tensor, sequence_R: Tensor) -> Tensor:
-    """Mean of each sequence 0, 1, ..., (S,) float64; 0 where it has no token."""
-    count_S = sequence_R.bincount().double()
-    total_S = torch.zeros_like(count_S).index_add_(0, sequence_R, number_R.double())
-    return total_S / count_S.clamp_min(1)
+def _sequence_means(
+    number_R: Tensor,
+    sequence_R: Tensor,
+    sequences: int = 0,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Mean of each sequence 0, 1, ..., (S,) float64; 0 where it has no token. `sequences` and
+    `total` as in `below_mean_probability`."""
+    count_S = sequence_R.bincount(minlength=sequences).double()
+    sum_S = torch.zeros_like(count_S).index_add_(0, sequence_R, number_R.double())
+    if total is not None:
+        sum_S, count_S = total(torch.stack([sum_S, count_S]))
+    return sum_S / count_S.clamp_min(1)
 
 
 def _moments(number_R: Tensor, sequence_R: Tensor) -> tuple[Tensor, Tensor]:

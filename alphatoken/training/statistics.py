@@ -24,8 +24,10 @@ from alphatoken.training.moments import ValueColumns, rank_correlation
 from alphatoken.training.valued_model import StepOutput
 from alphatoken.util.metrics import Metrics
 
-# What the objective reports is summed beside our own sums, under names that cannot collide.
+# What the objective reports and means that anyone declares are summed beside our own sums, under
+# names that cannot collide.
 OBJECTIVE = "objective/"
+MEAN = "mean/"
 COUNTS = "counts"
 SOURCES = "sources"
 
@@ -90,7 +92,7 @@ class StepStatistics:
         for name, of in RESPONSE_MEANS.items():
             with suppress(LookupError):
                 number_R = batch["response_index"].take(of(facts))
-                self._sums.add_vectors({name: number_R})
+                self._sums.add_vectors({name: number_R}, prefix=MEAN)
         self._sums.add(LOSS, output["total"])
         self._sums.add_vectors(output["metrics"], prefix=OBJECTIVE)
         if self._by_source is not None:
@@ -113,7 +115,7 @@ class StepStatistics:
         )
         metrics: Metrics = {
             LOSS_KEPT: float(sums[LOSS_KEPT]) / max(dropped.count("trained"), 1),
-            **{name: mean(sums[name]) for name in RESPONSE_MEANS if name in sums},
+            **{name: mean(sums[MEAN + name]) for name in RESPONSE_MEANS if MEAN + name in sums},
             **dropped.metrics(),
         }
         if self._branches:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alphatoken.batch import Batch
+from alphatoken.distributed.sums import sum_of_parts
 from alphatoken.models.decoder import Decoder
 from alphatoken.models.head import HeadLoss
 from alphatoken.models.token_losses import losses_of
@@ -188,6 +189,7 @@ class ValuedModel(nn.Module):
                 if self._needs_entropy and hidden_BTH is not None
                 else None
             ),
+            total=sum_of_parts,
         )
 
     @torch.no_grad()
