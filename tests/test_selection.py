@@ -351,6 +351,12 @@ def test_a_declared_mean_may_have_any_name(name: str, monkeypatch: pytest.Monkey
     )
     statistics.add(known.batch, output)
     assert statistics.reduce(denominator=3).metrics[name] == 2.0
+    monkeypatch.setitem(RESPONSE_MEANS, "entropy", lambda facts: facts.entropy_BT)
+    statistics.add(known.batch, output)
+    assert "entropy" not in statistics.reduce(denominator=3).metrics, "nothing of the run needs it"
+    monkeypatch.setitem(RESPONSE_MEANS, "typo", lambda facts: facts.values["compsite"])
+    with pytest.raises(KeyError, match="compsite"):
+        statistics.add(known.batch, output)
 
 
 def test_what_a_cut_says_of_itself() -> None:

@@ -397,6 +397,7 @@ def merged(results: list[Any], name: str) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_response_is_below_its_own_mean_wherever_its_parts_are(
     branches: int, tmp_path: Path

@@ -11,6 +11,10 @@ from torch import Tensor
 from alphatoken.objectives.base import ResponseLosses
 
 
+class MissingFactError(LookupError):
+    """A run does not have what was asked for of its tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenFacts(ResponseLosses):
     """A micro-batch's response tokens as policies see them, (B, T) each; nothing carries a
@@ -154,6 +158,6 @@ class WeighedTokens:
     """Of each response token in order of (row, position)."""
 
 
-def _missing(fact: str, *, needs: Sequence[str]) -> LookupError:
+def _missing(fact: str, *, needs: Sequence[str]) -> MissingFactError:
     stated = " or ".join(map(repr, needs))
-    return LookupError(f"{fact} is not there: what reads it must state need {stated}")
+    return MissingFactError(f"{fact} is not there: what reads it must state need {stated}")

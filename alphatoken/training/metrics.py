@@ -24,8 +24,8 @@ def declare_response_mean(
     """Declares a metric that every step computes: the mean over all response tokens of the global
     batch of what `of` gives of a micro-batch, (B, T). Returns its name.
 
-    Where `of` raises LookupError, as facts do that a run does not have, there is no such metric;
-    it must do so on every rank or on none. Raises ValueError if the name is declared already.
+    In a run that does not have a fact that `of` asks for there is no such metric. Raises ValueError
+    if the name is declared already.
     """
     RESPONSE_MEANS[declare(name, sentence, unit)] = of
     return name

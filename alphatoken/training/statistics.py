@@ -16,6 +16,7 @@ from alphatoken.batch import Batch
 from alphatoken.distributed import collectives
 from alphatoken.distributed.sums import NamedSums, mean
 from alphatoken.errors import NonFiniteError
+from alphatoken.selection.facts import MissingFactError
 from alphatoken.selection.select import Selection
 from alphatoken.training.by_source import BySource
 from alphatoken.training.dropped import DroppedTokens, counts_of
@@ -90,7 +91,7 @@ class StepStatistics:
         self._has_spread |= "spread" in facts.values
         self._sums.add(LOSS_KEPT, output["kept_nll_R"].double().sum())
         for name, of in RESPONSE_MEANS.items():
-            with suppress(LookupError):
+            with suppress(MissingFactError):
                 number_R = batch["response_index"].take(of(facts))
                 self._sums.add_vectors({name: number_R}, prefix=MEAN)
         self._sums.add(LOSS, output["total"])
