@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from alphatoken.cli import app
 from alphatoken.config.file import load_config
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.loading import experts_note
@@ -445,6 +447,47 @@ def test_exact_takes_what_is_planned(
         expected += sum(weight.nbytes for weight in before.values())
     measured = {"refresh": refresh.total, "score": score.total}[moment]
     assert expected == pytest.approx(measured, rel=0.15), parts
+
+
+def test_slices_of_g_go_as_directions_are_formed_unless_they_are_needed_again() -> None:
+    """What a rank of `exact` holds of G between steps, float32."""
+    held = {}
+    for refresh_every in (1, 2):
+        decoder = decoder_of(LlamaForCausalLM(LlamaConfig(**SMALL)))
+        valuation = ValuationConfig(
+            estimator="exact", layers="all", parameters="all", refresh_every=refresh_every
+        )
+        scorer = build_scorer(decoder, valuation, CPU, None)
+        batch = make_batch(collate(random_sequences([(3, 5)], seed=1)))
+        given = [*decoder.model.parameters(), *decoder.model.buffers(), *tree_leaves(batch)]
+        with PeakBytes(given) as kept:
+            scorer.refresh([batch])
+            gc.collect()
+        held[refresh_every] = kept.now
+    scored = {each.name for each in decoder.scored_parameters(len(decoder.layers), "all")}
+    elements = sum(decoder.model.get_parameter(name).numel() for name in scored)
+    assert held[2] - held[1] == 4 * elements
+
+
+def test_larger_held_out_micro_batches_are_fewer_and_take_more(tmp_path: Path) -> None:
+    model = TINY["llama"].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    values: dict[str, Any] = {"layers": 2, "validation_sequences": 64}
+    plans = [
+        plan_of(
+            "llama",
+            ranks=2,
+            model={"name_or_path": str(tmp_path)},
+            train={"output_dir": "run", "global_batch_size": 8, "micro_batch_size": 1},
+            valuation={**values, **own},
+        )
+        for own in ({}, {"held_out_batch_tokens": 8 * 2048})
+    ]
+    usual, larger = (plan.blueprint.workload.held_out_batches for plan in plans)
+    assert (usual, larger) == (32, 4)
+    taken = [sum(part.bytes for part in plan.memory.moments["refresh"]) for plan in plans]
+    assert taken[1] > taken[0]
 
 
 @pytest.mark.slow

@@ -398,6 +398,22 @@ def test_products_with_matrices_are_those_of_the_equation_and_bounded(
     assert largest.elements <= max(most, inputs, outputs, rows)
 
 
+def test_the_drift_is_rounded_before_it_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of it is then half as long."""
+    weight = torch.nn.Parameter(torch.randn(3, 2))
+    drift = Drift({"w": weight}, {"w": torch.ones(3, 2)}, {"w": torch.zeros(3, 2)}, CPU)
+    sent: list[Tensor] = []
+
+    def gather(slices: list[Tensor], parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+        sent.extend(slices)
+        return slices
+
+    monkeypatch.setattr("alphatoken.distributed.zero3.whole_tensors", gather)
+    drift.matrices(["w"], torch.bfloat16)
+    assert [each.dtype for each in sent] == [torch.bfloat16]
+    assert torch.equal(sent[0].view(3, 2), weight.detach().bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_products_in_float32_are_of_the_numbers_given(dtype: torch.dtype) -> None:
     left, right = torch.randn(5, 40).to(dtype), torch.randn(40, 3).to(dtype)

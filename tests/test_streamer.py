@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.passes.capture import Entry, EntryCapture
 from alphatoken.passes.streamer import LayerStreamer
+from alphatoken.planner.counting import FlopCounter
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.test_valuation import LENGTHS
@@ -93,6 +94,30 @@ def test_products_match_autograd(name: str, resident: bool) -> None:
         hidden = output.detach()
         if not resident:
             assert all(parameter.is_meta for parameter in streamer.module(index).parameters())
+
+
+def test_what_does_not_move_is_computed_once_for_all_directions() -> None:
+    """A matrix product whose both sides move counts 1 + 2n times for n directions, not 3n."""
+    decoder = decoder_of(CASES["llama"].build())
+    streamer = LayerStreamer(decoder, FIRST, CPU, resident=True, forward_mode=True)
+    streamer.refresh()
+    entry = entry_of(decoder, collate(random_sequences(LENGTHS, seed=1)))
+    index = streamer.indices[0]
+    weights = dict(decoder.layers[index].named_parameters())
+
+    def flops(directions: int) -> int:
+        with streamer.segment(index) as module, torch.no_grad(), FlopCounter() as counter:
+            streamer.jvp(
+                module,
+                entry.first_BTH,
+                torch.randn(directions, *entry.first_BTH.shape),
+                entry.layer_inputs[0],
+                {path: torch.randn(directions, *each.shape) for path, each in weights.items()},
+            )
+        return int(counter.total)
+
+    assert flops(2) == pytest.approx(5 / 3 * flops(1), rel=0.02)
+    assert flops(4) == pytest.approx(9 / 3 * flops(1), rel=0.02)
 
 
 @pytest.mark.slow
