@@ -311,6 +311,11 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
             "selection.veto.threshold: input should be a finite number, not nan",
         ),
         (
+            "train.gradient_checkpointing={offload: true}",
+            "train.gradient_checkpointing: input should be a valid boolean, not "
+            "{'offload': True}; or input should be 'offload', not {'offload': True}",
+        ),
+        (
             "valuation.contrast=.inf",
             "valuation.contrast: input should be a finite number, not inf",
         ),

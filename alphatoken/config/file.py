@@ -177,7 +177,7 @@ def _explain(
     """One line per wrong key."""
     complaints: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        location = list(_real_location(item["loc"], values))
+        location = list(_real_location(item["loc"], values, lacks=item["type"] == "missing"))
         key = ".".join(map(str, location))
         if item["type"] == "extra_forbidden":
             complaint = "unknown key" + _nearest(config_class, [str(part) for part in location])
@@ -194,15 +194,17 @@ def _explain(
     ]
 
 
-def _real_location(location: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
+def _real_location(
+    location: tuple[int | str, ...], values: Any, *, lacks: bool
+) -> Iterator[int | str]:
     """A pydantic error location without the names of union branches, which are no keys of the
-    user's, and without the place of one entry that was given in place of a list."""
-    for part in location:
-        if isinstance(values, dict) and isinstance(part, int):
-            continue
+    user's, and without the place of one entry that was given in place of a list. lacks: whether its
+    last part is a key that is not there."""
+    for place, part in enumerate(location, start=1):
         if isinstance(values, dict):
-            yield part
-            values = values.get(part)
+            if part in values or (lacks and place == len(location)):
+                yield part
+                values = values.get(part)
         elif isinstance(values, list) and isinstance(part, int):
             yield part
             values = values[part]
