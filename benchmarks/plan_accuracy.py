@@ -138,8 +138,15 @@ def by_operation(
     return found
 
 
+def of_ranks(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rank that took the most memory measured, and FLOPs of the mean rank: of divided rows
+    some parts have no response."""
+    most = max(found, key=lambda rank: int(rank["memory"]["measured"]))
+    measured = sum(rank["flops"]["measured"] for rank in found) / len(found)
+    return {**most, "flops": {**most["flops"], "measured": measured}}
+
+
 def run_case(case: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The rank that took the most memory."""
     options = [
         "--case",
         case,
@@ -152,8 +159,7 @@ def run_case(case: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     ]
     command = ["launch/local.sh", "--module", "benchmarks.plan_accuracy", *map(str, options)]
     subprocess.run(command, check=True, env={**os.environ, "RANKS": "2"})
-    ranks: list[dict[str, Any]] = json.loads((folder / "result.json").read_text())
-    return max(ranks, key=lambda rank: int(rank["memory"]["measured"]))
+    return of_ranks(json.loads((folder / "result.json").read_text()))
 
 
 def show(results: dict[str, Any], console: Console) -> None:

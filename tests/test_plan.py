@@ -36,7 +36,7 @@ from alphatoken.planner.plan import GIB, Plan, make_plan
 from alphatoken.planner.workload import Rows, longest_rows
 from alphatoken.values.exact.gradient import MeanGradient
 from alphatoken.values.registry import build_scorer
-from benchmarks.plan_accuracy import CASES, DIVIDED
+from benchmarks.plan_accuracy import CASES, DIVIDED, of_ranks
 from benchmarks.preference_memory import save_data
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import CASES as TINY
@@ -72,16 +72,13 @@ def model_folder(file: Path) -> Path:
 def measured(
     cases: Iterable[str], ranks: int, model: Path, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """What one step of each case communicated and computed on so many ranks, and what was planned;
-    FLOPs are those of the mean rank, as of divided rows some parts have no response."""
+    """What one step of each case communicated and computed on so many ranks, and what was
+    planned."""
     save_data(folder, 16, 24)
     found: list[Any] = run_ranks(
         "planned_and_measured", ranks, folder, model=model, cases=list(cases)
     )
-    for case, own in found[0].items():
-        flops = [each[case]["flops"]["measured"] for each in found]
-        own["flops"]["measured"] = sum(flops) / ranks
-    return dict(found[0])
+    return {case: of_ranks([each[case] for each in found]) for case in found[0]}
 
 
 def check_accuracy(found: dict[str, Any]) -> None:
