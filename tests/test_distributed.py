@@ -16,11 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken.config.file import validate
+from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.batches import Order
 from alphatoken.distributed.ranks import allow_open_files, tensor_limit
 from alphatoken.errors import UserError
 from alphatoken.models import loading
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.setup import build_run
 from tests.cases import shard_of
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
@@ -59,6 +63,28 @@ def test_weights_of_the_hub_are_fetched_before_any_is_read(
     assert order == ["agree", ("some/model", patterns), "read"]
     loading.fetch_weights(str(tiny_model))
     assert len(order) == 3, "a folder has its weights"
+
+
+def test_ranks_wait_for_the_one_that_tokenises_longest_in_a_control_message(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[bool] = []
+
+    def agree(work: Any) -> Any:
+        waiting.append(True)
+        try:
+            return work()
+        finally:
+            waiting.pop()
+
+    def load(*_: object) -> None:
+        assert waiting
+        raise UserError("it was reached")
+
+    monkeypatch.setattr("alphatoken.distributed.collectives.agree", agree)
+    monkeypatch.setattr("alphatoken.training.setup.load_splits", load)
+    with pytest.raises(UserError, match="it was reached"):
+        build_run(validate(RunConfig, run_values, "test"), SupervisedObjective())
 
 
 class PlainStep:

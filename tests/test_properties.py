@@ -33,6 +33,7 @@ from alphatoken.values.ghost.held_out import HeldOutSignals
 from alphatoken.values.ghost.scorer import GhostScorer
 from alphatoken.values.ghost.signals import LinearSignals, SignalConsumer
 from alphatoken.values.ghost.tower import Tower
+from benchmarks.contraction_cost import apart, layer, together, traffic
 from tests.oracle import Sequences, relative_error
 from tests.test_valuation import LENGTHS, TERMS, VALIDATION_LENGTHS, Setting, scored_set, stability
 from tests.tiny import CASES, by_architecture, collate, random_sequences, tiny_llama, unpad
@@ -396,6 +397,12 @@ def test_products_with_matrices_are_those_of_the_equation_and_bounded(
     expected_R = torch.einsum("ro,oi,ri->r", outgrads[0], mean_OI, act_RI)
     torch.testing.assert_close(ghost_R, expected_R, rtol=1e-5, atol=1e-5)
     assert largest.elements <= max(most, inputs, outputs, rows)
+
+
+def test_products_that_are_taken_together_move_half_the_bytes() -> None:
+    """Of a Llama layer's linears in bfloat16, with G and V: 175 MB instead of 374 of a full one."""
+    linears = layer(256, 512, torch.bfloat16, CPU)
+    assert traffic(lambda: together(linears)) <= 0.55 * traffic(lambda: apart(linears))
 
 
 def test_the_drift_is_rounded_before_it_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
 from alphatoken.models.loading import name_attention
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
-from alphatoken.training.watchdog import Watchdog
+from alphatoken.training.watchdog import Watchdog, flight_record
 from alphatoken.util.files import file_sha256
 from tests.cases import MOMENTS
 from tests.ranks import ROOT, run_program, run_ranks
@@ -778,6 +778,19 @@ def test_a_signal_ends_the_run_after_its_step_and_a_standstill_is_named(
         for process in ranks_of(file):
             os.kill(process, signal.SIGKILL)
         run.communicate(timeout=120)
+
+
+def test_each_backend_has_a_recorder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch names them (2.13)."""
+    kept = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for backend, name in kept.items():
+        record = backend.encode()
+        module = "torch._C._distributed_c10d"
+        monkeypatch.setattr(f"{module}.{name}", lambda record=record: record, raising=False)
+    for backend in kept:
+        monkeypatch.setattr("torch.distributed.get_backend", lambda backend=backend: backend)
+        assert flight_record() == backend.encode()
 
 
 def test_the_watchdog_says_nothing_while_things_move(
