@@ -16,7 +16,7 @@ a linear's input, and `outgrad` for d, the loss gradient at its output:
 `training.valued_model`, which calls `score` in the middle of the forward pass and multiplies values
 of a pair by how its objective depends on the response's losses (of SFT by 1).
 
-What calls what, once a step, for G, B and V (`values.refresh` decides when):
+What calls what before a step, for G, B and V (every one, unless `refresh_every` is above 1):
 
     GhostScorer.refresh                                  the tower takes over the weights
       _take_in -> _collect -> Tower.run                  rows of all ranks, no causal path
@@ -31,7 +31,8 @@ and for one micro-batch:
         forward:   ChunkSignals.on_attention             A, from queries and keys
         backward:  SignalCapture -> ChunkSignals.of_linear      (h, d) and sum_k A[k,t] d_k
                      consumer -> TermSums.add -> contract       d^T G h, d^T V h
-      TermSums.values -> TokenValues.from_terms          the sum over linears, (1, lambda) times it
+      TermSums.values -> TokenValues.from_terms          the sum over linears, times (1, lambda),
+                                                         which are `Scorer.part_weights`
 
 Where c, which multiplies B, and lambda, which multiplies V, enter:
 
@@ -43,7 +44,7 @@ Where c, which multiplies B, and lambda, which multiplies V, enter:
 Not needed for that: `directions` (G, B and D made whole from slices or signals), how `outer_sums`
 deals slices to ranks, `scored_mean` (B of earlier steps).
 
-Factors that arise elsewhere: the products themselves (`values.algebra`), the hooks
-(`passes.capture`), the top of the backward pass (`passes.chunks`), the attention band
-(`passes.attention`), V (`stability.drift`).
+Factors that arise elsewhere: the products themselves (`values.algebra.bilinear_products`), the hooks
+(`passes.capture.SignalCapture`), the top of the backward pass (`passes.chunks.top_backward`), A and
+what it mixes (`passes.attention.attention_band`, `mix_band`), V (`stability.drift.weighted_drift`).
 """
