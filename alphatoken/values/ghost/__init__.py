@@ -44,7 +44,8 @@ Where c, which multiplies B, and lambda, which multiplies V, enter:
 Not needed for that: `directions` (G, B and D made whole from slices or signals), how `outer_sums`
 deals slices to ranks, `scored_mean` (B of earlier steps).
 
-Factors that arise elsewhere: the products themselves (`values.algebra.bilinear_products`), the hooks
-(`passes.capture.SignalCapture`), the top of the backward pass (`passes.chunks.top_backward`), A and
-what it mixes (`passes.attention.attention_band`, `mix_band`), V (`stability.drift.weighted_drift`).
+Factors that arise elsewhere: the products themselves (`values.algebra.bilinear_products`), the
+hooks (`passes.capture.SignalCapture`), the top of the backward pass
+(`passes.chunks.top_backward`), A and what it mixes (`passes.attention.attention_band`, `mix_band`),
+V (`stability.drift.weighted_drift`).
 """
