@@ -16,7 +16,7 @@ a linear's input, and `outgrad` for d, the loss gradient at its output:
 `training.valued_model`, which calls `score` in the middle of the forward pass and multiplies values
 of a pair by how its objective depends on the response's losses (of SFT by 1).
 
-What calls what before a step, for G, B and V (every one, unless `refresh_every` is above 1):
+What calls what before a step, for V, and every `refresh_every` steps (by default 1) for G and B:
 
     GhostScorer.refresh                                  the tower takes over the weights
       _take_in -> _collect -> Tower.run                  rows of all ranks, no causal path
