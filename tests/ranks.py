@@ -49,6 +49,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def environment_of_no_rank() -> dict[str, str]:
+    """This process's environment for a program of its own: a test may have made the process a rank
+    of its own group, which is not the program's."""
+    of_ranks = {*rank_environment(0, 1, 0), "LOCAL_SIZE"}
+    return {name: value for name, value in os.environ.items() if name not in of_ranks}
+
+
 def free_port() -> int:
     """A port that nobody listens on, another one in every call."""
     while True:
@@ -146,9 +153,7 @@ def run_program(
     """
     ensure_server()
     command = [str(word) for word in words]
-    # This process may be a rank of its own group, which is not theirs.
-    of_ranks = {*rank_environment(0, 1, 0), "LOCAL_SIZE"}
-    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
+    inherited = environment_of_no_rank()
     with tempfile.TemporaryDirectory() as name:
         logs = [(Path(name, f"{n}.out"), Path(name, f"{n}.err")) for n in range(len(environments))]
         processes = [

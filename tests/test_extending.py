@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.policy import SORT_KEYS
 from alphatoken.selection.select import Selection, select
 from alphatoken.selection.weights import WEIGHT_RULES
-from tests.ranks import ROOT, run_program
+from tests.ranks import ROOT, environment_of_no_rank, run_program
 from tests.tiny import with_index
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -62,7 +61,7 @@ def run_example(
         return finished
     return subprocess.run(
         [sys.executable, *words],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**environment_of_no_rank(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,

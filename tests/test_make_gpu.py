@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import ROOT
+from tests.ranks import ROOT, environment_of_no_rank
 
 FEW = "sum_of_outer_products or layers_have_a_forward_derivative"
 
@@ -21,7 +20,8 @@ FEW = "sum_of_outer_products or layers_have_a_forward_derivative"
 def test_it_runs_what_a_cpu_can_and_says_what_it_left_out(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "tests.gpu", "--output", str(output), "--tests", "-k", FEW]
-    own = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
+    inherited = environment_of_no_rank().items()
+    own = {name: text for name, text in inherited if not name.startswith("PYTEST_")}
     finished = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     found = json.loads(output.read_text(encoding="utf-8"))
