@@ -234,16 +234,21 @@ def test_files_that_would_run_something_are_not_opened(
     assert ran.exists()
 
 
+def saved_run(run_values: dict[str, Any]) -> Path:
+    """A run of one step, in this process, with its checkpoint."""
+    values = changed(
+        run_values, valuation={"enabled": False}, train={"max_steps": 1, "save_every": 1}
+    )
+    Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective())).train()
+    return Path(values["train"]["output_dir"])
+
+
 @pytest.mark.slow
 def test_an_export_that_the_disk_refuses_leaves_nothing(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that was killed leaves what the next one removes."""
-    values = changed(
-        run_values, valuation={"enabled": False}, train={"max_steps": 1, "save_every": 1}
-    )
-    Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective())).train()
-    run, target = Path(values["train"]["output_dir"]), tmp_path / "new" / "exported"
+    run, target = saved_run(run_values), tmp_path / "new" / "exported"
 
     def refused(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -316,11 +321,7 @@ def test_an_export_made_meanwhile_is_not_replaced(
     run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another process that ended between the first look and the writing."""
-    values = changed(
-        run_values, valuation={"enabled": False}, train={"max_steps": 1, "save_every": 1}
-    )
-    Trainer(build_run(RunConfig.model_validate(values), SupervisedObjective())).train()
-    run, target = Path(values["train"]["output_dir"]), tmp_path / "exported"
+    run, target = saved_run(run_values), tmp_path / "exported"
     create = PartialFolder.create
 
     def create_late(folder: PartialFolder, *, replace: bool) -> None:
