@@ -14,10 +14,8 @@ model, one seed of the corruption; a (case, B, c) takes about a minute of one co
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,18 @@ from alphatoken.batch import make_batch
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
-from alphatoken.models.decoder import decoder_of
 from alphatoken.selection.facts import TokenFacts
 from alphatoken.selection.select import Cut, Selection, select
-from benchmarks.fidelity import token_losses
 from benchmarks.measuring import circumstances, write_result
-from benchmarks.noise import CASES, Example, Pool, marked_tokens, read_pool
+from benchmarks.noise import (
+    CASES,
+    Example,
+    Pool,
+    marked_tokens,
+    not_vetoed,
+    read_pool,
+    response_losses,
+)
 from recipes.minimal import padded
 
 SETTINGS: dict[str, Any] = {"layers": 3, "stability_weight": 0.0, "reliability": True}
@@ -59,9 +63,13 @@ class Scored:
         self._batch = make_batch(
             {**self._columns, "document_ids": row_B[:, None].expand_as(input_ids_BT)}
         )
-        self._nll_BT = self._losses(pool.scored)
+        self._nll_BT = response_losses(model, self._columns)
         self.bad_R = torch.from_numpy(marked_tokens(pool.scored)[0])
-        self.contrast = {"all": pool.contrast, "not vetoed": self._spared(pool.contrast)}
+        nll_BT = response_losses(model, self._padded(pool.contrast))
+        self.contrast = {
+            "all": pool.contrast,
+            "not vetoed": not_vetoed(pool.contrast, nll_BT, veto),
+        }
         """The rows that B is of, by which of their tokens."""
 
     def dropped(self, contrast: Sequence[Example], c: float) -> dict[str, float]:
@@ -94,30 +102,6 @@ class Scored:
             good_R = nll_R * ~self.bad_R
             found[f"{name} of the loss of good"] = float((good_R * out_R).sum() / good_R.sum())
         return found
-
-    def _spared(self, examples: Sequence[Example]) -> list[Example]:
-        """Rows whose vetoed tokens are read, but are no response tokens."""
-        losses_BT = self._losses(examples)
-        limit, spared = -math.log(self._veto), []
-        for example, nll_T in zip(examples, losses_BT.tolist(), strict=True):
-            document = example.document
-            # Position t has the loss of token t + 1. The first token has none.
-            losses = [0.0, *nll_T]
-            mask = [
-                own and loss <= limit
-                for own, loss in zip(document.response_mask, losses, strict=False)  # padding
-            ]
-            spared.append(replace(example, document=replace(document, response_mask=mask)))
-        return spared
-
-    @torch.no_grad()
-    def _losses(self, examples: Sequence[Example]) -> Tensor:
-        """Token losses, (B, T), zero off the response."""
-        columns = self._padded(examples)
-        # Padding is on the right, so no mask is needed.
-        labelled = {"input_ids": columns["input_ids"], "labels": columns["labels"]}
-        batch = make_batch(labelled)
-        return batch["response_index"].put(token_losses(decoder_of(self._model), batch))
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         documents = [example.document for example in examples]

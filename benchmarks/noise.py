@@ -20,13 +20,15 @@ What is made of values: `G`, the product with the mean gradient of clean held-ou
 published one; `G - B` takes off that with the mean gradient of `--contrast` other corrupted rows
 (`valuation.contrast: 1`); `direct` leaves the causal path out; `kinder half` is the higher of the
 values under two halves of held-out and contrast rows, so it is low only where both call a token
-harmful.
+harmful. `drop_harmful.yaml` is the order in which that preset drops tokens: first what its veto
+rules out, then by the kinder half of G - c B, with its c and with B of what it does not rule out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +63,8 @@ from recipes.minimal import padded
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 Marks = np.ndarray[Any, np.dtype[np.bool_]]
+
+PRESET = Path(__file__).parents[1] / "configs" / "presets" / "drop_harmful.yaml"
 
 TOP = 20
 """Tokens whose probabilities EAFT takes the entropy of."""
@@ -114,7 +119,21 @@ def estimators(layers: int) -> dict[str, dict[str, Any]]:
         "ghost, all layers": {**ghost, "layers": "all"},
         "exact, linears, last half": {**exact, "layers": layers // 2},
         "exact, all parameters": {**exact, "layers": "all", "parameters": "all"},
+        PRESET.name: {**shared, **preset_valuation(), "layers": 3},
     }
+
+
+def preset_valuation() -> dict[str, Any]:
+    """The preset's `valuation` settings."""
+    settings: dict[str, Any] = yaml.safe_load(PRESET.read_text(encoding="utf-8"))["valuation"]
+    return settings
+
+
+def preset_veto() -> float:
+    """The probability below which the preset trains on no token."""
+    veto = yaml.safe_load(PRESET.read_text(encoding="utf-8"))["selection"]["veto"]
+    assert veto["by"] == "probability", veto
+    return float(veto["threshold"])
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,33 @@ def marked_tokens(examples: Sequence[Example]) -> tuple[Marks, np.ndarray[Any, A
     return np.array(bad), np.array(rows)
 
 
+@torch.no_grad()
+def response_losses(model: PreTrainedModel, columns: Mapping[str, Tensor]) -> Tensor:
+    """Losses of rows that are padded on the right, (B, T), zero off the response; those of a token
+    lie at the position before it."""
+    labelled = {"input_ids": columns["input_ids"], "labels": columns["labels"]}
+    batch = make_batch(labelled)
+    return batch["response_index"].put(token_losses(decoder_of(model), batch))
+
+
+def not_vetoed(examples: Sequence[Example], nll_BT: Tensor, veto: float) -> list[Example]:
+    """Rows whose tokens with a probability below `veto` are read, but are no response tokens.
+
+    nll_BT: their `response_losses`.
+    """
+    limit, spared = -math.log(veto), []
+    for example, nll_T in zip(examples, nll_BT.tolist(), strict=True):
+        document = example.document
+        # Position t has the loss of token t + 1. The first token has none.
+        losses = [0.0, *nll_T]
+        mask = [
+            own and loss <= limit
+            for own, loss in zip(document.response_mask, losses, strict=False)  # padding
+        ]
+        spared.append(replace(example, document=replace(document, response_mask=mask)))
+    return spared
+
+
 class Measured:
     """A model in training, and what rules say of its tokens.
 
@@ -240,7 +286,8 @@ class Measured:
     def values(self, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         """The values of an estimator by what is made of them, (R,) each."""
         target, against = ("direct_target", "causal_target"), ("direct_contrast", "causal_contrast")
-        terms = self._terms(ValuationConfig.model_validate(settings), [*target, *against, "spread"])
+        names = [*target, *against, "spread"]
+        terms = self._terms(ValuationConfig.model_validate(settings), names, self._pool.contrast)
         both_R = terms["direct_target"] + terms["causal_target"]
         value_R = both_R - terms["direct_contrast"] - terms["causal_contrast"]
         made = {
@@ -253,17 +300,26 @@ class Measured:
             made["G - B, direct"] = terms["direct_target"] - terms["direct_contrast"]
         return made
 
-    def _terms(self, config: ValuationConfig, names: Sequence[str]) -> dict[str, Tensor]:
+    def preset_order(self, settings: Mapping[str, Any]) -> Tensor:
+        """Numbers, (R,), by which the preset drops the lowest first: what it vetoes, all alike,
+        then by the kinder half of values with B of what is not vetoed."""
+        veto = preset_veto()
+        nll_BT = response_losses(self.model, self._whole(self._pool.contrast))
+        contrast = not_vetoed(self._pool.contrast, nll_BT, veto)
+        config = ValuationConfig.model_validate(settings)
+        terms = self._terms(config, ["composite", "spread"], contrast)
+        kinder_R = terms["composite"] + terms["spread"].abs()
+        nll_R, _ = self._losses_and_entropies()
+        return kinder_R.where(nll_R <= -math.log(veto), kinder_R.new_tensor(-math.inf))
+
+    def _terms(
+        self, config: ValuationConfig, names: Sequence[str], contrast: Sequence[Example]
+    ) -> dict[str, Tensor]:
         """Terms of every scored token, (R,) each."""
-        held_out, contrast = (
-            padded([row.document for row in rows], self._pad_token, self.model.device)
-            for rows in (self._pool.held_out, self._pool.contrast)
-        )
-        scored = padded(
-            [row.document for row in self._pool.scored], self._pad_token, self.model.device
-        )
+        scored = self._whole(self._pool.scored)
+        held_out, against = self._whole(self._pool.held_out), self._whole(contrast)
         # One call for all: each forms the mean gradients of held-out and contrast rows anew.
-        values = score_tokens(self.model, scored, held_out, contrast=contrast, config=config)
+        values = score_tokens(self.model, scored, held_out, contrast=against, config=config)
         response_BT = make_batch(scored)["response"]
         return {name: getattr(values, name)[response_BT].float().cpu() for name in names}
 
@@ -278,6 +334,11 @@ class Measured:
             self._optimizer.step()
             self._optimizer.zero_grad()
         self.model.eval()
+
+    def _whole(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Rows as one batch."""
+        documents = [row.document for row in rows]
+        return padded(documents, self._pad_token, self.model.device)
 
     def _padded(self, rows: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(rows), self._micro_batch):
@@ -376,7 +437,11 @@ def all_values(measured: Measured, chosen: Sequence[str] | None) -> Iterator[tup
         yield name, rule(seen)
     depth = len(decoder_of(measured.model).layers)
     for name, settings in estimators(depth).items():
-        if chosen is None or name in chosen:
+        if chosen is not None and name not in chosen:
+            continue
+        if name == PRESET.name:
+            yield name, measured.preset_order(settings)
+        else:
             for made, value_R in measured.values(settings).items():
                 yield f"{name}: {made}", value_R
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from alphatoken.config.sections import ModelConfig
+from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
-from benchmarks.noise import Ordered, main, markdown, measure, parse
+from benchmarks.noise import (
+    Measured,
+    Ordered,
+    estimators,
+    main,
+    markdown,
+    measure,
+    parse,
+    read_pool,
+)
 from recipes.quickstart.get_model import save_tiny
 
 RNG = np.random.default_rng(0)
@@ -59,7 +73,7 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
         "measure --scored 4 --contrast 4 --held-out 4 --bootstrap 9 --max-length 1024 "
         f"--model {tmp_path / 'tiny'} --output {output} --cases"
     ).split()
-    ghost = ["--estimators", "ghost, last 3"]
+    ghost = ["--estimators", "ghost, last 3", "drop_harmful.yaml"]
     main([*small, "rule, problems", *ghost, "--stages", "0"])
     first = json.loads(output.read_text())
     ghost += ["--stages", "0", "1"]
@@ -71,7 +85,7 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
     stages = both["cases"]["junk, problems"]["stages"]
     assert list(stages) == ["0", "1"]
     for measures in stages.values():
-        assert "ghost, last 3: G - B, kinder half" in measures
+        assert {"ghost, last 3: G - B, kinder half", "drop_harmful.yaml"} <= measures.keys()
         for value, low, high in (each[name] for each in measures.values() for name in each):
             assert 0 <= low <= high <= 1
             assert 0 <= value <= 1
@@ -79,3 +93,44 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
     assert table.count("| lowest loss") == 2
     with pytest.raises(UserError, match="other settings"):
         measure(parse([*small, "rule, problems", *ghost, "--lr", "1"]))
+
+
+@pytest.mark.slow
+def test_the_preset_drops_first_what_it_vetoes_and_keeps_that_out_of_b(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model gives most tokens a probability of about 1 / 256."""
+    save_tiny(tmp_path / "tiny")
+    arguments = [
+        "measure",
+        "--scored",
+        "4",
+        "--contrast",
+        "4",
+        "--held-out",
+        "4",
+        "--max-length",
+        "1024",
+        "--output",
+        "-",
+    ]
+    options = parse([*arguments, "--model", str(tmp_path / "tiny")])
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "tiny")))
+    measured = Measured(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32).eval(),
+        read_pool("junk, problems", tokenizer, options),
+        tokenizer.pad_token_id,
+        micro_batch=2,
+        lr=1e-4,
+    )
+    settings = estimators(4)["drop_harmful.yaml"]
+    probability_R = (-measured.seen().nll_R).exp()
+    none_R = measured.preset_order(settings)  # the preset's own veto is far below any of these
+    assert none_R.isfinite().all()
+
+    monkeypatch.setattr("benchmarks.noise.preset_veto", lambda: 0.0041)
+    some_R = measured.preset_order(settings)
+    vetoed_R = probability_R < 0.0041
+    assert 0 < vetoed_R.sum() < len(vetoed_R)
+    assert torch.equal(some_R == -math.inf, vetoed_R)
+    assert not torch.equal(some_R[~vetoed_R], none_R[~vetoed_R])  # another B
