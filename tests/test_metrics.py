@@ -24,8 +24,10 @@ declared in the `metrics.py` of the package that computes it (`alphatoken.util.m
 `make metrics` writes this page. A name with `{a,b}` stands for one metric of each, one with
 `<source>` for one of each source of a mixture (`name` of a source in `data.train`), one with
 `<task>` for one of each task of `train.evaluate`. The unit `value` is that of a token's value: how
-far the held-out loss falls, to first order, when the weights take a step of size 1 down the token's
-gradient.
+many nats per token the held-out loss falls, to first order, when the weights take a step of size 1
+down the token's gradient (of `ghost`, its position's share of the row's gradient); of stability,
+how many nats per completion the penalty falls. With `valuation.balance: std` the composite counts
+standard deviations instead.
 
 """
 # Declares all metrics.

@@ -81,9 +81,9 @@ class Drift:
 
     @torch.no_grad()
     def magnitudes(self) -> tuple[float, float]:
-        """|W - W_ref| over all scored weights, and 1/2 sum F (W - W_ref)^2: how much the
-        reference's loss has risen, to second order. One all-reduce of 2 float64; every rank must
-        call it.
+        """|W - W_ref| over all scored weights, and 1/2 sum F (W - W_ref)^2: an estimate, from a
+        diagonal, of how much the reference's own loss per completion has risen. One all-reduce of 2
+        float64; every rank must call it.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for name, parameter in self.parameters.items():

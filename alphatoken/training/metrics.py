@@ -39,7 +39,8 @@ declare("response_tokens", "response tokens of the global batch", "tokens")
 declare("drift_norm", "|W - W_ref| over the scored weights after the step")
 declare(
     "fisher_weighted_drift",
-    "1/2 sum F (W - W_ref)^2: to second order, the rise of the reference model's own loss",
+    "1/2 sum F (W - W_ref)^2: an estimate of the rise of the reference model's own loss per "
+    "completion",
     "nats",
 )
 declare(

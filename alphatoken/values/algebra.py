@@ -1,8 +1,8 @@
 """The algebra of token values: plain tensors, no modules, no ranks.
 
 Shape legend: B sequences, T loss positions, R scored positions (flattened over B and T), N
-validation positions, I and O the input and output features of one linear map with weight W (O, I),
-F features of either side.
+validation positions and H a block of them, I and O the input and output features of one linear map
+with weight W (O, I), F features of either side.
 
 `act` is the input h of a linear, `outgrad` the gradient d = dL/d(W h) of the *summed* loss. Both
 contractions of the target term are exact; they differ in cost only (see `cheaper_contraction`).
@@ -37,11 +37,10 @@ TERMS = (
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Values of every loss position, (B, T) float32 each, zero off the response; positive is worth
-    training on.
+    """Values of every loss position, (B, T) float32 each, zero off the response; positive is good.
 
-    The terms are products with G, the mean gradient of the held-out rows (target), with B, that of
-    other training rows (contrast; zero without), and with V, the weighted drift (proxy; zero
+    The terms are products with G, the held-out gradient per token (target), with B, that of other
+    training rows (contrast; zero without), and with V, the weighted drift (proxy; zero
     without). `composite` = target - c contrast + lambda proxy, which is Eq. 12 where c is 0. When
     only the composite was computed (`split_terms: false`) the terms are NaN on the response.
     Estimator `exact` does not tell causal from direct paths: the direct terms hold both.
@@ -179,7 +178,7 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 class Contraction(Protocol):
-    """<d_t h_t^T, M> of every scored position, with M one of G, B, V or a sum of them: (R,)
+    """<d_t h_t^T, M> of every scored position, with M one of G, B, D, V or a sum of them: (R,)
     float32."""
 
     def __call__(self, outgrad_RO: Tensor, act_RI: Tensor) -> Tensor: ...
@@ -187,7 +186,7 @@ class Contraction(Protocol):
 
 @dataclass(frozen=True)
 class FromMatrix:
-    """Contraction with a matrix: G, B, V, or a sum of them."""
+    """Contraction with a matrix: G, B, D, V, or a sum of them."""
 
     matrix_OI: Tensor
 
@@ -241,8 +240,8 @@ def cheaper_contraction(
     one rank.
 
     `signals` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes;
-    `matrix` multiplies 2 I O per scored token, 2 I O N / R once to form G, and reduces and gathers
-    I O numbers of 4 bytes. Without the one-off parts they break even at N = I O / (I + O).
+    `matrix` multiplies 2 I O per scored token, 2 I O N / ranks once to form G, and reduces I O
+    numbers of 4 bytes and gathers as many, of 4 at most. Without the one-off parts they break even at N = I O / (I + O).
     `scored_tokens` is one rank's, between two refreshes.
     """
     features, product = in_features + out_features, in_features * out_features

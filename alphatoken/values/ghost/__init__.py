@@ -2,7 +2,8 @@
 gradient and the drift.
 
 To follow a value from beginning to end, read these five in this order. The code writes `act` for h,
-a linear's input, and `outgrad` for d, the loss gradient at its output:
+a linear's input, (R, I), and `outgrad` for d, the loss gradient at its output, (R, O), of R
+response positions; the band A is (B, T, W), G and V are (O, I), a term is (R,):
 
 - `scorer`: drives; `refresh` takes in held-out rows, `score` values a batch.
 - `tower`: runs the last layers forward and backward, one at a time, the last one first, each in a
@@ -16,7 +17,9 @@ a linear's input, and `outgrad` for d, the loss gradient at its output:
 `training.valued_model`, which calls `score` in the middle of the forward pass and multiplies values
 of a pair by how its objective depends on the response's losses (of SFT by 1).
 
-What calls what before a step, for V, and every `refresh_every` steps (by default 1) for G and B:
+What calls what before a step, for weights, V and the B of tokens scored earlier, and every
+`refresh_every` steps (by default 1) for G and drawn B; where weights are streamed, `score` gathers
+contractions:
 
     GhostScorer.refresh                                  the tower takes over the weights
       _take_in -> _collect -> Tower.run                  rows of all ranks, no causal path
@@ -30,19 +33,20 @@ and for one micro-batch:
       Tower.run                                          chunks of whole sequences
         forward:   ChunkSignals.on_attention             A, from queries and keys
         backward:  SignalCapture -> ChunkSignals.of_linear      (h, d) and sum_k A[k,t] d_k
-                     consumer -> TermSums.add -> contract       d^T G h, d^T V h
-      TermSums.values -> TokenValues.from_terms          the sum over linears, times (1, lambda),
+                     consumer -> TermSums.add -> contract       d^T G h, d^T V h; the sum over linears
+      TermSums.values -> TokenValues.from_terms          terms at their positions, times (1, lambda),
                                                          which are `Scorer.part_weights`
 
 Where c, which multiplies B, and lambda, which multiplies V, enter:
 
     split_terms: true (default)    both in TokenValues.from_terms, of sums over linears
     split_terms: false             c in GhostScorer._directions (G - c B is one contraction); lambda
-                                   in _gather_contractions where G is a matrix, which lambda V is
-                                   added to, else in contract_at_once
+                                   in _gather_contractions where that is one matrix, which lambda V
+                                   is added to, else in contract_at_once
 
-Not needed for that: `directions` (G, B and D made whole from slices or signals), how `outer_sums`
-deals slices to ranks, `scored_mean` (B of earlier steps).
+c enters D, too, in `_directions`, either way. Where the ranks' parts meet: `directions` makes G, B
+and D whole from slices or signals, `outer_sums` reduces sums of outer products to slices. Not
+needed: `scored_mean` (B of earlier steps).
 
 Factors that arise elsewhere: the products themselves (`values.algebra.bilinear_products`), the
 hooks (`passes.capture.SignalCapture`), the top of the backward pass

@@ -37,13 +37,14 @@ class Contractions:
     """What the signals of one linear are contracted with."""
 
     target: Contraction
-    """With G, the mean gradient of the held-out losses: (d, h) -> d^T G h."""
+    """With G, the held-out gradient per token: (d, h) -> d^T G h; or with G - c B, or
+    G - c B + lambda V, where only the composite is wanted."""
     proxy: Contraction | None
     """With V = F * (W - W_ref), the Fisher-weighted drift: (d, h) -> d^T V h. None without drift,
     and where `target` is with G + lambda V already."""
     contrast: Contraction | None = None
-    """With B, the mean gradient of other training rows. None without contrast, and where `target`
-    is with G - c B already."""
+    """With B, the same of other training rows. None without contrast, and where `target` is with
+    G - c B already."""
     spread: Contraction | None = None
     """With D = (G_a - G_b) / 2 - c (B_a - B_b) / 2, where a and b are halves of the rows. None
     unless it is asked for."""

@@ -49,7 +49,8 @@ def contractions_with(
     call it.
 
     Matrices are added in slices and gathered in `dtype`, all in one message; signals come in two
-    messages per linear and mean (three with signs). `features` are (out, in).
+    messages per linear and mean (three with signs), each behind one that says how many rows it
+    has. `features` are (out, in).
     """
     slices: dict[tuple[str, str], Tensor] = {}
     rest: dict[tuple[str, str], list[tuple[float, Contraction]]] = {}

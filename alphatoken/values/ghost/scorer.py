@@ -234,8 +234,8 @@ class GhostScorer(Scorer):
         return [name for name, linear in self.tower.linears.items() if linear.layer == layer]
 
     def _gather_contractions(self, layer: int) -> dict[str, Contractions]:
-        """What a layer's signals are contracted with, by linear, from all ranks' slices; one
-        message for G, B and D, one for V."""
+        """What a layer's signals are contracted with, by linear, from all ranks' slices: one
+        message for the matrices of G, B and D, one for V; those of signals come besides."""
         names, weight = self._names(layer), self.config.stability_weight
         found = contractions_with(self._directions(), names, self._features, self._dtype)
         contractions = {
