@@ -4,6 +4,7 @@ entries of the estimators that are built in."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from alphatoken.config.estimators import ESTIMATORS, keys_of_some
 from alphatoken.config.run import RunConfig
 from alphatoken.models.architectures import ARCHITECTURES
 from alphatoken.models.decoder import decoder_of
+from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.planner.costs import cost_of
 from alphatoken.planner.costs.base import ScoringCost
 from alphatoken.planner.plan import make_plan
 from alphatoken.planner.workload import Rows
+from alphatoken.training.setup import build_run
 from alphatoken.values.estimator import Scorer
 from alphatoken.values.registry import build_scorer, scorer_class, valuation_notes
 from tests.test_extending import last_metrics, names_of, python_block, run_example
@@ -90,7 +93,7 @@ def test_the_estimator_of_the_page_is_configured_like_one_of_ours() -> None:
     names_of(python_block("An estimator"))
     with pytest.raises(ValueError, match=r"only valuation\.estimator=ghost reads this"):
         ValuationConfig(**OUTPUT_BIAS, window=4)
-    with pytest.raises(ValueError, match="'ghost', 'exact' or 'output_bias'"):
+    with pytest.raises(ValueError, match="'exact' or 'output_bias'"):
         ValuationConfig(estimator="output")
     config = ValuationConfig(**OUTPUT_BIAS)
     assert config.is_resident
@@ -98,6 +101,17 @@ def test_the_estimator_of_the_page_is_configured_like_one_of_ours() -> None:
     assert "valuation.layers is not read" in valuation_notes(decoder, config)[0]
     with pytest.raises(UserError, match="knows no stability"):
         build_scorer(decoder, config, torch.device("cpu"), drift=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("tables")
+def test_an_estimator_refuses_settings_before_a_fisher_is_estimated(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names_of(python_block("An estimator"))
+    monkeypatch.setattr("alphatoken.training.setup.load_splits", lambda *_: pytest.fail("too late"))
+    config = RunConfig.model_validate({**run_values, "valuation": {"estimator": "output_bias"}})
+    with pytest.raises(UserError, match=r"knows no stability: set valuation\.stability_weight=0"):
+        build_run(config, SupervisedObjective())
 
 
 def plan_values(model: Path, **valuation: Any) -> RunConfig:
@@ -115,12 +129,15 @@ def plan_values(model: Path, **valuation: Any) -> RunConfig:
 def test_the_estimator_of_the_page_is_planned_with_its_own_cost(tiny_model: Path) -> None:
     names_of(python_block("An estimator"))
     plan = make_plan(plan_values(tiny_model, **OUTPUT_BIAS), Rows(64), ranks=2)
-    assert set(plan.compute) == {"ghost", "exact", "output_bias"}
+    assert set(plan.compute) == set(ESTIMATORS)
     head, work = plan.blueprint.head_flops, plan.blueprint.workload
     assert plan.own.score == work.micro_batches * 2 * work.responses * head
     assert plan.own.score < plan.compute["ghost"].score
     parts = {part.name for part in plan.memory.moments["score"]}
     assert "gradients at the last layer" in parts
+    (whole,) = (part for part in plan.memory.steady if part.name == "scored weights, whole")
+    kept = [*plan.blueprint.segment_numels("norm"), *plan.blueprint.segment_numels("head")]
+    assert whole.bytes == sum(kept) * 2
 
 
 @pytest.mark.usefixtures("tables")
@@ -180,6 +197,12 @@ def test_the_architecture_of_the_page_gives_the_values_of_the_class_it_renames()
     found, expected = (score_tokens(each, *batches).composite for each in (renamed, llama))
     assert expected.abs().max() > 0
     assert found.equal(expected)
+    entry = ARCHITECTURES["HouseForCausalLM"]
+    ARCHITECTURES["HouseForCausalLM"] = replace(entry, linears=entry.linears[:-1])
+    with pytest.raises(
+        UserError, match=r"HouseForCausalLM: .* the linear mlp\.down_proj of a layer"
+    ):
+        score_tokens(renamed, *batches)
     del ARCHITECTURES["HouseForCausalLM"]
     with pytest.raises(UserError, match="HouseForCausalLM has no entry"):
         score_tokens(renamed, *batches)

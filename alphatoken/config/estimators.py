@@ -21,6 +21,9 @@ class Estimator:
 
     scorer: Any
     """Its `alphatoken.values.estimator.Scorer`: the class, or where it is."""
+    values: str = ""
+    """What they are, in a few words for `--help`; those that a program registers are not listed
+    there."""
     cost: Any = None
     """Its `alphatoken.planner.costs.base.ScoringCost`: the object, or where it is; None where runs
     with it cannot be planned."""
@@ -38,12 +41,14 @@ CONTRAST_KEYS = ("contrast", "contrast_from", "reliability")
 
 ESTIMATORS: dict[str, Estimator] = {
     "ghost": Estimator(
+        values="the paper's contractions of signals of the last layers",
         scorer="alphatoken.values.ghost.scorer:GhostScorer",
         cost="alphatoken.planner.costs.ghost:COST",
         keys=("window", "contraction", "target", *CONTRAST_KEYS, "contrast_memory"),
         contrast_sources=("scored", "drawn"),
     ),
     "exact": Estimator(
+        values="the true first-order effect of each token, by forward-mode differentiation",
         scorer="alphatoken.values.exact.scorer:ExactScorer",
         cost="alphatoken.planner.costs.exact:COST",
         keys=("parameters", "preconditioner", "target", *CONTRAST_KEYS),

@@ -15,6 +15,9 @@ from alphatoken.config.choices import OneOf
 class ObjectiveTraits:
     """What a preference objective needs, and the defaults of keys whose defaults depend on it."""
 
+    loss: str = ""
+    """What it is, in a few words for `--help`; those that a program registers are not listed
+    there."""
     needs_reference: bool = True
     """Whether it compares with the token losses of a reference model."""
     default_beta: float = 0.1
@@ -26,13 +29,17 @@ class ObjectiveTraits:
 OPTIONAL_KEYS = ("label_smoothing", "margin", "normalisation", "length_decay")
 
 OBJECTIVE_TRAITS: dict[str, ObjectiveTraits] = {
-    "alpha_dpo": ObjectiveTraits(reads=frozenset({"normalisation", "length_decay"})),
-    "dpo": ObjectiveTraits(reads=frozenset({"label_smoothing", "length_decay"})),
-    "ipo": ObjectiveTraits(reads=frozenset({"length_decay"})),
-    "hinge": ObjectiveTraits(reads=frozenset({"length_decay"})),
-    "simpo": ObjectiveTraits(needs_reference=False, default_beta=2.0, reads=frozenset({"margin"})),
-    "orpo": ObjectiveTraits(needs_reference=False, default_nll_weight=1.0),
-    "cpo": ObjectiveTraits(needs_reference=False, default_nll_weight=1.0),
+    "alpha_dpo": ObjectiveTraits(
+        loss="the paper's masked DPO", reads=frozenset({"normalisation", "length_decay"})
+    ),
+    "dpo": ObjectiveTraits(loss="DPO", reads=frozenset({"label_smoothing", "length_decay"})),
+    "ipo": ObjectiveTraits(loss="IPO", reads=frozenset({"length_decay"})),
+    "hinge": ObjectiveTraits(loss="the hinge of SLiC", reads=frozenset({"length_decay"})),
+    "simpo": ObjectiveTraits(
+        loss="SimPO", needs_reference=False, default_beta=2.0, reads=frozenset({"margin"})
+    ),
+    "orpo": ObjectiveTraits(loss="ORPO", needs_reference=False, default_nll_weight=1.0),
+    "cpo": ObjectiveTraits(loss="CPO", needs_reference=False, default_nll_weight=1.0),
 }
 
 ObjectiveName = Annotated[str, OneOf(OBJECTIVE_TRAITS)]

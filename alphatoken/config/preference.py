@@ -35,10 +35,9 @@ class PreferenceConfig(Section):
 
     objective: ObjectiveName = Field(
         "alpha_dpo",
-        description="What is minimised over pairs: the paper's masked DPO; or DPO, IPO, "
-        "hinge (SLiC), SimPO, "
-        "ORPO or "
-        "CPO on the sums over kept tokens. docs/preference.md says which need a reference.",
+        description="What is minimised over pairs, from sums over kept tokens: "
+        + "; ".join(f"{name}, {traits.loss}" for name, traits in OBJECTIVE_TRAITS.items())
+        + ". docs/preference.md says which need a reference.",
     )
     beta: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -24,10 +24,9 @@ class ValuationConfig(Section):
     )
     estimator: EstimatorName = Field(
         "ghost",
-        description="How values are estimated: the paper's contractions, or the true "
-        "first-order effect of "
-        "each token "
-        "by forward-mode differentiation.",
+        description="How values are estimated: "
+        + "; ".join(f"{name}, {each.values}" for name, each in ESTIMATORS.items())
+        + ".",
     )
     layers: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         3, description="Number of last decoder layers that are scored (K), or all."

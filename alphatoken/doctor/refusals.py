@@ -54,7 +54,8 @@ def model_settings(config: RunConfig, device: torch.device) -> str:
     """What its configuration and a run's settings say to each other."""
     check_before_loading(config)
     if config.valuation.enabled:
-        scorer_class(config.valuation.estimator).check(config.model, device)
+        scorer = scorer_class(config.valuation.estimator)
+        scorer.check(config.model, config.valuation, device)
     valued = (
         f"the last {config.valuation.layers} layers"
         if config.valuation.layers != "all"

@@ -55,7 +55,11 @@ class Decoder:
     @property
     def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"{type(self.model).__name__}: the head must be an nn.Linear, not "
+                f"{type(head).__name__} (docs/architectures.md says what must hold for a class)"
+            )
         return head
 
     @property
@@ -204,9 +208,12 @@ class Decoder:
                 path == root or path.startswith(root + ".")
                 for root in (*known, *self.architecture.unscored)
             )
-            assert scored or not isinstance(module, nn.Linear | Conv1D), (
-                f"{path} is missing from its architecture"
-            )
+            if not scored and isinstance(module, nn.Linear | Conv1D):
+                raise UserError(
+                    f"{type(self.model).__name__}: the architecture names neither as scored nor as "
+                    f"unscored the linear {path} of a layer; add it to `linears` or `unscored` of "
+                    "its entry (docs/architectures.md)"
+                )
         rows = (
             None
             if self.architecture.value_rows is None

@@ -118,15 +118,14 @@ def _valuation(blueprint: Blueprint) -> list[Part]:
     """What scoring keeps between steps."""
     weight = blueprint.sharding.weight_bytes
     scored = [numel for numels in blueprint.scored_numels.values() for numel in numels]
-    copied = [
-        blueprint.segment_numels(segment) for segment in (*blueprint.scored_layers, "norm", "head")
-    ]
+    cost = cost_of(blueprint.config.valuation.estimator)
+    copied = [blueprint.segment_numels(each) for each in cost.copied_segments(blueprint)]
     parts = []
     if blueprint.sharding.stage == 3 and blueprint.resident:
         parts.append(Part("scored weights, whole", sum(map(sum, copied)) * weight))
     if blueprint.has_drift:
         parts.append(Part("Fisher and reference", blueprint.sliced(scored) * (FLOAT32 + weight)))
-    return parts + cost_of(blueprint.config.valuation.estimator).steady_parts(blueprint)
+    return parts + cost.steady_parts(blueprint)
 
 
 def _moments(blueprint: Blueprint) -> dict[str, tuple[Part, ...]]:

@@ -219,7 +219,8 @@ def _settled(
     what is known to be wrong before weights are read."""
     config = settle_model(config)
     if config.valuation.enabled:
-        scorer_class(config.valuation.estimator).check(config.model, device)
+        scorer = scorer_class(config.valuation.estimator)
+        scorer.check(config.model, config.valuation, device)
     check_reference(config, tokenizer)
     check_files(config)
     return config

@@ -241,8 +241,8 @@ def cheaper_contraction(
 
     `signals` multiplies 2 N (I + O) per scored token and gathers N (I + O) numbers of 2 bytes;
     `matrix` multiplies 2 I O per scored token, 2 I O N / ranks once to form G, and reduces I O
-    numbers of 4 bytes and gathers as many, of 4 at most. Without the one-off parts they break even at N = I O / (I + O).
-    `scored_tokens` is one rank's, between two refreshes.
+    numbers of 4 bytes and gathers as many, of 4 at most. Without the one-off parts they break even
+    at N = I O / (I + O). `scored_tokens` is one rank's, between two refreshes.
     """
     features, product = in_features + out_features, in_features * out_features
     remote = (ranks - 1) / ranks

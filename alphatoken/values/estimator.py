@@ -98,12 +98,13 @@ class Scorer(ABC):
 
         `drift` is None where stability counts nothing. `adam_scale` is what the run's optimizer
         multiplies gradients by, where there is one. Raises UserError for what the estimator cannot
-        do.
+        do; a training run has asked `check` before, the library's `score_tokens` has not.
         """
 
     @classmethod
-    def check(cls, model: ModelConfig, device: torch.device) -> None:
-        """Refuses, before weights are read, a model that the estimator cannot value on this device.
+    def check(cls, model: ModelConfig, valuation: ValuationConfig, device: torch.device) -> None:
+        """Refuses, before weights are read or a Fisher is estimated, settings that the estimator
+        does not know and a model that it cannot value on this device.
 
         Raises UserError.
         """

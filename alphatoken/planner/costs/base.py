@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from alphatoken.models.scored import Segment
 from alphatoken.planner.blueprint import Blueprint
 from alphatoken.planner.messages import Message
 from alphatoken.planner.parts import Part
 
 
 class ScoringCost(ABC):
-    """Work, memory and messages of scoring with one estimator, on one rank."""
+    """Work, memory and messages of scoring with one estimator, on one rank.
+
+    A plan compares estimators: operations are asked for with any other estimator's settings too, so
+    they must be there for every number of layers, with and without stability.
+    """
 
     loaded_later_bytes: int = 0
     """Libraries that a CPU process loads when it scores for the first time."""
@@ -23,6 +28,10 @@ class ScoringCost(ABC):
     def refresh_flops(self, blueprint: Blueprint) -> int:
         """Floating-point operations of forming signals from one held-out micro-batch, and from one
         of rows for B where a refresh draws such."""
+
+    def copied_segments(self, blueprint: Blueprint) -> tuple[Segment, ...]:
+        """The segments whose weights every rank keeps whole where residency asks for that."""
+        return (*blueprint.scored_layers, "norm", "head")
 
     @abstractmethod
     def steady_parts(self, blueprint: Blueprint) -> list[Part]:

@@ -105,7 +105,7 @@ class ExactScorer(Scorer):
         return cls(decoder, config, device, drift, adam_scale)
 
     @classmethod
-    def check(cls, model: ModelConfig, device: torch.device) -> None:
+    def check(cls, model: ModelConfig, valuation: ValuationConfig, device: torch.device) -> None:
         check_forward_mode(model, device)
 
     def capture(self) -> EntryCapture:

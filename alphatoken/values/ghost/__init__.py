@@ -33,9 +33,9 @@ and for one micro-batch:
       Tower.run                                          chunks of whole sequences
         forward:   ChunkSignals.on_attention             A, from queries and keys
         backward:  SignalCapture -> ChunkSignals.of_linear      (h, d) and sum_k A[k,t] d_k
-                     consumer -> TermSums.add -> contract       d^T G h, d^T V h; the sum over linears
-      TermSums.values -> TokenValues.from_terms          terms at their positions, times (1, lambda),
-                                                         which are `Scorer.part_weights`
+                     consumer -> TermSums.add -> contract       d^T G h, d^T V h, and the sums
+      TermSums.values -> TokenValues.from_terms          terms where their positions are, times
+                                                         (1, lambda), the `Scorer.part_weights`
 
 Where c, which multiplies B, and lambda, which multiplies V, enter:
 

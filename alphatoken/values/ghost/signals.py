@@ -3,9 +3,9 @@
 A linear y = W h has two signals at position t: its input h_t, and d_t, the gradient of the summed
 response losses at its output y_t. Their outer product d_t h_t^T is what position t adds to the
 gradient of W; d_t already holds what the losses of later tokens send back, below this layer's
-attention through that too. On value projections the paper adds a causal term, one hop further: the mixed signal
-sum_{t<k<=t+w} A[k, t] d_k in place of d_t, with A the attention averaged over heads and w the
-window.
+attention through that too. On value projections the paper adds a causal term, one hop further: the
+mixed signal sum_{t<k<=t+w} A[k, t] d_k in place of d_t, with A the attention averaged over heads
+and w the window.
 
 Shape legend: B sequences of one chunk, T positions, R response positions, I and O the features of a
 linear, W the window.
