@@ -50,15 +50,17 @@ needed: `scored_mean` (B of earlier steps).
 
 Factors that arise elsewhere, each in one short function that does no more than this says:
 
-- h and d, `passes.capture.SignalCapture`: hooks on each scored linear; h is its input in the forward
-  pass, d what autograd brings back to its output.
+- h and d, `passes.capture.SignalCapture`: hooks on each scored linear; h is its input in the
+  forward pass, d what autograd brings back to its output.
 - the losses, and the gradient of their sum behind the last layer, `passes.chunks.top_backward`:
   norm and head on response positions.
 - A, `passes.attention.attention_band`: exp(score - log-sum-exp) of the next w queries, mean over
-  heads. `mix_band`: sum_k A[k, t] d_k, of any later positions k.
+  heads. `mix_band`: sum_k A[k, t] d_k, of any later positions k; `signals` calls it at value
+  projections only.
 - V, `stability.drift.weighted_drift`: F * (W - W_ref), elementwise, in float32.
-- d^T M h, `values.algebra.bilinear_products`: M h, times d, summed; `signals_product`: the same from
-  signals, 1/N sum_v <d_t, d_v> <h_t, h_v>.
+- d^T M h, `values.algebra.bilinear_products`: M h, times d, summed; `signals_product`: the same
+  from signals, 1/N sum_v <d_t, d_v> <h_t, h_v>. Where G is a matrix, `HeldOutSignals.own_slice`
+  divides by N, the held-out response positions of all ranks.
 - (1, lambda), `Scorer.part_weights`: lambda is `valuation.stability_weight`; with `balance: std`
   both are divided by the running spread of their part.
 """
