@@ -155,7 +155,8 @@ class Batch(TypedDict):
     earlier_counts: NotRequired[tuple[int, ...]]
     """Those of each document that are in the parts before this rank's."""
     document_ids: NotRequired[Tensor]
-    """(B, T) int64 in 0..D-1, row by row; -1 on padding."""
+    """(B, T) int64 in 0..D-1, -1 on padding; row by row, unless documents are packed, which lie
+    wherever they fit."""
     rows: NotRequired[Tensor]
     """(D,) int64, the dataset row of each document."""
     half_sign: NotRequired[Tensor]

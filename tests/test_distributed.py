@@ -286,7 +286,7 @@ def test_values_masks_and_gradient_equal_one_process(
         "global batch, streamed, packed": {
             "selection": {"scope": "global_batch"},
             "valuation": streamed,
-            "data": {"packing": True},
+            "data": {"packing": True, "max_length": 130},  # a micro-batch has several rows
         },
         **{
             f"stage {number}": {"valuation": stability, "deepspeed": stage(number)}

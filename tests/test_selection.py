@@ -6,16 +6,20 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import get_args
+from typing import Any, cast, get_args
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from alphatoken.batch import part_of
 from alphatoken.config.policies import POLICY_TRAITS, Need
+from alphatoken.config.selection import Scope
 from alphatoken.config.weights import WEIGHT_TRAITS
+from alphatoken.data.batches import Layout, micro_batches
 from alphatoken.data.noise import uniform_noise
 from alphatoken.errors import NonFiniteError
 from alphatoken.selection.facts import TokenFacts
@@ -30,6 +34,7 @@ from alphatoken.selection.select import (
     scheduled_ratio,
     select,
 )
+from alphatoken.selection.step import weigh, weigh_globally
 from alphatoken.selection.weights import WEIGHT_RULES
 from alphatoken.training.dropped import DroppedTokens, counts_of
 from alphatoken.training.metrics import RESPONSE_MEANS
@@ -522,3 +527,57 @@ def test_noise_depends_on_seed_step_and_row_only() -> None:
     noise = uniform_noise(3, 5, 9, 6)
     assert uniform_noise(3, 5, 9, 4).equal(noise[:4])
     assert not any(uniform_noise(*key, 6).equal(noise) for key in ((4, 5, 9), (3, 6, 9), (3, 5, 8)))
+
+
+class Documents:
+    """Documents of so many tokens, all but the first of which are of the response."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths)
+
+    def __getitem__(self, index: int) -> list[tuple[Any, Any]]:
+        length = int(self.lengths[index])
+        return [(np.full(length, index + 1), np.arange(length) > 0)]
+
+
+def weights_by_document(
+    lengths: list[int], row_tokens: int | None, scope: Scope, *, divided: bool
+) -> list[list[float]]:
+    """What the half of the tokens of highest loss weighs, in the order of documents; losses are
+    drawn by document."""
+    layout = Layout(size=len(lengths), pad_token=0, row_tokens=row_tokens)
+    order = np.arange(len(lengths))
+    (batch,) = micro_batches(cast("Any", Documents(lengths)), order, layout, 0, 1)
+    batch = part_of(batch, 0, 1) if divided else batch
+    response_BT, document_BT = batch["response"], batch["document_ids"]
+    nll_BT = torch.zeros(response_BT.shape)
+    numbers = batch["rows"].tolist()
+    places = [response_BT & (document_BT == document) for document in range(len(numbers))]
+    for number, place_BT in zip(numbers, places, strict=True):
+        generator = torch.Generator().manual_seed(number)
+        nll_BT[place_BT] = torch.rand(int(place_BT.sum()), generator=generator)
+    facts = TokenFacts(
+        batch=batch, nll_BT=nll_BT, protected_BT=torch.zeros_like(response_BT), values={}
+    )
+    selections = [Selection("loss", Fraction(1, 2), scope=scope)]
+    if scope == "global_batch":
+        (weighed,) = weigh_globally(selections, [facts]).micro_batches
+    else:
+        weighed = weigh(selections, facts)
+    weight_BT = batch["response_index"].put(weighed.choice.weight_R)
+    found = {
+        number: weight_BT[place_BT].tolist()
+        for number, place_BT in zip(numbers, places, strict=True)
+    }
+    return [found[number] for number in range(len(lengths))]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("scope", get_args(Scope))
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=7))
+@example(
+    lengths=[7, 6, 3]
+)  # the last fits into the first row, so documents do not lie in their order
+def test_packing_changes_no_choice(scope: Scope, *, divided: bool, lengths: list[int]) -> None:
+    expected = weights_by_document(lengths, None, scope, divided=False)
+    assert weights_by_document(lengths, 10, scope, divided=divided) == expected

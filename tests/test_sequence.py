@@ -434,7 +434,10 @@ def test_values_masks_and_gradient_equal_one_process(
     streamed = {**stability, "residency": "streamed"}
     sections: dict[str, dict[str, Any]] = {
         "with stability": {"valuation": stability},
-        "long window, packed": {"valuation": {**unstable, "window": 40}, "data": {"packing": True}},
+        "long window, packed": {
+            "valuation": {**unstable, "window": 40},
+            "data": {"packing": True, "max_length": 130},  # a micro-batch has several rows
+        },
         "streamed, chunked, eager": {
             "valuation": {**streamed, "chunk_tokens": 1, "contraction": "ghost"},
             "model": {"attn_implementation": "eager"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from alphatoken.distributed import collectives, process, zero3
 from alphatoken.distributed.shard_files import EqualSlices, TensorFile, save_tensors
 from alphatoken.errors import UserError
 from alphatoken.util.files import PARTIAL, flush, publish_text
+from alphatoken.util.metrics import Metrics
 
 SCORER = "scorer"  # the folder of a checkpoint with what its scorer keeps in slices
 RANDOM = "random"  # the folder of a checkpoint with every rank's random state
@@ -53,6 +55,9 @@ class TrainingState:
     random: list[torch.Tensor] | None
     """The states of this rank's random number generators; None where another number of ranks wrote
     the checkpoint."""
+    owed: Metrics | None = None
+    """The metrics of the last step, where the evaluation after it is still to be made; None where
+    none is owed."""
 
 
 class Checkpoints:
@@ -126,6 +131,7 @@ class Checkpoints:
             inputs=values["inputs"],
             best=best,
             random=_random_of(checkpoint, values),
+            owed=None if values.get("owed") is None else json.loads(values["owed"]),
         )
 
     def scorer_slices(self, checkpoint: Path) -> TensorFile | None:
@@ -151,6 +157,7 @@ class Checkpoints:
             "scales": state.scales,
             "inputs": state.inputs,
             "best": None if state.best is None else state.best.as_json(),
+            "owed": None if state.owed is None else json.dumps(state.owed),
         }
         written, refused = zero3.save_shards(
             self._engine, self._folder.checkpoints, partial.name, {STATE: values}

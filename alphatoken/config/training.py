@@ -118,7 +118,8 @@ class TrainConfig(Section):
         description="Time between SIGTERM or SIGUSR1 and the end by force. Where it is too "
         "short for the "
         "current step, "
-        "the step is dropped and done again on resuming; default: the step is always finished.",
+        "the step is dropped and done again on resuming; an evaluation is left for the resumed "
+        "run, too. Default: both are always finished.",
         json_schema_extra=MAY_CHANGE,
     )
     watchdog_seconds: float | None = Field(

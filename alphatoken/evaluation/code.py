@@ -91,7 +91,8 @@ class Programs(Task):
             f"{each.before}{answer}\n{each.tests}"
             for each, answer in zip(asked, answers, strict=True)
         ]
-        passed = self._passed(programs, judge.on_batch)
+        judge.on_batch()
+        passed = self._passed(programs, judge.on_program)
         return self.questions.results({"pass_at_1": passed, "answer": answers})
 
     def _passed(self, programs: Sequence[str], on_program: Callable[[], None]) -> list[float]:

@@ -44,7 +44,9 @@ class Judge:
     title: str | None = None
     """What its progress is called; None shows none."""
     on_batch: Callable[[], None] = lambda: None
-    """Called before each micro-batch."""
+    """Called before each micro-batch and before a task's programs, equally often on every rank."""
+    on_program: Callable[[], None] = lambda: None
+    """Called before each program, of which every rank runs a share."""
 
     def titled(self, title: str) -> Judge:
         """The judge with its progress shown."""

@@ -32,7 +32,7 @@ class ResponseTokens:
     """Response tokens of one micro-batch, or of a whole step, (R,) each."""
 
     sequence_R: Tensor
-    """Number of the token's response, int64; ascending."""
+    """Number of the token's response, int64; in any order where documents are packed."""
     protected_R: Tensor
     """Whether the target ends a turn, bool."""
     columns: Mapping[str, Tensor]

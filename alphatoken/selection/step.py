@@ -198,8 +198,8 @@ def _chosen_together(
     among those of some ranks; and how many of them all are kept.
 
     It gathers 3 float64 per response token and one for each column that the selections read, and
-    every rank makes the same choice. Tokens are ordered by (micro-batch, row, position), so ties
-    fall the same way on any number of ranks.
+    every rank makes the same choice. Tokens are ordered by (micro-batch, sequence, position), so
+    ties fall the same way on any number of ranks.
     """
     own = [response_tokens(selections, facts) for facts in micro_batches]
     names = list(own[0].columns)
@@ -210,11 +210,11 @@ def _chosen_together(
     # The ranks of a data group are neighbours, in order of their parts.
     micro_batch_R = gathered_RC[:, 0].long() // mesh().sequence.size
     order_R = lexsort(micro_batch_R, gathered_RC[:, 1])
-    gathered_RC, micro_batch_R = gathered_RC[order_R], micro_batch_R[order_R]
-    tokens = _unpacked(gathered_RC, micro_batch_R, names, branches=len(selections))
+    tokens = _unpacked(gathered_RC[order_R], micro_batch_R[order_R], names, len(selections))
     choice = choose_by_branch(selections, tokens)
+    # Back into the order in which they came: documents that are packed do not lie in theirs.
     is_own_R = gathered_RC[:, 0].long() % among.size == among.place
-    own_choice = choice.where(is_own_R.nonzero()[:, 0])
+    own_choice = choice.where(order_R.argsort()[is_own_R])
     counts = [len(tokens.sequence_R) for tokens in own]
     return own_choice.split(counts), int(choice.kept_R.sum())
 

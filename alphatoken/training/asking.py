@@ -26,10 +26,17 @@ from alphatoken.util.files import fingerprint
 from alphatoken.util.metrics import Metrics
 
 
-def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
+def ask(
+    run: Run, done: int, on_batch: Callable[[], None], on_program: Callable[[], None]
+) -> Metrics:
     """What the tasks of `train.evaluate` find after `done` optimizer steps,
     `eval_<measure>/<task>`; every item is written into the run's folder. Ranks that divide rows
-    in training answer whole ones meanwhile. Every rank must call it."""
+    in training answer whole ones meanwhile.
+
+    Every rank must call it. `on_batch` is called before each micro-batch, on all ranks, and may
+    raise on all of them to give up, which writes nothing; `on_program` before each program, which
+    every rank runs a share of.
+    """
     if not run.tasks:
         return {}
     judge = Judge(
@@ -40,6 +47,7 @@ def ask(run: Run, done: int, on_batch: Callable[[], None]) -> Metrics:
         device=run.device,
         batch_size=run.config.evaluation.batch_size,
         on_batch=on_batch,
+        on_program=on_program,
     )
     with undivided(decoder_of(run.model.lm)):
         evaluation = judged(run.config, run.tasks, judge, f"{run.folder.path}, step {done}")

@@ -23,7 +23,8 @@ def evaluate(
 ) -> Metrics:
     """Means of what the objective reports of held-out rows, `eval_...`; empty without rows.
 
-    Every rank must call it, with equally many micro-batches. `on_batch` is called before each.
+    Every rank must call it, with equally many micro-batches. `on_batch` is called before each, and
+    may raise on every rank to give up.
     """
     sums = NamedSums(device)
     for batch in batches:

@@ -31,7 +31,11 @@ TOLD_STEPS = 100
 
 class Report:
     """Takes one dict of metrics per optimizer step. Ranks other than 0 pass `active=False` and
-    write nothing. Building it raises UserError where what an earlier run left cannot be cut."""
+    write nothing. Building it raises UserError where what an earlier run left cannot be cut.
+
+    `first_step` are the steps taken before; the metrics of the last of them are still to come where
+    it is `owed`, as the evaluation after it was not finished.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Report:
         first_step: int,
         total_steps: int,
         active: bool,
+        owed: bool = False,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -50,15 +55,19 @@ class Report:
         self._started = time.monotonic()
         self._evaluations: list[Metrics] = []
         self._last: Metrics = {}
+        self._untracked: Sequence[ValuedResponse] = ()
+        """Responses of the step whose metrics are to come."""
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         if not active:
             return
-        for metrics in _cut_lines(folder.metrics, first_step):
+        next_step = first_step + 1 if first_step else 0
+        first_line = first_step if owed else next_step
+        for metrics in _cut_lines(folder.metrics, first_line):
             self._remember(metrics)
-        _cut_lines(folder.valued_tokens, first_step)
+        _cut_lines(folder.valued_tokens, next_step)
         if config.logging.trackers:
-            self._trackers = Trackers(config, folder, first_step=first_step, say=self.say)
+            self._trackers = Trackers(config, folder, first_line=first_line, say=self.say)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -89,7 +98,9 @@ class Report:
         with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
         if self._trackers is not None:
+            self._trackers.keep(self._untracked)
             self._trackers.log(metrics)
+        self._untracked = ()
         self._remember(metrics)
         step = int(metrics["step"])
         due = step % self._config.logging.every == 0
@@ -116,12 +127,11 @@ class Report:
         return max(most, 1) if last else most if due else 0  # the console shows one
 
     def keep(self, responses: Sequence[ValuedResponse]) -> None:
-        """Keeps responses in the run folder and in trackers. That the disk refuses is said; a run
-        goes on."""
+        """Keeps responses of a step in the run folder, and in trackers when its metrics come. That
+        the disk refuses is said; a run goes on."""
         if not responses or not self._config.logging.responses:
             return
-        if self._trackers is not None:
-            self._trackers.keep(responses)
+        self._untracked = responses
         try:
             append_responses(self._folder.valued_tokens, responses)
         except OSError as error:
@@ -261,17 +271,17 @@ def _evaluated(metrics: Metrics) -> str:
     return "  ".join([*parts, *(f"{name} {value:.4f}" for name, value in asked.items())])
 
 
-def _cut_lines(file: Path, first_step: int) -> list[Any]:
-    """Drops the lines of steps that will be done again, so that a resumed run continues its file;
-    returns the rest. Raises UserError when the disk refuses."""
+def _cut_lines(file: Path, first_line: int) -> list[Any]:
+    """Drops the lines from step `first_line` on, which will be written again, so that a resumed run
+    continues its file; returns the rest. Raises UserError when the disk refuses."""
     with writing(file):
-        return _lines_up_to(file, first_step)
+        return _lines_before(file, first_line)
 
 
-def _lines_up_to(file: Path, first_step: int) -> list[Any]:
+def _lines_before(file: Path, first_line: int) -> list[Any]:
     if not file.exists():
         return []
-    if first_step == 0:  # the evaluation before training is done again, too
+    if first_line == 0:  # the evaluation before training is done again, too
         file.unlink()
         return []
     kept, text = list[Any](), list[str]()
@@ -281,7 +291,7 @@ def _lines_up_to(file: Path, first_step: int) -> list[Any]:
             read = json.loads(line)
         except ValueError:  # the run was killed while it wrote its last line
             break
-        if read["step"] <= first_step:
+        if read["step"] < first_line:
             kept.append(read)
             text.append(f"{line}\n")
     publish_text(file, "".join(text))

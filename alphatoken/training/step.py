@@ -83,8 +83,8 @@ class OptimizerStep:
         )
 
     def take(self, step: int, *, evaluates: bool, responses: int = 0) -> StepResult:
-        """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows,
-        `responses` how many are to be told token by token.
+        """Takes optimizer step `step` (from 0); `evaluates` says whether an evaluation follows that
+        cannot be left for later, `responses` how many are to be told token by token.
 
         Raises NonFiniteError on every rank before a step that would spoil the weights, and
         WindowDroppedError where a run that was asked to stop has no time to finish it.

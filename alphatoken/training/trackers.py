@@ -29,14 +29,10 @@ class Beginning:
     logging: LoggingConfig
     name: str
     folder: RunFolder
-    first_step: int
+    first_line: int
+    """The step of the first line to come: 0 is the evaluation before training."""
     known: str | None
     """What the tracker called the run that this one continues."""
-
-    @property
-    def first_line(self) -> int:
-        """The step of the first line to come: 0 is the evaluation before training."""
-        return self.first_step + 1 if self.first_step else 0
 
 
 def _same(name: str) -> str:
@@ -121,19 +117,20 @@ class Trackers:
     """The trackers of one run, on rank 0. One that fails is told of and left out: all numbers are
     in the run folder anyway, and a run does not end because a server cannot be reached.
 
-    Where the run folder was trained in before, each continues its own run (`trackers.json`).
+    `first_line` is the step of the first line to come, 0 in a new run. Where the run folder was
+    trained in before, each continues its own run (`trackers.json`).
     """
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, *, first_step: int, say: Callable[[str], None]
+        self, config: RunConfig, folder: RunFolder, *, first_line: int, say: Callable[[str], None]
     ) -> None:
         self._config = config
         self._folder = folder
-        self._first_step = first_step
+        self._first_line = first_line
         self._say = say
         self._begun: dict[str, Any] = {}
         """Accelerate's, by name; those that have not failed."""
-        known = _known(folder) if first_step else {}
+        known = _known(folder) if first_line else {}
         for name in config.logging.trackers:
             self._attempt(name, partial(self._begin, name, known))
         if not self._begun:
@@ -174,7 +171,7 @@ class Trackers:
             logging=self._config.logging,
             name=self._config.logging.name or self._folder.path.name,
             folder=self._folder,
-            first_step=self._first_step,
+            first_line=self._first_line,
             known=known.get(name),
         )
         tracker = LOGGER_TYPE_TO_CLASS[name](**kind.arguments(begin))
@@ -187,7 +184,7 @@ class Trackers:
         values = self._config.model_dump(mode="json")
         if kind.takes_sections:
             tracker.store_init_configuration(values)
-        elif not self._first_step or (begin.known is None and called is not None):
+        elif not self._first_line or (begin.known is None and called is not None):
             tracker.store_init_configuration(
                 {key: _scalar(value) for key, value in flat(values).items()}
             )

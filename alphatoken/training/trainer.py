@@ -26,7 +26,12 @@ from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.report import Report
 from alphatoken.training.setup import Run
 from alphatoken.training.step import OptimizerStep, StepResult
-from alphatoken.training.stopping import StopRequest, WindowDroppedError
+from alphatoken.training.stopping import (
+    EvaluationDroppedError,
+    EvaluationUnderWay,
+    StopRequest,
+    WindowDroppedError,
+)
 from alphatoken.training.watchdog import Watchdog
 from alphatoken.util.metrics import Metrics
 from alphatoken.util.wording import plural
@@ -70,6 +75,8 @@ class Trainer:
         """Optimizer steps that were taken before this run."""
         self.best: Best | None = None
         """The best evaluation so far, with `train.keep_best`."""
+        self._owed: Metrics | None = None
+        """Metrics of the last step, as long as the evaluation after it is still to be made."""
         self.notes = run.notes
         if run.continuation is not None:
             self._continue(run.continuation)
@@ -91,37 +98,43 @@ class Trainer:
                 first_step=self.first_step,
                 total_steps=total,
                 active=collectives.rank() == 0,
+                owed=self._owed is not None,
             )
         )
         with self.stop, self.watchdog, closing(report):
             self._announce(report)
-            if self.first_step == 0 and self._has_evaluations:
-                report.step({"step": 0, **self._evaluate(0)})
-            done = self.first_step
-            while done < total and not self._is_past_best():
-                step = done
-                if self.stop.is_agreed() and self._can_save(step):
-                    self._stop_after(step, report)
-                    return
-                try:
-                    result = self.step.take(
-                        step,
-                        evaluates=self._has_evaluations and self._evaluates(step + 1),
-                        responses=report.responses_of(step + 1),
-                    )
-                except WindowDroppedError:
-                    report.say(f"no time to finish step {step + 1}: it will be done again")
-                    self._stop_after(step, report)
-                    return
-                done = step + 1
-                self._after_step(done, result, report)
-            if self.stop.is_agreed():
-                self._stop_after(done, report)
+            done = self._take_steps(report)
+            if done is None:
                 return
             exported = self._export(done, report)
             report.finish(self._told)
             if run.tasks and collectives.rank() == 0:
                 show_change(run, exported, report.console)
+
+    def _take_steps(self, report: Report) -> int | None:
+        """Makes the evaluation that comes first, if any, and takes steps until training has ended.
+        Returns how many were taken then; None where the run was asked to stop, and has done so."""
+        done = self.first_step
+        try:
+            self._evaluate_first(report)
+            while done < self.run.total_steps and not self._is_past_best():
+                if self.stop.is_agreed() and self._can_save(done):
+                    return self._stop_after(done, report)
+                result = self.step.take(
+                    done,
+                    evaluates=self._evaluates(done + 1) and not self._can_save(done + 1),
+                    responses=report.responses_of(done + 1),
+                )
+                done += 1
+                self._after_step(done, result, report)
+        except WindowDroppedError:
+            report.say(f"no time to finish step {done + 1}: it will be done again")
+            return self._stop_after(done, report)
+        except EvaluationDroppedError:
+            where = f"after step {done}" if done else "before the first step"
+            report.say(f"no time to finish the evaluation {where}: it will be made again")
+            return self._stop_after(done, report)
+        return self._stop_after(done, report) if self.stop.is_agreed() else done
 
     @property
     def _has_evaluations(self) -> bool:
@@ -163,6 +176,7 @@ class Trainer:
             inputs=self.run.inputs,
             best=self.best,
             random=random_state(self.run.device),
+            owed=self._owed,
         )
         slices = None if scorer is None else scorer.state()
         saved = self.checkpoints.save(done, state, slices)
@@ -183,7 +197,7 @@ class Trainer:
             scorer.restore(slices)
         if state.random is not None:
             set_random_state(state.random, run.device)
-        self.first_step = continuation.step
+        self.first_step, self._owed = continuation.step, state.owed
         self.best, lost = self._best_of(state.best)
         self.notes = (*self.notes, *changed, *map(str, continuation.notes), *lost)
 
@@ -208,15 +222,33 @@ class Trainer:
             report.say(f"continuing after step {self.first_step}")
 
     def _after_step(self, done: int, result: StepResult, report: Report) -> None:
-        """Evaluates, reports and saves what is due."""
+        """Tells of a step, evaluates, reports and saves what is due."""
         for note in result.notes:
             report.say(note)
         self._told = next(iter(result.responses), self._told)
         report.keep(result.responses)
-        metrics = result.metrics
-        evaluates = self._has_evaluations and self._evaluates(done)
+        self._conclude(done, result.metrics, report, evaluates=self._evaluates(done))
+
+    def _evaluate_first(self, report: Report) -> None:
+        """The evaluation before the first step, or the one that an earlier run owes."""
+        if self.first_step == 0 and self._has_evaluations:
+            report.step({"step": 0, **self._evaluate(0)})
+        if self._owed is not None:
+            report.say(f"the evaluation after step {self.first_step} is still owed: it comes first")
+            self._conclude(self.first_step, self._owed, report, evaluates=True)
+
+    def _conclude(self, done: int, metrics: Metrics, report: Report, *, evaluates: bool) -> None:
+        """Evaluates after a step if it `evaluates`, reports its metrics and saves what is due: also
+        what a checkpoint owed, so that it is not owed for ever.
+
+        Raises EvaluationDroppedError on every rank where there is no time to evaluate, which is
+        then owed.
+        """
+        was_owed = self._owed is not None
         if evaluates:
+            self._owed = metrics
             metrics = metrics | self._evaluate(done)
+            self._owed = None
             self._note_best(done, metrics)
         report.step(metrics)
         ends = self._is_past_best()
@@ -230,7 +262,7 @@ class Trainer:
         due = save_every is not None and (
             done % save_every == 0 or ends or done == self.run.total_steps
         )
-        if due or (evaluates and self.best is not None and self.best.step == done):
+        if due or was_owed or (evaluates and self.best is not None and self.best.step == done):
             report.say(f"saved {self.save(done)}")
 
     def _note_best(self, done: int, metrics: Metrics) -> None:
@@ -242,33 +274,52 @@ class Trainer:
             self.best = updated(self.best, metric, better, float(metrics[metric]), done, questions)
 
     def _stop_after(self, done: int, report: Report) -> None:
-        """Ends a run that was asked to stop, so that it can go on."""
+        """Ends a run that was asked to stop, so that it can go on; what it owes is saved."""
         if done != self.checkpoints.newest and self._can_save(done):
             self.save(done)
         newest = self.checkpoints.newest
         after = f"step {newest}, which is saved" if newest else "no step, so nothing is saved"
-        report.say(f"stopped after {after}; continue with the same command and train.resume=auto")
+        first = ", which makes the evaluation of that step first"
+        report.say(
+            f"stopped after {after}; continue with the same command and train.resume=auto"
+            f"{first if newest == done and self._owed is not None else ''}"
+        )
 
     def _can_save(self, done: int) -> bool:
         """Whether a run continued after `done` steps could rebuild the held-out signals as they
-        are."""
-        return done > 0 and (self.refresh is None or self.refresh.can_be_rebuilt_after(done))
+        are, or needs none, as no step follows."""
+        if done == self.run.total_steps or self.refresh is None:
+            return done > 0
+        return done > 0 and self.refresh.can_be_rebuilt_after(done)
 
     def _evaluates(self, done: int) -> bool:
+        """Whether the run evaluates after `done` steps."""
         every = self.run.config.train.eval_every
-        return done == self.run.total_steps or (every is not None and done % every == 0)
+        due = done == self.run.total_steps or (every is not None and done % every == 0)
+        return due and self._has_evaluations
 
     def _evaluate(self, done: int) -> Metrics:
-        began = time.perf_counter()
-        on_batch = partial(self.watchdog.moved, "an evaluation")
-        metrics = evaluate(
-            model=self.run.model,
-            objective=self.run.objective,
-            batches=self.feed.evaluation(),
-            device=self.run.device,
-            on_batch=on_batch,
-        )
-        metrics |= ask(self.run, done, on_batch)
+        """The metrics of an evaluation after `done` steps. Raises EvaluationDroppedError on every
+        rank where there is no time to finish it."""
+        under_way = EvaluationUnderWay(self.stop)
+        moved = partial(self.watchdog.moved, "an evaluation")
+
+        def on_batch() -> None:
+            moved()
+            under_way.drop_if_short()
+
+        try:
+            metrics = evaluate(
+                model=self.run.model,
+                objective=self.run.objective,
+                batches=self.feed.evaluation(),
+                device=self.run.device,
+                on_batch=on_batch,
+            )
+            metrics |= ask(self.run, done, on_batch, moved)
+        except EvaluationDroppedError:
+            zero3.release_weights(self.run.engine)
+            raise
         zero3.release_weights(self.run.engine)
-        self.stop.took("evaluation", time.perf_counter() - began)
+        under_way.finished()
         return metrics
