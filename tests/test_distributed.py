@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,12 +59,40 @@ def test_weights_of_the_hub_are_fetched_before_any_is_read(
     monkeypatch.setattr(loading, "snapshot_download", fetch)
     monkeypatch.setattr("alphatoken.distributed.collectives.agree", agree)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
-    with pytest.raises(OSError, match="some/model cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded: some/model cannot be had"):
         loading.load_model(ModelConfig(name_or_path="some/model"), {}, seed=0)
     patterns = ["model*.safetensors", "model.safetensors.index.json"]
     assert order == ["agree", ("some/model", patterns), "read"]
     loading.fetch_weights(str(tiny_model))
     assert len(order) == 3, "a folder has its weights"
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """`transformers` would fill them with random numbers, and say so in a table."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = ModelConfig(name_or_path=str(folder), attn_implementation="sdpa")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+
+    def message(changed: dict[str, torch.Tensor]) -> str:
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(UserError) as refused:
+            loading.load_model(config, {}, seed=0)
+        return str(refused.value)
+
+    lacking = {name: each for name, each in weights.items() if "layers.2.mlp" not in name}
+    said = message(lacking)
+    assert "lack 3 weights of LlamaForCausalLM" in said
+    assert "model.layers.2.mlp.down_proj.weight" in said
+    said = message({f"module.{name}": each for name, each in weights.items()})
+    assert "model has not: module." in said
+    assert " more" in said
+    wrong = {**weights, "model.norm.weight": torch.zeros(3)}
+    assert "model.norm.weight" in message(wrong)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load_model(config, {}, seed=0)
 
 
 def test_ranks_wait_for_the_one_that_tokenises_longest_in_a_control_message(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from alphatoken.models.compatibility import (
     check_valuation,
 )
 from alphatoken.models.decoder import Decoder, decoder_of
+from alphatoken.util.wording import plural
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -114,7 +116,8 @@ def fetch_weights(name_or_path: str) -> None:
     """
     if Path(name_or_path).is_dir():
         return
-    with suppress(OSError, HfHubHTTPError, ValueError):
+    # The base of the hub's own error is what a connection raises that breaks.
+    with suppress(OSError, HfHubHTTPError.__bases__[0], ValueError):
         snapshot_download(
             name_or_path, allow_patterns=["model*.safetensors", "model.safetensors.index.json"]
         )
@@ -127,7 +130,7 @@ def load_model(
     every rank), and with `model.resize_embeddings` an embedding for each of `tokens` tokens.
 
     Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read. Every rank must
-    call it.
+    call it. Raises UserError, on every rank, for weights that cannot be read or are not all there.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -137,13 +140,8 @@ def load_model(
     stage = deepspeed_values.get("zero_optimization", {}).get("stage", 0)
     # transformers shards at load for as long as this object lives.
     sharding = HfDeepSpeedConfig(deepspeed_values) if stage == 3 else None
-    model = AutoModelForCausalLM.from_pretrained(
-        config.name_or_path,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-    )
+    model = _pretrained(config)
     del sharding
-    assert isinstance(model, PreTrainedModel)
     if config.resize_embeddings and tokens is not None:
         grow_embeddings(model, tokens)
     if config.lora is not None:
@@ -151,6 +149,43 @@ def load_model(
     if stage == 3:
         _register_external_weights(decoder_of(model))
     return model
+
+
+def _pretrained(config: ModelConfig) -> PreTrainedModel:
+    """The model with its weights. Every rank must call it. Raises UserError, on every rank, where
+    they cannot be read, or where some that the model has are not among them: `transformers` fills
+    those with random numbers."""
+    where = f"model {config.name_or_path}"
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.name_or_path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            ignore_mismatched_sizes=True,  # `check` tells them by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be loaded: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+
+    def check() -> None:
+        absent = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+        if absent:
+            unexpected = sorted(found["unexpected_keys"])
+            named = f"; what the model has not: {_first_of(unexpected)}" if unexpected else ""
+            raise UserError(
+                f"{where}: its files lack {plural(len(absent), 'weight')} of "
+                f"{type(model).__name__}, which would be random: {_first_of(absent)}{named}. Name "
+                "a folder with all weights, by the names that transformers gives them"
+            )
+
+    collectives.agree(check)
+    return model
+
+
+def _first_of(names: Sequence[str], shown: int = 3) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
