@@ -412,6 +412,13 @@ def test_settings_that_contradict_each_other(
             "selection.veto.unit=noise needs a policy that sorts by values, not loss",
         ),
         (
+            [
+                "selection.veto={by: adaptation, threshold: -1, unit: noise}",
+                "valuation={reliability: true, balance: std}",
+            ],
+            "selection.veto.unit=noise with adaptation and valuation.balance=std would compare",
+        ),
+        (
             ["selection.veto={by: top_value, threshold: -1, unit: noise}"],
             "selection.veto.unit=noise needs to know how reliable values are: "
             "valuation.reliability=true",

@@ -512,3 +512,15 @@ def test_each_branch_has_its_own_veto_on_b(pair_values: dict[str, Any]) -> None:
     found = vetoes_on_b(validate(PreferenceRunConfig, values, "of the test"))
     assert found is not None
     assert [selection.veto is not None for selection in found] == [False, True]
+
+
+@pytest.mark.slow
+def test_rows_that_are_scored_one_by_one_fill_both_halves_of_b(run_values: dict[str, Any]) -> None:
+    values = changed(
+        run_values,
+        train={"global_batch_size": 1, "micro_batch_size": 1},
+        valuation={"contrast": 1.0, "reliability": True, "stability_weight": 0.0},
+    )
+    feed = trainer_of(values).feed
+    signs = [feed.training(step).batches[0]["half_sign"].unique().tolist() for step in range(3)]
+    assert signs == [[1.0], [-1.0], [1.0]]

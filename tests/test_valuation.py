@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alphatoken import TokenValues, ValuationConfig, score_tokens
+from alphatoken import TokenValues, UserError, ValuationConfig, score_tokens
 from alphatoken.models.decoder import decoder_of
 from alphatoken.values.registry import valuation_notes
 from tests.oracle import Scored, Sequences, relative_error, token_values
@@ -212,3 +212,17 @@ def test_lora_scores_the_adapters(name: str, wrapped: bool) -> None:
 def test_what_valuation_leaves_out_is_said(name: str, expected: list[str]) -> None:
     decoder = decoder_of(CASES[name].build())
     assert valuation_notes(decoder, ValuationConfig(layers=3)) == expected
+
+
+def test_halves_and_drift_that_would_say_nothing_are_refused() -> None:
+    model = CASES["llama"].build()
+    batch = collate(random_sequences(LENGTHS, seed=1))
+    one = collate(random_sequences([(3, 9)], seed=2))
+    config = ValuationConfig(reliability=True, contrast=1.0)
+    with pytest.raises(UserError, match="compares two halves of `contrast`"):
+        score_tokens(model, batch, batch, contrast=one, config=config)
+    with pytest.raises(UserError, match="compares two halves of `validation`"):
+        score_tokens(model, batch, one, contrast=batch, config=config)
+    weights = {name: each.detach() for name, each in model.named_parameters()}
+    with pytest.raises(UserError, match="in float16, in which the drift"):
+        score_tokens(model.half(), batch, batch, fisher=weights, reference=weights)

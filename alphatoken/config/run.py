@@ -223,7 +223,7 @@ class RunConfig(Section):
                 "valuation.parameters=norms, but model.lora trains no norms: use linears or all"
             )
         for selection, policy in zip(self.selections, self.policies, strict=True):
-            _check_selection(selection, policy)
+            _check_selection(selection, policy, self.valuation.balance)
         for setting, needs in self._needs():
             self._check_needs(setting, needs)
         return self
@@ -281,7 +281,7 @@ class RunConfig(Section):
 SPREAD: frozenset[Need] = frozenset({"values", "spread"})
 
 
-def _check_selection(selection: SelectionConfig, policy: str) -> None:
+def _check_selection(selection: SelectionConfig, policy: str, balance: str) -> None:
     """Raises ValueError where a setting cannot be used with the policy it is used with."""
     traits, weights = POLICY_TRAITS[policy], selection.weights
     if WEIGHT_TRAITS[weights].grades and not traits.grades:
@@ -308,4 +308,9 @@ def _check_selection(selection: SelectionConfig, policy: str) -> None:
             raise ValueError(
                 f"{key}=noise needs a policy that sorts by values, not {name}: its threshold has "
                 "another unit"
+            )
+        if name == "adaptation" and balance == "std":
+            raise ValueError(
+                f"{key}=noise with adaptation and valuation.balance=std would compare adaptation "
+                "with the noise of balanced values: set the unit to value, or balance to none"
             )

@@ -122,7 +122,8 @@ class Layout:
     of its own, padded to the longest; a number packs documents into as few rows of at most so many
     tokens as first-fit finds; ONE_ROW packs all of them into one, and adds the boundaries that
     flash attention takes. noise_key: (seed, step) adds noise, for policies that need it.
-    halves: adds which half of the draw each position's row is in. by_row: by the name of the column
+    halves: adds which half of the draw each position's row is in, with its first row of number
+    first_number. by_row: by the name of the column
     that they become, and by dataset row, numbers of its response tokens, (R,) float32. first_only:
     lay out the chosen document of a pair alone; without `by_row` only. parts: pad rows to a
     multiple of so many tokens, so that they can be cut into as many parts.
@@ -133,6 +134,7 @@ class Layout:
     row_tokens: int | None = None
     noise_key: tuple[int, int] | None = None
     halves: bool = False
+    first_number: int = 0
     by_row: Mapping[str, ByRow] = field(default_factory=dict)
     first_only: bool = False
     parts: int = 1
@@ -163,7 +165,7 @@ def micro_batches(
         by_length[start : start + layout.size] for start in range(0, len(by_length), layout.size)
     ]
     groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world_size)
-    numbers = _distinct_numbers(rows)
+    numbers = layout.first_number + _distinct_numbers(rows)
     return [
         collate(dataset, rows[group], layout, numbers[group]) for group in groups[rank::world_size]
     ]

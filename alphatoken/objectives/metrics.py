@@ -20,7 +20,11 @@ declare(
     "nats",
 )
 declare("length_{chosen,rejected}", "mean response tokens per pair", "tokens")
-declare("kept_share_{chosen,rejected}", "share of a response's tokens that was kept")
+declare(
+    "kept_share_{chosen,rejected}",
+    "mean weight of a response's tokens in the loss, zero of those dropped: the share that was "
+    "kept, where kept tokens weigh 1",
+)
 declare(
     "eval_{rewards_margin,rewards_accuracy,length_accuracy}",
     "over the pairs of `data.eval`; `length_accuracy` is that of preferring the longer response",

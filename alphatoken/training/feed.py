@@ -101,7 +101,9 @@ class Feed:
     def _training_on_host(self, step: int) -> tuple[Indices, list[Batch]]:
         train = self._run.splits.train
         rows = self._train_order.step(step, self._run.config.train.global_batch_size)
-        return rows, self._on_host(train, rows, step)
+        # Numbered on from step to step: of single rows, too, every other one is in a half of B.
+        first = step * self._run.config.train.global_batch_size
+        return rows, self._on_host(train, rows, step, first_number=first)
 
     def by_row(self, part: TokenDataset, *, alone: bool = False) -> dict[str, ByRow]:
         """What micro-batches of a part bring along of what lies on disk, by the name of the column;
@@ -155,6 +157,7 @@ class Feed:
         *,
         size: int | None = None,
         alone: bool = False,
+        first_number: int = 0,
     ) -> list[Batch]:
         """This rank's micro-batches of the rows, of `size` rows or as many as training takes, with
         the losses of a cached reference, where there is one; or with the chosen response
@@ -167,6 +170,7 @@ class Feed:
             row_tokens=row_tokens(config),
             noise_key=(config.train.seed, step) if config.needs_noise else None,
             halves=config.valuation.reliability,
+            first_number=first_number,
             by_row=self.by_row(part, alone=alone),
             first_only=alone,
             parts=among.sequence.size,

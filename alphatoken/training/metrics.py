@@ -36,7 +36,7 @@ declare("step", "optimizer steps taken; 0 is the evaluation before training")
 declare("lr", "learning rate of the step")
 declare("grad_norm", "norm of the gradient before clipping; absent where DeepSpeed keeps none")
 declare("response_tokens", "response tokens of the global batch", "tokens")
-declare("drift_norm", "|W - W_ref| over the scored weights after the step")
+declare("drift_norm", "|W - W_ref| over the scored weights that have a Fisher, after the step")
 declare(
     "fisher_weighted_drift",
     "1/2 sum F (W - W_ref)^2: an estimate of the rise of the reference model's own loss per "

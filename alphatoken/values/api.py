@@ -65,6 +65,11 @@ def score_tokens(
     if (fisher is None) != (reference is None):
         given, missing = ("fisher", "reference") if reference is None else ("reference", "fisher")
         raise UserError(f"{given} is given without {missing}; stability needs both")
+    if fisher is not None and model.dtype == torch.float16:
+        raise UserError(
+            "the model is in float16, in which the drift F (W - W_ref) is too small to be told "
+            "from zero: load it in bfloat16 or float32, or leave out fisher and reference"
+        )
 
     with evaluating(model), torch.no_grad():
         drift = None
@@ -122,8 +127,8 @@ def _check_steering(
         if rows is not None:
             _check_batch(name, rows)
             _check_response(name, rows)
-    if config.reliability:
-        _check_halves(validation)
+            if config.reliability:
+                _check_halves(name, rows)
 
 
 def _check_response(name: str, rows: Mapping[str, Tensor]) -> None:
@@ -133,12 +138,12 @@ def _check_response(name: str, rows: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_halves(validation: Mapping[str, Tensor]) -> None:
-    sign_BT = _half_signs(validation["attention_mask"], _documents(validation))
-    response_BT, _ = loss_positions(validation["labels"])
+def _check_halves(name: str, rows: Mapping[str, Tensor]) -> None:
+    sign_BT = _half_signs(rows["attention_mask"], _documents(rows))
+    response_BT, _ = loss_positions(rows["labels"])
     if len(sign_BT[response_BT].unique()) < 2:
         raise UserError(
-            "ValuationConfig(reliability=True) compares two halves of `validation`, documents with "
+            f"ValuationConfig(reliability=True) compares two halves of `{name}`, documents with "
             "an even and with an odd number, but only one of them has response tokens: give more "
             "rows, or set reliability=False"
         )
