@@ -294,3 +294,17 @@ def test_a_step_is_finished_where_its_evaluation_can_be_owed(
         assert "stopped after step 2, which is saved" in shown
         assert found == begun
         assert run.checkpoints == [2]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_made_is_owed_no_more(aged: dict[str, Any], tmp_path: Path) -> None:
+    """Also where nothing else is saved: no checkpoint is due, and none is kept for being best."""
+    run = Stopped(aged, tmp_path / "run", 1)
+    run.go_on(at=(3, 2))
+    said, begun = run.go_on(at=(1, 3))  # in the last batch, so that it is finished
+    assert "the evaluation after step 2 is still owed: it comes first" in said
+    assert "stopped after step 2, which is saved" in said
+    assert (begun, run.steps, run.checkpoints) == ([[3]], [0, 1, 2], [2])
+    said, begun = run.go_on(at=(1, 1))
+    assert "owed" not in said
+    assert "no time to finish the evaluation after step 3" in said
