@@ -57,6 +57,7 @@ from alphatoken.doctor.examination import Examination
 from alphatoken.doctor.output import Output
 from alphatoken.doctor.rendezvous import Arrival
 from alphatoken.errors import RemoteError, UserError
+from alphatoken.evaluation import judge
 from alphatoken.models import head
 from alphatoken.models.decoder import Decoder, decoder_of
 from alphatoken.models.loading import load_model
@@ -78,6 +79,7 @@ from alphatoken.training import trainer as training_trainer
 from alphatoken.training import valued_model, valuing
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
+from alphatoken.training.stopping import StopRequest
 from alphatoken.training.trainer import Trainer
 from alphatoken.training.valuing import run_valuing
 from alphatoken.util.stopwatch import Stopwatch
@@ -661,6 +663,48 @@ def recorded_run(
     trainer.run.model.register_forward_hook(remember)
     trainer.train()
     return {"kept": kept, "calls": calls}
+
+
+def asked_in_evaluation(
+    folder: Path,
+    values: dict[str, Any],
+    at: tuple[int, int, int] | None = None,
+    in_step: int | None = None,
+) -> list[int]:
+    """A whole run; returns how many batches each of its evaluations began.
+
+    at: (rank, evaluation, batch) asks that rank to stop when that batch of that evaluation of this
+    process begins, both from 1. in_step: asks every rank at the beginning of that step (from 1) of
+    this process, where evaluations are taken to last for ever.
+    """
+    begun: list[int] = []
+    steps = itertools.count(1)
+
+    def begin_step() -> None:
+        if next(steps) == in_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin_batch() -> None:
+        if not begun:  # a reference's losses are made before the run
+            return
+        begun[-1] += 1
+        if at == (collectives.rank(), len(begun), begun[-1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before_call(training_trainer, "evaluate", lambda: begun.append(0))
+    before_call(valued_model.ValuedModel, "token_losses", begin_batch)
+    before_call(judge, "continuations", begin_batch)
+    if in_step is not None:
+        before_call(Report, "responses_of", begin_step)
+        stopping: Any = StopRequest
+        took = StopRequest.took
+
+        def last_for_ever(stop: StopRequest, what: str, seconds: float) -> None:
+            took(stop, what, math.inf if what == "evaluation" else seconds)
+
+        stopping.took = last_for_ever
+    trainer_of(values).train()
+    return begun
 
 
 def before_call(owner: Any, name: str, action: Callable[[], None]) -> None:

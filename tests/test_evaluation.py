@@ -639,3 +639,23 @@ def test_programs_are_cut_and_run(model: Any, values: dict[str, Any], tmp_path: 
     for name in ("humaneval", "mbpp"):
         assert [item["pass_at_1"] for item in evaluation.tasks[name].items] == [1, 0]
     assert evaluation.tasks["humaneval"].items[0]["answer"] == "    return x + x\n"
+
+
+def test_all_ranks_meet_before_batches_and_not_before_programs(
+    model: Any, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank runs a share of the programs, and shares may differ."""
+    for name in ("check_sandbox", "run_program"):
+        monkeypatch.setattr(f"alphatoken.evaluation.code.{name}", lambda *_: True)
+    values["evaluation"] |= {"allow_code_execution": True, "max_length": 512}
+    humaneval = {"task": "humaneval", "data": write(tmp_path, "humaneval", [HUMANEVAL] * 3)}
+    values["evaluation"]["tasks"] = [{**humaneval, "max_new_tokens": 2}]
+    config, calls = configured(values), list[str]()
+    judge = dataclasses.replace(
+        judge_of(model, config),
+        on_batch=lambda: calls.append("batch"),
+        on_program=lambda: calls.append("program"),
+    )
+    tasks = build_tasks(config, load_tokenizer(config.model), config.evaluation.tasks)
+    judged(config, tasks, judge, "tiny")
+    assert calls == ["batch"] * 2 + ["batch"] + ["program"] * 3

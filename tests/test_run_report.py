@@ -4,6 +4,7 @@ other questions, and where the disk refuses."""
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from alphatoken.evaluation.results import Evaluation, TaskResult, write_evaluati
 from alphatoken.training.asking import show_change
 from alphatoken.training.report import Report
 from alphatoken.training.trackers import Trackers
+from tests.test_trackers import response
 
 STEP = {"loss_kept": 1.0, "loss_response": 1.5, "lr": 0.1, "tokens_per_second": 9.0}
 COUNTS = {"kept_tokens": 1, "response_tokens": 2, "peak_memory_bytes": 0}
@@ -36,13 +38,14 @@ def config_of(folder: Path, **logging: Any) -> RunConfig:
     )
 
 
-def report_of(folder: Path, first_step: int = 0, **logging: Any) -> Report:
+def report_of(folder: Path, first_step: int = 0, *, owed: bool = False, **logging: Any) -> Report:
     return Report(
         config=config_of(folder, **logging),
         folder=RunFolder(folder),
         first_step=first_step,
         total_steps=2,
         active=True,
+        owed=owed,
     )
 
 
@@ -91,6 +94,36 @@ def test_a_step_without_responses_opens_no_file(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_step_whose_evaluation_is_owed_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its responses are written, its metrics come when the evaluation was made; also where that
+    happened in a run that went on, and had to be begun again."""
+    told: list[Any] = []
+
+    def trackers(*_: Any, first_line: int, **__: Any) -> Any:
+        told.append([f"from {first_line}"])
+        return SimpleNamespace(
+            keep=lambda responses: told[-1].extend(f"tokens of {each.step}" for each in responses),
+            log=lambda metrics: told[-1].append(metrics["step"]),
+        )
+
+    monkeypatch.setattr("alphatoken.training.report.Trackers", trackers)
+    first = report_of(tmp_path, report_to="tensorboard")
+    first.step({"step": 0, "eval_loss": 3.0})
+    first.keep([response(1)])
+    for loss in (2.0, 2.5):
+        again = report_of(tmp_path, first_step=1, owed=True, report_to="tensorboard")
+        again.step({"step": 1, "eval_loss": loss})
+        again.keep([response(2)])
+        again.step({"step": 2, "eval_loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["eval_loss"]) for line in lines] == [(0, 3.0), (1, 2.5), (2, 2.0)]
+    tokens = (tmp_path / "valued_tokens.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in tokens] == [1, 2]
+    assert told == [["from 0", 0], *[["from 1", 1, "tokens of 2", 2]] * 2]
+
+
 def test_a_disk_that_refuses_metrics_is_told_of(tmp_path: Path) -> None:
     report = report_of(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()
@@ -111,7 +144,7 @@ def test_names_of_trackers_that_cannot_be_written_are_a_warning(tmp_path: Path) 
     said: list[str] = []
     (tmp_path / "trackers.json").mkdir()
     run = config_of(tmp_path, report_to="tensorboard")
-    trackers = Trackers(run, RunFolder(tmp_path), first_step=0, say=said.append)
+    trackers = Trackers(run, RunFolder(tmp_path), first_line=0, say=said.append)
     trackers.log({"step": 1, "loss_kept": 1.0})
     trackers.finish()
     (line,) = said

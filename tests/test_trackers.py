@@ -47,11 +47,11 @@ def response(step: int) -> ValuedResponse:
     )
 
 
-def report(run: RunConfig, folder: Path, steps: Sequence[int], *, from_step: int = 0) -> list[str]:
-    """Reports steps of a run that continues after `from_step`; what was said."""
+def report(run: RunConfig, folder: Path, steps: Sequence[int], *, begin: int = 0) -> list[str]:
+    """Reports steps of a run whose first line is that of step `begin`; what was said."""
     said: list[str] = []
     folder.mkdir(exist_ok=True)
-    used = Trackers(run, RunFolder(folder), first_step=from_step, say=said.append)
+    used = Trackers(run, RunFolder(folder), first_line=begin, say=said.append)
     for step in steps:
         used.keep([response(step)])
         used.log({"step": step, "loss_kept": 1 / (step + 1), "loss_kept/b*": 0.5})
@@ -62,7 +62,7 @@ def report(run: RunConfig, folder: Path, steps: Sequence[int], *, from_step: int
 def test_tensorboard_has_every_number_and_what_it_means(tmp_path: Path) -> None:
     run = config(report_to="tensorboard")
     assert report(run, tmp_path / "r", [0, 1, 2, 3]) == []
-    assert report(run, tmp_path / "r", [3, 4], from_step=2) == []
+    assert report(run, tmp_path / "r", [3, 4], begin=3) == []
     read = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     losses = {event.step: event.value for event in read.Scalars("loss_kept")}
     assert losses == pytest.approx({step: 1 / (step + 1) for step in range(5)})
@@ -79,7 +79,7 @@ def test_wandb_offline_has_tables_and_continues_its_run(tmp_path: Path) -> None:
     """By the key of its mode alone, as before there was `report_to`."""
     run = config(wandb="offline", project="p")
     assert report(run, tmp_path / "r", [0, 1]) == []
-    assert report(run, tmp_path / "r", [2], from_step=1) == []
+    assert report(run, tmp_path / "r", [2], begin=2) == []
     name = json.loads((tmp_path / "r" / "trackers.json").read_text())["wandb"]
     begun = sorted((tmp_path / "r" / "wandb").glob(f"offline-run-*-{name}"))
     assert len(begun) == 2
@@ -129,10 +129,10 @@ def test_mlflow_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = config(report_to=["mlflow"])
     assert report(run, tmp_path / "r", [0, 1]) == []
     written = len(mlflow.parameters)
-    assert report(run, tmp_path / "r", [2], from_step=1) == []
+    assert report(run, tmp_path / "r", [2], begin=2) == []
     assert {name: sorted(steps) for name, steps in mlflow.runs.items()} == {"run0": [0, 1, 2]}
     assert len(mlflow.parameters) == written, "parameters cannot be written twice"
-    assert report(run, tmp_path / "late", [5], from_step=4) == []
+    assert report(run, tmp_path / "late", [5], begin=5) == []
     assert [*mlflow.runs["run1"]] == [5], "report_to may be given first to a resumed run"
     assert len(mlflow.parameters) == 2 * written
     assert mlflow.runs["run0"][1]["loss_kept.b_"] == 0.5, (

@@ -116,15 +116,18 @@ class EvaluationUnderWay:
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
-        self._began = self._newest = time.monotonic()
+        self._began = time.monotonic()
+        self._looked: float | None = None
+        """When there was a look at the time last."""
         self._longest = 0.0
 
     def drop_if_short(self) -> None:
         """Raises EvaluationDroppedError on every rank if there is too little time for what is left.
         Every rank must call it before each micro-batch: an all-reduce of one number."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._newest)
-        self._newest = now
+        if self._looked is not None:
+            self._longest = max(self._longest, now - self._looked)
+        self._looked = now
         self._stop.drop_evaluation_if_short(now - self._began, self._longest)
 
     def finished(self) -> None:

@@ -88,7 +88,7 @@ class Trainer:
     def train(self) -> None:
         """Trains to the end, or until asked to stop. Raises NonFiniteError on every rank before a
         step that would spoil the weights."""
-        run, total = self.run, self.run.total_steps
+        run = self.run
         data = {name: part.described() for name, part in run.splits.named().items()}
         start_run_folder(run.folder, run.config, run.model.lm, run.tokenizer, {"data": data})
         report = collectives.agree(
@@ -96,30 +96,31 @@ class Trainer:
                 config=run.config,
                 folder=run.folder,
                 first_step=self.first_step,
-                total_steps=total,
+                total_steps=run.total_steps,
                 active=collectives.rank() == 0,
                 owed=self._owed is not None,
             )
         )
         with self.stop, self.watchdog, closing(report):
             self._announce(report)
-            done = self._take_steps(report)
-            if done is None:
+            done, stops = self._take_steps(report)
+            if stops:
+                self._stop_after(done, report)
                 return
             exported = self._export(done, report)
             report.finish(self._told)
             if run.tasks and collectives.rank() == 0:
                 show_change(run, exported, report.console)
 
-    def _take_steps(self, report: Report) -> int | None:
-        """Makes the evaluation that comes first, if any, and takes steps until training has ended.
-        Returns how many were taken then; None where the run was asked to stop, and has done so."""
+    def _take_steps(self, report: Report) -> tuple[int, bool]:
+        """Makes the evaluation that comes first, if any, and takes steps until training ends or the
+        run is to stop. Returns how many were taken then, and whether it is to stop."""
         done = self.first_step
         try:
             self._evaluate_first(report)
             while done < self.run.total_steps and not self._is_past_best():
                 if self.stop.is_agreed() and self._can_save(done):
-                    return self._stop_after(done, report)
+                    return done, True
                 result = self.step.take(
                     done,
                     evaluates=self._evaluates(done + 1) and not self._can_save(done + 1),
@@ -129,12 +130,12 @@ class Trainer:
                 self._after_step(done, result, report)
         except WindowDroppedError:
             report.say(f"no time to finish step {done + 1}: it will be done again")
-            return self._stop_after(done, report)
+            return done, True
         except EvaluationDroppedError:
             where = f"after step {done}" if done else "before the first step"
             report.say(f"no time to finish the evaluation {where}: it will be made again")
-            return self._stop_after(done, report)
-        return self._stop_after(done, report) if self.stop.is_agreed() else done
+            return done, True
+        return done, self.stop.is_agreed()
 
     @property
     def _has_evaluations(self) -> bool:
@@ -279,18 +280,18 @@ class Trainer:
             self.save(done)
         newest = self.checkpoints.newest
         after = f"step {newest}, which is saved" if newest else "no step, so nothing is saved"
-        first = ", which makes the evaluation of that step first"
-        report.say(
-            f"stopped after {after}; continue with the same command and train.resume=auto"
-            f"{first if newest == done and self._owed is not None else ''}"
-        )
+        owes = newest == done and self._owed is not None
+        first = ", which makes the evaluation of that step first" if owes else ""
+        how = "continue with the same command and train.resume=auto"
+        report.say(f"stopped after {after}; {how}{first}")
 
     def _can_save(self, done: int) -> bool:
         """Whether a run continued after `done` steps could rebuild the held-out signals as they
         are, or needs none, as no step follows."""
-        if done == self.run.total_steps or self.refresh is None:
-            return done > 0
-        return done > 0 and self.refresh.can_be_rebuilt_after(done)
+        ends = done == self.run.total_steps
+        return done > 0 and (
+            ends or self.refresh is None or self.refresh.can_be_rebuilt_after(done)
+        )
 
     def _evaluates(self, done: int) -> bool:
         """Whether the run evaluates after `done` steps."""
