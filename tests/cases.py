@@ -887,10 +887,11 @@ def without(late: str, listing: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def opened_again(
-    folder: Path, configs: dict[str, dict[str, Any]]
+    folder: Path, configs: dict[str, dict[str, Any]], vanishing: dict[str, Path]
 ) -> dict[str, tuple[list[Tensor], list[str], str]]:
     """Resumes each run: this rank's random states afterwards, the files that it hashed, and the
-    error message, if any."""
+    error message, if any. Files of `vanishing`, by run, are gone once the checkpoint has been
+    checked."""
     verification: Any = checkpoint_files
     digest, hashed, opened = verification.file_sha256, list[str](), {}
 
@@ -901,11 +902,23 @@ def opened_again(
     def open_run(values: dict[str, Any]) -> None:
         trainer_of(values)
 
+    load = saving.Checkpoints.load
+
+    def load_without(lost: Path) -> Callable[..., Any]:
+        def load_after_the_loss(*arguments: Any) -> Any:
+            collectives.on_rank_0(lost.unlink)
+            return load(*arguments)
+
+        return load_after_the_loss
+
     verification.file_sha256 = counted
     for name, values in configs.items():
         torch.manual_seed(7)
         hashed.clear()
-        message = messages_of({name: values}, open_run)[name]
+        with pytest.MonkeyPatch.context() as patch:
+            if name in vanishing:
+                patch.setattr(saving.Checkpoints, "load", load_without(vanishing[name]))
+            message = messages_of({name: values}, open_run)[name]
         opened[name] = saving.random_state(torch.device("cpu")), list(hashed), message
     return opened
 
