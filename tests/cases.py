@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -76,6 +76,7 @@ from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.training import trainer as training_trainer
 from alphatoken.training import valued_model, valuing
+from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.trainer import Trainer
@@ -431,17 +432,22 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
     return results
 
 
-def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def valued_run(
+    folder: Path, configs: dict[str, dict[str, Any]], silent: dict[int, list[int]] | None = None
+) -> dict[str, Any]:
     """Whole runs: per step (by number) the weights before it, whole, Adam's first moments after it,
     and what each document was worth.
 
     Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
+    Rows of `silent`, by step, have no response token when they are trained on.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results: dict[str, Any] = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
+        if silent is not None:
+            silence(trainer.feed, silent)
         steps: dict[int, dict[str, Any]] = {}
         model, branches = trainer.run.model, len(trainer.run.model.selections)
         weights = {
@@ -494,6 +500,22 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
         results[name] = steps
         finish(trainer)
     return results
+
+
+def silence(feed: Feed, silent: dict[int, list[int]]) -> None:
+    """Takes the labels of some rows, by step, from the micro-batches that are trained on."""
+    training = feed.training
+
+    def without_labels(batch: Batch, rows: list[int]) -> Batch:
+        numbers = [number for number, row in enumerate(batch["rows"].tolist()) if row in rows]
+        is_silent_BT = torch.isin(batch["document_ids"], torch.tensor(numbers))
+        return make_batch({**batch, "labels": batch["labels"].masked_fill(is_silent_BT, -100)})
+
+    def masked(step: int) -> StepRows:
+        rows = training(step)
+        return replace(rows, batches=[without_labels(each, silent[step]) for each in rows.batches])
+
+    feed.training = masked  # type: ignore[method-assign]
 
 
 def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
