@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -77,6 +77,7 @@ from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.training import trainer as training_trainer
 from alphatoken.training import valued_model, valuing
+from alphatoken.training.feed import Feed, StepRows
 from alphatoken.training.report import Report
 from alphatoken.training.setup import build_run
 from alphatoken.training.stopping import StopRequest
@@ -433,17 +434,22 @@ def scored_after(folder: Path, configs: dict[str, dict[str, Any]], steps: int) -
     return results
 
 
-def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def valued_run(
+    folder: Path, configs: dict[str, dict[str, Any]], silent: dict[int, list[int]] | None = None
+) -> dict[str, Any]:
     """Whole runs: per step (by number) the weights before it, whole, Adam's first moments after it,
     and what each document was worth.
 
     Documents are numbered as their rows in the dataset; those of pairs are 2 row and 2 row + 1.
+    Rows of `silent`, by step, have no response token when they are trained on.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     results: dict[str, Any] = {}
     for name, values in configs.items():
         trainer = trainer_of(values)
+        if silent is not None:
+            silence(trainer.feed, silent)
         steps: dict[int, dict[str, Any]] = {}
         model, branches = trainer.run.model, len(trainer.run.model.selections)
         weights = {
@@ -496,6 +502,22 @@ def valued_run(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, An
         results[name] = steps
         finish(trainer)
     return results
+
+
+def silence(feed: Feed, silent: dict[int, list[int]]) -> None:
+    """Takes the labels of some rows, by step, from the micro-batches that are trained on."""
+    training = feed.training
+
+    def without_labels(batch: Batch, rows: list[int]) -> Batch:
+        numbers = [number for number, row in enumerate(batch["rows"].tolist()) if row in rows]
+        is_silent_BT = torch.isin(batch["document_ids"], torch.tensor(numbers))
+        return make_batch({**batch, "labels": batch["labels"].masked_fill(is_silent_BT, -100)})
+
+    def masked(step: int) -> StepRows:
+        rows = training(step)
+        return replace(rows, batches=[without_labels(each, silent[step]) for each in rows.batches])
+
+    feed.training = masked  # type: ignore[method-assign]
 
 
 def layer_products(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -931,10 +953,11 @@ def without(late: str, listing: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def opened_again(
-    folder: Path, configs: dict[str, dict[str, Any]]
+    folder: Path, configs: dict[str, dict[str, Any]], vanishing: dict[str, Path]
 ) -> dict[str, tuple[list[Tensor], list[str], str]]:
     """Resumes each run: this rank's random states afterwards, the files that it hashed, and the
-    error message, if any."""
+    error message, if any. Files of `vanishing`, by run, are gone once the checkpoint has been
+    checked."""
     verification: Any = checkpoint_files
     digest, hashed, opened = verification.file_sha256, list[str](), {}
 
@@ -945,11 +968,23 @@ def opened_again(
     def open_run(values: dict[str, Any]) -> None:
         trainer_of(values)
 
+    load = saving.Checkpoints.load
+
+    def load_without(lost: Path) -> Callable[..., Any]:
+        def load_after_the_loss(*arguments: Any) -> Any:
+            collectives.on_rank_0(lost.unlink)
+            return load(*arguments)
+
+        return load_after_the_loss
+
     verification.file_sha256 = counted
     for name, values in configs.items():
         torch.manual_seed(7)
         hashed.clear()
-        message = messages_of({name: values}, open_run)[name]
+        with pytest.MonkeyPatch.context() as patch:
+            if name in vanishing:
+                patch.setattr(saving.Checkpoints, "load", load_without(vanishing[name]))
+            message = messages_of({name: values}, open_run)[name]
         opened[name] = saving.random_state(torch.device("cpu")), list(hashed), message
     return opened
 

@@ -3,6 +3,7 @@ whose random state it holds."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,11 +26,14 @@ from alphatoken.checkpoints.files import (
     universal_folder,
     write_description,
 )
+from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import accepted_changes
+from alphatoken.checkpoints.saving import Checkpoints
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.checkpoints.weight_files import WeightFiles
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
+from alphatoken.distributed.shard_files import save_tensors
 from alphatoken.errors import UserError
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.training.setup import build_run
@@ -113,6 +117,38 @@ def test_a_folder_that_does_not_show_all_files_is_not_converted(
         universal_checkpoint(checkpoint)
 
 
+def test_slices_of_a_scorer_that_are_listed_and_not_shown_are_not_taken_for_none(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A file that a shared file system shows late, or has lost; also under the name of the form for
+    another number of ranks."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    file = checkpoint / "scorer" / "slices-00000-of-00001.safetensors"
+    file.parent.mkdir(parents=True)
+    config = validate(RunConfig, run_values, "of the test")
+    checkpoints = Checkpoints(
+        folder=RunFolder(tmp_path / "run"), engine=None, config=config, needed=0
+    )
+    places = {"w": {"shape": [2], "start": 0}}
+    header = {"alphatoken": json.dumps({"kind": "sums", "tensors": places})}
+    save_tensors({"w": torch.ones(2)}, file, header)
+    files = described_files(checkpoint, [file], 1)
+    description = {"format_version": FORMAT_VERSION, "world_size": 1, "files": files}
+    write_description(checkpoint, description)
+    hidden = file.parent.rename(tmp_path / "hidden")
+    for folder in (checkpoint, universal_folder(checkpoint)):
+        with pytest.raises(UserError, match=rf"{file} is listed in .*{DESCRIPTION}, but"):
+            checkpoints.scorer_slices(folder)
+    hidden.rename(file.parent)
+    for folder in (checkpoint, universal_folder(checkpoint)):
+        slices = checkpoints.scorer_slices(folder)
+        assert slices is not None
+        assert slices.header == {"kind": "sums"}
+        assert torch.equal(slices["w"], torch.ones(2))
+    write_description(checkpoint, {**description, "files": {}})
+    assert checkpoints.scorer_slices(checkpoint) is None, "what is not listed is not opened"
+
+
 def in_version_3(checkpoint: Path, states: list[list[torch.Tensor]]) -> None:
     """Turns a checkpoint into one of before, with all ranks' random states in every rank's file."""
     for file in checkpoint.glob("*model_states.pt"):
@@ -166,7 +202,15 @@ def test_ranks_list_hash_and_keep_what_is_their_own(
     resumed["flipped"] = copied(runs["3"], "flipped")
     flipped = checkpoint_of(resumed["flipped"]) / lost
     flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
-    ranks = run_ranks("opened_again", 2, tmp_path / "again", configs=resumed)
+    resumed["vanished"] = copied(runs["3"], "vanished")
+    vanished = checkpoint_of(resumed["vanished"]) / "random" / "00001-of-00002.safetensors"
+    ranks = run_ranks(
+        "opened_again",
+        2,
+        tmp_path / "again",
+        configs=resumed,
+        vanishing={"vanished": vanished},
+    )
 
     for rank, opened in enumerate(ranks):
         for name in runs:
@@ -184,6 +228,7 @@ def test_ranks_list_hash_and_keep_what_is_their_own(
             "unlisted": f"{checkpoint_of(resumed['unlisted']) / lost} is missing from ",
             "flipped": f"{flipped} does not have the content that was saved: its SHA-256 is "
             f"{file_sha256(flipped)} instead of {listed['3'][lost]['sha256']}",
+            "vanished": f"{vanished} is listed in {vanished.parent.parent / DESCRIPTION}, but",
         }.items():
             assert text in opened[name][2], (name, rank)
     assert not torch.equal(states[0]["3"][0], states[1]["3"][0])
@@ -192,7 +237,11 @@ def test_ranks_list_hash_and_keep_what_is_their_own(
     ((state, _, message),) = (
         rank["3"]
         for rank in run_ranks(
-            "opened_again", 1, tmp_path / "alone", configs={"3": resumed["as it is, 3"]}
+            "opened_again",
+            1,
+            tmp_path / "alone",
+            configs={"3": resumed["as it is, 3"]},
+            vanishing={},
         )
     )
     assert message == ""

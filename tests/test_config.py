@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,6 +106,133 @@ def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path
     parted = [*arguments[:2], "optim.lr=1.0", *arguments[2:], "valuation.window=7"]
     config = parse_arguments(RunConfig, "A recipe.", parted)
     assert (config.optim.lr, config.valuation.window) == (1.0, 7), "keys may stand between files"
+
+
+@pytest.mark.parametrize(
+    ("preset", "selection"),
+    [
+        *itertools.product(
+            ("drop_harmful", "paper"),
+            (
+                "{veto: {by: low_perplexity, share: 0.1}}",
+                "{veto: {by: top_value, threshold: -1, unit: noise}}",
+                "{threshold: 0.5, threshold_unit: noise}",
+                "{schedule: linear, keep_ratio_start: 1.0, schedule_steps: 10}",
+            ),
+        ),
+        ("paper", "{keep_ratio: auto, auto_margin: 2}"),
+        ("paper", "{weights: softmax, weight_parameters: {temperature: 0.5}}"),
+    ],
+)
+def test_a_rule_of_a_later_file_takes_the_place_of_another(
+    preset: str, selection: str, file: Path, tmp_path: Path
+) -> None:
+    """With all that belongs to the other alone."""
+    before, after = tmp_path / "before.yaml", CONFIGS / "presets" / f"{preset}.yaml"
+    before.write_text(f"valuation: {{reliability: true}}\nselection: {selection}\n")
+    chosen = load_config(RunConfig, [file, before, after]).selection
+    assert chosen == load_config(RunConfig, [file, after]).selection
+
+
+def test_a_branch_is_rid_of_what_belongs_to_the_shared_rule(file: Path) -> None:
+    """A share that moves where reliability decides; parameters of weights only where the branch has
+    other ones."""
+    shared = "schedule: linear, keep_ratio_start: 1.0, keep_ratio: 0.5"
+    weights = "weights: softmax, weight_parameters: {temperature: 0.5}"
+    config = load_config(
+        PreferenceRunConfig,
+        file,
+        [
+            "valuation.reliability=true",
+            f"selection={{{shared}, {weights}, chosen: {{keep_ratio: auto, weights: softmax}}, "
+            "rejected: {weights: hard}}",
+        ],
+    )
+    chosen, rejected = config.selections
+    assert (chosen.keep_ratio, chosen.schedule, chosen.keep_ratio_start) == (
+        "auto",
+        "constant",
+        None,
+    )
+    assert (rejected.keep_ratio, rejected.schedule) == (0.5, "linear")
+    assert chosen.weight_parameters == {"temperature": 0.5}
+    assert rejected.weight_parameters == {}
+
+
+@pytest.mark.parametrize(
+    "valuation",
+    [
+        "{contrast: 1, contrast_from: drawn}",
+        "{contrast: 0.5, contrast_from: scored, contrast_memory: 0.9}",
+        "{estimator: exact, parameters: all, layers: all, preconditioner: adam}",
+    ],
+)
+def test_the_published_values_do_not_depend_on_the_file_of_the_run(
+    valuation: str, file: Path, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before.yaml", CONFIGS / "presets" / "paper.yaml"
+    before.write_text(f"valuation: {valuation}\n")
+    alone = load_config(RunConfig, [file, after])
+    assert load_config(RunConfig, [file, before, after]).valuation == alone.valuation
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (
+            "{by: top_value, threshold: 0.1, unit: noise}",
+            "{share: 0.2}",
+            {"by": "top_value", "threshold": None, "share": 0.2, "unit": "raw"},
+        ),
+        (
+            "{by: probability, share: 0.2}",
+            "{threshold: 0.1}",
+            {"by": "probability", "threshold": 0.1, "share": None, "unit": "raw"},
+        ),
+        (
+            "{by: top_value, threshold: 0.1, unit: noise}",
+            "{threshold: 0.2}",
+            {"by": "top_value", "threshold": 0.2, "share": None, "unit": "noise"},
+        ),
+        (
+            "{by: top_value, threshold: 0.1, unit: noise}",
+            "{by: loss, threshold: 0.2}",
+            {"by": "loss", "threshold": 0.2, "share": None, "unit": "raw"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("section", ["selection", "selection.chosen"])
+def test_a_veto_of_a_later_file_is_changed_key_by_key_or_replaced(
+    section: str, before: str, after: str, expected: dict[str, Any], file: Path, tmp_path: Path
+) -> None:
+    """Whole where it names what it goes by, and by the other number where it has another one."""
+    files = [file, tmp_path / "before.yaml", tmp_path / "after.yaml"]
+    for path, veto in zip(files[1:], (before, after), strict=True):
+        inner = f"{{veto: {veto}}}"
+        if section == "selection.chosen":
+            inner = f"{{chosen: {inner}}}"
+        path.write_text(f"valuation: {{reliability: true}}\nselection: {inner}\n")
+    config = load_config(PreferenceRunConfig, files).selection
+    found = config.veto if section == "selection" else config.chosen.veto
+    assert found is not None
+    assert found.model_dump() == expected
+
+
+def test_keys_of_one_rule_may_come_from_several_files(file: Path, tmp_path: Path) -> None:
+    """What a later file says again, and what belongs to no other rule, takes nothing away."""
+    files = [file]
+    for number, selection in enumerate(
+        (
+            "{weight_parameters: {temperature: 0.5}, schedule: linear}",
+            "{weights: softmax, keep_ratio_start: 1.0}",
+            "{weights: softmax, keep_ratio: 0.25, threshold: null}",
+        )
+    ):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(f"selection: {selection}\n")
+    chosen = load_config(RunConfig, files).selection
+    assert (chosen.weights, chosen.weight_parameters) == ("softmax", {"temperature": 0.5})
+    assert (chosen.schedule, chosen.keep_ratio_start, chosen.keep_ratio) == ("linear", 1.0, 0.25)
 
 
 def test_the_published_settings_are_those_of_the_paper(file: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -35,7 +37,7 @@ from tests.test_pairs import documents_of
 from tests.test_valuation import scored_set
 from tests.tiny import CASES, tokenised
 
-C, MEMORY, BATCH, HELD_OUT, ROWS = 0.7, 0.6, 12, 5, 30
+C, LAMBDA, MEMORY, BATCH, HELD_OUT, ROWS = 0.7, 1.3, 0.6, 12, 5, 30
 CONTRAST = {"contrast": C, "reliability": True, "stability_weight": 0.0}
 VETO: dict[str, Any] = {"by": "low_perplexity", "threshold": -5.6}
 """Rules out about every fourth token of a model that was not trained."""
@@ -66,7 +68,15 @@ def halves_of(rows: list[int]) -> tuple[list[int], list[int]]:
 
 
 class Truth:
-    """What every step's values must be, in float64, from the weights before each step."""
+    """What every step's values must be, in float64, from the weights before each step.
+
+    Rows of `silent`, by step, are trained on without labels. `fisher` and `reference` make V, which
+    counts by LAMBDA.
+    """
+
+    silent: Mapping[int, list[int]] = {}
+    fisher: Directions | None = None
+    reference: Directions | None = None
 
     def __init__(self, values: dict[str, Any], steps: dict[int, dict[str, Any]]) -> None:
         folder = values["model"]["name_or_path"]
@@ -84,6 +94,14 @@ class Truth:
     def documents(self, rows: list[int]) -> Sequences:
         return [document for row in rows for document in self.train[row]]
 
+    def trained(self, step: int, rows: list[int]) -> Sequences:
+        """The documents of rows of a step as they are trained on."""
+        return [
+            (ids, torch.full_like(labels, -100) if row in self.silent.get(step, ()) else labels)
+            for row in rows
+            for ids, labels in self.train[row]
+        ]
+
     def scored_mean(self, step: int) -> tuple[Directions, Directions]:
         """B and half the difference of its halves: an exponential mean of the steps before."""
         sums = {name: torch.zeros(()).double() for name in self.scored.linears}
@@ -92,7 +110,7 @@ class Truth:
             twin, decay = self.at(earlier), MEMORY ** (step - 1 - earlier)
             for row in rows_of(earlier):
                 sign = 1 if row in halves_of(rows_of(earlier))[0] else -1
-                for ids, labels in self.train[row]:
+                for ids, labels in self.trained(earlier, [row]):
                     signals = sequence_signals(twin, self.scored, ids, labels)
                     count += decay * len(signals.response)
                     for name in sums:
@@ -150,11 +168,13 @@ class Truth:
         halves = half_differences(self.at(step), self.scored, *sides)
         found = token_values(
             self.model,
-            self.documents(rows_of(step)),
+            self.trained(step, rows_of(step)),
             held_out,
             scored=self.scored,
             window=4,
-            stability_weight=0.0,
+            stability_weight=LAMBDA,
+            fisher=self.fisher,
+            reference=self.reference,
             contrast_weight=C,
             contrast=contrast,
             spread={name: halves[name] - C * difference[name] for name in halves},
@@ -165,14 +185,17 @@ class Truth:
         self.at(step)
         found = exact_values(
             self.model,
-            self.documents(rows_of(step)),
+            self.trained(step, rows_of(step)),
             [self.held_out[row] for row in held_out_of(step)],
             list(self.scored.linears),
+            fisher=self.fisher,
+            reference=self.reference,
             contrast=(self.eligible if vetoed else self.documents)(others_of(step)),
             contrast_weight=C,
         )
         for row in found:
             row["composite"] = row["direct_target"] - C * row["direct_contrast"]
+            row["composite"] += LAMBDA * row["direct_proxy"]
         return dict(zip(self.numbers(step), found, strict=True))
 
     def numbers(self, step: int) -> list[int]:
@@ -297,6 +320,53 @@ def check_truth(steps: dict[int, dict[str, Any]], truth: Truth, name: str) -> No
         else:
             expected = truth.ghost(step, scored=valuation.get("contrast_from") != "drawn")
         check(steps, step, expected, terms_of(valuation), name)
+
+
+ONE_DIRECTION: dict[str, dict[str, Any]] = {
+    "scored": {"contrast_memory": MEMORY, "contraction": "materialised"},
+    "drawn": {"contrast_from": "drawn", "residency": "streamed", "contraction": "materialised"},
+    "exact": {"estimator": "exact", "window": 32},
+}
+"""Settings in which G, B and V are one direction, by the name of a run."""
+
+
+@pytest.mark.slow
+def test_one_direction_of_all_parts_where_a_rank_has_no_token(
+    run_values: dict[str, Any], stability: dict[str, str], tmp_path: Path
+) -> None:
+    """`split_terms: false` with V and B on three ranks, whose slices are of uneven length and of
+    which the last one trains on rows without labels in both steps, against the oracle."""
+    direction = {**CONTRAST, **stability, "stability_weight": LAMBDA, "split_terms": False}
+    values = changed(
+        run_values, valuation=direction, selection={"veto": VETO}, train={"max_steps": 2}
+    )
+    del values["data"]["eval"]
+    configs = {
+        name: changed(values, valuation=valuation, train={"output_dir": str(tmp_path / name)})
+        for name, valuation in ONE_DIRECTION.items()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(values["model"]["name_or_path"])
+    train = tokenised(tokenizer, values["data"]["train"])
+    silent = {}
+    for step in (0, 1):  # rank 2 has the third and the sixth pair of rows by length
+        by_length = sorted(rows_of(step), key=lambda row: -len(train[row][0]))
+        silent[step] = [*by_length[4:6], *by_length[10:12]]
+    results = run_ranks("valued_run", 3, tmp_path / "ranks", configs=configs, silent=silent)
+    for name in ONE_DIRECTION:
+        steps = merged(results, name)
+        truth = Truth(values, steps)
+        truth.silent, truth.fisher = silent, load_file(stability["fisher"])
+        reference = AutoModelForCausalLM.from_pretrained(stability["reference"])
+        truth.reference = reference.state_dict()
+        for step in (0, 1):
+            if name == "exact":
+                expected = truth.exact(step, vetoed=True)
+            else:
+                expected = truth.ghost(step, scored=name == "scored")
+            check(steps, step, expected, ("composite", "spread"), name)
+            of_last = results[-1][name][step]["rows"]
+            assert of_last.keys() == set(silent[step])
+            assert not any(each["composite"].any() for each in of_last.values())
 
 
 @pytest.mark.slow

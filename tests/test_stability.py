@@ -21,7 +21,9 @@ from alphatoken import UserError, ValuationConfig, load_fisher, score_tokens
 from alphatoken.data.batches import Order
 from alphatoken.data.noise import uniform_noise
 from alphatoken.distributed.shard_files import TensorFile
+from alphatoken.stability.fisher_folder import EstimateFolder
 from alphatoken.training.moments import rank_correlation
+from alphatoken.util.files import PartialFolder, WriterLock
 from alphatoken.values.balance import RunningScales
 from tests.fisher_oracle import position_gradients, squares
 from tests.oracle import oracle_copy, relative_error
@@ -228,6 +230,58 @@ def test_an_interrupted_estimate_goes_on_to_the_same_bytes(
         assert "square: 'token' there, 'sequence' here" in messages[name]
     moved, straight = TensorFile(tmp_path / "moved"), TensorFile(tmp_path / "straight")
     assert all(relative_error(moved[name], straight[name]) <= 1e-6 for name in straight)
+
+
+def make_interrupted(folder: EstimateFolder) -> None:
+    with folder.claimed() as is_to_be_made:
+        assert is_to_be_made
+        raise KeyboardInterrupt
+
+
+def test_an_estimate_that_another_run_has_just_made_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended between the first look and the lock. An exception lets others make it."""
+    folder = EstimateFolder(tmp_path / "new" / "fisher", {"seed": 1}, {})
+    with pytest.raises(KeyboardInterrupt):
+        make_interrupted(folder)
+    acquire = WriterLock.acquire
+
+    def acquire_late(lock: WriterLock) -> None:
+        acquire(lock)
+        folder.path.mkdir()
+        header = {"alphatoken": json.dumps({"settings": {"seed": 1}})}
+        save_file({"w": torch.ones(1)}, folder.path / "of_the_other.safetensors", header)
+
+    monkeypatch.setattr(WriterLock, "acquire", acquire_late)
+    for _ in range(2):
+        with folder.claimed() as is_to_be_made:
+            assert not is_to_be_made
+    assert list(folder.path.parent.iterdir()) == [folder.path]
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time_makes_an_estimate(run_values: dict[str, Any], tmp_path: Path) -> None:
+    """A second one, with the sums of the first beside the output, is refused on every rank and
+    leaves them; where nobody makes it any more, it does."""
+    busy = with_fisher(run_values, tmp_path / "busy" / "fisher")
+    free = with_fisher(run_values, tmp_path / "new" / "free")
+    other = PartialFolder(tmp_path / "busy" / "fisher")
+    other.create()
+    (other.path / "prompts-2.writing").mkdir()
+    ranks = run_ranks(
+        "fisher_estimates", 2, tmp_path / "ranks", configs={"busy": busy, "free": free}
+    )
+    refusal = (
+        f"another process is writing {tmp_path / 'busy' / 'fisher'}; wait until it has ended, or "
+        "set fisher.output to another folder"
+    )
+    for messages in ranks:
+        assert refusal in messages["busy"]
+        assert messages["free"] == ""
+    assert [path.name for path in other.path.iterdir()] == ["prompts-2.writing"]
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "free"]
+    other.discard()
 
 
 OFFLOADED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -214,6 +215,48 @@ def test_values_of_other_settings_are_not_taken_for_those_asked_for(
     for changes, difference in cases:
         with pytest.raises(UserError, match=rf"(?s)holds values of something else.*{difference}"):
             value_rows(run_of(changed(values, **changes)))
+
+
+@pytest.mark.slow
+def test_values_whose_b_held_what_is_vetoed_are_not_continued(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of older versions, with drawn rows and a veto by a threshold. All others are what they
+    were, and say of themselves what they said."""
+    monkeypatch.setattr("alphatoken.training.valuing.fill", lambda *_, **__: None)
+    marks: dict[str, set[str]] = {}
+    by_threshold, by_share = (
+        {"by": "probability", "threshold": 0.1},
+        {"by": "probability", "share": 0.1},
+    )
+    cases: dict[str, tuple[str, dict[str, Any] | None]] = {
+        "vetoed": ("drawn", by_threshold),
+        "of a group": ("drawn", by_share),
+        "all": ("drawn", None),
+        "of before": ("scored", by_threshold),
+    }
+    for name, (contrast_from, veto) in cases.items():
+        values = changed(
+            run_values,
+            valuation={"contrast": 0.5, "contrast_from": contrast_from, "stability_weight": 0.0},
+            selection={"store": str(tmp_path / name)},
+        )
+        values["selection"]["veto"] = veto
+        settings = value_rows(run_of(values)) / "settings.json"
+        found = json.loads(settings.read_text())
+        marks[name] = {key for key in found if key.startswith("B ")}
+        older = {key: value for key, value in found.items() if key not in marks[name]}
+        settings.write_text(json.dumps(older))
+        if name == "vetoed":
+            message = (
+                r"(?s)holds values of something else; remove it, or set selection.store to "
+                r"another folder.*B without what selection.veto rules out: None there, True here"
+            )
+            with pytest.raises(UserError, match=message):
+                value_rows(run_of(values))
+        else:
+            value_rows(run_of(values))
+    assert {name for name, found in marks.items() if found} == {"vetoed"}
 
 
 def test_threads_take_turns_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,21 @@ def check_listing(checkpoint: Path) -> None:
         )
 
 
+def listed_files(checkpoint: Path, names: Iterable[str]) -> list[Path]:
+    """Files of a checkpoint by names that its description lists. Raises UserError naming the first
+    that is not there for this rank: the description knows which there are, not what a folder
+    shows."""
+    files = [checkpoint / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{file} is listed in {checkpoint / DESCRIPTION}, but rank {collectives.rank()} "
+                "does not find it; a shared file system may show it in a minute: start again, or "
+                "restore the file"
+            )
+    return files
+
+
 def workers(sharing: int = 1) -> int:
     """How many files of a checkpoint each of so many processes of this machine reads or makes at
     once."""

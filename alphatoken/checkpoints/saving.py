@@ -21,7 +21,9 @@ from alphatoken.checkpoints.files import (
     UNIVERSAL,
     described_files,
     free_bytes,
+    listed_files,
     missing_files,
+    read_description,
     remove_leftovers,
     tidy,
     workers,
@@ -114,7 +116,8 @@ class Checkpoints:
     def load(self, checkpoint: Path, step: int) -> TrainingState:
         """Loads the engine's complete state after `step` optimizer steps.
 
-        Learning rate, decay, betas and epsilon stay those the engine was built with.
+        Learning rate, decay, betas and epsilon stay those the engine was built with. Raises
+        UserError on every rank where a file that the checkpoint lists is not there.
         """
         options = zero3.optimizer_options(self._engine)
         client_state = zero3.load_shards(self._engine, checkpoint)
@@ -135,10 +138,19 @@ class Checkpoints:
         )
 
     def scorer_slices(self, checkpoint: Path) -> TensorFile | None:
-        """What the scorer of a checkpoint kept in slices, if anything; of one that was converted
-        for another number of ranks, as it was written."""
-        folder = _as_written(checkpoint) / SCORER
-        return TensorFile(folder) if folder.is_dir() else None
+        """What the scorer of a checkpoint kept in slices, if it lists any; of one that was
+        converted for another number of ranks, as it was written.
+
+        Every rank must call it. Raises UserError on every rank where a listed file is not there.
+        """
+        _, listed = _written(checkpoint)
+        names = [name for name in listed if name.startswith(f"{SCORER}/")]
+
+        def opened() -> TensorFile | None:
+            files = listed_files(_as_written(checkpoint), names)
+            return TensorFile(_as_written(checkpoint) / SCORER, files) if files else None
+
+        return collectives.agree(opened)
 
     def _check_space(self) -> None:
         folder = self._folder.checkpoints
@@ -244,29 +256,44 @@ def _as_written(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name.removesuffix(UNIVERSAL))
 
 
-def _random_file(checkpoint: Path) -> Path:
-    rank, ranks = collectives.rank(), collectives.world_size()
-    return _as_written(checkpoint) / RANDOM / f"{rank:05}-of-{ranks:05}.safetensors"
+def _written(checkpoint: Path) -> tuple[int, list[str]]:
+    """How many ranks wrote a checkpoint, and the names of its files; every rank gets what rank 0
+    reads, and does not look for files."""
+
+    def read() -> tuple[int, list[str]]:
+        description = read_description(_as_written(checkpoint))
+        return description["world_size"], list(description["files"])
+
+    return collectives.on_rank_0(read)
+
+
+def _random_file() -> str:
+    """This rank's file in a checkpoint of as many ranks as there are."""
+    return f"{RANDOM}/{collectives.rank():05}-of-{collectives.world_size():05}.safetensors"
 
 
 def _random_of(checkpoint: Path, values: Mapping[str, Any]) -> list[torch.Tensor] | None:
-    """This rank's random state, if as many ranks wrote the checkpoint; `values` hold those of all
-    ranks up to format version 3."""
+    """This rank's random state, if as many ranks wrote the checkpoint, and wrote one; `values` hold
+    those of all ranks up to format version 3."""
     if "random" in values:
         states: list[list[torch.Tensor]] = values["random"]
         return states[collectives.rank()] if len(states) == collectives.world_size() else None
-    file = _random_file(checkpoint)
-    if not file.exists():
-        return None
-    saved = load_file(file)
-    return [saved[generator] for generator in GENERATORS if generator in saved]
+    ranks, listed = _written(checkpoint)
+    own = [_random_file()] if ranks == collectives.world_size() else []
+
+    def saved() -> list[torch.Tensor] | None:
+        files = listed_files(_as_written(checkpoint), [name for name in own if name in listed])
+        found = [load_file(file) for file in files]
+        return [each[name] for each in found for name in GENERATORS if name in each] or None
+
+    return collectives.agree(saved)
 
 
 def _write_own(partial: Path, state: TrainingState, scorer: EqualSlices | None) -> list[Path]:
     """Writes what this rank has besides the engine's shards; returns the files."""
     written = []
     if state.random is not None:
-        file = _random_file(partial)
+        file = partial / _random_file()
         file.parent.mkdir(exist_ok=True)
         save_tensors(dict(zip(GENERATORS, state.random, strict=False)), file)
         written.append(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,11 +13,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from alphatoken.config.sections import Section
+from alphatoken.config.selection import replaced_by, replaced_by_veto
 from alphatoken.errors import ConfigError
 from alphatoken.util.files import publish_text
 from alphatoken.util.shipped import or_shipped
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+
+REPLACED: dict[Any, Callable[[Mapping[str, Any], Mapping[str, Any]], set[str]]] = {
+    **dict.fromkeys(("selection", "chosen", "rejected"), replaced_by),
+    "veto": replaced_by_veto,
+}
+"""Of sections by name, which keys of an earlier file the keys of a later one make meaningless."""
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -60,8 +67,9 @@ def load_config(
     overrides: Sequence[str] = (),
     with_section: Mapping[str, type[ConfigT]] | None = None,
 ) -> ConfigT:
-    """Reads one file, or several of which each overrides keys of those before it, applies
-    `section.key=value` overrides (values are YAML), validates. Raises UserError.
+    """Reads one file, or several of which each overrides keys of those before it (and what belongs
+    to another rule of the selection than it names), applies `section.key=value` overrides (values
+    are YAML), validates. Raises UserError.
 
     Values with a section named in `with_section` are of the class given there.
     """
@@ -144,11 +152,16 @@ def sections_of(text: str, file: Path) -> dict[str, Any]:
 
 
 def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `over` in their place, section by section; lists are replaced."""
+    """`values` with the keys of `over` in their place, section by section; lists are replaced, and
+    of a selection what means nothing beside `over`."""
     both = values | over
     for key in values.keys() & over.keys():
-        if isinstance(values[key], dict) and isinstance(over[key], dict):
-            both[key] = _merged(values[key], over[key])
+        before, after = values[key], over[key]
+        if isinstance(before, dict) and isinstance(after, dict):
+            overrides = {name: value for name, value in after.items() if value is not None}
+            replaced = REPLACED[key](overrides, before) if key in REPLACED else set()
+            left = {name: value for name, value in before.items() if name not in replaced}
+            both[key] = _merged(left, after)
     return both
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,6 +22,7 @@ from alphatoken.config.selection import (
     SelectionConfig,
     ThresholdUnit,
     VetoConfig,
+    replaced_by,
 )
 from alphatoken.config.weights import WeightsName
 
@@ -195,25 +195,9 @@ class PairSelectionConfig(SelectionConfig):
         """The complete settings of one branch."""
         shared = self.model_dump(exclude={"chosen", "rejected"})
         overrides = getattr(self, name).model_dump(exclude_none=True)
-        for key in _replaced_by(overrides):
+        for key in replaced_by(overrides, shared):
             shared.pop(key)
         return SelectionConfig.model_validate({**shared, **overrides})
-
-
-def _replaced_by(overrides: Mapping[str, Any]) -> set[str]:
-    """Keys of the shared selection that mean nothing beside a branch's own settings."""
-    replaced: set[str] = set()
-    if "keep_ratio" in overrides:
-        replaced |= {"threshold", "threshold_unit"}
-        if overrides["keep_ratio"] != "auto":
-            replaced.add("auto_margin")
-    if "threshold" in overrides:
-        replaced |= {"keep_ratio", "auto_margin", "schedule"}
-    if "threshold" in overrides or overrides.get("schedule") == "constant":
-        replaced |= {"keep_ratio_start", "schedule_steps"}
-    if "weights" in overrides:
-        replaced.add("weight_parameters")
-    return replaced
 
 
 class PreferenceRunConfig(RunConfig):

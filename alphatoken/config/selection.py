@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -237,3 +238,36 @@ class SelectionConfig(Section):
                 "selection.scope=global_batch"
             )
         return self
+
+
+def replaced_by(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
+    """Keys of a selection `before` that mean nothing beside what overrides it, as they belong to
+    the other rule; `overrides` are keys that have a value."""
+    replaced: set[str] = set()
+    if "keep_ratio" in overrides:
+        replaced |= {"threshold", "threshold_unit"}
+    if overrides.get("keep_ratio", "auto") != "auto" or "threshold" in overrides:
+        replaced.add("auto_margin")
+    if "threshold" in overrides:
+        replaced.add("keep_ratio")
+    if "threshold" in overrides or overrides.get("keep_ratio") == "auto":
+        replaced.add("schedule")
+    if "schedule" in replaced or overrides.get("schedule") == "constant":
+        replaced |= {"keep_ratio_start", "schedule_steps"}
+    weights = overrides.get("weights")
+    if weights is not None and before.get("weights", weights) != weights:
+        replaced.add("weight_parameters")
+    return replaced & before.keys() - overrides.keys()
+
+
+def replaced_by_veto(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
+    """Keys of a veto `before` that mean nothing beside what overrides it: all beside another thing
+    to go by, and those of the other number; `overrides` are keys that have a value."""
+    if "by" in overrides:
+        return set(before)
+    replaced: set[str] = set()
+    if "share" in overrides:
+        replaced |= {"threshold", "unit"}
+    if "threshold" in overrides:
+        replaced.add("share")
+    return replaced & before.keys() - overrides.keys()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,14 @@ class TensorFile(Mapping[str, Tensor]):
     """Tensors by name from one safetensors file or a folder of them, whole or in slices, read when
     asked for.
 
-    `header` is what `save_slices` was given; empty for files of others. Raises UserError when a
-    file cannot be read or a slice is missing.
+    `files` are those of the folder, where that is known; else what it shows. `header` is what
+    `save_slices` was given; empty for files of others. Raises UserError when a file cannot be read
+    or a slice is missing.
     """
 
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    def __init__(self, path: Path, files: Sequence[Path] | None = None) -> None:
+        if files is None:
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path} holds no .safetensors file")
         self._path = path

@@ -60,9 +60,10 @@ def estimate_fisher(
 
     An interrupted estimate goes on where it was last saved. Every rank must call it, with
     DeepSpeed's hooks in place if the model is sharded. Raises UserError when the folder holds an
-    estimate with other settings or cannot be written, or a gradient is not finite.
+    estimate with other settings, is being written by another run, or cannot be written, or a
+    gradient is not finite.
     """
-    chosen, ranks = config.fisher, collectives.world_size()
+    chosen = config.fisher
     depth = scored_depth(config.valuation.layers, len(decoder.layers))
     total = FisherSum(
         decoder,
@@ -89,9 +90,24 @@ def estimate_fisher(
         },
     }
     folder = EstimateFolder(fisher_folder(config), settings, about)
-    if folder.is_complete():
-        return folder.path
+    with folder.claimed() as is_to_be_made:
+        if is_to_be_made:
+            _make(folder, total, config, decoder, tokenizer, prompts, device=device)
+    return folder.path
 
+
+def _make(
+    folder: EstimateFolder,
+    total: FisherSum,
+    config: RunConfig,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    *,
+    device: torch.device,
+) -> None:
+    """Sums over what a folder lacks, and finishes it."""
+    chosen, ranks = config.fisher, collectives.world_size()
     done = folder.resume(total)
     by_length = prompts.rows[np.argsort(-prompts.dataset.lengths[prompts.rows], kind="stable")]
     layout = Layout(
@@ -118,7 +134,6 @@ def estimate_fisher(
             if number % chosen.save_every == 0 and number < len(batches):
                 folder.save(total, done)
     folder.finish(total, len(by_length))
-    return folder.path
 
 
 def run_fisher(config: RunConfig) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from alphatoken.distributed.shard_files import TensorFile, save_slices
 from alphatoken.errors import UserError
 from alphatoken.stability.fisher_sum import FisherSum
 from alphatoken.util.differences import differences
-from alphatoken.util.files import flush
+from alphatoken.util.files import PARTIAL, WriterLock, flush
 
 
 class EstimateFolder:
@@ -28,11 +29,32 @@ class EstimateFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._lock = WriterLock(path, "set fisher.output to another folder")
         self._settings = settings
         self._header = {"settings": settings, **about}
 
-    def is_complete(self) -> bool:
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Tells whether the estimate has to be made, which no other run does meanwhile: rank 0
+        holds a lock beside the folder that ends with its process. Every rank must enter it.
+
+        Raises UserError on every rank where another run is making the estimate, or the disk
+        refuses.
+        """
+        if self._is_complete():
+            yield False
+            return
+        try:
+            collectives.on_rank_0(self._lock.acquire)
+        except OSError as error:
+            raise UserError(f"cannot write the Fisher to {self.path}: {error}") from None
+        try:
+            yield not self._is_complete()  # the other run may have finished between the two
+        finally:
+            self._lock.release()
+
+    def _is_complete(self) -> bool:
         """Whether the estimate is there. Every rank must ask."""
 
         def check() -> bool:

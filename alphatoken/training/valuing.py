@@ -24,6 +24,7 @@ from alphatoken.objectives.base import Objective
 from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
+from alphatoken.selection.step import vetoes_on_b
 from alphatoken.store.filling import fill
 from alphatoken.store.rows_folder import RowsFolder
 from alphatoken.store.values import CONTENTS, FORMAT_VERSION, VALUE, rows_settings, store_folder
@@ -185,6 +186,11 @@ def _settings(run: Run) -> dict[str, object]:
             _keys("optim", config.optim, without=set())
             if config.valuation.preconditioner == "adam"
             else {}
+        ),
+        # In older versions B held what is vetoed; said only where that makes a difference, so that
+        # other stores of those versions are still what is asked for.
+        **(
+            {} if vetoes_on_b(config) is None else {"B without what selection.veto rules out": True}
         ),
     }
 

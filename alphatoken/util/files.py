@@ -56,15 +56,48 @@ def check_is_new(target: Path) -> None:
         raise UserError(f"{target} exists; name a new folder")
 
 
+class WriterLock:
+    """What one process at a time holds while it writes `final`: a lock beside it that ends with the
+    process. `otherwise` is what else than waiting the user of another process can do."""
+
+    def __init__(self, final: Path, otherwise: str = "name another folder") -> None:
+        self._final = final
+        self._otherwise = otherwise
+        lock = final.with_name(f"{final.name}.lock{PARTIAL}")
+        self._lock = FileLock(lock, thread_local=False)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds it."""
+        return bool(self._lock.is_locked)
+
+    def acquire(self) -> None:
+        """Raises UserError where another process holds it, and OSError when the disk refuses."""
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"another process is writing {self._final}; wait until it has ended, or "
+                f"{self._otherwise}"
+            ) from None
+
+    def release(self) -> None:
+        """Lets others write. Nothing where it is not held."""
+        if not self.is_held:
+            return
+        # While it is locked: who has opened it before finds that it is gone.
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
 class PartialFolder:
     """A folder that is filled beside its place, at `path`, and then renamed, in place of an older
-    one, by one process at a time: a lock beside it ends with the process. Raises OSError when the
-    disk refuses."""
+    one, by one process at a time (`WriterLock`). Raises OSError when the disk refuses."""
 
     def __init__(self, final: Path) -> None:
         self._final = final
-        lock = final.with_name(f"{final.name}.lock{PARTIAL}")
-        self._lock = FileLock(lock, thread_local=False)
+        self._lock = WriterLock(final)
         self._older = final.with_name(f"{final.name}.older{PARTIAL}")
         self.path = final.with_name(f"{final.name}{PARTIAL}")
 
@@ -72,14 +105,7 @@ class PartialFolder:
         """Makes it, empty. What one that was killed has left behind is removed, and an older folder
         is put back that it had only moved away. Raises UserError where another process is filling
         it, and without `replace` where there is one at its place."""
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(
-                f"another process is writing {self._final}; wait until it has ended, or name "
-                "another folder"
-            ) from None
+        self._lock.acquire()
         if self._older.exists() and not self._final.exists():
             self._older.rename(self._final)
         for leftover in (self.path, self._older):
@@ -101,11 +127,8 @@ class PartialFolder:
     def discard(self) -> None:
         """Ends the writing: removes it where it was not published. Nothing where it was not
         created."""
-        if not self._lock.is_locked:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        # While it is locked: who has opened it before finds that it is gone.
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        if self._lock.is_held:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
 
