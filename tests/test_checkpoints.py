@@ -3,6 +3,7 @@ whose random state it holds."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from alphatoken.checkpoints.export import export_checkpoint
 from alphatoken.checkpoints.files import (
@@ -324,7 +326,10 @@ def test_two_writers_of_one_folder_do_not_destroy_each_others(tmp_path: Path) ->
     first, second = PartialFolder(target), PartialFolder(target)
     first.create()
     (first.path / "weights").write_text("first")
-    with pytest.raises(UserError, match=f"another process is writing {target}; wait until"):
+    with pytest.raises(
+        UserError,
+        match=rf"another process is writing {target} \(it holds .*\.lock\.partial\); wait until",
+    ):
         second.create()
     second.discard()  # as its caller does
     first.publish()
@@ -334,6 +339,48 @@ def test_two_writers_of_one_folder_do_not_destroy_each_others(tmp_path: Path) ->
     second.create()
     second.discard()
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_link_stays_one_and_other_things_make_room(tmp_path: Path) -> None:
+    """An export that lies on a larger disk is replaced there, as often as it is written."""
+    (tmp_path / "large").mkdir()
+    link, plain = tmp_path / "export", tmp_path / "plain"
+    link.symlink_to(tmp_path / "large" / "export")  # where there is nothing yet
+    plain.write_text("a file")
+    for content in ("first", "second", "third"):
+        for target in (link, plain):
+            folder = PartialFolder(target)
+            folder.create()
+            (folder.path / "weights").write_text(content)
+            folder.publish()
+            folder.discard()
+            assert (target / "weights").read_text() == content
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "large", "plain"]
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["export"]
+
+
+def test_where_a_file_system_knows_no_locks_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run must not lose its export at the end for want of a lock; a disk that is full is told."""
+    folder = PartialFolder(tmp_path / "export")
+
+    def refuse(code: int) -> None:
+        def acquire(_lock: FileLock, *, blocking: bool) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(FileLock, "acquire", acquire)
+
+    refuse(errno.ENOLCK)
+    folder.create()
+    (folder.path / "weights").write_text("all")
+    folder.publish()
+    folder.discard()
+    assert (tmp_path / "export" / "weights").read_text() == "all"
+    refuse(errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left"):
+        folder.create()
 
 
 def test_a_folder_that_a_killed_writer_had_moved_away_comes_back(

@@ -273,7 +273,8 @@ def test_one_run_at_a_time_makes_an_estimate(run_values: dict[str, Any], tmp_pat
         "fisher_estimates", 2, tmp_path / "ranks", configs={"busy": busy, "free": free}
     )
     refusal = (
-        f"another process is writing {tmp_path / 'busy' / 'fisher'}; wait until it has ended, or "
+        f"another process is writing {tmp_path / 'busy' / 'fisher'} (it holds "
+        f"{tmp_path / 'busy' / 'fisher'}.lock.partial); wait until it has ended, or "
         "set fisher.output to another folder"
     )
     for messages in ranks:

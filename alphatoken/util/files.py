@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from alphatoken.errors import UserError
 
 PARTIAL = ".partial"  # how names end of what is still being written
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system without them says
 
 
 def flush(path: Path) -> None:
@@ -58,7 +60,8 @@ def check_is_new(target: Path) -> None:
 
 class WriterLock:
     """What one process at a time holds while it writes `final`: a lock beside it that ends with the
-    process. `otherwise` is what else than waiting the user of another process can do."""
+    process. On a file system that knows no locks nothing keeps others out. `otherwise` is what else
+    than waiting the user of another process can do."""
 
     def __init__(self, final: Path, otherwise: str = "name another folder") -> None:
         self._final = final
@@ -78,9 +81,12 @@ class WriterLock:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise UserError(
-                f"another process is writing {self._final}; wait until it has ended, or "
-                f"{self._otherwise}"
+                f"another process is writing {self._final} (it holds {self._lock.lock_file}); wait "
+                f"until it has ended, or {self._otherwise}"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
     def release(self) -> None:
         """Lets others write. Nothing where it is not held."""
@@ -96,8 +102,10 @@ class PartialFolder:
     one, by one process at a time (`WriterLock`). Raises OSError when the disk refuses."""
 
     def __init__(self, final: Path) -> None:
+        final = final.resolve()  # a link stays one, and what it leads to is replaced
         self._final = final
         self._lock = WriterLock(final)
+        self._is_created = False
         self._older = final.with_name(f"{final.name}.older{PARTIAL}")
         self.path = final.with_name(f"{final.name}{PARTIAL}")
 
@@ -109,10 +117,11 @@ class PartialFolder:
         if self._older.exists() and not self._final.exists():
             self._older.rename(self._final)
         for leftover in (self.path, self._older):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         if not replace:
             check_is_new(self._final)
         self.path.mkdir()
+        self._is_created = True
 
     def publish(self) -> None:
         """Makes it appear whole in its place."""
@@ -121,15 +130,24 @@ class PartialFolder:
         if self._final.exists():
             self._final.rename(self._older)
         self.path.rename(self._final)
+        self._is_created = False
         flush(self._final.parent)
-        shutil.rmtree(self._older, ignore_errors=True)
+        _remove(self._older)
 
     def discard(self) -> None:
         """Ends the writing: removes it where it was not published. Nothing where it was not
         created."""
-        if self._lock.is_held:
+        if self._is_created:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
+
+
+def _remove(leftover: Path) -> None:
+    """Removes a folder, or whatever stood in the place of one, if there is any."""
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def publish_text(final: Path, text: str) -> None:
