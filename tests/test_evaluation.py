@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from alphatoken.batch import Batch
 from alphatoken.cli import app
 from alphatoken.config.evaluating import EvaluationRunConfig
 from alphatoken.config.evaluation import EvaluationConfig
@@ -37,10 +38,13 @@ from alphatoken.evaluation.tasks import choices_of, last_number
 from alphatoken.evaluation.tokens import windows
 from alphatoken.models.decoder import decoder_of
 from alphatoken.models.token_losses import TokenLosses
+from alphatoken.objectives.supervised import SupervisedObjective
+from alphatoken.training.evaluation import evaluate
 from alphatoken.util import resampling
 from alphatoken.util.resampling import resampled_sums
 from tests.ranks import run_ranks
 from tests.runs import run_recipe
+from tests.tiny import with_index
 
 HELLASWAG: list[dict[str, Any]] = [
     {
@@ -659,3 +663,23 @@ def test_all_ranks_meet_before_batches_and_not_before_programs(
     tasks = build_tasks(config, load_tokenizer(config.model), config.evaluation.tasks)
     judged(config, tasks, judge, "tiny")
     assert calls == ["batch"] * 2 + ["batch"] + ["program"] * 3
+
+
+def test_held_out_rows_are_evaluated_without_dropout() -> None:
+    class Model(torch.nn.Module):
+        """Its losses are ones, and twos in training."""
+
+        def token_losses(self, batch: Batch) -> torch.Tensor:
+            return batch["response"].float() * (1 + self.training)
+
+    model = Model()
+    batch = with_index({"response": torch.ones(1, 3, dtype=torch.bool)})
+    found = evaluate(
+        model=cast("Any", model),
+        objective=SupervisedObjective(),
+        batches=[batch],
+        device=torch.device("cpu"),
+        on_batch=lambda: None,
+    )
+    assert found == {"eval_loss": 1.0}
+    assert model.training

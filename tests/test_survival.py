@@ -38,7 +38,7 @@ from alphatoken.models.loading import name_attention
 from alphatoken.training.stopping import StopRequest, WindowDroppedError
 from alphatoken.training.watchdog import Watchdog, flight_record
 from alphatoken.util.files import file_sha256
-from tests.cases import MOMENTS
+from tests.cases import MOMENTS, trainer_of
 from tests.ranks import ROOT, run_program, run_ranks
 from tests.runs import changed, metrics_of
 
@@ -322,6 +322,24 @@ def test_a_stop_between_refreshes_waits_for_the_next_one(
         "recorded_run", 2, tmp_path / "again", values=changed(values, train={"resume": "auto"})
     )
     assert [step["step"] for step in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_between_two_refreshes_cannot_be_made_longer(
+    run_values: dict[str, Any],
+) -> None:
+    """The checkpoint of its last step has no held-out signals for the one after it."""
+    values = changed(
+        run_values,
+        valuation={"refresh_every": 2, "stability_weight": 0.0},
+        train={"max_steps": 3, "save_every": 2},
+    )
+    trainer_of(values).train()
+    longer = {"max_steps": 5, "resume": "auto", "resume_allow": ["train.max_steps"]}
+    with pytest.raises(UserError, match=r"lies between two refreshes .* not from 3\. Name an"):
+        trainer_of(changed(values, train=longer))
+    once = {**longer, "resume_allow": ["train.max_steps", "valuation.refresh_every"]}
+    trainer_of(changed(values, train=once, valuation={"refresh_every": 1}))
 
 
 def test_checkpoints_beyond_the_newest_are_set_aside(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from alphatoken.batch import Batch
 from alphatoken.distributed.sums import NamedSums, mean
+from alphatoken.models.decoder import evaluating
 from alphatoken.objectives.base import Objective, ResponseLosses
 from alphatoken.training.valued_model import ValuedModel
 from alphatoken.util.metrics import Metrics
@@ -27,8 +28,9 @@ def evaluate(
     may raise on every rank to give up.
     """
     sums = NamedSums(device)
-    for batch in batches:
-        on_batch()
-        losses = ResponseLosses(batch=batch, nll_BT=model.token_losses(batch))
-        sums.add_vectors(objective.evaluation(losses))
+    with evaluating(model):  # without dropout, where training has any
+        for batch in batches:
+            on_batch()
+            losses = ResponseLosses(batch=batch, nll_BT=model.token_losses(batch))
+            sums.add_vectors(objective.evaluation(losses))
     return {f"eval_{name}": mean(both) for name, both in sums.reduce().items()}

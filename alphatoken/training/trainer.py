@@ -19,6 +19,7 @@ from alphatoken.checkpoints.saving import (
 )
 from alphatoken.checkpoints.starting import start_run_folder
 from alphatoken.distributed import collectives, zero3
+from alphatoken.errors import UserError
 from alphatoken.report.responses import ValuedResponse
 from alphatoken.training.asking import ask, questions_of, show_change
 from alphatoken.training.evaluation import evaluate
@@ -198,9 +199,24 @@ class Trainer:
             scorer.restore(slices)
         if state.random is not None:
             set_random_state(state.random, run.device)
+        self._check_signals(continuation)
         self.first_step, self._owed = continuation.step, state.owed
         self.best, lost = self._best_of(state.best)
         self.notes = (*self.notes, *changed, *map(str, continuation.notes), *lost)
+
+    def _check_signals(self, continuation: Continuation) -> None:
+        """Raises UserError where the held-out signals of the next step are neither in the
+        checkpoint nor made before that step."""
+        step, every = continuation.step, self.run.config.valuation.refresh_every
+        if step == self.run.total_steps or self.refresh is None:
+            return
+        if not self.refresh.can_be_rebuilt_after(step):
+            raise UserError(
+                f"{continuation.checkpoint} lies between two refreshes of the held-out signals, "
+                f"which are no part of it: with valuation.refresh_every={every} a run goes on from "
+                f"a multiple of {every} steps, not from {step}. Name an earlier checkpoint with "
+                "train.resume, or another refresh_every, with train.resume_allow"
+            )
 
     def _best_of(self, saved: Best | None) -> tuple[Best | None, list[str]]:
         """The best evaluation that a checkpoint tells of, where it still counts, and what to say
