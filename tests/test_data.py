@@ -283,6 +283,41 @@ def test_other_files_are_read_as_well(
     assert found.location(2) == f"{tmp_path / name}" + (":3" if is_lines else " row 3")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("rows.csv", "prompt,response\nq1,a1,x1\nq2,a2,x2\n", "2 fields .*first row has 3"),
+        ("rows.csv", "prompt,response,id\nq1,a1,7,\nq2,a2,8,\n", "3 fields .*first row has 4"),
+        ("rows.tsv", "prompt\tresponse\nq1\ta1\tx1\ty1\n", "2 fields .*first row has 4"),
+        ("part-*.csv", "prompt,response\nq1,a1,x1\n", "2 fields .*first row has 3"),
+    ],
+)
+def test_rows_of_more_fields_than_the_header_are_refused(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+    found: str,
+) -> None:
+    """Columns would be read as those before them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    file = tmp_path / name.replace("*", "1")
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"^{file}: the header has {found}: name every column"):
+        read(str(tmp_path / name), tokenizer, tmp_path)
+
+
+def test_a_header_may_name_a_column_as_pandas_does(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,response,__index_level_0__\nq1,a1,7\n")
+    (report,) = read(str(file), tokenizer, tmp_path).reports
+    assert report.unread == ["__index_level_0__"]
+
+
 def test_every_source_format_gives_the_same_rows(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

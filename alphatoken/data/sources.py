@@ -26,7 +26,7 @@ from alphatoken.util.files import file_sha256
 LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 SUFFIXES = (*LINES, ".parquet")
 """Files that are read here, row by row, with the line in errors."""
-LOADERS: dict[str, tuple[str, dict[str, str]]] = {
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".json.gz": ("json", {}),
     ".jsonl": ("json", {}),
@@ -41,6 +41,8 @@ LOADERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """By which loader of `datasets`, and with which options, it reads other files, patterns of files
 and addresses, by the end of their names."""
+INDEX = "__index_level_0__"
+"""What a column is called in Arrow that pandas takes for the names of rows."""
 Unparsed = tuple[int, Callable[[], dict[str, Any]]]
 """A raw row's number, and what reads it."""
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -268,8 +270,9 @@ def _open_dataset(source: Source, path: str) -> Any:
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         if suffix:
             loader, options = LOADERS[suffix]
-            return datasets.load_dataset(loader, data_files=path, split="train", **options)
-        return datasets.load_dataset(path, source.subset, split=source.split)
+            found = datasets.load_dataset(loader, data_files=path, split="train", **options)
+        else:
+            return datasets.load_dataset(path, source.subset, split=source.split)
     except Exception as error:
         reason = error.__cause__ or error  # what `datasets` could not do, not that it could not
         raise UserError(
@@ -277,3 +280,25 @@ def _open_dataset(source: Source, path: str) -> Any:
             f"({', '.join(LOADERS)}) nor a dataset that `datasets` can load with "
             f"split={source.split!r}, subset={source.subset!r}: {str(reason) or repr(reason)}"
         ) from None
+    if loader == "csv" and INDEX in found.column_names:
+        _check_header(path, options)
+    return found
+
+
+def _check_header(path: str, options: dict[str, Any]) -> None:
+    """Raises UserError for a table in text whose rows have more fields than its header: their first
+    ones would be taken for the names of rows, and every other one for that of the column before
+    it."""
+    import pandas  # type: ignore[import-untyped]
+    from datasets.data_files import resolve_pattern
+
+    for file in resolve_pattern(path, base_path=""):
+        first = pandas.read_csv(file, nrows=1, **options)
+        if isinstance(first.index, pandas.RangeIndex):
+            continue  # the header itself names a column so
+        named = len(first.columns)
+        raise UserError(
+            f"{file}: the header has {named} fields ({', '.join(map(str, first.columns))}), but "
+            f"the first row has {named + first.index.nlevels}: name every column in the header, or "
+            "remove what is too much in the rows (a separator at the end of each, say)"
+        )
