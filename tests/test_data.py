@@ -218,6 +218,24 @@ def test_a_malformed_row_is_named_by_file_and_line(
     assert message in str(failure.value)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_byte_that_is_not_utf8_is_named_by_its_line(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, ending: str
+) -> None:
+    """Far enough behind the start that the decoder has not read it at once."""
+    lines = [json.dumps({"prompt": f"{number}?", "response": "é"}) for number in range(2000)]
+    content = [line.encode() for line in lines]
+    content[1234] = '{"prompt": "Über", "response": "caf'.encode() + b'\xe9"}'
+    text = b"\n".join(content)
+    file = tmp_path / f"rows.{ending}"
+    file.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    message = rf"{file}:1235: the byte 0xe9 at 37, behind .*caf', is not UTF-8: convert"
+    with pytest.raises(UserError, match=message):
+        read(str(file), tokenizer, tmp_path)
+    rows = tokenise([Source(path=str(file), first=9)], Encoder(tokenizer, 512), tmp_path / "cache")
+    assert len(rows) == 9
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

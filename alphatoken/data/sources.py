@@ -222,17 +222,26 @@ def _json_rows(source: Source, file: Path) -> Iterator[Unparsed]:
     opener: Any = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
+        # What is not UTF-8 is found line by line: the decoder reads ahead of them.
+        with opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, partial(_from_json, line, location(source, number))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{location(source, number + 1)}: cannot read the file further: {error}"
         ) from None
 
 
 def _from_json(line: str, where: str) -> dict[str, Any]:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte, before = ord(line[error.start]) - 0xDC00, line[: error.start]
+        raise UserError(
+            f"{where}: the byte 0x{byte:02x} at {len(before.encode()) + 1}, behind "
+            f"{before[-20:]!r}, is not UTF-8: convert the file to UTF-8"
+        ) from None
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
