@@ -202,6 +202,14 @@ def test_truncation_and_skips_are_counted(
             "needs either 'prompt' and 'response', or 'messages'; this one has answer, ask",
         ),
         ('{"prompt": "Hi", "response": 3}', "'response' must be text, but is 3"),
+        (
+            '{"prompt": "Hi", "response": "x", "response": "y"}',
+            "the key 'response' is there twice in an object",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "Hi", "content": "Bye"}]}',
+            "the key 'content' is there twice in an object",
+        ),
         ('{"messages": []}', "'messages' must be a non-empty list"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "no message with role 'assistant'"),
         ('{"messages": [{"role": "user"}]}', "message 1 of 'messages' needs a text 'content'"),

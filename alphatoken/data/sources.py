@@ -243,11 +243,29 @@ def _from_json(line: str, where: str) -> dict[str, Any]:
             f"{before[-20:]!r}, is not UTF-8: convert the file to UTF-8"
         ) from None
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_with_single_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
+    except _RepeatedKeyError as error:
+        raise UserError(
+            f"{where}: the key {error.args[0]!r} is there twice in an object, and only one of its "
+            "values could be read: leave one out"
+        ) from None
     if not isinstance(fields, dict):
         raise UserError(f"{where}: each line must be a JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+class _RepeatedKeyError(ValueError):
+    """An object of JSON has a key, which is the argument, more than once."""
+
+
+def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises _RepeatedKeyError where a key is there more than once."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
     return fields
 
 
