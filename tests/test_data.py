@@ -214,6 +214,34 @@ def test_truncation_and_skips_are_counted(
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "no message with role 'assistant'"),
         ('{"messages": [{"role": "user"}]}', "message 1 of 'messages' needs a text 'content'"),
         ('{"messages": ["Hi"]}', "message 1 of 'messages' needs a text 'role'"),
+        pytest.param(
+            f'{{"prompt": "Hi", "response": "x", "id": 1{"0" * 5000}}}',
+            "the row cannot be used (Exceeds the limit (4300 digits)",
+            id="many digits",
+        ),
+        pytest.param(
+            f'{{"prompt": "Hi", "response": "x", "id": {"[" * 100000}{"]" * 100000}}}',
+            "the row cannot be used (it is nested too deeply): correct what is odd in it",
+            id="deep",
+        ),
+        pytest.param(
+            json.dumps(
+                {
+                    "instruction": "Hi",
+                    "completions": [
+                        {"response": "x", "overall_score": 10**400},
+                        {"response": "y", "overall_score": 1},
+                    ],
+                }
+            ),
+            "the row cannot be used (int too large to convert to float)",
+            id="large score",
+        ),
+        pytest.param(
+            json.dumps({"messages": CHAT, "tools": [{"function": "x"}]}),
+            "'tools' must be a list of schemas, but is [{'function': 'x'}]",
+            id="tools",
+        ),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(
@@ -224,6 +252,41 @@ def test_a_malformed_row_is_named_by_file_and_line(
     with pytest.raises(UserError, match=r"rows\.jsonl:3: ") as failure:
         read(str(file), tokenizer, tmp_path)
     assert message in str(failure.value)
+
+
+def test_a_row_that_fails_in_a_way_nobody_has_thought_of_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Encoder, fields: dict[str, Any], where: str) -> list[Encoded] | Skipped:
+        return fields["nothing"]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Encoder, "encode", fails)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": "Hello."}])
+    with pytest.raises(UserError, match=rf"^{path}:1: the row .*\(KeyError: 'nothing'\): correct"):
+        read(path, tokenizer, tmp_path)
+
+
+def test_a_template_that_divides_by_zero_is_named(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ 1 / (messages | length - 2) }}"
+    message = r"^here: the chat template refuses .* ZeroDivisionError: division by zero"
+    with pytest.raises(UserError, match=message):
+        Encoder(tokenizer, 512).encode({"prompt": "Hi", "response": "Hello."}, "here")
+
+
+def test_a_text_of_a_table_that_is_not_utf8_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Also in a column that is not read."""
+    texts = pa.array([b"a", b"b", b"caf\xe9"]).view(pa.string())
+    table = pa.table({"prompt": ["Hi"] * 3, "response": ["Hello."] * 3, "note": texts})
+    file = tmp_path / "rows.parquet"
+    pq.write_table(table, file)
+    message = rf"^{file} row 3: the row .*column 'note' has text that is not UTF-8: .* byte 0xe9"
+    with pytest.raises(UserError, match=message):
+        read(str(file), tokenizer, tmp_path)
+    rows = tokenise([Source(path=str(file), first=2)], Encoder(tokenizer, 512), tmp_path / "cache")
+    assert len(rows) == 2
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])

@@ -268,6 +268,13 @@ def test_scores_may_be_text() -> None:
     assert (ours["chosen"], ours["rejected"]) == ("Yes", "No")
 
 
+def test_the_number_of_the_better_response_may_be_a_float() -> None:
+    """As columns with missing values have it."""
+    row = {"prompt": "Ask", "response_0": "a", "response_1": "b", "better_response_id": 1.0}
+    ours, _ = converted(row, "auto", "here")
+    assert (ours["chosen"], ours["rejected"]) == ("b", "a")
+
+
 def test_several_calls_at_once() -> None:
     value = json.dumps([CALL, {"name": "read", "arguments": {}}])
     turns = [{"from": "human", "value": "Ask"}, {"from": "function_call", "value": value}]
@@ -290,6 +297,12 @@ def test_answers_that_look_like_transcripts_keep_their_prompt() -> None:
     [
         ({"train": "false"}, "message 2 of 'messages' has train='false': .* trained .true. or not"),
         ({"reasoning_content": 3}, "message 2 of 'messages' has reasoning_content=3, which must"),
+        ({"tool_calls": 5}, "message 2 of 'messages' has tool_calls=5, which must be a list"),
+        ({"tool_calls": True}, "message 2 of 'messages' has tool_calls=True, which must be a list"),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "1" + "0" * 5000}}]},
+            "message 2 of 'messages' calls 'f' with arguments that are no JSON: Exceeds the limit",
+        ),
     ],
 )
 def test_what_a_message_says_of_itself_is_checked(more: dict[str, Any], message: str) -> None:
@@ -315,6 +328,10 @@ def test_every_format_is_shown_here() -> None:
             "'better_response_id' must be 0 or 1, but is None",
         ),
         (
+            {"prompt": "Ask", "response_0": "a", "response_1": "b", "better_response_id": True},
+            "'better_response_id' must be 0 or 1, but is True",
+        ),
+        (
             {"instruction": "Ask", "completions": [{"response": "a", "overall_score": 1}]},
             "at least two answers with different 'overall_score', but has 1",
         ),
@@ -333,6 +350,10 @@ def test_every_format_is_shown_here() -> None:
         (
             {"instruction": "Ask", "output": "Say", "history": "Ask"},
             r"'history' must be a list of \[question, answer\], but is Ask",
+        ),
+        (
+            {"instruction": "Ask", "output": "Say", "history": 5},
+            r"'history' must be a list of \[question, answer\], but is 5",
         ),
         (
             {"instruction": "Ask", "output": "Say", "input": ["x"]},

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,7 @@ from alphatoken.data.rows import (
     as_pair,
     has_text,
     is_tokenised,
+    named,
     reasoning_of,
 )
 from alphatoken.data.said import UNSAID_REASONING, UNSAID_TEXT
@@ -175,16 +176,23 @@ def real_conversations(config: RunConfig, limit: int = LOOKED_AT) -> list[Conver
 def _conversations(source: Source, *, pairs: bool) -> Iterator[Conversation]:
     for row in OpenSource(source).read(end=MOST_READ):
         where = location(source, row.number)
-        if pairs:
-            pair = as_pair(row.fields, where)
-            for answer in (pair.chosen, pair.rejected):
-                if has_text(pair.prompt.messages) and has_text(answer, "assistant"):
-                    first = len(pair.prompt.messages)
-                    yield Conversation(pair.prompt.and_then(answer), first, where)
-        elif not is_tokenised(row.fields):
-            chat = as_chat(row.fields, where)
-            if has_text(chat.messages, "assistant"):
-                yield Conversation(chat, 0, where)
+        with named(where):
+            found = list(_told(row.fields, where, pairs=pairs))
+        yield from found
+
+
+def _told(fields: dict[str, Any], where: str, *, pairs: bool) -> Iterator[Conversation]:
+    """The conversations of a row, of a pair both; none of one without an answer or text."""
+    if pairs:
+        pair = as_pair(fields, where)
+        for answer in (pair.chosen, pair.rejected):
+            if has_text(pair.prompt.messages) and has_text(answer, "assistant"):
+                first = len(pair.prompt.messages)
+                yield Conversation(pair.prompt.and_then(answer), first, where)
+    elif not is_tokenised(fields):
+        chat = as_chat(fields, where)
+        if has_text(chat.messages, "assistant"):
+            yield Conversation(chat, 0, where)
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Conversation:

@@ -189,8 +189,15 @@ class ChatTemplate:
                 **self.variables,
             )
             texts[0].encode()
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            # What a template does to a value of another type; half of a character.
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            # What a template does to a value of another type, or of no sense; half of a character.
             raise TemplateError(f"{type(error).__name__}: {error}") from None
         return texts[0], [(start, end) for start, end in marks[0]] if self.is_marked else []
 

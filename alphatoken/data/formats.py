@@ -169,7 +169,9 @@ def _alpaca(fields: Fields, where: str) -> Fields:
         if not isinstance(fields.get(name) or "", str):
             raise UserError(f"{where}: {name!r} must be text, but is {str(fields[name])[:80]}")
     question = f"{fields['instruction']}\n\n{given}" if given else fields["instruction"]
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         raise UserError(
             f"{where}: 'history' must be a list of [question, answer], but is {str(history)[:80]}"
         )
@@ -272,15 +274,16 @@ def _pair(fields: Fields, where: str) -> Fields:
 def _two_responses(fields: Fields, where: str) -> Fields:
     """Two answers, and the number of the better one."""
     better = fields.get("better_response_id")
-    if better not in (0, 1):
+    if isinstance(better, bool) or better not in (0, 1):
         raise UserError(
             f"{where}: 'better_response_id' must be 0 or 1, but is {better!r}: which of the two "
             "responses is chosen?"
         )
+    chosen = int(better)  # a column with missing values is one of 0.0 and 1.0
     return {
         "prompt": fields["prompt"],
-        "chosen": fields[f"response_{better}"],
-        "rejected": fields[f"response_{1 - better}"],
+        "chosen": fields[f"response_{chosen}"],
+        "rejected": fields[f"response_{1 - chosen}"],
     }
 
 
@@ -322,7 +325,7 @@ def _number(value: Any) -> float | None:
 def _json(text: Any, where: str) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is a function call that is no JSON: {error}") from None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,28 @@ class RawPair:
     prompt: Chat
     chosen: list[Message]
     rejected: list[Message]
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Inside, a row is read or encoded: what fails at its values is a UserError that names it,
+    also where nobody has thought of them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, AttributeError, LookupError) as error:
+        raise _unreadable(where, f"{type(error).__name__}: {error}") from error
+    except (ValueError, ArithmeticError) as error:
+        raise _unreadable(where, str(error)) from error
+    except RecursionError as error:
+        raise _unreadable(where, "it is nested too deeply") from error
+
+
+def _unreadable(where: str, reason: str) -> UserError:
+    return UserError(
+        f"{where}: the row cannot be used ({reason}): correct what is odd in it, or leave it out"
+    )
 
 
 def as_chat(fields: dict[str, Any], where: str) -> Chat:
@@ -255,6 +278,11 @@ def _message(message: Any, name: str, where: str) -> Message:
         if not isinstance(given.get(part, ""), str):
             raise UserError(f"{where}: {name} has {part}={given[part]!r}, which must be text")
     if calls := given.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise UserError(
+                f"{where}: {name} has tool_calls={_shortened(calls)}, which must be a list of "
+                "{function: {name, arguments}}"
+            )
         given["tool_calls"] = [_call(call, name, where) for call in calls]
     return given
 
@@ -283,7 +311,7 @@ def _call(call: Any, name: str, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where}: {name} calls {function['name']!r} with arguments that are no JSON: "
                 f"{error}"
@@ -297,11 +325,13 @@ def _tools(fields: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: 'tools' is no JSON: {error}") from None
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    ):
         raise UserError(f"{where}: 'tools' must be a list of schemas, but is {_shortened(tools)}")
     return tools
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from alphatoken.config.sections import Source
 from alphatoken.data.formats import converted
+from alphatoken.data.rows import named
 from alphatoken.errors import UserError
 from alphatoken.util.files import file_sha256
 
@@ -98,9 +99,9 @@ class OpenSource:
             if not file.is_file():
                 raise UserError(f"data file {file} does not exist")
             opened = _parquet_rows if file.suffix == ".parquet" else partial(_json_rows, source)
-            self._rows = _FileRows(file, opened)
+            self._rows = _FileRows(source, file, opened)
         else:
-            self._rows = _DatasetRows(_open_dataset(source, path))
+            self._rows = _DatasetRows(source, _open_dataset(source, path))
         self._end = None if source.first is None else source.skip + source.first
 
     @property
@@ -119,7 +120,8 @@ class OpenSource:
         forms."""
         for row in self.raw(first, end):
             where = location(self.source, row.number)
-            fields, unread = converted(row.fields, self.source.format, where)
+            with named(where):
+                fields, unread = converted(row.fields, self.source.format, where)
             yield Row(row.number, fields, unread)
 
     def raw(self, first: int = 0, end: int | None = None) -> Iterator[Row]:
@@ -138,7 +140,10 @@ class _FileRows:
     """Rows that can be read in turn only. What is passed over is not parsed, and the file stays
     open between one part and the next."""
 
-    def __init__(self, file: Path, opened: Callable[[Path], Iterator[Unparsed]]) -> None:
+    def __init__(
+        self, source: Source, file: Path, opened: Callable[[Path], Iterator[Unparsed]]
+    ) -> None:
+        self._source = source
         self._file = file
         self._opened = opened
         self._rest: Iterator[Unparsed] = iter(())
@@ -159,7 +164,9 @@ class _FileRows:
             self._place += 1
         for number, parse in itertools.islice(self._rest, count):
             self._place += 1
-            yield Row(number, parse())
+            with named(location(self._source, number)):
+                fields = parse()
+            yield Row(number, fields)
 
     def count(self, end: int | None) -> int:
         return sum(1 for _ in itertools.islice(self._opened(self._file), end))
@@ -168,16 +175,20 @@ class _FileRows:
 class _DatasetRows:
     """Rows of a `datasets` table, which finds any of them."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, source: Source, dataset: Any) -> None:
+        self._source = source
         self._dataset = dataset
 
     def fingerprint(self) -> str:
         return str(self._dataset._fingerprint)
 
     def read(self, first: int, end: int | None) -> Iterator[Row]:
-        chosen = self._dataset.select(range(first, self.count(end)))
-        for number, fields in enumerate(chosen, start=first + 1):
-            yield Row(number, without_nulls(fields))
+        end = self.count(end)
+        chosen = iter(self._dataset.select(range(first, end)))
+        for number in range(first + 1, end + 1):
+            with named(location(self._source, number)):
+                fields = without_nulls(next(chosen))
+            yield Row(number, fields)
 
     def count(self, end: int | None) -> int:
         rows = len(self._dataset)
@@ -276,14 +287,27 @@ def _parquet_rows(file: Path) -> Iterator[Unparsed]:
             for batch in table.iter_batches(batch_size=1024):
                 rows = lru_cache(maxsize=1)(batch.to_pylist)
                 for place in range(len(batch)):
-                    yield next(numbers), partial(_from_parquet, rows, place)
+                    yield next(numbers), partial(_from_parquet, batch, rows, place)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {file} as Parquet: {error}") from None
 
 
-def _from_parquet(rows: Callable[[], list[dict[str, Any]]], place: int) -> dict[str, Any]:
-    fields: dict[str, Any] = without_nulls(rows()[place])
-    return fields
+def _from_parquet(
+    batch: pa.RecordBatch, rows: Callable[[], list[dict[str, Any]]], place: int
+) -> dict[str, Any]:
+    try:
+        fields = rows()[place]
+    except UnicodeDecodeError:  # in this row or another one
+        fields = {name: _value(batch, name, place) for name in batch.schema.names}
+    kept: dict[str, Any] = without_nulls(fields)
+    return kept
+
+
+def _value(batch: pa.RecordBatch, name: str, place: int) -> Any:
+    try:
+        return batch.column(name)[place].as_py()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"column {name!r} has text that is not UTF-8: {error}") from None
 
 
 def _open_dataset(source: Source, path: str) -> Any:

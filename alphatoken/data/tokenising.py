@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from alphatoken.data.chat import Encoded, RowEncoder, Skipped
+from alphatoken.data.rows import named
 from alphatoken.data.sources import OpenSource, location
 from alphatoken.errors import UserError
 from alphatoken.util.files import publish, publish_text
@@ -230,7 +231,9 @@ def _write(rows: OpenSource, encoder: RowEncoder, shard: Shard, file: Path) -> S
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for row in rows.read(shard.first, shard.end):
             unread |= row.unread
-            encoded = encoder.encode(row.fields, location(rows.source, row.number))
+            where = location(rows.source, row.number)
+            with named(where):
+                encoded = encoder.encode(row.fields, where)
             if isinstance(encoded, Skipped):
                 skipped[encoded.reason] += 1
                 continue
