@@ -478,6 +478,10 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
             "train.global_batch_size=64 is not a multiple of train.micro_batch_size=7",
         ),
         ("data.validation=null", "valuation.enabled=true needs data.validation"),
+        *(
+            (f"{key}=[]", f"{key}: leave the key out or name a source, not []")
+            for key in ("data.train", "data.validation", "data.eval", "fisher.prompts")
+        ),
         ("model.name_or_path=null", "model.name_or_path: input should be a valid string, not None"),
         ("train.output_dir", "override 'train.output_dir' is not of the form section.key=value"),
         ("optim.lr=[", "override 'optim.lr=[': the value is not valid YAML"),

@@ -61,6 +61,8 @@ def test_shipped_configurations_are_valid(file: Path) -> None:
         ("data", "train", {"path": "t.jsonl", "weight": 2}, True),
         ("data", "train", ["t.jsonl", {"path": "u.jsonl", "format": "alpaca"}], True),
         ("data", "train", [{"weight": 2}], False),
+        ("data", "train", [], False),
+        ("data", "eval", [], False),
         ("data", "train", [{"path": "u.jsonl", "format": "alpacca"}], False),
         ("data", "trian", "t.jsonl", False),
         ("data", "max_length", "512", False),

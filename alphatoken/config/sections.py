@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from alphatoken.config.choices import OneOf
 
@@ -230,13 +231,19 @@ def source_names(sources: Sequence[Source]) -> list[str]:
 
 def _as_sources(value: Any) -> Any:
     items = value if isinstance(value, list) else [value]
+    if not items:
+        # Not a ValueError: those are told without the key.
+        raise PydanticCustomError("no_source", "leave the key out or name a source")
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 # One path, one {path, weight, ...} mapping, or a list of either.
 Sources = Annotated[
     list[Source],
-    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+    BeforeValidator(
+        _as_sources,
+        json_schema_input_type=str | Source | Annotated[list[str | Source], Field(min_length=1)],
+    ),
 ]
 
 
