@@ -347,6 +347,68 @@ def test_a_long_answer_is_not_tokenised_twice(
     assert characters < 1.2 * len(answer)
 
 
+@pytest.mark.parametrize("damage", ["a batch", "half", "all", "report", "half of report"])
+def test_a_damaged_cache_is_made_again(
+    damage: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a file that was cut reads as one of fewer rows."""
+    monkeypatch.setattr(tokenising, "SHARD_ROWS", ROWS)
+    monkeypatch.setattr(tokenising, "ROWS_PER_BATCH", 10)
+    path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 70)
+    whole = tokenise([Source(path=path)], encoder, tmp_path / "cache")
+    assert whole.made[0].rows == ROWS
+    (file,) = whole.files
+    content, report = file.read_bytes(), file.with_suffix(".json")
+    told = report.read_text()
+    damage_file(damage, file, report)
+    again = tokenise([Source(path=path)], encoder, tmp_path / "cache")
+    assert again.made[0].rows == ROWS
+    assert (file.read_bytes(), report.read_text()) == (content, told)
+    assert_same_rows(again, whole)
+    assert tokenise([Source(path=path)], encoder, tmp_path / "cache").made[0].rows == 0
+
+
+def damage_file(damage: str, file: Path, report: Path) -> None:
+    """As a full disk or a copy that was stopped leaves it; rows are lost, or their report."""
+    content = file.read_bytes()
+    if damage == "a batch":
+        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as batches:
+            batches.read_next_batch()
+            end = opened.tell()
+        file.unlink()
+        file.write_bytes(content[:end])
+        with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as batches:
+            assert 0 < len(batches.read_all()) < ROWS, "it can be read"
+    elif damage == "report":
+        report.unlink()
+    elif damage == "half of report":
+        report.write_text(report.read_text()[:20])
+    else:
+        file.unlink()
+        file.write_bytes(content[: len(content) // 2 if damage == "half" else 0])
+
+
+def test_a_damaged_shard_is_made_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 70)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenising, "_join", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+    damaged = sorted((tmp_path / "cache").glob("*.shards/*.arrow"))[1]
+    damaged.write_bytes(b"")
+    again = tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+    assert again.made[0].rows == 7, "the shard, and no other"
+    assert_same_rows(again, tokenise([Source(path=path)], encoder, tmp_path / "other", 1))
+
+
 def test_a_cache_that_cannot_be_written_is_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

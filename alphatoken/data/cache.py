@@ -19,7 +19,7 @@ from filelock import FileLock
 from alphatoken.config.sections import Source, source_names
 from alphatoken.data.chat import RowEncoder
 from alphatoken.data.sources import OpenSource, location
-from alphatoken.data.tokenising import Made, read_report, write_source
+from alphatoken.data.tokenising import Made, is_whole, read_report, write_source
 from alphatoken.errors import UserError
 
 # Part of the cache key: raise it when the same row would be tokenised or stored differently.
@@ -182,7 +182,7 @@ def _tokenise_source(
         cache_dir.mkdir(parents=True, exist_ok=True)
         # One writer per shared cache folder; the others find the file.
         with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
+            if not is_whole(file):
                 left = write_source(rows, encoder, file, workers)
     except OSError as error:
         raise UserError(

@@ -133,7 +133,7 @@ def _write_shards(
 ) -> int:
     """Writes the shards that are not there. Returns how many raw rows they have."""
     folder.mkdir(exist_ok=True)
-    missing = [shard for shard in _shards(total) if not shard.file(folder).exists()]
+    missing = [shard for shard in _shards(total) if not is_whole(shard.file(folder))]
     left = sum(shard.end - shard.first for shard in missing)
     done = total - left
     title = f"tokenising {rows.source.path}"
@@ -154,6 +154,18 @@ def _cores() -> int:
 def read_report(file: Path) -> SourceReport:
     """What became of the rows in a tokenised file."""
     return SourceReport(**json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a tokenised file is there with all rows that its report tells of: a disk that was
+    full, or a copy that was stopped, may have cut it between two batches, where it reads as a
+    shorter one."""
+    try:
+        told = read_report(file).rows
+        with pa.memory_map(str(file)) as content, pa.ipc.open_stream(content) as batches:
+            return sum(len(batch) for batch in batches) == told
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return False
 
 
 def _written(
