@@ -347,6 +347,28 @@ def test_a_long_answer_is_not_tokenised_twice(
     assert characters < 1.2 * len(answer)
 
 
+def test_a_read_only_cache_that_has_the_rows_is_used(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_lines([supervised(number) for number in range(ROWS)], tmp_path)
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), 70)
+    made = tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    # Root, who may run the tests, can write whatever the permissions.
+    monkeypatch.setattr("alphatoken.data.cache.FileLock", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    found = tokenise([Source(path=path)], encoder, tmp_path / "cache", 1)
+    assert_same_rows(found, made)
+    assert found.made[0].rows == 0
+    with pytest.raises(
+        UserError, match=r"cannot write .*Read-only.* set data\.cache_dir to another"
+    ):
+        tokenise([Source(path=path, skip=1)], encoder, tmp_path / "cache", 1)
+
+
 @pytest.mark.parametrize("damage", ["a batch", "half", "all", "report", "half of report"])
 def test_a_damaged_cache_is_made_again(
     damage: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -179,11 +179,12 @@ def _tokenise_source(
     file = cache_dir / f"{key[:32]}.arrow"
     began, left = time.perf_counter(), 0
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # One writer per shared cache folder; the others find the file.
-        with FileLock(file.with_suffix(".lock")):
-            if not is_whole(file):
-                left = write_source(rows, encoder, file, workers)
+        if not is_whole(file):  # nothing is written else: the folder may be read-only
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            # One writer per shared cache folder; the others find the file.
+            with FileLock(file.with_suffix(".lock")):
+                if not is_whole(file):
+                    left = write_source(rows, encoder, file, workers)
     except OSError as error:
         raise UserError(
             f"cannot write the tokenised rows of {source.path} to data.cache_dir={cache_dir}: "
