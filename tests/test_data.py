@@ -26,6 +26,7 @@ from alphatoken.data.batches import Layout, Order, micro_batches
 from alphatoken.data.cache import TokenDataset, tokenise
 from alphatoken.data.chat import Encoded, Encoder, PromptEncoder, Skipped
 from alphatoken.data.rows import Chat
+from alphatoken.data.sources import OpenSource
 from alphatoken.data.splits import Prompts, load_prompts, load_splits
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
@@ -395,6 +396,21 @@ def test_rows_of_more_fields_than_the_header_are_refused(
     file.write_text(text)
     with pytest.raises(UserError, match=rf"^{file}: the header has {found}: name every column"):
         read(str(tmp_path / name), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_words_of_a_table_in_text_are_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, separator: str
+) -> None:
+    """None and null are answers; what is empty is missing."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    words = ["None", "NA", "null", "nan", "N/A", ""]
+    rows = [["prompt", "response"], *([f"{word}?", word] for word in words)]
+    file = tmp_path / name
+    file.write_text("".join(separator.join(row) + "\n" for row in rows))
+    found = [row.fields for row in OpenSource(Source(path=str(file))).raw()]
+    expected = [{"prompt": f"{word}?", "response": word} for word in words[:-1]]
+    assert found == [*expected, {"prompt": "?"}]
 
 
 def test_a_header_may_name_a_column_as_pandas_does(

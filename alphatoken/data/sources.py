@@ -27,6 +27,8 @@ from alphatoken.util.files import file_sha256
 LINES = (".jsonl", ".jsonl.gz", ".ndjson")
 SUFFIXES = (*LINES, ".parquet")
 """Files that are read here, row by row, with the line in errors."""
+IN_TEXT: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""How tables in text are read: only an empty field is missing, and None or NA is an answer."""
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".json.gz": ("json", {}),
@@ -34,9 +36,9 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl.gz": ("json", {}),
     ".jsonl.zst": ("json", {}),
     ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".csv.gz": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", IN_TEXT),
+    ".csv.gz": ("csv", IN_TEXT),
+    ".tsv": ("csv", {"sep": "\t", **IN_TEXT}),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
