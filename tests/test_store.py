@@ -73,10 +73,13 @@ def kept_in_first_step(run: Run) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("contrast", [{"contrast_from": "drawn"}, {"reliability": True}])
 def test_a_store_gives_the_masks_of_scoring_while_training(
-    run_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], contrast: dict[str, Any]
 ) -> None:
-    run_values["valuation"] |= {"contrast": 1.0, "contrast_from": "drawn"}
+    """Also where B is of scored tokens, of which there are none before: of the first step's rows,
+    in halves."""
+    run_values["valuation"] |= {"contrast": 1.0, **contrast}
     online = run_of(run_values)
     expected = kept_in_first_step(online)
     store = value_rows(online)
@@ -109,6 +112,26 @@ def test_a_store_says_of_every_response_token_what_it_is_worth(
         )
         assert all(nll > 0 for nll in fields["nll"])
         assert len(fields["spread"]) == len(kept)
+
+
+def test_valuing_collects_nothing_for_steps_that_do_not_come(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B of scored tokens is for later steps, and costs an outer product per token and linear. A run
+    that goes on afterwards collects."""
+    added: list[str] = []
+    monkeypatch.setattr(
+        "alphatoken.values.ghost.scored_mean.ScoredMean.add",
+        lambda _, name, *signals: added.append(name),
+    )
+    run_values["valuation"] |= {"contrast": 1.0, "stability_weight": 0.0}
+    run = run_of(run_values)
+    table = table_of(value_rows(run))
+    assert not added
+    assert bool((numbers(table, "direct_contrast") != 0).any()), "B is of drawn rows"
+    (batch, *_) = Feed(run).training(0).batches
+    run.model.assess(batch)
+    assert added
 
 
 @pytest.mark.slow

@@ -112,10 +112,12 @@ def value_rows(run: Run) -> Path:
         return folder.path
     tokens = sum(report.response_tokens for report in part.reports)
     own_tokens = math.ceil(tokens / collectives.world_size())
-    with evaluating(run.model.lm), torch.no_grad():
+    scorer = run.model.scorer
+    assert scorer is not None, "valuation is enabled"
+    with evaluating(run.model.lm), torch.no_grad(), scorer.without_later_steps():
         feed = Feed(run)
         refresh = held_out_refresh(run, feed)
-        assert refresh is not None, "valuation is enabled"
+        assert refresh is not None, "there is a scorer"
         refresh.before(0, own_tokens)
         fill(
             folder,
