@@ -114,6 +114,19 @@ def test_a_store_says_of_every_response_token_what_it_is_worth(
         assert len(fields["spread"]) == len(kept)
 
 
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_terms_that_were_not_computed_are_not_stored(
+    run_values: dict[str, Any], estimator: str
+) -> None:
+    valuation = {"estimator": estimator, "split_terms": False, "reliability": True}
+    values = changed(run_values, valuation={**valuation, "stability_weight": 0.0})
+    if estimator == "exact":
+        del values["valuation"]["window"]
+    table = table_of(value_rows(run_of(values)))
+    assert set(table.column_names) == {"row", "id", "value", "spread", "nll", "kept"}
+    assert bool((numbers(table, "value") != 0).any())
+
+
 def test_valuing_collects_nothing_for_steps_that_do_not_come(
     run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.setup import Run, build_run
 from alphatoken.util.memory import peak_memory
 from alphatoken.util.wording import plural
+from alphatoken.values.algebra import TERMS
 
 BLOCK_ROWS = 512
 """The most rows that are written together, and lost together by a kill."""
@@ -145,7 +146,8 @@ def _columns(run: Run, batch: Batch) -> dict[str, Tensor]:
     facts = run.model.assess(batch)
     weighed = select(run.model.selections, facts)
     kept_BT = facts.response_index.put(weighed.choice.kept_R)
-    terms = {name: term_BT for name, term_BT in facts.values.items() if name != "composite"}
+    others = {"composite"} if run.config.valuation.split_terms else {"composite", *TERMS}
+    terms = {name: term_BT for name, term_BT in facts.values.items() if name not in others}
     return {
         "id": batch["targets"].int(),
         VALUE: facts.composite_BT,
