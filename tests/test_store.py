@@ -26,6 +26,7 @@ from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
+from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
 from alphatoken.store.rows_folder import Contents, RowsFolder
@@ -196,6 +197,32 @@ def test_pairs_have_values_of_both_responses(pair_values: dict[str, Any], tmp_pa
         recipe="preference",
     )
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "selection", [{"policy": "stored"}, {"veto": {"by": "stored", "threshold": 0.0}}]
+)
+def test_pairs_with_stored_values_are_steered_by_other_training_pairs(
+    pair_values: dict[str, Any], selection: dict[str, Any]
+) -> None:
+    """Those are held out by their chosen responses alone, without stored values; rows of B, which a
+    veto by stored values is asked about, have them."""
+    values = changed(pair_values, valuation={"stability_weight": 0.0})
+    objective = PreferenceObjective(validate(PreferenceRunConfig, values, "test").preference)
+    store = value_rows(build_run(validate(PreferenceRunConfig, values, "test"), objective))
+    values = changed(
+        values,
+        selection={"store": str(store), **selection},
+        valuation={"held_out": "train", "contrast": 1.0, "contrast_from": "drawn"},
+    )
+    del values["data"]["validation"]
+    run = build_run(validate(PreferenceRunConfig, values, "test"), objective)
+    feed = Feed(run)
+    assert all("stored_value" not in batch for batch in feed.held_out(0))
+    assert all("stored_value" in batch for batch in feed.contrast(0))
+    Trainer(run).train()
+    assert metrics_of(values["train"]["output_dir"])[-1]["kept_tokens"] > 0
 
 
 @pytest.mark.slow

@@ -106,10 +106,13 @@ class Feed:
         return rows, self._on_host(train, rows, step, first_number=first)
 
     def by_row(self, part: TokenDataset, *, alone: bool = False) -> dict[str, ByRow]:
-        """What micro-batches of a part bring along of what lies on disk, by the name of the column;
-        `alone` are the chosen responses of pairs."""
+        """What micro-batches of a part bring along of what lies on disk, by the name of the column.
+        Nothing where the chosen responses of pairs are laid out `alone`: what lies there is of both
+        responses, and these only steer values."""
         run, found = self._run, dict[str, ByRow]()
-        nll = None if run.reference is None or alone else run.reference.cached(part)
+        if alone:
+            return found
+        nll = None if run.reference is None else run.reference.cached(part)
         if nll is not None:
             found["reference_nll"] = nll
         if run.stored is not None and part is run.splits.train:
