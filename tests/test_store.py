@@ -405,6 +405,11 @@ def test_values_of_pairs_depend_on_the_objective(
             {"selection": {"policy": "stored", "store": "values"}},
             "selection reads stored values .* which are made here",
         ),
+        (
+            {"valuation": {"balance": "std", "fisher": "F", "reference": "R"}},
+            "valuation.balance=std divides by .* steps before, .*valuation.reference=R .*count "
+            "nothing; set valuation.balance=none",
+        ),
     ],
 )
 def test_what_cannot_be_valued_is_said_first(
@@ -412,6 +417,16 @@ def test_what_cannot_be_valued_is_said_first(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_valuing(RunConfig.model_validate(changed(run_values, **changes)))
+
+
+def test_a_balance_is_not_refused_where_there_is_nothing_to_balance(
+    run_values: dict[str, Any],
+) -> None:
+    """Without another reference the weights have not moved, so stability is zero either way."""
+    values = changed(run_values, valuation={"balance": "std", "fisher": "F"})
+    check_valuing(RunConfig.model_validate(values))
+    still = {"reference": "R", "stability_weight": 0.0}
+    check_valuing(RunConfig.model_validate(changed(values, valuation=still)))
 
 
 @pytest.mark.slow

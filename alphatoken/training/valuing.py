@@ -15,6 +15,7 @@ from alphatoken.batch import Batch
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.data.batches import Layout, row_tokens
 from alphatoken.distributed import collectives
 from alphatoken.errors import UserError
@@ -56,6 +57,7 @@ def check_valuing(config: RunConfig) -> None:
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
             "no later steps; leave it at 0"
         )
+    _check_balance(config.valuation)
     if config.needs_store:
         raise UserError(
             "selection reads stored values (policy or veto.by is stored), which are made here; "
@@ -65,6 +67,20 @@ def check_valuing(config: RunConfig) -> None:
         raise UserError(
             "selection.scope=global_batch chooses among the rows of an optimizer step, of which "
             "there is none here; choose sequence or micro_batch"
+        )
+
+
+def _check_balance(valuation: ValuationConfig) -> None:
+    """Refuses to balance a stability that may not be zero. Where the starting weights are the
+    reference it is, and `balance` changes nothing."""
+    stability = valuation.reference is not None and valuation.stability_weight > 0
+    if valuation.balance == "std" and stability:
+        raise UserError(
+            "valuation.balance=std divides by standard deviations that are measured in the steps "
+            "before, of which there are none here: with "
+            f"valuation.reference={valuation.reference} stability is not zero, and would count "
+            "nothing; set valuation.balance=none, where valuation.stability_weight multiplies "
+            "stability as it is, or valuation.stability_weight=0"
         )
 
 
