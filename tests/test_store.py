@@ -250,8 +250,8 @@ def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path
 def test_values_of_other_settings_are_not_taken_for_those_asked_for(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of held-out
-    rows that another order of data.train gives."""
+    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of another
+    B, which another order of data.train gives."""
     path = run_values["data"]["train"]
 
     def mixture(weight: float) -> list[dict[str, Any]]:
@@ -264,10 +264,9 @@ def test_values_of_other_settings_are_not_taken_for_those_asked_for(
         run_values,
         model={"lora": {"r": 2}},
         data={"train": mixture(1)},
-        valuation={"held_out": "train", "validation_sequences": 2, "stability_weight": 0.0},
+        valuation={"contrast": 1.0, "validation_sequences": 2, "stability_weight": 0.0},
         train={"global_batch_size": 8},
     )
-    del values["data"]["validation"]
     value_rows(run_of(values))
     cases: list[tuple[dict[str, dict[str, Any]], str]] = [
         ({"model": {"lora": {"r": 2, "alpha": 4}}}, "lora: .*'alpha': 16.0.* there"),
@@ -406,6 +405,11 @@ def test_values_of_pairs_depend_on_the_objective(
             "selection reads stored values .* which are made here",
         ),
         (
+            {"valuation": {"held_out": "train", "stability_weight": 0.0}},
+            "valuation.held_out=train takes held-out rows from data.train, .* all valued here: .*; "
+            "leave it at validation",
+        ),
+        (
             {"valuation": {"balance": "std", "fisher": "F", "reference": "R"}},
             "valuation.balance=std divides by .* steps before, .*valuation.reference=R .*count "
             "nothing; set valuation.balance=none",
@@ -415,8 +419,11 @@ def test_values_of_pairs_depend_on_the_objective(
 def test_what_cannot_be_valued_is_said_first(
     run_values: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
+    values = changed(run_values, **changes)
+    if "held_out" in changes.get("valuation", {}):
+        del values["data"]["validation"]
     with pytest.raises(UserError, match=message):
-        check_valuing(RunConfig.model_validate(changed(run_values, **changes)))
+        check_valuing(RunConfig.model_validate(values))
 
 
 def test_a_balance_is_not_refused_where_there_is_nothing_to_balance(
@@ -427,6 +434,34 @@ def test_a_balance_is_not_refused_where_there_is_nothing_to_balance(
     check_valuing(RunConfig.model_validate(values))
     still = {"reference": "R", "stability_weight": 0.0}
     check_valuing(RunConfig.model_validate(changed(values, valuation=still)))
+
+
+@pytest.mark.parametrize(
+    ("contrast", "step_rows", "in_b"),
+    [
+        ({}, 12, 0),
+        ({"contrast": 1.0}, 12, 5),
+        ({"contrast": 1.0, "contrast_from": "drawn"}, 28, 2),
+    ],
+)
+def test_it_is_said_how_many_rows_have_their_own_gradient_in_b(
+    run_values: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    contrast: dict[str, Any],
+    step_rows: int,
+    in_b: int,
+) -> None:
+    """B is of training rows that are not in the first step, as many as held-out ones where there
+    are so many; all rows are valued."""
+    values = changed(
+        run_values,
+        valuation={"stability_weight": 0.0, **contrast},
+        train={"global_batch_size": step_rows},
+    )
+    run_valuing(RunConfig.model_validate(values))
+    printed = capsys.readouterr().out
+    said = re.findall(r"B \(valuation.contrast\) is of (\d+) of the 30 rows", printed)
+    assert said == [str(in_b)] * bool(in_b)
 
 
 @pytest.mark.slow

@@ -57,6 +57,13 @@ def check_valuing(config: RunConfig) -> None:
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
             "no later steps; leave it at 0"
         )
+    if config.valuation.held_out == "train":
+        raise UserError(
+            "valuation.held_out=train takes held-out rows from data.train, whose rows are all "
+            "valued here: those of the held-out ones would be measured by their own gradient; "
+            "leave it at validation, and set data.validation to rows that data.train leaves out "
+            "({path: FILE, first: N}, with {path: FILE, skip: N} in data.train)"
+        )
     _check_balance(config.valuation)
     if config.needs_store:
         raise UserError(
@@ -99,7 +106,7 @@ def run_valuing(config: RunConfig) -> None:
             "folder in train.output_dir"
         )
     console = Console(highlight=False, quiet=collectives.rank() != 0)
-    for line in (*run.data_lines(), *run.notes):
+    for line in (*run.data_lines(), *run.notes, *_notes_on_b(run)):
         console.print(line, markup=False, soft_wrap=True)
     began = time.monotonic()
     folder = value_rows(run)
@@ -114,9 +121,20 @@ def run_valuing(config: RunConfig) -> None:
         )
 
 
+def _notes_on_b(run: Run) -> list[str]:
+    """How many values have a part of their own in B, for the log."""
+    if not run.config.valuation.contrast:
+        return []
+    count, valued = len(set(Feed(run).rows_of_b(0).tolist())), len(run.splits.train)
+    return [
+        f"B (valuation.contrast) is of {count} of the {plural(valued, 'row')} that are valued: the "
+        "gradient of their own tokens is in it, which lowers their values"
+    ]
+
+
 def value_rows(run: Run) -> Path:
     """The folder with the values of every response token of `data.train`; what it has already is
-    not computed again.
+    not computed again. The run is of a configuration that `check_valuing` lets pass.
 
     Held-out rows and B are those of a run's first step. Rows are laid out in micro-batches of
     `train.micro_batch_size` in order of length, within blocks of rows that are written together,
@@ -177,7 +195,6 @@ def _settings(run: Run) -> dict[str, object]:
     """What decides the values."""
     config = run.config
     model_sha256, _ = model_identity(dict(run.model.lm.named_parameters()), run.device)
-    held_out = config.valuation.held_out == "validation"
     return {
         "format_version": FORMAT_VERSION,
         **rows_settings(config, run.tokenizer, run.splits.train),
@@ -185,13 +202,13 @@ def _settings(run: Run) -> dict[str, object]:
         "dtype": config.model.dtype,
         # The scale of adapters is in none of their weights.
         "lora": None if config.model.lora is None else config.model.lora.model_dump(mode="json"),
-        "validation": run.inputs["data.validation"] if held_out else None,
+        "validation": run.inputs["data.validation"],
         "fisher": run.inputs["valuation.fisher"],
         "reference": run.inputs["reference.model"],
         "seed": config.train.seed,
         "micro_batch_size": config.train.micro_batch_size,
         "packing": config.data.packing,
-        # The order of data.train, which held-out rows and those of B may be taken from.
+        # The order of data.train, which rows of B are taken from.
         "global_batch_size": config.train.global_batch_size,
         "weights": run.splits.train.weights,
         # Key by key, so that a difference is named by its key.
