@@ -26,6 +26,7 @@ from alphatoken.config.file import validate
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.errors import UserError
+from alphatoken.objectives.preference import PreferenceObjective
 from alphatoken.objectives.supervised import SupervisedObjective
 from alphatoken.selection.select import select
 from alphatoken.store.rows_folder import Contents, RowsFolder
@@ -73,10 +74,13 @@ def kept_in_first_step(run: Run) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("contrast", [{"contrast_from": "drawn"}, {"reliability": True}])
 def test_a_store_gives_the_masks_of_scoring_while_training(
-    run_values: dict[str, Any], tmp_path: Path
+    run_values: dict[str, Any], contrast: dict[str, Any]
 ) -> None:
-    run_values["valuation"] |= {"contrast": 1.0, "contrast_from": "drawn"}
+    """Also where B is of scored tokens, of which there are none before: of the first step's rows,
+    in halves."""
+    run_values["valuation"] |= {"contrast": 1.0, **contrast}
     online = run_of(run_values)
     expected = kept_in_first_step(online)
     store = value_rows(online)
@@ -109,6 +113,39 @@ def test_a_store_says_of_every_response_token_what_it_is_worth(
         )
         assert all(nll > 0 for nll in fields["nll"])
         assert len(fields["spread"]) == len(kept)
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_terms_that_were_not_computed_are_not_stored(
+    run_values: dict[str, Any], estimator: str
+) -> None:
+    valuation = {"estimator": estimator, "split_terms": False, "reliability": True}
+    values = changed(run_values, valuation={**valuation, "stability_weight": 0.0})
+    if estimator == "exact":
+        del values["valuation"]["window"]
+    table = table_of(value_rows(run_of(values)))
+    assert set(table.column_names) == {"row", "id", "value", "spread", "nll", "kept"}
+    assert bool((numbers(table, "value") != 0).any())
+
+
+def test_valuing_collects_nothing_for_steps_that_do_not_come(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B of scored tokens is for later steps, and costs an outer product per token and linear. A run
+    that goes on afterwards collects."""
+    added: list[str] = []
+    monkeypatch.setattr(
+        "alphatoken.values.ghost.scored_mean.ScoredMean.add",
+        lambda _, name, *signals: added.append(name),
+    )
+    run_values["valuation"] |= {"contrast": 1.0, "stability_weight": 0.0}
+    run = run_of(run_values)
+    table = table_of(value_rows(run))
+    assert not added
+    assert bool((numbers(table, "direct_contrast") != 0).any()), "B is of drawn rows"
+    (batch, *_) = Feed(run).training(0).batches
+    run.model.assess(batch)
+    assert added
 
 
 @pytest.mark.slow
@@ -163,6 +200,32 @@ def test_pairs_have_values_of_both_responses(pair_values: dict[str, Any], tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "selection", [{"policy": "stored"}, {"veto": {"by": "stored", "threshold": 0.0}}]
+)
+def test_pairs_with_stored_values_are_steered_by_other_training_pairs(
+    pair_values: dict[str, Any], selection: dict[str, Any]
+) -> None:
+    """Those are held out by their chosen responses alone, without stored values; rows of B, which a
+    veto by stored values is asked about, have them."""
+    values = changed(pair_values, valuation={"stability_weight": 0.0})
+    objective = PreferenceObjective(validate(PreferenceRunConfig, values, "test").preference)
+    store = value_rows(build_run(validate(PreferenceRunConfig, values, "test"), objective))
+    values = changed(
+        values,
+        selection={"store": str(store), **selection},
+        valuation={"held_out": "train", "contrast": 1.0, "contrast_from": "drawn"},
+    )
+    del values["data"]["validation"]
+    run = build_run(validate(PreferenceRunConfig, values, "test"), objective)
+    feed = Feed(run)
+    assert all("stored_value" not in batch for batch in feed.held_out(0))
+    assert all("stored_value" in batch for batch in feed.contrast(0))
+    Trainer(run).train()
+    assert metrics_of(values["train"]["output_dir"])[-1]["kept_tokens"] > 0
+
+
+@pytest.mark.slow
 def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path: Path) -> None:
     store = value_rows(run_of(run_values))
     longer = changed(run_values, data={"max_length": 999})
@@ -187,8 +250,8 @@ def test_a_store_of_other_tokens_is_refused(run_values: dict[str, Any], tmp_path
 def test_values_of_other_settings_are_not_taken_for_those_asked_for(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of held-out
-    rows that another order of data.train gives."""
+    """Of adapters whose scale differs, of rows that are laid out together otherwise, or of another
+    B, which another order of data.train gives."""
     path = run_values["data"]["train"]
 
     def mixture(weight: float) -> list[dict[str, Any]]:
@@ -201,10 +264,9 @@ def test_values_of_other_settings_are_not_taken_for_those_asked_for(
         run_values,
         model={"lora": {"r": 2}},
         data={"train": mixture(1)},
-        valuation={"held_out": "train", "validation_sequences": 2, "stability_weight": 0.0},
+        valuation={"contrast": 1.0, "validation_sequences": 2, "stability_weight": 0.0},
         train={"global_batch_size": 8},
     )
-    del values["data"]["validation"]
     value_rows(run_of(values))
     cases: list[tuple[dict[str, dict[str, Any]], str]] = [
         ({"model": {"lora": {"r": 2, "alpha": 4}}}, "lora: .*'alpha': 16.0.* there"),
@@ -342,13 +404,64 @@ def test_values_of_pairs_depend_on_the_objective(
             {"selection": {"policy": "stored", "store": "values"}},
             "selection reads stored values .* which are made here",
         ),
+        (
+            {"valuation": {"held_out": "train", "stability_weight": 0.0}},
+            "valuation.held_out=train takes held-out rows from data.train, .* all valued here: .*; "
+            "leave it at validation",
+        ),
+        (
+            {"valuation": {"balance": "std", "fisher": "F", "reference": "R"}},
+            "valuation.balance=std divides by .* steps before, .*valuation.reference=R .*count "
+            "nothing; set valuation.balance=none",
+        ),
     ],
 )
 def test_what_cannot_be_valued_is_said_first(
     run_values: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
+    values = changed(run_values, **changes)
+    if "held_out" in changes.get("valuation", {}):
+        del values["data"]["validation"]
     with pytest.raises(UserError, match=message):
-        check_valuing(RunConfig.model_validate(changed(run_values, **changes)))
+        check_valuing(RunConfig.model_validate(values))
+
+
+def test_a_balance_is_not_refused_where_there_is_nothing_to_balance(
+    run_values: dict[str, Any],
+) -> None:
+    """Without another reference the weights have not moved, so stability is zero either way."""
+    values = changed(run_values, valuation={"balance": "std", "fisher": "F"})
+    check_valuing(RunConfig.model_validate(values))
+    still = {"reference": "R", "stability_weight": 0.0}
+    check_valuing(RunConfig.model_validate(changed(values, valuation=still)))
+
+
+@pytest.mark.parametrize(
+    ("contrast", "step_rows", "in_b"),
+    [
+        ({}, 12, 0),
+        ({"contrast": 1.0}, 12, 5),
+        ({"contrast": 1.0, "contrast_from": "drawn"}, 28, 2),
+    ],
+)
+def test_it_is_said_how_many_rows_have_their_own_gradient_in_b(
+    run_values: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    contrast: dict[str, Any],
+    step_rows: int,
+    in_b: int,
+) -> None:
+    """B is of training rows that are not in the first step, as many as held-out ones where there
+    are so many; all rows are valued."""
+    values = changed(
+        run_values,
+        valuation={"stability_weight": 0.0, **contrast},
+        train={"global_batch_size": step_rows},
+    )
+    run_valuing(RunConfig.model_validate(values))
+    printed = capsys.readouterr().out
+    said = re.findall(r"B \(valuation.contrast\) is of (\d+) of the 30 rows", printed)
+    assert said == [str(in_b)] * bool(in_b)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class Feed:
         self._train_order = self._order(run.splits.train, TRAINING)
         self._training = Ahead(self._training_on_host)
         if run.config.valuation.enabled and run.config.valuation.contrast:
-            self._contrast_rows(0)  # raises before training if there are too few
+            self.rows_of_b(0)  # raises before training if there are too few
 
     def training(self, step: int) -> StepRows:
         """The rows of optimizer step `step` (from 0); those of the next are then read and laid out
@@ -81,9 +81,17 @@ class Feed:
         """Training rows for B at the refresh before optimizer step `step`: the next ones of the
         order that are neither scored before the next refresh nor held out, as many as held-out
         rows."""
-        rows, train = self._contrast_rows(step), self._run.splits.train
+        rows, train = self.rows_of_b(step), self._run.splits.train
         size = self._steering_size(train, rows)
         return self._delivered(self._on_host(train, rows, step, size=size))
+
+    def rows_of_b(self, step: int) -> Indices:
+        """The rows of `contrast`, by their number in `data.train`, over all ranks."""
+        config, train = self._run.config, self._run.splits.train
+        held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
+        rows = self._next_rows(step, without=held_out)
+        check_rows_of_b(config, len(train), len(rows))  # a mixture may repeat rows
+        return rows
 
     def first_held_out(self, count: int) -> list[Batch]:
         """The first `count` rows of `data.validation` in the order of the file, for benchmarks."""
@@ -106,22 +114,18 @@ class Feed:
         return rows, self._on_host(train, rows, step, first_number=first)
 
     def by_row(self, part: TokenDataset, *, alone: bool = False) -> dict[str, ByRow]:
-        """What micro-batches of a part bring along of what lies on disk, by the name of the column;
-        `alone` are the chosen responses of pairs."""
+        """What micro-batches of a part bring along of what lies on disk, by the name of the column.
+        Nothing where the chosen responses of pairs are laid out `alone`: what lies there is of both
+        responses, and these only steer values."""
         run, found = self._run, dict[str, ByRow]()
-        nll = None if run.reference is None or alone else run.reference.cached(part)
+        if alone:
+            return found
+        nll = None if run.reference is None else run.reference.cached(part)
         if nll is not None:
             found["reference_nll"] = nll
         if run.stored is not None and part is run.splits.train:
             found["stored_value"] = run.stored
         return found
-
-    def _contrast_rows(self, step: int) -> Indices:
-        config, train = self._run.config, self._run.splits.train
-        held_out = self._next_rows(step) if config.valuation.held_out == "train" else ()
-        rows = self._next_rows(step, without=held_out)
-        check_rows_of_b(config, len(train), len(rows))  # a mixture may repeat rows
-        return rows
 
     def _next_rows(self, step: int, without: Iterable[int] = ()) -> Indices:
         """The next `validation_sequences` rows of the training order which neither the steps from

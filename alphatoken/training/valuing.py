@@ -15,6 +15,7 @@ from alphatoken.batch import Batch
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.data.batches import Layout, row_tokens
 from alphatoken.distributed import collectives
 from alphatoken.errors import UserError
@@ -32,6 +33,7 @@ from alphatoken.training.feed import Feed, held_out_refresh
 from alphatoken.training.setup import Run, build_run
 from alphatoken.util.memory import peak_memory
 from alphatoken.util.wording import plural
+from alphatoken.values.algebra import TERMS
 
 BLOCK_ROWS = 512
 """The most rows that are written together, and lost together by a kill."""
@@ -55,6 +57,14 @@ def check_valuing(config: RunConfig) -> None:
             f"valuation.start_step={config.valuation.start_step}: a model that is not trained has "
             "no later steps; leave it at 0"
         )
+    if config.valuation.held_out == "train":
+        raise UserError(
+            "valuation.held_out=train takes held-out rows from data.train, whose rows are all "
+            "valued here: those of the held-out ones would be measured by their own gradient; "
+            "leave it at validation, and set data.validation to rows that data.train leaves out "
+            "({path: FILE, first: N}, with {path: FILE, skip: N} in data.train)"
+        )
+    _check_balance(config.valuation)
     if config.needs_store:
         raise UserError(
             "selection reads stored values (policy or veto.by is stored), which are made here; "
@@ -64,6 +74,20 @@ def check_valuing(config: RunConfig) -> None:
         raise UserError(
             "selection.scope=global_batch chooses among the rows of an optimizer step, of which "
             "there is none here; choose sequence or micro_batch"
+        )
+
+
+def _check_balance(valuation: ValuationConfig) -> None:
+    """Refuses to balance a stability that may not be zero. Where the starting weights are the
+    reference it is, and `balance` changes nothing."""
+    stability = valuation.reference is not None and valuation.stability_weight > 0
+    if valuation.balance == "std" and stability:
+        raise UserError(
+            "valuation.balance=std divides by standard deviations that are measured in the steps "
+            "before, of which there are none here: with "
+            f"valuation.reference={valuation.reference} stability is not zero, and would count "
+            "nothing; set valuation.balance=none, where valuation.stability_weight multiplies "
+            "stability as it is, or valuation.stability_weight=0"
         )
 
 
@@ -82,7 +106,7 @@ def run_valuing(config: RunConfig) -> None:
             "folder in train.output_dir"
         )
     console = Console(highlight=False, quiet=collectives.rank() != 0)
-    for line in (*run.data_lines(), *run.notes):
+    for line in (*run.data_lines(), *run.notes, *_notes_on_b(run)):
         console.print(line, markup=False, soft_wrap=True)
     began = time.monotonic()
     folder = value_rows(run)
@@ -97,9 +121,20 @@ def run_valuing(config: RunConfig) -> None:
         )
 
 
+def _notes_on_b(run: Run) -> list[str]:
+    """How many values have a part of their own in B, for the log."""
+    if not run.config.valuation.contrast:
+        return []
+    count, valued = len(set(Feed(run).rows_of_b(0).tolist())), len(run.splits.train)
+    return [
+        f"B (valuation.contrast) is of {count} of the {plural(valued, 'row')} that are valued: the "
+        "gradient of their own tokens is in it, which lowers their values"
+    ]
+
+
 def value_rows(run: Run) -> Path:
     """The folder with the values of every response token of `data.train`; what it has already is
-    not computed again.
+    not computed again. The run is of a configuration that `check_valuing` lets pass.
 
     Held-out rows and B are those of a run's first step. Rows are laid out in micro-batches of
     `train.micro_batch_size` in order of length, within blocks of rows that are written together,
@@ -112,10 +147,12 @@ def value_rows(run: Run) -> Path:
         return folder.path
     tokens = sum(report.response_tokens for report in part.reports)
     own_tokens = math.ceil(tokens / collectives.world_size())
-    with evaluating(run.model.lm), torch.no_grad():
+    scorer = run.model.scorer
+    assert scorer is not None, "valuation is enabled"
+    with evaluating(run.model.lm), torch.no_grad(), scorer.without_later_steps():
         feed = Feed(run)
         refresh = held_out_refresh(run, feed)
-        assert refresh is not None, "valuation is enabled"
+        assert refresh is not None, "there is a scorer"
         refresh.before(0, own_tokens)
         fill(
             folder,
@@ -143,7 +180,8 @@ def _columns(run: Run, batch: Batch) -> dict[str, Tensor]:
     facts = run.model.assess(batch)
     weighed = select(run.model.selections, facts)
     kept_BT = facts.response_index.put(weighed.choice.kept_R)
-    terms = {name: term_BT for name, term_BT in facts.values.items() if name != "composite"}
+    others = {"composite"} if run.config.valuation.split_terms else {"composite", *TERMS}
+    terms = {name: term_BT for name, term_BT in facts.values.items() if name not in others}
     return {
         "id": batch["targets"].int(),
         VALUE: facts.composite_BT,
@@ -157,7 +195,6 @@ def _settings(run: Run) -> dict[str, object]:
     """What decides the values."""
     config = run.config
     model_sha256, _ = model_identity(dict(run.model.lm.named_parameters()), run.device)
-    held_out = config.valuation.held_out == "validation"
     return {
         "format_version": FORMAT_VERSION,
         **rows_settings(config, run.tokenizer, run.splits.train),
@@ -165,13 +202,13 @@ def _settings(run: Run) -> dict[str, object]:
         "dtype": config.model.dtype,
         # The scale of adapters is in none of their weights.
         "lora": None if config.model.lora is None else config.model.lora.model_dump(mode="json"),
-        "validation": run.inputs["data.validation"] if held_out else None,
+        "validation": run.inputs["data.validation"],
         "fisher": run.inputs["valuation.fisher"],
         "reference": run.inputs["reference.model"],
         "seed": config.train.seed,
         "micro_batch_size": config.train.micro_batch_size,
         "packing": config.data.packing,
-        # The order of data.train, which held-out rows and those of B may be taken from.
+        # The order of data.train, which rows of B are taken from.
         "global_batch_size": config.train.global_batch_size,
         "weights": run.splits.train.weights,
         # Key by key, so that a difference is named by its key.

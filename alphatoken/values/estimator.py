@@ -4,7 +4,8 @@ values a batch."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,8 @@ class Scorer(ABC):
         rows; None for all. A training run with a veto sets it."""
         self.first_moment: FirstMoment | None = None
         """The optimizer's, where `valuation.contrast_from` is moment; set once it is built."""
+        self.is_followed = True
+        """Whether later steps may read what is scored now; see `without_later_steps`."""
 
     @classmethod
     @abstractmethod
@@ -153,6 +156,16 @@ class Scorer(ABC):
     def needs_contrast_rows(self) -> bool:
         """Whether the next `refresh` with held-out rows must be given training rows for B."""
         return self.config.contrast_source == "drawn"
+
+    @contextmanager
+    def without_later_steps(self) -> Iterator[None]:
+        """For scoring that no optimizer step follows: nothing of what is scored inside is collected
+        for `after_step`."""
+        self.is_followed = False
+        try:
+            yield
+        finally:
+            self.is_followed = True
 
     def after_step(self) -> None:
         """Takes over, after an optimizer step, what later steps are to know of the tokens scored in

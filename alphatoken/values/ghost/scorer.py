@@ -156,6 +156,7 @@ class GhostScorer(Scorer):
             contrast=self.config.contrast,
             spread=self.config.reliability,
         )
+        scored = self._scored if self.is_followed else None
 
         @contextmanager
         def contracting(layer: int) -> Iterator[SignalConsumer]:
@@ -169,15 +170,15 @@ class GhostScorer(Scorer):
                 name = signals.linear.name
                 finite = sums.add(signals, contractions[name], self.config.stability_weight)
                 self._nonfinite[self._places[name]] |= ~finite
-                if self._scored is not None:
-                    _add_response(self._scored, signals)
+                if scored is not None:
+                    _add_response(scored, signals)
 
             yield add
-            if self._scored is not None and not self._resident:
-                self._scored.reduce(self._names(layer))
+            if scored is not None and not self._resident:
+                scored.reduce(self._names(layer))
 
-        if self._scored is not None:
-            self._scored.count(batch["response_index"].count)
+        if scored is not None:
+            scored.count(batch["response_index"].count)
 
         nll_BT = self.tower.run(entry, batch, contracting, window=self.config.window)
         # (1, lambda), unless `balance: std` has measured other ones.
