@@ -535,6 +535,45 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
     assert all(key in str(failure.value) for key in ("optim.lr", "valuation.window", "train.seed"))
 
 
+FILES_AND_FOLDERS = (
+    "model.name_or_path",
+    "model.chat_template",
+    "data.cache_dir",
+    "deepspeed.config",
+    "evaluation.compare_with",
+    "evaluation.output",
+    "fisher.output",
+    "reference.cache",
+    "reference.model",
+    "selection.store",
+    "train.output_dir",
+    "train.resume",
+    "valuation.fisher",
+    "valuation.reference",
+)
+
+
+def test_every_path_may_begin_with_the_home_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [f"{key}=~/some/{key}" for key in FILES_AND_FOLDERS]
+    found = flat(load_config(RunConfig, file, overrides).model_dump(mode="json"))
+    assert {key: found[key] for key in FILES_AND_FOLDERS} == {
+        key: f"{tmp_path}/some/{key}" for key in FILES_AND_FOLDERS
+    }
+    assert load_config(RunConfig, file).data.cache_dir == tmp_path / ".cache" / "alphatoken"
+
+
+@pytest.mark.parametrize("key", FILES_AND_FOLDERS)
+def test_a_path_that_names_nothing_is_refused(file: Path, key: str) -> None:
+    for value in ("", "  "):
+        with pytest.raises(UserError, match=rf"  {key}: .*not '{value}'"):
+            load_config(RunConfig, file, [f"{key}='{value}'"])
+    with pytest.raises(UserError, match=rf"  {key}: .*no user of this machine.*~no-body/x'"):
+        load_config(RunConfig, file, [f"{key}=~no-body/x"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
