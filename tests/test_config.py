@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from alphatoken.cli import readable_errors
 from alphatoken.config.choices import OneOf, register
@@ -19,7 +20,13 @@ from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
-from alphatoken.distributed.settings import deepspeed_config, without_ranks
+from alphatoken.distributed.settings import (
+    KNOWN_KEYS,
+    OUR_FIELDS,
+    PARALLELISMS,
+    deepspeed_config,
+    without_ranks,
+)
 from alphatoken.errors import UserError
 from alphatoken.selection.step import vetoes_on_b
 
@@ -760,12 +767,138 @@ def test_deepspeed_keys_that_are_ours_are_refused(
             deepspeed_config(config, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", 'must hold a mapping such as {"zero_optimization": {"stage": 3}}, not []'),
+        ('"zero3"', 'must hold a mapping such as {"zero_optimization": {"stage": 3}}, not "zero3"'),
+        ("# caf\udce9", "is not text in UTF-8"),
+        ("{", "is not valid JSON"),
+        ("[" * 200_000, "is nested too deeply"),
+        ('{"zero_optimization": {"stage": ' + "1" * 5000 + "}}", "is not valid JSON"),
+        (
+            '{"zero_optimization": {"stage": 3, "stage": 1}}',
+            "gives the key 'stage' twice: remove one of them",
+        ),
+    ],
+    ids=["list", "string", "latin", "json", "deep", "long", "twice"],
+)
+def test_a_deepspeed_file_that_is_no_mapping_is_named(
+    run_values: dict[str, Any], tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(text, errors="surrogateescape")
+    config = RunConfig.model_validate({**run_values, "deepspeed": {"config": str(file)}})
+    with pytest.raises(UserError) as failure:
+        deepspeed_config(config, world_size=1)
+    assert f"deepspeed.config {file} {message}" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "sets 'zero_optimisation', which DeepSpeed does not know and would pass over; did you "
+            "mean zero_optimization?",
+        ),
+        ({"Zero-Optimization": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"zero_optimizer": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"zero": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"wall_clock_breakdwon": True}, "did you mean wall_clock_breakdown?"),
+        ({"stage": 3}, "did you mean zero_optimization.stage?"),
+        (
+            {"stage3_prefetch_bucket_size": 1},
+            "did you mean zero_optimization.stage3_prefetch_bucket_size?",
+        ),
+        (
+            {"zero_optimization": []},
+            'sets zero_optimization=[]: write a mapping such as {"stage": 3}, or remove it',
+        ),
+        ({"zero_optimization": None}, "sets zero_optimization=null: write a mapping"),
+        ({"zero_optimization": True}, "sets zero_optimization=true: write a mapping"),
+        (
+            {"zero_optimization": {"stage": "3"}},
+            'sets zero_optimization.stage="3": write 0, 1, 2 or 3, without quotes',
+        ),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true: write 0, 1, 2 or"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: write 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "stge": 3}},
+            "sets zero_optimization.stge, which DeepSpeed does not know; did you mean stage?",
+        ),
+        (
+            {"zero_optimization": {"stage3_prefetch_bucket_sise": 3}},
+            "did you mean stage3_prefetch_bucket_size?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            'sets zero_optimization.offload_optimizer="cpu": write a mapping, such as '
+            '{"device": "cpu"}',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "sets zero_optimization.offload_optimizer.devise, which DeepSpeed does not know; did "
+            "you mean device?",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "disk"}}},
+            "sets zero_optimization.offload_param.device=\"disk\": input should be 'none', 'cpu' "
+            "or 'nvme'",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": -1}},
+            "sets zero_optimization.reduce_bucket_size=-1: input should be greater than 0",
+        ),
+        (
+            {"wall_clock_breakdown": False, "eigenvalue": {}},
+            "sets eigenvalue={}, which is not accepted by DeepSpeed: Eigenvalue-based",
+        ),
+        ({"aio": [1]}, "sets aio=[1], which is not accepted by DeepSpeed: "),
+    ],
+)
+def test_what_deepspeed_would_not_take_or_pass_over_is_refused(
+    run_values: dict[str, Any], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(values))
+    for given, origin in ((values, "deepspeed.config"), (str(file), f"deepspeed.config {file}")):
+        config = RunConfig.model_validate({**run_values, "deepspeed": {"config": given}})
+        with pytest.raises(UserError) as failure:
+            deepspeed_config(config, world_size=1)
+        assert str(failure.value).startswith(origin)
+        assert message in str(failure.value)
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    """A misspelt one is told by those it is like."""
+    read = set[str]()
+
+    class Recorded(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            read.add(str(key))
+            return super().__contains__(key)
+
+        def keys(self) -> Any:
+            return self
+
+    DeepSpeedConfig(Recorded(train_micro_batch_size_per_gpu=1))
+    assert "zero_optimization" in read
+    assert read <= {*KNOWN_KEYS, *OUR_FIELDS, *PARALLELISMS}
+
+
 def test_deepspeed_keys_that_are_not_ours_pass_through(run_values: dict[str, Any]) -> None:
     zero = {
         "zero_optimization": {"stage": 2, "zero_quantized_nontrainable_weights": False},
         "communication_data_type": "fp32",
         "gradient_allreduce_op": "mean",
         "compile": {"deepcompile": False},
+        "_comment": "DeepSpeed passes over what it does not know",
+        "remark": "so do we, where it is like none of its keys",
     }
     config = RunConfig.model_validate({**run_values, "deepspeed": {"config": zero}})
     complete = deepspeed_config(config, world_size=3)
