@@ -14,7 +14,7 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.choices import OneOf, register
 from alphatoken.config.estimators import ESTIMATORS
 from alphatoken.config.evaluating import EvaluationRunConfig
-from alphatoken.config.file import flat, load_config, may_change, save_config, validate
+from alphatoken.config.file import flat, load_config, may_change, save_config, sections_of, validate
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceRunConfig
@@ -360,6 +360,17 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ("model.name_or_path=null", "model.name_or_path: input should be a valid string, not None"),
         ("train.output_dir", "override 'train.output_dir' is not of the form section.key=value"),
         ("optim.lr=[", "override 'optim.lr=[': the value is not valid YAML"),
+        (
+            "model.chat_template_date=2026-13-45",
+            "override 'model.chat_template_date=2026-13-45': the value is not valid YAML: "
+            "'2026-13-45' is no timestamp: month must be in 1..12; text belongs in quotes",
+        ),
+        ("train.seed=!!int abc", "YAML: 'abc' is no int: invalid literal"),
+        ("train.seed=!!int ''", "YAML: '' is no int; text"),
+        ("train.seed=!!bool x", "YAML: 'x' is no bool; text"),
+        ("model.chat_template_date=!!timestamp abc", "YAML: 'abc' is no timestamp; text"),
+        ("train.seed=" + "1" * 5000, "1111...' is no int: Exceeds the limit"),
+        ("train.seed=" + "[" * 5000, "the value is not valid YAML: it is nested too deeply"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_value(file: Path, override: str, message: str) -> None:
@@ -590,6 +601,13 @@ def test_a_path_that_names_nothing_is_refused(file: Path, key: str) -> None:
         ("train: {{ folder }}", r"\{'folder': None\} is no key"),
         ("? [a, b]\n: c", r"\['a', 'b'\] is no key"),
         ("# caf\udce9", "is not valid YAML, which is text in UTF-8"),
+        (
+            "model: {a: 1}\nb: 2026-13-45",
+            r"'2026-13-45' is no timestamp: month must be (?s:.)*line 2",
+        ),
+        ("model: {<<: {a: 1}, <<: {b: 2}}", "key '<<' is given twice"),
+        ("model: {<<: 4}", "expected a mapping or list of mappings for merging"),
+        ("model: " + "[" * 5000, "is not valid YAML: it is nested too deeply"),
     ],
 )
 def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
@@ -597,6 +615,26 @@ def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as failure:
         load_config(RunConfig, file)
     assert str(file) in str(failure.value)
+
+
+def test_a_mapping_may_be_merged_into_others(file: Path) -> None:
+    """Its own keys count before those merged into it, wherever YAML reads them first."""
+    file.write_text(
+        MINIMAL
+        + """
+selection:
+  veto: {by: loss, share: 0.1}
+  chosen: &chosen {<<: &base {keep_ratio: 0.2, min_keep: 3}, keep_ratio: 0.4}
+  rejected: {<<: [*chosen, *base], min_keep: 5}
+preference: {}
+"""
+    )
+    chosen, rejected = load_config(PreferenceRunConfig, file).selections
+    assert (chosen.keep_ratio, chosen.min_keep) == (0.4, 3)
+    assert (rejected.keep_ratio, rejected.min_keep) == (0.4, 5)
+    # The outer mapping is read before the inner one that it takes keys of.
+    values = sections_of("a: {b: &b {<<: {k: 1, l: 2}, k: 3}}\nc: {<<: *b, l: 4}", file)
+    assert values == {"a": {"b": {"k": 3, "l": 2}}, "c": {"k": 3, "l": 4}}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
