@@ -28,9 +28,13 @@ from alphatoken.checkpoints.files import (
     universal_folder,
     write_description,
 )
+<<<<<<< HEAD
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import accepted_changes
 from alphatoken.checkpoints.saving import Checkpoints
+=======
+from alphatoken.checkpoints.resuming import accepted_changes, find_checkpoint
+>>>>>>> config-faults
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.checkpoints.weight_files import WeightFiles
 from alphatoken.config.file import validate
@@ -98,6 +102,61 @@ def test_a_list_without_a_ranks_file_is_told_by_its_name() -> None:
     }
     assert set(missing_files(set(whole) - lacking, 12)) == lacking
     assert len(missing_files(whole, 13)) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "null",
+        '"sha256"',
+        '{"format_version": 4, "sha256": 5}',
+        '{"format_version": {}, "sha256": ""}',
+        '{"step": ' + "1" * 5000 + "}",
+        "[" * 100_000,
+        "\udce9",
+    ],
+    ids=["list", "number", "null", "text", "hash", "version", "digits", "deep", "latin"],
+)
+def test_a_description_of_another_shape_is_damage(
+    run_values: dict[str, Any], tmp_path: Path, text: str
+) -> None:
+    """The checkpoint before it is resumed from."""
+    values = changed(run_values, train={"output_dir": str(tmp_path / "run"), "resume": "auto"})
+    config = validate(RunConfig, values, "of the test")
+    older, newest = (tmp_path / "run" / "checkpoints" / name for name in ("step-1", "step-2"))
+    for folder in (older, newest):
+        folder.mkdir(parents=True)
+    description = {"step": 1, "world_size": 1, "config": config.model_dump(mode="json")}
+    write_description(older, {"format_version": FORMAT_VERSION, "files": {}, **description})
+    (newest / DESCRIPTION).write_text(text, errors="surrogateescape")
+    assert str(newest / DESCRIPTION) in (damage(newest) or "")
+    found = find_checkpoint(config, 1)
+    assert found is not None
+    assert found.checkpoint == older
+    assert f"warning: not resuming from {newest}: " in str(found.notes[0])
+    named = validate(RunConfig, changed(values, train={"resume": str(newest)}), "of the test")
+    with pytest.raises(UserError, match=f"cannot resume from {newest}: "):
+        find_checkpoint(named, 1)
+
+
+def test_a_checkpoint_may_be_the_current_folder_and_must_be_one(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resumed(path: str) -> None:
+        values = changed(run_values, train={"resume": path})
+        find_checkpoint(validate(RunConfig, values, "of the test"), 1)
+
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    monkeypatch.chdir(checkpoint)
+    for path in (".", "./", "../step-1"):
+        with pytest.raises(UserError, match=r"step-1/complete.json cannot be read"):
+            resumed(path)
+    for path in ("/", "runs/-universal"):
+        with pytest.raises(UserError, match=f"train.resume={path} is no checkpoint; name a folder"):
+            resumed(path)
 
 
 def test_a_folder_that_does_not_show_all_files_is_not_converted(

@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from alphatoken.cli import readable_errors
 from alphatoken.config.choices import OneOf, register
 from alphatoken.config.estimators import ESTIMATORS
 from alphatoken.config.evaluating import EvaluationRunConfig
-from alphatoken.config.file import flat, load_config, may_change, save_config, validate
+from alphatoken.config.file import flat, load_config, may_change, save_config, sections_of, validate
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
-from alphatoken.distributed.settings import deepspeed_config, without_ranks
+from alphatoken.distributed.settings import (
+    KNOWN_KEYS,
+    OUR_FIELDS,
+    PARALLELISMS,
+    deepspeed_config,
+    without_ranks,
+)
 from alphatoken.errors import UserError
 from alphatoken.selection.step import vetoes_on_b
 
@@ -485,6 +492,17 @@ def test_the_saved_configuration_reads_back_the_same(file: Path, tmp_path: Path)
         ("model.name_or_path=null", "model.name_or_path: input should be a valid string, not None"),
         ("train.output_dir", "override 'train.output_dir' is not of the form section.key=value"),
         ("optim.lr=[", "override 'optim.lr=[': the value is not valid YAML"),
+        (
+            "model.chat_template_date=2026-13-45",
+            "override 'model.chat_template_date=2026-13-45': the value is not valid YAML: "
+            "'2026-13-45' is no timestamp: month must be in 1..12; text belongs in quotes",
+        ),
+        ("train.seed=!!int abc", "YAML: 'abc' is no int: invalid literal"),
+        ("train.seed=!!int ''", "YAML: '' is no int; text"),
+        ("train.seed=!!bool x", "YAML: 'x' is no bool; text"),
+        ("model.chat_template_date=!!timestamp abc", "YAML: 'abc' is no timestamp; text"),
+        ("train.seed=" + "1" * 5000, "1111...' is no int: Exceeds the limit"),
+        ("train.seed=" + "[" * 5000, "the value is not valid YAML: it is nested too deeply"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_value(file: Path, override: str, message: str) -> None:
@@ -674,6 +692,45 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
     assert all(key in str(failure.value) for key in ("optim.lr", "valuation.window", "train.seed"))
 
 
+FILES_AND_FOLDERS = (
+    "model.name_or_path",
+    "model.chat_template",
+    "data.cache_dir",
+    "deepspeed.config",
+    "evaluation.compare_with",
+    "evaluation.output",
+    "fisher.output",
+    "reference.cache",
+    "reference.model",
+    "selection.store",
+    "train.output_dir",
+    "train.resume",
+    "valuation.fisher",
+    "valuation.reference",
+)
+
+
+def test_every_path_may_begin_with_the_home_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [f"{key}=~/some/{key}" for key in FILES_AND_FOLDERS]
+    found = flat(load_config(RunConfig, file, overrides).model_dump(mode="json"))
+    assert {key: found[key] for key in FILES_AND_FOLDERS} == {
+        key: f"{tmp_path}/some/{key}" for key in FILES_AND_FOLDERS
+    }
+    assert load_config(RunConfig, file).data.cache_dir == tmp_path / ".cache" / "alphatoken"
+
+
+@pytest.mark.parametrize("key", FILES_AND_FOLDERS)
+def test_a_path_that_names_nothing_is_refused(file: Path, key: str) -> None:
+    for value in ("", "  "):
+        with pytest.raises(UserError, match=rf"  {key}: .*not '{value}'"):
+            load_config(RunConfig, file, [f"{key}='{value}'"])
+    with pytest.raises(UserError, match=rf"  {key}: .*no user of this machine.*~no-body/x'"):
+        load_config(RunConfig, file, [f"{key}=~no-body/x"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -683,6 +740,13 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
         ("train: {{ folder }}", r"\{'folder': None\} is no key"),
         ("? [a, b]\n: c", r"\['a', 'b'\] is no key"),
         ("# caf\udce9", "is not valid YAML, which is text in UTF-8"),
+        (
+            "model: {a: 1}\nb: 2026-13-45",
+            r"'2026-13-45' is no timestamp: month must be (?s:.)*line 2",
+        ),
+        ("model: {<<: {a: 1}, <<: {b: 2}}", "key '<<' is given twice"),
+        ("model: {<<: 4}", "expected a mapping or list of mappings for merging"),
+        ("model: " + "[" * 5000, "is not valid YAML: it is nested too deeply"),
     ],
 )
 def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
@@ -690,6 +754,26 @@ def test_a_broken_file_is_named(file: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as failure:
         load_config(RunConfig, file)
     assert str(file) in str(failure.value)
+
+
+def test_a_mapping_may_be_merged_into_others(file: Path) -> None:
+    """Its own keys count before those merged into it, wherever YAML reads them first."""
+    file.write_text(
+        MINIMAL
+        + """
+selection:
+  veto: {by: loss, share: 0.1}
+  chosen: &chosen {<<: &base {keep_ratio: 0.2, min_keep: 3}, keep_ratio: 0.4}
+  rejected: {<<: [*chosen, *base], min_keep: 5}
+preference: {}
+"""
+    )
+    chosen, rejected = load_config(PreferenceRunConfig, file).selections
+    assert (chosen.keep_ratio, chosen.min_keep) == (0.4, 3)
+    assert (rejected.keep_ratio, rejected.min_keep) == (0.4, 5)
+    # The outer mapping is read before the inner one that it takes keys of.
+    values = sections_of("a: {b: &b {<<: {k: 1, l: 2}, k: 3}}\nc: {<<: *b, l: 4}", file)
+    assert values == {"a": {"b": {"k": 3, "l": 2}}, "c": {"k": 3, "l": 4}}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -860,12 +944,138 @@ def test_deepspeed_keys_that_are_ours_are_refused(
             deepspeed_config(config, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", 'must hold a mapping such as {"zero_optimization": {"stage": 3}}, not []'),
+        ('"zero3"', 'must hold a mapping such as {"zero_optimization": {"stage": 3}}, not "zero3"'),
+        ("# caf\udce9", "is not text in UTF-8"),
+        ("{", "is not valid JSON"),
+        ("[" * 200_000, "is nested too deeply"),
+        ('{"zero_optimization": {"stage": ' + "1" * 5000 + "}}", "is not valid JSON"),
+        (
+            '{"zero_optimization": {"stage": 3, "stage": 1}}',
+            "gives the key 'stage' twice: remove one of them",
+        ),
+    ],
+    ids=["list", "string", "latin", "json", "deep", "long", "twice"],
+)
+def test_a_deepspeed_file_that_is_no_mapping_is_named(
+    run_values: dict[str, Any], tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(text, errors="surrogateescape")
+    config = RunConfig.model_validate({**run_values, "deepspeed": {"config": str(file)}})
+    with pytest.raises(UserError) as failure:
+        deepspeed_config(config, world_size=1)
+    assert f"deepspeed.config {file} {message}" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "sets 'zero_optimisation', which DeepSpeed does not know and would pass over; did you "
+            "mean zero_optimization?",
+        ),
+        ({"Zero-Optimization": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"zero_optimizer": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"zero": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({"wall_clock_breakdwon": True}, "did you mean wall_clock_breakdown?"),
+        ({"stage": 3}, "did you mean zero_optimization.stage?"),
+        (
+            {"stage3_prefetch_bucket_size": 1},
+            "did you mean zero_optimization.stage3_prefetch_bucket_size?",
+        ),
+        (
+            {"zero_optimization": []},
+            'sets zero_optimization=[]: write a mapping such as {"stage": 3}, or remove it',
+        ),
+        ({"zero_optimization": None}, "sets zero_optimization=null: write a mapping"),
+        ({"zero_optimization": True}, "sets zero_optimization=true: write a mapping"),
+        (
+            {"zero_optimization": {"stage": "3"}},
+            'sets zero_optimization.stage="3": write 0, 1, 2 or 3, without quotes',
+        ),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true: write 0, 1, 2 or"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: write 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "stge": 3}},
+            "sets zero_optimization.stge, which DeepSpeed does not know; did you mean stage?",
+        ),
+        (
+            {"zero_optimization": {"stage3_prefetch_bucket_sise": 3}},
+            "did you mean stage3_prefetch_bucket_size?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            'sets zero_optimization.offload_optimizer="cpu": write a mapping, such as '
+            '{"device": "cpu"}',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "sets zero_optimization.offload_optimizer.devise, which DeepSpeed does not know; did "
+            "you mean device?",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "disk"}}},
+            "sets zero_optimization.offload_param.device=\"disk\": input should be 'none', 'cpu' "
+            "or 'nvme'",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": -1}},
+            "sets zero_optimization.reduce_bucket_size=-1: input should be greater than 0",
+        ),
+        (
+            {"wall_clock_breakdown": False, "eigenvalue": {}},
+            "sets eigenvalue={}, which is not accepted by DeepSpeed: Eigenvalue-based",
+        ),
+        ({"aio": [1]}, "sets aio=[1], which is not accepted by DeepSpeed: "),
+    ],
+)
+def test_what_deepspeed_would_not_take_or_pass_over_is_refused(
+    run_values: dict[str, Any], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(values))
+    for given, origin in ((values, "deepspeed.config"), (str(file), f"deepspeed.config {file}")):
+        config = RunConfig.model_validate({**run_values, "deepspeed": {"config": given}})
+        with pytest.raises(UserError) as failure:
+            deepspeed_config(config, world_size=1)
+        assert str(failure.value).startswith(origin)
+        assert message in str(failure.value)
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    """A misspelt one is told by those it is like."""
+    read = set[str]()
+
+    class Recorded(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            read.add(str(key))
+            return super().__contains__(key)
+
+        def keys(self) -> Any:
+            return self
+
+    DeepSpeedConfig(Recorded(train_micro_batch_size_per_gpu=1))
+    assert "zero_optimization" in read
+    assert read <= {*KNOWN_KEYS, *OUR_FIELDS, *PARALLELISMS}
+
+
 def test_deepspeed_keys_that_are_not_ours_pass_through(run_values: dict[str, Any]) -> None:
     zero = {
         "zero_optimization": {"stage": 2, "zero_quantized_nontrainable_weights": False},
         "communication_data_type": "fp32",
         "gradient_allreduce_op": "mean",
         "compile": {"deepcompile": False},
+        "_comment": "DeepSpeed passes over what it does not know",
+        "remark": "so do we, where it is like none of its keys",
     }
     config = RunConfig.model_validate({**run_values, "deepspeed": {"config": zero}})
     complete = deepspeed_config(config, world_size=3)

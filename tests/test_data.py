@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +76,37 @@ def test_shipped_chat_templates_mark_what_the_assistant_says(tiny_model: Path, f
         UserError, match=r"cannot read model.chat_template=.*missing.jinja: No such file"
     ):
         load_tokenizer(missing)
+
+
+def test_a_chat_template_of_nothing_is_not_taken_for_none(tiny_model: Path, tmp_path: Path) -> None:
+    """Rows would be joined as plain text, without a word."""
+    template, folder = tmp_path / "mine.jinja", tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = ModelConfig(name_or_path=str(folder), chat_template=template)
+    for text in ("", " \n"):
+        template.write_text(text)
+        with pytest.raises(UserError, match=rf"model.chat_template={template} is empty"):
+            load_tokenizer(config)
+        (folder / "chat_template.jinja").write_text(text)
+        with pytest.raises(
+            UserError, match=rf"{folder}: its chat template, {folder}/chat_template.jinja, is empty"
+        ):
+            load_tokenizer(ModelConfig(name_or_path=str(folder)))
+    template.write_text(MARKED_TEMPLATE)
+    assert load_tokenizer(config).chat_template == MARKED_TEMPLATE
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text(MARKED_TEMPLATE)
+    with pytest.raises(UserError, match=rf"{folder}/chat_template.jinja, is empty"):
+        load_tokenizer(ModelConfig(name_or_path=str(folder)))
+    chosen = ModelConfig(name_or_path=str(folder), chat_template=Path("tools"))
+    assert load_tokenizer(chosen).chat_template == MARKED_TEMPLATE
+
+
+def test_a_chat_template_in_another_encoding_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_bytes("{{ 'Käse' }}".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"model.chat_template={template} is not text in UTF-8"):
+        load_tokenizer(ModelConfig(name_or_path=str(tiny_model), chat_template=template))
 
 
 def write_rows(file: Path, rows: list[Any]) -> str:

@@ -72,7 +72,7 @@ def test_a_quoted_folder_a_name_for_trackers_and_a_folder_to_write_to() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["2024", "1e5", "null", "true", "2024-01-02", "v1"])
+@pytest.mark.parametrize("name", ["2024", "1e5", "null", "true", "2024-01-02", "2024-13-45", "v1"])
 @pytest.mark.parametrize("folder", ["old", "runs/old", "/", "'/a disk: #1, {big}/old'"])
 def test_names_that_yaml_takes_for_something_else(name: str, folder: str) -> None:
     Path("old.yaml").write_text(f"train: {{output_dir: {folder}}}\nlogging: {{name: old}}\n")

@@ -103,10 +103,12 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / DESCRIPTION
     try:
         text = file.read_text(encoding="utf-8")
-        description: dict[str, Any] = json.loads(text)
-        sealed = description.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        description: Any = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(description, dict) or not isinstance(description.get("sha256"), str):
+        raise UserError(f"{file} does not describe a checkpoint: it lacks its own hash")
+    sealed = description.pop("sha256")
     if description.get("format_version") not in READABLE_VERSIONS:
         raise UserError(
             f"{file} has format version {description.get('format_version')}, not "

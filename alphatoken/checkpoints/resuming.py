@@ -86,7 +86,14 @@ def _candidates(config: RunConfig) -> list[Path]:
         case "auto":
             return list(step_folders(folder.checkpoints).values())
         case path:
-            return [Path(path).with_name(Path(path).name.removesuffix(UNIVERSAL))]
+            named = Path(path) if Path(path).name else Path(path).resolve()  # . has no name
+            name = named.name.removesuffix(UNIVERSAL)
+            if not name:
+                raise UserError(
+                    f"train.resume={path} is no checkpoint; name a folder checkpoints/step-N of a "
+                    "run, or auto"
+                )
+            return [named.with_name(name)]
 
 
 def _first_usable(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from alphatoken.config.file import ConfigLoader, read_text, sections_of
+from alphatoken.config.file import ConfigLoader, parse_yaml, read_text, sections_of
 from alphatoken.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -72,13 +72,14 @@ def _write_new(target: Path, text: str) -> None:
 
 def _as_yaml(text: str) -> str:
     """A text as YAML reads it as one: quoted where it would be a number, or more than one thing."""
-    is_plain = PLAIN.fullmatch(text) and yaml.load(text, ConfigLoader) == text
+    is_plain = PLAIN.fullmatch(text) and _holds(text, text)
     return text if is_plain else json.dumps(text, ensure_ascii=False)
 
 
-def _holds(text: str, values: dict[str, Any]) -> bool:
+def _holds(text: str, value: Any) -> bool:
+    """Whether a text in YAML is this value."""
     try:
-        return bool(yaml.load(text, ConfigLoader) == values)
+        return bool(parse_yaml(text) == value)
     except yaml.YAMLError:
         return False
 

@@ -28,17 +28,42 @@ REPLACED: dict[Any, Callable[[Mapping[str, Any], Mapping[str, Any]], set[str]]] 
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML with two of its traps removed: `2e-5` is a number, and a key given twice is an error."""
+    """YAML with its traps removed: `2e-5` is a number, a key given twice is an error, and so is a
+    number or date that is none."""
 
-    def construct_mapping(
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: set[yaml.Node] = set()
+
+    def construct_object(
         self,
-        node: yaml.MappingNode,
+        node: yaml.Node,
         deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML gives it by place
-    ) -> dict[Any, Any]:
-        """The mapping. Raises ConstructorError for a key given twice, or that is none."""
+    ) -> Any:
+        """The value. Raises ConstructorError for text that is not of the kind it looks like."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            shown = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
+            why = f": {error}" if isinstance(error, ValueError | ArithmeticError) else ""
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown!r} is no {kind}{why}; text belongs in quotes", node.start_mark
+            ) from None
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges what `<<` names into a mapping, after a look at the keys that it gives itself.
+        Raises ConstructorError for a key given twice, or that is none."""
+        if node not in self._checked:
+            self._checked.add(node)  # merged keys, which then stand in it, may be given again
+            self._check_keys(node)
+        super().flatten_mapping(node)
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
                     None,
@@ -51,7 +76,6 @@ class ConfigLoader(yaml.SafeLoader):
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 ConfigLoader.add_implicit_resolver(
@@ -59,6 +83,14 @@ ConfigLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML holds, as plain values. Raises YAMLError."""
+    try:
+        return yaml.load(text, ConfigLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or holds itself") from None
 
 
 def load_config(
@@ -140,7 +172,7 @@ def sections_of(text: str, file: Path) -> dict[str, Any]:
     """The sections that the text of a configuration holds, as plain values; `file` is named in the
     error. Raises UserError."""
     try:
-        values = yaml.load(text, ConfigLoader)
+        values = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -179,7 +211,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 "file"
             )
     try:
-        target[last] = yaml.load(text, ConfigLoader)
+        target[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
 

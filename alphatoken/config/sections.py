@@ -24,9 +24,31 @@ from pydantic_core import PydanticCustomError
 
 from alphatoken.config.choices import OneOf
 
+
+def _of_this_machine(value: Any) -> Any:
+    """A path with its ~ filled in; other values as they are. Raises PydanticCustomError for text
+    that names nothing, which a path would take for the folder it is started in."""
+    if not isinstance(value, str | Path):
+        return value
+    if not str(value).strip():
+        raise PydanticCustomError("path", "Input should be a name or path")
+    try:
+        found = Path(value).expanduser()
+    except RuntimeError:
+        raise PydanticCustomError(
+            "path",
+            "Input begins with the folder of {owner}, which is no user of this machine: write the "
+            "whole path, or ~/ for your own folder",
+            {"owner": Path(value).parts[0]},
+        ) from None
+    return type(value)(found) if str(value).startswith("~") else value
+
+
 # Strictness keeps `every: true` from meaning 1; YAML has no paths or tuples, so those are read
 # from text and lists.
-FilePath = Annotated[Path, Strict(False)]
+FilePath = Annotated[Path, Strict(False), BeforeValidator(_of_this_machine)]
+# A path, or a word or hub name, which stays as it is.
+PathOrName = Annotated[str, BeforeValidator(_of_this_machine)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 
 # Marks a key, or a section with all its keys, that a run and its continuation may have
@@ -96,7 +118,7 @@ FORMATS: dict[str, str] = {
 class ModelConfig(Section):
     """The model that is trained, and how it is loaded."""
 
-    name_or_path: str = Field(
+    name_or_path: PathOrName = Field(
         description="Folder or hub name of the Hugging Face model to fine-tune."
     )
     chat_template: FilePath | None = Field(
@@ -296,6 +318,7 @@ class DataConfig(Section):
     )
     cache_dir: FilePath = Field(
         Path("~/.cache/alphatoken"),
+        validate_default=True,
         description="Where tokenised data is kept, shared by runs and ranks.",
         json_schema_extra=MAY_CHANGE,
     )
@@ -355,7 +378,7 @@ ReferenceMode = Literal["cached", "online"]
 class ReferenceConfig(Section):
     """The model whose token losses are compared with, and where its losses are kept."""
 
-    model: str | None = Field(
+    model: PathOrName | None = Field(
         None,
         description="Folder or hub name of the model whose token losses are compared; "
         "default: the start.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alphatoken.config.choices import OneOf
-from alphatoken.config.sections import MAY_CHANGE, FilePath, Pair, Section
+from alphatoken.config.sections import MAY_CHANGE, FilePath, Pair, PathOrName, Section
 
 OTHER_OPTIMIZERS = {
     "adamw8bit": "its moments lie in integers with scales, which neither checkpoints, opened as "
@@ -81,7 +81,7 @@ class TrainConfig(Section):
         description="Run folder: config.yaml, metrics.jsonl, checkpoints/, export/.",
         json_schema_extra=MAY_CHANGE,
     )
-    resume: str = Field(
+    resume: PathOrName = Field(
         "never",
         description="never, auto (newest complete checkpoint of output_dir, if any) or a "
         "checkpoint's "

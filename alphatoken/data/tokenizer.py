@@ -16,10 +16,13 @@ from alphatoken.data.templates import shipped_names, shipped_template
 from alphatoken.data.turns import Renderer
 from alphatoken.errors import UserError
 
+TOKENIZER_CONFIG = "tokenizer_config.json"  # where older tokenizers keep their chat template
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the configured chat template and a padding token that has an
-    embedding. Raises UserError without one, and without a model."""
+    embedding. Raises UserError without one, without a model, and for a template of nothing, which
+    would be taken for none."""
     embeddings = embeddings_of(config.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
@@ -29,6 +32,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ) from None
     if config.chat_template is not None:
         tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer)
+    elif _is_blank(tokenizer.chat_template):
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: its chat template, "
+            f"{_own_template(config.name_or_path)}, is empty: fetch the model again, or set "
+            f"model.chat_template; those that ship are {', '.join(shipped_names())}"
+        )
     pad = tokenizer.pad_token_id
     if pad is None or (pad >= embeddings and not config.resize_embeddings):
         tokenizer.pad_token = tokenizer.eos_token  # padding has no label, so EOS keeps its own
@@ -60,21 +69,42 @@ def vocabulary_note(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
+def _is_blank(template: str | dict[str, str] | None) -> bool:
+    """Whether a tokenizer's template, or its default of several, is there and holds nothing."""
+    default = template.get("default") if isinstance(template, dict) else template
+    return default is not None and not default.strip()
+
+
+def _own_template(name: str) -> Path:
+    """Where a model's own chat template is read from."""
+    file = Path(name) / "chat_template.jinja"
+    return file if file.is_file() or not Path(name).is_dir() else file.with_name(TOKENIZER_CONFIG)
+
+
 def _chosen_template(chosen: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """A template of the tokenizer's, of a file or of those that ship, looked for in that order."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if str(chosen) in own:
-        return str(own[str(chosen)])
+    named = f"; the tokenizer's own are {', '.join(sorted(own))}" if own else ""
+    others = f"{named}; those that ship are {', '.join(shipped_names())}"
     try:
-        return chosen.read_text(encoding="utf-8")
+        is_own = str(chosen) in own
+        found = str(own[str(chosen)]) if is_own else chosen.read_text(encoding="utf-8")
     except OSError as error:
         if str(chosen) in shipped_names():
             return shipped_template(str(chosen))
-        named = f"; the tokenizer's own are {', '.join(sorted(own))}" if own else ""
         raise UserError(
-            f"cannot read model.chat_template={chosen}: {error.strerror}{named}; those that ship "
-            f"are {', '.join(shipped_names())}"
+            f"cannot read model.chat_template={chosen}: {error.strerror}{others}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"model.chat_template={chosen} is not text in UTF-8: {error}; save it as that{others}"
+        ) from None
+    if not found.strip():
+        raise UserError(
+            f"model.chat_template={chosen} is empty: write a template into it, or leave the key "
+            f"out{others}"
+        )
+    return found
 
 
 def eos_token_ids(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alphatoken.config.run import RunConfig
+from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
 from alphatoken.util.shipped import or_shipped
 
@@ -44,6 +46,22 @@ PARALLELISMS = {
         "checkpoints, drift and Fisher take every weight for sharded over all ranks"
     ),
 }
+
+# What DeepSpeed reads besides these, gone features included, which it refuses itself. It passes
+# over all other keys without a word.
+KNOWN_KEYS = (
+    *("activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comet"),
+    *("comms_logger", "communication_data_type", "compile", "compression_training"),
+    *("curriculum_learning", "data_efficiency", "data_types", "dataloader_drop_last"),
+    *("datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue"),
+    *("elasticity", "flops_profiler", "gradient_allreduce_op", "gradient_predivide_factor"),
+    *("graph_harvesting", "hybrid_engine", "log_level", "managed_gradient_accumulation"),
+    *("memory_breakdown", "nebula", "prescale_gradients", "progressive_layer_drop"),
+    *("quantize_training", "seq_parallel_communication_data_type", "sparse_attention"),
+    *("sparse_gradients", "timers", "torch_autocast", "use_data_before_expert_parallelism"),
+    *("vocabulary_size", "wall_clock_breakdown", "weight_quantization"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
+)
 
 # What would make shards, gradients or the module something else than values, counts and
 # checkpoints take them for; by dotted key, with what is wrong with it. Off is no harm.
@@ -94,27 +112,100 @@ DEFAULT_DEEPSPEED = {
 
 
 def read_deepspeed_config(config: Path | dict[str, Any] | None) -> dict[str, Any]:
-    """The user's DeepSpeed configuration, or plain ZeRO-3. Raises UserError for keys that are ours,
-    and for "auto"."""
+    """The user's DeepSpeed configuration, or plain ZeRO-3. Raises UserError for keys that are ours
+    or misspelt, for "auto", and for what DeepSpeed would not take."""
     if config is None:
         return DEFAULT_DEEPSPEED
     if isinstance(config, dict):
         values, origin = config, "deepspeed.config"
     else:
-        values, origin = _read_json(config), str(config)
+        values, origin = _read_json(config), f"deepspeed.config {config}"
+    _refuse_misspelt(values, origin)
     _refuse_keys(values, origin)
+    _refuse_stage(values, origin)
+    zero3.check_settings(values, origin)
     return values
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError for a file that cannot be read or is not JSON."""
+    """Raises UserError for a file that cannot be read or is not JSON, or no mapping."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise UserError(
+                    f"deepspeed.config {file} gives the key {key!r} twice: remove one of them"
+                )
+            found[key] = value
+        return found
+
     try:
-        values: dict[str, Any] = json.loads(or_shipped(file).read_text(encoding="utf-8"))
+        text = or_shipped(file).read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=mapping)
     except OSError as error:
         raise UserError(f"cannot read deepspeed.config {file}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"deepspeed.config {file} is not text in UTF-8: {error}") from None
+    except RecursionError:
+        raise UserError(f"deepspeed.config {file} is nested too deeply to be read") from None
+    except UserError:
+        raise
+    except ValueError as error:  # numbers of too many digits, too
         raise UserError(f"deepspeed.config {file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"deepspeed.config {file} must hold a mapping such as "
+            f'{{"zero_optimization": {{"stage": 3}}}}, not {_shown(values)}'
+        )
     return values
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it; a mapping in YAML may hold dates."""
+    return json.dumps(value, default=str)
+
+
+def _refuse_misspelt(values: dict[str, Any], origin: str) -> None:
+    """Raises UserError for keys that DeepSpeed would pass over, as they are not quite one that it
+    knows, or one of `zero_optimization`; other keys, such as remarks, are left alone."""
+    known = {*KNOWN_KEYS, *OUR_FIELDS, *PARALLELISMS}
+    inner = set(zero3.zero_keys())
+    for key in values.keys() - known:
+        meant = key if key in inner else _nearest(key, known | inner)
+        if meant is not None:
+            section = "" if meant in known else "zero_optimization."
+            raise UserError(
+                f"{origin} sets {key!r}, which DeepSpeed does not know and would pass over; did "
+                f"you mean {section}{meant}?"
+            )
+
+
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key that this one is meant for, if any. What begins with zero always is for one,
+    as a run without it divides nothing over ranks."""
+    plain = key.lower().replace("-", "_")
+    of_zero = plain.startswith("zero")
+    candidates = sorted(each for each in known if each.startswith("zero") or not of_zero)
+    near = difflib.get_close_matches(plain, candidates, n=1, cutoff=0.3 if of_zero else 0.75)
+    return near[0] if near and "comment" not in plain else None
+
+
+def _refuse_stage(values: dict[str, Any], origin: str) -> None:
+    """Raises UserError where the stage of ZeRO would be something else for DeepSpeed, which reads
+    "3" and true as numbers, than for us."""
+    zero = values.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"{origin} sets zero_optimization={_shown(zero)}: write a mapping such as "
+            '{"stage": 3}, or remove it'
+        )
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise UserError(
+            f"{origin} sets zero_optimization.stage={_shown(stage)}: write 0, 1, 2 or 3, without "
+            "quotes"
+        )
 
 
 def _refuse_keys(values: dict[str, Any], origin: str) -> None:
@@ -134,7 +225,7 @@ def _refuse_keys(values: dict[str, Any], origin: str) -> None:
         found = _value_at(values, key)
         if found not in OFF:
             raise UserError(
-                f"{origin} sets {key}={json.dumps(found)}, which is not possible here: {reason}. "
+                f"{origin} sets {key}={_shown(found)}, which is not possible here: {reason}. "
                 "Remove it"
             )
     for key in _auto_keys(values):

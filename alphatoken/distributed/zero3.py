@@ -10,20 +10,26 @@ elementwise work on slices needs no communication.
 
 from __future__ import annotations
 
+import difflib
 import gc
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from alphatoken.distributed import collectives
 from alphatoken.distributed.pickles import opened_as_data
 from alphatoken.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 @contextmanager
@@ -49,19 +55,77 @@ def plain_linears() -> Iterator[None]:
 Parameter = Any
 
 
-def zero_settings(deepspeed_values: Mapping[str, Any]) -> Any:
+def zero_settings(deepspeed_values: Mapping[str, Any], origin: str = "deepspeed.config") -> Any:
     """DeepSpeed's own reading of a configuration's `zero_optimization`, its defaults included.
 
-    Raises UserError for what DeepSpeed does not accept.
+    Raises UserError for what DeepSpeed does not accept; `origin` names where the values are from.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
         return DeepSpeedZeroConfig(**deepspeed_values.get("zero_optimization", {}))
-    except ValueError as error:
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise UserError(f"{origin} sets {'; '.join(map(_zero_fault, faults))}") from None
+    except (AssertionError, TypeError) as error:
         raise UserError(
-            f"deepspeed.config: zero_optimization is not accepted by DeepSpeed: {error}"
+            f"{origin}: zero_optimization is not accepted by DeepSpeed: {error}"
         ) from None
+
+
+def check_settings(deepspeed_values: Mapping[str, Any], origin: str) -> None:
+    """Raises UserError for what DeepSpeed would not accept when it is started with a configuration,
+    batch sizes apart: the key that it does not accept alone, or what does not go together."""
+    zero_settings(deepspeed_values, origin)
+    for key, value in deepspeed_values.items():
+        if fault := _refusal({key: value}):
+            shown = json.dumps(value, default=str)
+            raise UserError(
+                f"{origin} sets {key}={shown}, which is not accepted by DeepSpeed: {fault}"
+            )
+    if fault := _refusal(deepspeed_values):
+        raise UserError(f"{origin} is not accepted by DeepSpeed: {fault}")
+
+
+def _refusal(deepspeed_values: Mapping[str, Any]) -> str | None:
+    """What DeepSpeed says against a configuration without batch sizes."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({**deepspeed_values, "train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # sections of another type end in any kind
+        return str(error) or type(error).__name__
+    return None
+
+
+def zero_keys(section: Sequence[int | str] = ()) -> list[str]:
+    """The keys of `zero_optimization`, or of a section in it, as DeepSpeed's documentation has
+    them; none of a section that it does not know."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    model: type[BaseModel] = DeepSpeedZeroConfig
+    for part in section:
+        field = model.model_fields.get(str(part))
+        classes = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [each for each in classes if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _zero_fault(fault: ErrorDetails) -> str:
+    """What is wrong with one key of `zero_optimization`, its value and what to do."""
+    *section, last = fault["loc"] or ("",)
+    key = ".".join(["zero_optimization", *map(str, fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(last), zero_keys(section), n=1)
+        fix = f"did you mean {near[0]}?" if near else "remove it"
+        return f"{key}, which DeepSpeed does not know; {fix}"
+    value = json.dumps(fault["input"], default=str)
+    if fault["type"] == "model_type":
+        return f'{key}={value}: write a mapping, such as {{"device": "cpu"}}'
+    return f"{key}={value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def is_sharded(parameter: Parameter) -> bool:

@@ -213,7 +213,7 @@ class Examination:
         mark = f"alphatoken-doctor-{collectives.gather_objects(uuid4().hex[:8])[0]}"
         runs, cache = (
             config.train.output_dir.absolute().parent,
-            config.data.cache_dir.expanduser().absolute(),
+            config.data.cache_dir.absolute(),
         )
         # Tokenised rows may be made on every node; losses of a reference are computed once, by
         # all ranks together.

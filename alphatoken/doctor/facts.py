@@ -93,7 +93,7 @@ def model_listing(name_or_path: str) -> dict[str, Any]:
 
     Empty for a hub name. Raises OSError for what cannot be read.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path)
     if not folder.is_dir():
         return {}
     listing: dict[str, Any] = {}

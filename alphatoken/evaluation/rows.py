@@ -20,7 +20,7 @@ from alphatoken.config.sections import Source
 from alphatoken.data.cache import Document
 from alphatoken.data.chat import Encoded, RowEncoder, Skipped
 from alphatoken.data.pretrained import embeddings_of, read_settings
-from alphatoken.data.rows import checked_text
+from alphatoken.data.rows import checked_text, named
 from alphatoken.data.sources import OpenSource, Row, location
 from alphatoken.errors import UserError
 from alphatoken.evaluation.judge import Judge
@@ -181,7 +181,8 @@ def encoded_rows(
     for source in sources_of(questions.setting, questions.task):
         for row in OpenSource(source).read():
             where = location(source, row.number)
-            found = encoder.encode(row.fields, where)
+            with named(where):
+                found = encoder.encode(row.fields, where)
             if isinstance(found, Skipped):
                 questions.counts[f"skipped: {found.reason}"] += 1
                 continue

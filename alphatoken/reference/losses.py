@@ -119,9 +119,9 @@ class Reference:
         for part_name, part in parts.items():
             own = {**settings, "data": part.identity, "rows": len(part)}
             if config.reference.cache is not None:
-                path = config.reference.cache.expanduser() / part_name.removeprefix("data.")
+                path = config.reference.cache / part_name.removeprefix("data.")
             else:
-                path = config.data.cache_dir.expanduser() / f"reference-{fingerprint(own)[:32]}"
+                path = config.data.cache_dir / f"reference-{fingerprint(own)[:32]}"
             folders[part_name] = RowsFolder(path, len(part), own, CONTENTS)
         return folders
 

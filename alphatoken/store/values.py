@@ -88,4 +88,4 @@ def identity_of_store(config: RunConfig) -> str:
 
 def store_folder(config: RunConfig) -> Path:
     """Where values are written."""
-    return (config.selection.store or config.train.output_dir / "values").expanduser()
+    return config.selection.store or config.train.output_dir / "values"
