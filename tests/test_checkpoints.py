@@ -28,13 +28,9 @@ from alphatoken.checkpoints.files import (
     universal_folder,
     write_description,
 )
-<<<<<<< HEAD
 from alphatoken.checkpoints.folder import RunFolder
-from alphatoken.checkpoints.resuming import accepted_changes
-from alphatoken.checkpoints.saving import Checkpoints
-=======
 from alphatoken.checkpoints.resuming import accepted_changes, find_checkpoint
->>>>>>> config-faults
+from alphatoken.checkpoints.saving import Checkpoints
 from alphatoken.checkpoints.universal import universal_checkpoint
 from alphatoken.checkpoints.weight_files import WeightFiles
 from alphatoken.config.file import validate
