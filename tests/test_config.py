@@ -731,6 +731,15 @@ def test_a_path_that_names_nothing_is_refused(file: Path, key: str) -> None:
         load_config(RunConfig, file, [f"{key}=~no-body/x"])
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.validation", "data.eval"])
+def test_rows_are_not_looked_for_in_the_folder_that_a_run_is_started_in(
+    file: Path, key: str
+) -> None:
+    for value, message in (("''", "name or path, not ''"), ("~no-body/x", "no user of this")):
+        with pytest.raises(UserError, match=rf"{key}\S*: .*{message}"):
+            load_config(RunConfig, file, [f"{key}={value}"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

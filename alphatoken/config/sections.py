@@ -35,11 +35,18 @@ def _of_this_machine(value: Any) -> Any:
     try:
         found = Path(value).expanduser()
     except RuntimeError:
+        owner = Path(value).parts[0]
+        if owner == "~":
+            raise PydanticCustomError(
+                "path",
+                "Input begins with ~, but this user has no home folder: set HOME, or write the "
+                "whole path",
+            ) from None
         raise PydanticCustomError(
             "path",
             "Input begins with the folder of {owner}, which is no user of this machine: write the "
             "whole path, or ~/ for your own folder",
-            {"owner": Path(value).parts[0]},
+            {"owner": owner},
         ) from None
     return type(value)(found) if str(value).startswith("~") else value
 
@@ -196,7 +203,7 @@ class ModelConfig(Section):
 class Source(Section):
     """One file, folder or hub data set, and which of its rows are used."""
 
-    path: str = Field(
+    path: PathOrName = Field(
         description="File (.jsonl, .jsonl.gz, .parquet; or .json, .csv, .tsv, .jsonl.zst, .arrow), "
         "pattern of files (part-*.jsonl), address of one, saved dataset or `datasets` name; "
         "${VARIABLES} are filled in."

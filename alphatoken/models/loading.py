@@ -124,13 +124,19 @@ def fetch_weights(name_or_path: str) -> None:
 
 
 def load_model(
-    config: ModelConfig, deepspeed_values: dict[str, Any], seed: int, tokens: int | None = None
+    config: ModelConfig,
+    deepspeed_values: dict[str, Any],
+    seed: int,
+    tokens: int | None = None,
+    *,
+    key: str = "model.name_or_path",
 ) -> PreTrainedModel:
     """The pretrained model, with fresh adapters if LoRA is configured (`seed` makes them alike on
     every rank), and with `model.resize_embeddings` an embedding for each of `tokens` tokens.
 
     Under ZeRO-3 each rank keeps its slices only, from the moment a weight is read. Every rank must
-    call it. Raises UserError, on every rank, for weights that cannot be read or are not all there.
+    call it. Raises UserError for weights that cannot be read, and on every rank for those that are
+    not all there, or of other shapes; `key` is the setting that names the model.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -140,7 +146,7 @@ def load_model(
     stage = deepspeed_values.get("zero_optimization", {}).get("stage", 0)
     # transformers shards at load for as long as this object lives.
     sharding = HfDeepSpeedConfig(deepspeed_values) if stage == 3 else None
-    model = _pretrained(config)
+    model = _pretrained(config, f"{key}={config.name_or_path}")
     del sharding
     if config.resize_embeddings and tokens is not None:
         grow_embeddings(model, tokens)
@@ -151,11 +157,11 @@ def load_model(
     return model
 
 
-def _pretrained(config: ModelConfig) -> PreTrainedModel:
-    """The model with its weights. Every rank must call it. Raises UserError, on every rank, where
-    they cannot be read, or where some that the model has are not among them: `transformers` fills
-    those with random numbers."""
-    where = f"model {config.name_or_path}"
+def _pretrained(config: ModelConfig, where: str) -> PreTrainedModel:
+    """The model with its weights. Every rank must call it. Raises UserError where they cannot be
+    read, and on every rank where some that the model has are not among them, which `transformers`
+    fills with random numbers, or have other shapes."""
+    model, found, misfit = None, {}, None
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             config.name_or_path,
@@ -164,11 +170,20 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # `check` tells them by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: cannot be loaded: {error}") from error
-    assert isinstance(model, PreTrainedModel)
+    except RuntimeError as error:
+        # Under ZeRO-3 rank 0 alone compares shapes, and says so when all ranks have loaded.
+        misfit = re.search(r"size mismatch for ([\w.]+)", str(error))
+        if misfit is None:
+            raise
 
     def check() -> None:
+        if misfit is not None:
+            raise UserError(
+                f"{where}: the shape of {misfit[1]} in its files is not that of its config.json. "
+                "Name a folder whose files belong together"
+            )
         absent = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
         if absent:
             unexpected = sorted(found["unexpected_keys"])
@@ -180,6 +195,7 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
             )
 
     collectives.agree(check)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 

@@ -136,7 +136,8 @@ class Reference:
                 update={"name_or_path": config.reference.model, "lora": None}
             )
             chosen = chosen.model_copy(update={"attn_implementation": usable_attention(chosen)})
-        model = load_model(chosen, values, config.train.seed, tokens).eval()
+        seed = config.train.seed
+        model = load_model(chosen, values, seed, tokens, key="reference.model").eval()
         decoder = decoder_of(model)
         if divided:
             divide_attention(decoder)
