@@ -12,6 +12,7 @@ from alphatoken.config.run import RunConfig
 from alphatoken.distributed import zero3
 from alphatoken.errors import UserError
 from alphatoken.util.shipped import or_shipped
+from alphatoken.util.wording import as_json
 
 # What a DeepSpeed configuration may not say, because one of our fields does.
 OUR_FIELDS = {
@@ -156,14 +157,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(
             f"deepspeed.config {file} must hold a mapping such as "
-            f'{{"zero_optimization": {{"stage": 3}}}}, not {_shown(values)}'
+            f'{{"zero_optimization": {{"stage": 3}}}}, not {as_json(values)}'
         )
     return values
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON writes it; a mapping in YAML may hold dates."""
-    return json.dumps(value, default=str)
 
 
 def _refuse_misspelt(values: dict[str, Any], origin: str) -> None:
@@ -197,13 +193,13 @@ def _refuse_stage(values: dict[str, Any], origin: str) -> None:
     zero = values.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(
-            f"{origin} sets zero_optimization={_shown(zero)}: write a mapping such as "
+            f"{origin} sets zero_optimization={as_json(zero)}: write a mapping such as "
             '{"stage": 3}, or remove it'
         )
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in range(4):
         raise UserError(
-            f"{origin} sets zero_optimization.stage={_shown(stage)}: write 0, 1, 2 or 3, without "
+            f"{origin} sets zero_optimization.stage={as_json(stage)}: write 0, 1, 2 or 3, without "
             "quotes"
         )
 
@@ -225,7 +221,7 @@ def _refuse_keys(values: dict[str, Any], origin: str) -> None:
         found = _value_at(values, key)
         if found not in OFF:
             raise UserError(
-                f"{origin} sets {key}={_shown(found)}, which is not possible here: {reason}. "
+                f"{origin} sets {key}={as_json(found)}, which is not possible here: {reason}. "
                 "Remove it"
             )
     for key in _auto_keys(values):

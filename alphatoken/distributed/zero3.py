@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import gc
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from alphatoken.distributed import collectives
 from alphatoken.distributed.pickles import opened_as_data
 from alphatoken.errors import UserError
+from alphatoken.util.wording import as_json
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -77,14 +77,15 @@ def check_settings(deepspeed_values: Mapping[str, Any], origin: str) -> None:
     """Raises UserError for what DeepSpeed would not accept when it is started with a configuration,
     batch sizes apart: the key that it does not accept alone, or what does not go together."""
     zero_settings(deepspeed_values, origin)
+    together = _refusal(deepspeed_values)
+    if together is None:
+        return
     for key, value in deepspeed_values.items():
-        if fault := _refusal({key: value}):
-            shown = json.dumps(value, default=str)
+        if alone := _refusal({key: value}):
             raise UserError(
-                f"{origin} sets {key}={shown}, which is not accepted by DeepSpeed: {fault}"
+                f"{origin} sets {key}={as_json(value)}, which is not accepted by DeepSpeed: {alone}"
             )
-    if fault := _refusal(deepspeed_values):
-        raise UserError(f"{origin} is not accepted by DeepSpeed: {fault}")
+    raise UserError(f"{origin} is not accepted by DeepSpeed: {together}")
 
 
 def _refusal(deepspeed_values: Mapping[str, Any]) -> str | None:
@@ -122,7 +123,7 @@ def _zero_fault(fault: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(last), zero_keys(section), n=1)
         fix = f"did you mean {near[0]}?" if near else "remove it"
         return f"{key}, which DeepSpeed does not know; {fix}"
-    value = json.dumps(fault["input"], default=str)
+    value = as_json(fault["input"])
     if fault["type"] == "model_type":
         return f'{key}={value}: write a mapping, such as {{"device": "cpu"}}'
     return f"{key}={value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 def size(count: float) -> str:
     """Bytes in the unit that reads best."""
@@ -9,6 +11,11 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count:.0f} bytes"
+
+
+def as_json(value: object) -> str:
+    """A value as JSON writes it; what JSON does not know, such as a date, as text."""
+    return json.dumps(value, default=str)
 
 
 def plural(count: int, what: str) -> str:
