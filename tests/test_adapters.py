@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -142,6 +143,25 @@ def test_adapters_of_a_model_that_is_gone_are_named(adapters: Path, tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"base_model_name_or_path in .*adapters=.*cannot be loade"):
         export_checkpoint(adapters, tmp_path / "merged", merge=True)
+
+
+def test_adapters_of_a_model_that_lacks_weights_are_not_merged(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    file = adapters / "adapter_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)})
+    )
+    with pytest.raises(
+        UserError, match=r"model \S+base: its files lack 1 weight of .*norm\.weight"
+    ):
+        export_checkpoint(adapters, tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merged_adapters_that_the_disk_refuses_leave_nothing(

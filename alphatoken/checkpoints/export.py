@@ -40,6 +40,7 @@ from alphatoken.checkpoints.weight_files import (
 from alphatoken.data.pretrained import holds_adapters, read_settings
 from alphatoken.distributed import collectives, zero3
 from alphatoken.errors import UserError
+from alphatoken.models.loading import check_whole
 from alphatoken.models.token_losses import WEIGHTS
 from alphatoken.util.files import PartialFolder, check_is_new
 
@@ -350,7 +351,10 @@ def _merge(adapters: str, folder: Path, base: str, dtype: Any, generation: Path)
     it does; returns how many they are."""
     import peft
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, output_loading_info=True
+    )
+    check_whole(type(model), found, f"the adapters' model {base}")
     merged: Any = peft.PeftModel.from_pretrained(model, adapters).merge_and_unload()
     if (generation / GENERATION_CONFIG_NAME).is_file():
         merged.generation_config = transformers.GenerationConfig.from_pretrained(generation)

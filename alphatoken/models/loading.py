@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,19 +184,26 @@ def _pretrained(config: ModelConfig, where: str) -> PreTrainedModel:
                 f"{where}: the shape of {misfit[1]} in its files is not that of its config.json. "
                 "Name a folder whose files belong together"
             )
-        absent = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
-        if absent:
-            unexpected = sorted(found["unexpected_keys"])
-            named = f"; what the model has not: {_first_of(unexpected)}" if unexpected else ""
-            raise UserError(
-                f"{where}: its files lack {plural(len(absent), 'weight')} of "
-                f"{type(model).__name__}, which would be random: {_first_of(absent)}{named}. Name "
-                "a folder with all weights, by the names that transformers gives them"
-            )
+        check_whole(type(model), found, where)
 
     collectives.agree(check)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def check_whole(kind: type[Any], found: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where the files of a model of this class lack weights, which `transformers`
+    fills with random numbers; `found` is what it tells with `output_loading_info`."""
+    absent = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+    if not absent:
+        return
+    unexpected = sorted(found["unexpected_keys"])
+    named = f"; what the model has not: {_first_of(unexpected)}" if unexpected else ""
+    raise UserError(
+        f"{where}: its files lack {plural(len(absent), 'weight')} of {kind.__name__}, which would "
+        f"be random: {_first_of(absent)}{named}. Name a folder with all weights, by the names that "
+        "transformers gives them"
+    )
 
 
 def _first_of(names: Sequence[str], shown: int = 3) -> str:
