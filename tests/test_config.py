@@ -19,8 +19,10 @@ from alphatoken.config.file import flat, load_config, may_change, save_config, s
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceRunConfig
-from alphatoken.config.run import RunConfig
+from alphatoken.config.run import CHOOSING, DROP_HARMFUL, RunConfig
 from alphatoken.config.sections import Section
+from alphatoken.config.selection import SelectionConfig
+from alphatoken.config.valuation import ValuationConfig
 from alphatoken.distributed.settings import (
     KNOWN_KEYS,
     OUR_FIELDS,
@@ -272,6 +274,61 @@ def test_what_is_harmful_is_dropped_whatever_the_file_of_the_run_keeps(path: Pat
     assert config.valuation.contrast == 0.75
     assert vetoes_on_b(config) is not None
     assert config.normalise == "response"
+
+
+@pytest.mark.parametrize("overrides", [[], ["selection.protect_eos=true", "valuation.layers=2"]])
+def test_where_nothing_says_what_is_kept_what_is_harmful_is_dropped(
+    file: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    """Exactly as the preset says, and what was resolved is read back alike."""
+    config = load_config(RunConfig, file, overrides)
+    preset = CONFIGS / "presets" / "drop_harmful.yaml"
+    assert config == load_config(RunConfig, [file, preset], overrides)
+    assert (config.selection.keep_ratio, config.valuation.contrast) == ("auto", 0.75)
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+
+
+PUBLISHED = ("veto", None), ("keep_ratio", 0.5), ("contrast", 0), ("reliability", False)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "selection.keep_ratio=0.5",
+        "selection.policy=loss",
+        "selection.threshold=0",
+        "selection.weights=softmax",
+        "selection.normalise=kept",
+        "selection.veto={by: loss, share: 0.1}",
+        "valuation.contrast=0",
+        "valuation.reliability=true",
+        "valuation.balance=std",
+        "valuation.enabled=false",
+        "preference={}",
+    ],
+)
+def test_what_says_what_is_kept_leaves_the_rest_as_published(
+    file: Path, tmp_path: Path, override: str
+) -> None:
+    sections = {"preference": PreferenceRunConfig}
+    config = load_config(RunConfig, file, [override], with_section=sections)
+    resolved = config.model_dump()
+    changed = {"threshold": "keep_ratio"}
+    key = override.partition("=")[0].rpartition(".")[2]
+    for name, value in PUBLISHED:
+        if name not in (key, changed.get(key)):
+            assert {**resolved["valuation"], **resolved["selection"]}[name] == value
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(type(config), tmp_path / "resolved.yaml") == config
+
+
+def test_what_decides_is_made_of_keys_there_are() -> None:
+    sections: dict[str, type[Section]] = {"valuation": ValuationConfig, "selection": SelectionConfig}
+    assert sections.keys() == CHOOSING.keys()
+    for section, keys in CHOOSING.items():
+        assert keys <= sections[section].model_fields.keys()
+        assert DROP_HARMFUL[section].keys() <= keys
 
 
 @pytest.mark.parametrize(
@@ -596,7 +653,10 @@ def test_settings_that_contradict_each_other(
             "selection.schedule=linear moves a share, but selection.keep_ratio=auto",
         ),
         (["selection.keep_ratio=most"], "selection.keep_ratio: input should be a valid number"),
-        (["selection.auto_margin=2"], "selection.auto_margin=2.0: only selection.keep_ratio=auto"),
+        (
+            ["selection={auto_margin: 2, keep_ratio: 0.5}"],
+            "selection.auto_margin=2.0: only selection.keep_ratio=auto",
+        ),
         (
             ["selection={threshold: 0, keep_ratio: 0.5}"],
             "selection.keep_ratio=0.5 and selection.threshold=0.0: set one of them",
@@ -667,7 +727,8 @@ def test_a_threshold_takes_the_place_of_the_ratio(file: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
-        ("{}", "kept"),
+        ("{}", "response"),
+        ("{keep_ratio: 0.5}", "kept"),
         ("{weights: softmax}", "kept"),
         ("{normalise: response}", "response"),
         ("{veto: {by: loss, share: 0.1}}", "response"),

@@ -376,6 +376,7 @@ def test_what_is_too_close_to_tell_is_not_said_to_fit(monkeypatch: pytest.Monkey
     overrides = [f"valuation.{key}={value}" for key, value in settings.items()]
     command = ["plan", "--config", "configs/sft/llama3.3_70b_4x8gpu.yaml", "--world", "32"]
     command += ["--gpu", "h100-80g", "model.name_or_path=tests/models/llama-3.3-70b"]
+    command += ["selection.keep_ratio=0.5"]
     result = CliRunner().invoke(app, [*command, *overrides])
     assert "It may not fit: " in result.output
     values = json.loads(CliRunner().invoke(app, [*command, *overrides, "--json"]).output)
@@ -410,7 +411,7 @@ def test_exact_takes_what_is_planned(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
     everything = {"estimator": "exact", "layers": "all", "parameters": "all", **directions}
-    values = {"stability_weight": 0.0, "validation_sequences": 2, **everything}
+    values = {"stability_weight": 0.0, "contrast": 0.0, "validation_sequences": 2, **everything}
     config = RunConfig.model_validate(
         {
             "model": {"name_or_path": str(tmp_path), "dtype": "float32"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -202,6 +203,9 @@ class PairSelectionConfig(SelectionConfig):
 
 class PreferenceRunConfig(RunConfig):
     """What `recipes/preference.py` needs."""
+
+    default_choice: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """As published: dropping what is harmful was not measured on pairs."""
 
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
     selection: PairSelectionConfig = Field(default_factory=PairSelectionConfig)

@@ -3,10 +3,12 @@ them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from alphatoken.config.estimators import ESTIMATORS
 from alphatoken.config.evaluation import Better, EvaluationConfig, EvaluationTask
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
@@ -29,9 +31,42 @@ from alphatoken.config.training import (
 from alphatoken.config.valuation import ValuationConfig
 from alphatoken.config.weights import WEIGHT_TRAITS
 
+DROP_HARMFUL: dict[str, dict[str, Any]] = {
+    "valuation": {"contrast": 0.75, "contrast_from": "drawn", "reliability": True},
+    "selection": {
+        "policy": "top_value",
+        "keep_ratio": "auto",
+        "veto": {"by": "probability", "threshold": 1.0e-4},
+    },
+}
+"""What `configs/presets/drop_harmful.yaml` chooses tokens by: the default of supervised runs, as
+measured in docs/results.md, "Study A"."""
+
+CHOOSING: dict[str, set[str]] = {
+    "valuation": {"contrast", "contrast_from", "contrast_memory", "reliability", "balance"},
+    "selection": {
+        "policy",
+        "veto",
+        "keep_ratio",
+        "threshold",
+        "threshold_unit",
+        "schedule",
+        "keep_ratio_start",
+        "schedule_steps",
+        "weights",
+        "weight_parameters",
+        "normalise",
+    },
+}
+"""Keys that say which tokens are trained on, by section: with any of them the others are what their
+fields say, which is as published."""
+
 
 class RunConfig(Section):
     """What every training recipe needs."""
+
+    default_choice: ClassVar[Mapping[str, Mapping[str, Any]]] = DROP_HARMFUL
+    """What tokens are chosen by where they are valued and no key of CHOOSING is given."""
 
     model: ModelConfig
     data: DataConfig
@@ -54,6 +89,24 @@ class RunConfig(Section):
         default_factory=LoggingConfig,
         json_schema_extra=MAY_CHANGE,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chooses_by_what_was_measured(cls, values: Any) -> Any:
+        choice = cls.default_choice
+        if not isinstance(values, dict) or not choice:
+            return values
+        given = {section: values.get(section, {}) for section in CHOOSING}
+        if not all(isinstance(keys, dict) for keys in given.values()):
+            return values  # whole sections, or a mistake that is told later
+        if any(keys & given[section].keys() for section, keys in CHOOSING.items()):
+            return values
+        valuation = given["valuation"]
+        estimator = ESTIMATORS.get(valuation.get("estimator", "ghost"))
+        reads_it = estimator is not None and choice["valuation"].keys() <= {*estimator.keys}
+        if valuation.get("enabled") is False or not reads_it:
+            return values
+        return {**values, **{name: {**given[name], **keys} for name, keys in choice.items()}}
 
     @property
     def estimates_fisher(self) -> bool:

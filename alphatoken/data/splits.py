@@ -164,7 +164,7 @@ def check_rows_of_b(config: RunConfig, rows: int, others: int) -> None:
             f"those being scored{both}, but data.train has {rows}, and the "
             f"{valuation.refresh_every} optimizer steps between refreshes "
             f"(valuation.refresh_every) take {config.train.global_batch_size} each "
-            "(train.global_batch_size): lower these, or add rows"
+            "(train.global_batch_size): lower these, add rows, or set valuation.contrast=0"
         )
 
 
