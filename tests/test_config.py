@@ -324,7 +324,10 @@ def test_what_says_what_is_kept_leaves_the_rest_as_published(
 
 
 def test_what_decides_is_made_of_keys_there_are() -> None:
-    sections: dict[str, type[Section]] = {"valuation": ValuationConfig, "selection": SelectionConfig}
+    sections: dict[str, type[Section]] = {
+        "valuation": ValuationConfig,
+        "selection": SelectionConfig,
+    }
     assert sections.keys() == CHOOSING.keys()
     for section, keys in CHOOSING.items():
         assert keys <= sections[section].model_fields.keys()
