@@ -197,8 +197,8 @@ def run_values(tiny_model: Path, tiny_data: dict[str, str], tmp_path: Path) -> d
     return {
         "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
         "data": {**tiny_data, "cache_dir": str(tmp_path / "cache")},
-        # With `contrast` all that says what is kept is as published, but for what a test changes.
-        "valuation": {"layers": 2, "validation_sequences": 5, "window": 4, "contrast": 0.0},
+        "valuation": {"layers": 2, "validation_sequences": 5, "window": 4},
+        "selection": {"keep_ratio": 0.5},  # as published
         "fisher": {"sampling": "teacher_forced", "num_prompts": 4, "batch_size": 2},
         "optim": {"lr": 1e-3},
         "train": {

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import alphatoken.training.metrics  # noqa: F401  declares the metrics of runs
+from alphatoken.config.merging import merged
 from alphatoken.util.metrics import metric_of
 from tests.ranks import ROOT, run_program
 
 
 def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(values)
-    for section, content in sections.items():
-        values.setdefault(section, {}).update(content)
-    return values
+    return merged(values, copy.deepcopy(sections))
 
 
 def metrics_of(folder: str | Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from alphatoken.config.file import flat, load_config, may_change, save_config, s
 from alphatoken.config.help import parse_arguments
 from alphatoken.config.policies import POLICY_TRAITS
 from alphatoken.config.preference import PreferenceRunConfig
-from alphatoken.config.run import CHOOSING, DROP_HARMFUL, RunConfig
+from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import Section
 from alphatoken.config.selection import SelectionConfig
 from alphatoken.config.valuation import ValuationConfig
@@ -276,62 +276,118 @@ def test_what_is_harmful_is_dropped_whatever_the_file_of_the_run_keeps(path: Pat
     assert config.normalise == "response"
 
 
-@pytest.mark.parametrize("overrides", [[], ["selection.protect_eos=true", "valuation.layers=2"]])
-def test_where_nothing_says_what_is_kept_what_is_harmful_is_dropped(
-    file: Path, tmp_path: Path, overrides: list[str]
-) -> None:
-    """Exactly as the preset says, and what was resolved is read back alike."""
-    config = load_config(RunConfig, file, overrides)
-    preset = CONFIGS / "presets" / "drop_harmful.yaml"
-    assert config == load_config(RunConfig, [file, preset], overrides)
-    assert (config.selection.keep_ratio, config.valuation.contrast) == ("auto", 0.75)
-    save_config(config, tmp_path / "resolved.yaml")
-    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+DROPPING = {"contrast": 0.75, "contrast_from": "drawn", "reliability": True, "keep_ratio": "auto"}
+IMPROBABLE = {"by": "probability", "threshold": 1e-4, "share": None, "unit": "raw"}
+PUBLISHED = {"contrast": 0, "contrast_from": "auto", "reliability": False, "keep_ratio": 0.5}
 
 
-PUBLISHED = ("veto", None), ("keep_ratio", 0.5), ("contrast", 0), ("reliability", False)
+def what_chooses(config: RunConfig) -> dict[str, Any]:
+    resolved = config.model_dump()
+    both = {**resolved["valuation"], **resolved["selection"]}
+    return {name: both[name] for name in (*DROPPING, "veto")}
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("overrides", "differing"),
     [
-        "selection.keep_ratio=0.5",
-        "selection.policy=loss",
-        "selection.threshold=0",
-        "selection.weights=softmax",
-        "selection.normalise=kept",
-        "selection.veto={by: loss, share: 0.1}",
-        "valuation.contrast=0",
-        "valuation.reliability=true",
-        "valuation.balance=std",
-        "valuation.enabled=false",
-        "preference={}",
+        ([], {}),
+        (["selection.protect_eos=true", "valuation.layers=2", "selection.scope=global_batch"], {}),
+        (
+            ["selection.policy=top_value", "selection.weights=hard", "selection.schedule=constant"],
+            {},
+        ),
+        (["selection.policy=null", "selection.threshold=null", "selection.keep_ratio=null"], {}),
+        (["selection.keep_ratio=auto"], {}),
+        (["selection.normalise=response", "valuation.balance=std"], {}),
+        (["valuation.estimator=exact", "valuation.layers=all"], {}),
+        (["model.lora={r: 4}", "valuation.start_step=2"], {}),
+        (["selection.veto=null"], {"veto": None}),
+        (["selection.veto.threshold=1e-3"], {"veto": {**IMPROBABLE, "threshold": 1e-3}}),
+        (
+            ["selection.veto={by: loss, share: 0.1}"],
+            {"veto": {"by": "loss", "threshold": None, "share": 0.1, "unit": "raw"}},
+        ),
+        (["valuation.contrast=1"], {"contrast": 1}),
+        (["valuation.contrast=0"], {"contrast": 0, "contrast_from": "auto"}),
+        (["valuation.contrast_from=scored"], {"contrast_from": "scored"}),
     ],
 )
-def test_what_says_what_is_kept_leaves_the_rest_as_published(
-    file: Path, tmp_path: Path, override: str
+def test_what_is_left_out_drops_what_is_harmful(
+    file: Path, tmp_path: Path, overrides: list[str], differing: dict[str, Any]
+) -> None:
+    config = load_config(RunConfig, file, overrides)
+    assert what_chooses(config) == {**DROPPING, "veto": IMPROBABLE, **differing}
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(RunConfig, tmp_path / "resolved.yaml") == config
+    if not differing:
+        preset = CONFIGS / "presets" / "drop_harmful.yaml"
+        kept = [each for each in overrides if not each.startswith("selection.keep_ratio")]
+        expected = load_config(RunConfig, [file, preset], kept)
+        assert what_chooses(config) == what_chooses(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "differing"),
+    [
+        (["selection.keep_ratio=0.5"], {}),
+        (["selection.policy=loss"], {}),
+        (["selection.threshold=0"], {"keep_ratio": None}),
+        (["selection.weights=softmax"], {}),
+        (["selection={schedule: linear, keep_ratio_start: 0.9}"], {}),
+        (["valuation.enabled=false"], {}),
+        (["valuation.held_out=train", "data.validation=null", "fisher.prompts=rows.jsonl"], {}),
+        (["preference={}"], {}),
+        (["selection.keep_ratio=0.5", "valuation.contrast=1"], {"contrast": 1}),
+    ],
+)
+def test_another_rule_leaves_the_rest_as_published(
+    file: Path, tmp_path: Path, overrides: list[str], differing: dict[str, Any]
 ) -> None:
     sections = {"preference": PreferenceRunConfig}
-    config = load_config(RunConfig, file, [override], with_section=sections)
-    resolved = config.model_dump()
-    changed = {"threshold": "keep_ratio"}
-    key = override.partition("=")[0].rpartition(".")[2]
-    for name, value in PUBLISHED:
-        if name not in (key, changed.get(key)):
-            assert {**resolved["valuation"], **resolved["selection"]}[name] == value
+    config = load_config(RunConfig, file, overrides, with_section=sections)
+    assert what_chooses(config) == {**PUBLISHED, "veto": None, **differing}
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(type(config), tmp_path / "resolved.yaml") == config
 
 
-def test_what_decides_is_made_of_keys_there_are() -> None:
-    sections: dict[str, type[Section]] = {
-        "valuation": ValuationConfig,
-        "selection": SelectionConfig,
-    }
-    assert sections.keys() == CHOOSING.keys()
-    for section, keys in CHOOSING.items():
-        assert keys <= sections[section].model_fields.keys()
-        assert DROP_HARMFUL[section].keys() <= keys
+def test_sections_that_are_objects_are_completed_as_well(file: Path) -> None:
+    config = load_config(RunConfig, file)
+    sections = {name: getattr(config, name) for name in ("model", "data", "train")}
+    given = ValuationConfig(layers=2)
+    assert what_chooses(RunConfig(**sections, valuation=given)) == what_chooses(config)
+    half = RunConfig(**sections, valuation=given, selection=SelectionConfig(keep_ratio=0.5))
+    assert what_chooses(half) == {**PUBLISHED, "veto": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quickstart", "auto"),
+        ("llama3.1_8b_8gpu", "auto"),
+        ("llama3.3_70b_4x8gpu", "auto"),
+        ("gemma3_4b_magicoder", 0.5),
+        ("smollm2_gsm8k", 0.5),
+    ],
+)
+def test_files_that_ship_keep_what_they_say(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: float | str
+) -> None:
+    monkeypatch.setenv("DATA_DIR", "rows")
+    assert load_config(RunConfig, CONFIGS / f"sft/{name}.yaml").selection.keep_ratio == expected
+
+
+@pytest.mark.parametrize("file_order", [("run", "paper"), ("paper", "run"), ("drop", "paper")])
+def test_the_published_preset_is_so_in_any_order(file: Path, file_order: tuple[str, str]) -> None:
+    presets = CONFIGS / "presets"
+    files = {"run": file, "paper": presets / "paper.yaml", "drop": presets / "drop_harmful.yaml"}
+    config = load_config(RunConfig, [file, *(files[each] for each in file_order)])
+    assert what_chooses(config) == {**PUBLISHED, "veto": None}
+
+
+@pytest.mark.parametrize("value", ["[a]", "nothing", "null"])
+def test_a_mistaken_estimator_is_told_by_its_key(file: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"valuation.estimator: input should be 'ghost'"):
+        load_config(RunConfig, file, [f"valuation.estimator={value}"])
 
 
 @pytest.mark.parametrize(
@@ -629,7 +685,7 @@ def test_settings_that_contradict_each_other(
             "selection.veto.unit=noise with adaptation and valuation.balance=std would compare",
         ),
         (
-            ["selection.veto={by: top_value, threshold: -1, unit: noise}"],
+            ["selection={keep_ratio: 0.5, veto: {by: top_value, threshold: -1, unit: noise}}"],
             "selection.veto.unit=noise needs to know how reliable values are: "
             "valuation.reliability=true",
         ),
@@ -646,7 +702,7 @@ def test_settings_that_contradict_each_other(
             "selection.veto.by=top_value needs valuation.enabled=true",
         ),
         (["selection.policy=agreement"], "selection.policy=agreement needs to know how reliable"),
-        (["selection.keep_ratio=auto"], "selection.keep_ratio=auto needs to know how reliable"),
+        (["valuation.reliability=false"], "selection.keep_ratio=auto needs to know how reliable"),
         (
             ["selection={keep_ratio: auto, policy: loss}", "valuation.reliability=true"],
             "selection.keep_ratio=auto drops harmful tokens: it needs selection.policy=top_value",
@@ -665,7 +721,7 @@ def test_settings_that_contradict_each_other(
             "selection.keep_ratio=0.5 and selection.threshold=0.0: set one of them",
         ),
         (
-            ["selection.keep_ratio=null"],
+            ["selection.keep_ratio=null", "valuation.enabled=false"],
             "selection.keep_ratio=None and selection.threshold=None: set one of them",
         ),
         (

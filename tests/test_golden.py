@@ -52,7 +52,8 @@ def tiny_run(folder: Path) -> list[dict[str, Any]]:
             },
             "cache_dir": str(folder / "cache"),
         },
-        "valuation": {"layers": 3, "validation_sequences": 8, "contrast": 0.0},
+        "valuation": {"layers": 3, "validation_sequences": 8},
+        "selection": {"keep_ratio": 0.5},
         "fisher": {"num_prompts": 8, "max_new_tokens": 16},
         "optim": {"lr": 3e-3},
         "train": {

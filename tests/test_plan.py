@@ -411,13 +411,14 @@ def test_exact_takes_what_is_planned(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
     everything = {"estimator": "exact", "layers": "all", "parameters": "all", **directions}
-    values = {"stability_weight": 0.0, "contrast": 0.0, "validation_sequences": 2, **everything}
+    values = {"stability_weight": 0.0, "validation_sequences": 2, **everything}
     config = RunConfig.model_validate(
         {
             "model": {"name_or_path": str(tmp_path), "dtype": "float32"},
             "data": {"train": "rows.jsonl", "validation": "rows.jsonl"},
             "train": {"output_dir": "run", "global_batch_size": 2, "micro_batch_size": 2},
             "valuation": values,
+            "selection": {"keep_ratio": 0.5},
         }
     )
     responses = sum(response for _, response in lengths)

@@ -99,6 +99,25 @@ def test_the_recipe_trains_reports_and_exports(
 
 
 @pytest.mark.slow
+def test_the_default_says_what_it_drops_and_why(tmp_path: Path, run_values: dict[str, Any]) -> None:
+    values = {name: keys for name, keys in run_values.items() if name != "selection"}
+    file = tmp_path / "default.yaml"
+    file.write_text(yaml.safe_dump(values))
+    # A model of noise agrees on little.
+    finished = run_recipe(file, "selection.auto_margin=0.1", "valuation.contrast=3")
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    rules = "probability below 0.0001", "agreement below -0.1 times the noise of values"
+    said = finished.stdout
+    assert f"what is kept: all response tokens but those of {' and of '.join(rules)}" in said
+    first, *_ = (step for step in metrics_of(run_values["train"]["output_dir"]) if step["step"])
+    dropped = round(first["below_threshold_share"] * first["response_tokens"])
+    assert 0 < dropped < first["response_tokens"]
+    assert f"step 1: dropped {dropped} of {first['response_tokens']} response tokens: " in said
+    assert first["kept_tokens"] == first["response_tokens"] - dropped - first["vetoed_tokens"]
+    assert first["noise_scale"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "override", "message"),
     [

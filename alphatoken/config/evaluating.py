@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +34,7 @@ class EvaluationRunConfig(RunConfig):
     """What evaluating a model needs: `model` and `evaluation`. The rest of a run's configuration
     may be there, so that one file serves both."""
 
-    default_choice: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    default_choice: ClassVar[dict[str, dict[str, Any]]] = {}
 
     data: EvaluatedDataConfig = Field(default_factory=EvaluatedDataConfig)
     valuation: ValuationConfig = Field(default_factory=lambda: ValuationConfig(enabled=False))

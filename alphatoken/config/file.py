@@ -5,26 +5,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from alphatoken.config.merging import merged
 from alphatoken.config.sections import Section
-from alphatoken.config.selection import replaced_by, replaced_by_veto
 from alphatoken.errors import ConfigError
 from alphatoken.util.files import publish_text
 from alphatoken.util.shipped import or_shipped
 
 ConfigT = TypeVar("ConfigT", bound=Section)
-
-REPLACED: dict[Any, Callable[[Mapping[str, Any], Mapping[str, Any]], set[str]]] = {
-    **dict.fromkeys(("selection", "chosen", "rejected"), replaced_by),
-    "veto": replaced_by_veto,
-}
-"""Of sections by name, which keys of an earlier file the keys of a later one make meaningless."""
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -108,7 +102,7 @@ def load_config(
     files = [files] if isinstance(files, Path) else files
     values: dict[str, Any] = {}
     for file in files:
-        values = _merged(values, sections_of(read_text(file), file))
+        values = merged(values, sections_of(read_text(file), file))
     for override in overrides:
         _apply_override(values, override)
     for section, other_class in (with_section or {}).items():
@@ -181,20 +175,6 @@ def sections_of(text: str, file: Path) -> dict[str, Any]:
             f"{type(values).__name__}"
         )
     return values
-
-
-def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `over` in their place, section by section; lists are replaced, and
-    of a selection what means nothing beside `over`."""
-    both = values | over
-    for key in values.keys() & over.keys():
-        before, after = values[key], over[key]
-        if isinstance(before, dict) and isinstance(after, dict):
-            overrides = {name: value for name, value in after.items() if value is not None}
-            replaced = REPLACED[key](overrides, before) if key in REPLACED else set()
-            left = {name: value for name, value in before.items() if name not in replaced}
-            both[key] = _merged(left, after)
-    return both
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -204,7 +203,7 @@ class PairSelectionConfig(SelectionConfig):
 class PreferenceRunConfig(RunConfig):
     """What `recipes/preference.py` needs."""
 
-    default_choice: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    default_choice: ClassVar[dict[str, dict[str, Any]]] = {}
     """As published: dropping what is harmful was not measured on pairs."""
 
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)

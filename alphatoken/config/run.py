@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from alphatoken.config.estimators import ESTIMATORS
 from alphatoken.config.evaluation import Better, EvaluationConfig, EvaluationTask
+from alphatoken.config.merging import merged
 from alphatoken.config.policies import POLICY_TRAITS, Need
 from alphatoken.config.sections import (
     MAY_CHANGE,
@@ -42,31 +43,60 @@ DROP_HARMFUL: dict[str, dict[str, Any]] = {
 """What `configs/presets/drop_harmful.yaml` chooses tokens by: the default of supervised runs, as
 measured in docs/results.md, "Study A"."""
 
-CHOOSING: dict[str, set[str]] = {
-    "valuation": {"contrast", "contrast_from", "contrast_memory", "reliability", "balance"},
-    "selection": {
-        "policy",
-        "veto",
-        "keep_ratio",
-        "threshold",
-        "threshold_unit",
-        "schedule",
-        "keep_ratio_start",
-        "schedule_steps",
-        "weights",
-        "weight_parameters",
-        "normalise",
-    },
-}
-"""Keys that say which tokens are trained on, by section: with any of them the others are what their
-fields say, which is as published."""
+
+def names_another_rule(selection: Mapping[str, Any]) -> bool:
+    """Whether the given keys of section `selection` say by themselves which tokens are kept, so
+    that what is left out is as published."""
+    return (
+        selection.get("keep_ratio") not in (None, "auto")
+        or selection.get("threshold") is not None
+        or selection.get("policy") not in (None, "top_value")
+        or selection.get("weights") not in (None, "hard")
+        or selection.get("schedule") not in (None, "constant")
+    )
+
+
+def _given(section: Any) -> dict[str, Any] | None:
+    """The keys of a section that were given; None of what is none."""
+    if isinstance(section, Section):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return section if isinstance(section, dict) else None
+
+
+def _with_default_choice(
+    valuation: dict[str, Any], selection: dict[str, Any], choice: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Two sections as far as they are given, with `choice` for what they leave out, where it can be
+    meant."""
+    given = {
+        "valuation": valuation,
+        # null is no rule; of the veto it says that there is none.
+        "selection": {k: v for k, v in selection.items() if v is not None or k == "veto"},
+    }
+    name = valuation.get("estimator", "ghost")
+    estimator = ESTIMATORS.get(name) if isinstance(name, str) else None
+    is_meant = (
+        valuation.get("enabled") is not False
+        and valuation.get("held_out") != "train"  # G and B would be of the same rows
+        and not names_another_rule(selection)
+        and estimator is not None
+        and choice["valuation"].keys() <= {*estimator.keys}
+        and choice["valuation"]["contrast_from"] in estimator.contrast_sources
+    )
+    if not is_meant:
+        return {"valuation": valuation, "selection": selection}
+    both = merged(choice, given)
+    if not both["valuation"]["contrast"] and "contrast_from" not in valuation:
+        del both["valuation"]["contrast_from"]
+    return both
 
 
 class RunConfig(Section):
     """What every training recipe needs."""
 
-    default_choice: ClassVar[Mapping[str, Mapping[str, Any]]] = DROP_HARMFUL
-    """What tokens are chosen by where they are valued and no key of CHOOSING is given."""
+    default_choice: ClassVar[dict[str, dict[str, Any]]] = DROP_HARMFUL
+    """What is left out of `valuation` and `selection` is taken from, unless another rule is named;
+    empty: from their own defaults. It also holds for sections that are given as objects."""
 
     model: ModelConfig
     data: DataConfig
@@ -93,20 +123,12 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _chooses_by_what_was_measured(cls, values: Any) -> Any:
-        choice = cls.default_choice
-        if not isinstance(values, dict) or not choice:
+        if not isinstance(values, dict) or not cls.default_choice:
             return values
-        given = {section: values.get(section, {}) for section in CHOOSING}
-        if not all(isinstance(keys, dict) for keys in given.values()):
-            return values  # whole sections, or a mistake that is told later
-        if any(keys & given[section].keys() for section, keys in CHOOSING.items()):
-            return values
-        valuation = given["valuation"]
-        estimator = ESTIMATORS.get(valuation.get("estimator", "ghost"))
-        reads_it = estimator is not None and choice["valuation"].keys() <= {*estimator.keys}
-        if valuation.get("enabled") is False or not reads_it:
-            return values
-        return {**values, **{name: {**given[name], **keys} for name, keys in choice.items()}}
+        valuation, selection = (_given(values.get(each, {})) for each in cls.default_choice)
+        if valuation is None or selection is None:
+            return values  # a mistake that is told later
+        return {**values, **_with_default_choice(valuation, selection, cls.default_choice)}
 
     @property
     def estimates_fisher(self) -> bool:

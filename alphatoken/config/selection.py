@@ -78,8 +78,9 @@ class SelectionConfig(Section):
         0.5,
         description="Share of response tokens to train on (rho). auto trains on all but those that "
         "both halves of the held-out rows call harmful beyond the noise; needs policy top_value "
-        "and valuation.reliability. null where threshold is set. Where no key here or in valuation "
-        "says what is kept, supervised runs are as configs/presets/drop_harmful.yaml says.",
+        "and valuation.reliability. null where threshold is set. Runs on responses that name no "
+        "ratio, threshold or other policy, weights or schedule are as "
+        "configs/presets/drop_harmful.yaml says: auto, with what goes with it.",
     )
     auto_margin: float = Field(
         1.0,

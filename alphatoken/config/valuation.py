@@ -58,7 +58,8 @@ class ValuationConfig(Section):
         ge=0,
         description="Weight (c) of the mean gradient of other training rows, B, which is "
         "subtracted from the held-out one: a value is then the effect on the held-out loss less c "
-        "times that on the training loss. 0 is the published value.",
+        "times that on the training loss. 0 is the published value; with selection.keep_ratio auto "
+        "as the default the default here is 0.75.",
     )
     contrast_from: Literal["auto", "scored", "drawn", "moment"] = Field(
         "auto",
@@ -207,7 +208,8 @@ class ValuationConfig(Section):
         if self.reliability and self.validation_sequences < 2:
             raise ValueError(
                 f"valuation.reliability=true compares two halves of the held-out rows, but "
-                f"valuation.validation_sequences={self.validation_sequences}: set at least 2"
+                f"valuation.validation_sequences={self.validation_sequences}: set at least 2 (or, "
+                "where reliability is on because nothing says what is kept, selection.keep_ratio)"
             )
         return self
 

@@ -164,7 +164,9 @@ def check_rows_of_b(config: RunConfig, rows: int, others: int) -> None:
             f"those being scored{both}, but data.train has {rows}, and the "
             f"{valuation.refresh_every} optimizer steps between refreshes "
             f"(valuation.refresh_every) take {config.train.global_batch_size} each "
-            "(train.global_batch_size): lower these, add rows, or set valuation.contrast=0"
+            "(train.global_batch_size): lower these, or add rows. Without contrast go "
+            "selection.keep_ratio=0.5 (the best half as published) and valuation.enabled=false "
+            "(all tokens)"
         )
 
 

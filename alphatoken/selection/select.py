@@ -111,6 +111,19 @@ class Selection:
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Those of the weight rule."""
 
+    def __str__(self) -> str:
+        among = {"sequence": "each response", "micro_batch": "each micro-batch"}
+        if POLICY_TRAITS[self.policy].keeps_all or self.keep_ratio == 1:
+            kept = "all response tokens"
+        else:
+            kept = (
+                f"{float(self.keep_ratio):.4g} of the response tokens of "
+                f"{among.get(self.scope, 'each step')}, by {self.policy}"
+            )
+        cuts = [str(cut) for cut in (self.veto, self.floor) if cut is not None]
+        but = f" but those of {' and of '.join(cuts)}" if cuts else ""
+        return kept + but + ("" if self.weights == "hard" else f", weighed by {self.weights}")
+
     def kept_count(self, counts: Sequence[int]) -> int:
         """Tokens that will be kept of a micro-batch (or step) whose sequences have `counts`
         response tokens; at most, where there is a veto or a floor."""

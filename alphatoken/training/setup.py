@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alphatoken.checkpoints.folder import RunFolder
 from alphatoken.checkpoints.resuming import Continuation, open_run_folder
+from alphatoken.config.preference import BRANCHES
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import FisherConfig
 from alphatoken.data.audit import look_at_rows
@@ -121,6 +122,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     tasks = build_tasks(config, tokenizer, config.asked)
     prompts = load_prompts(config, tokenizer, splits.train) if config.estimates_fisher else None
     total_steps = config.train.total_steps(len(splits.train))
+    notes.append(_kept_note(config, total_steps))
 
     stopwatch = Stopwatch(device)
     lm = _load(config, engine_config, tokenizer)
@@ -198,6 +200,16 @@ def _data_notes(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: S
     """What the user should know of the rows."""
     beyond = positions_note(config, splits)
     return [*look_at_rows(config, tokenizer), *([] if beyond is None else [beyond])]
+
+
+def _kept_note(config: RunConfig, total_steps: int) -> str:
+    """Which tokens are trained on from the first step that chooses on."""
+    first = config.valuation.start_step
+    kept = [str(selection) for selection in selections_at(config, first, total_steps)]
+    if len({*kept}) > 1:
+        kept = [f"{branch}: {rule}" for branch, rule in zip(BRANCHES, kept, strict=True)]
+    after = f", after {first} steps on all" if first else ""
+    return f"what is kept: {'; '.join(dict.fromkeys(kept))}{after}"
 
 
 def _join(config: RunConfig) -> tuple[torch.device, dict[str, Any]]:
