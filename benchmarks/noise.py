@@ -20,8 +20,10 @@ What is made of values: `G`, the product with the mean gradient of clean held-ou
 published one; `G - B` takes off that with the mean gradient of `--contrast` other corrupted rows
 (`valuation.contrast: 1`); `direct` leaves the causal path out; `kinder half` is the higher of the
 values under two halves of held-out and contrast rows, so it is low only where both call a token
-harmful. `drop_harmful.yaml` is the order in which that preset drops tokens: first what its veto
-rules out, then by the kinder half of G - c B, with its c and with B of what it does not rule out.
+harmful; `response mean` is the higher of the means over each scored row, one number for all its
+tokens (`selection.policy: response_agreement`). `drop_harmful.yaml` is the order in which that
+preset drops tokens: first what its veto rules out, then by the kinder half of G - c B, with its c
+and with B of what it does not rule out.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from alphatoken.data.chat import EncodedDocument, Encoder, Skipped
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
 from alphatoken.models.decoder import decoder_of
+from alphatoken.selection.rules import sequence_means
 from benchmarks.corruptions import (
     MarkedRow,
     bad_tokens,
@@ -290,10 +293,13 @@ class Measured:
         terms = self._terms(ValuationConfig.model_validate(settings), names, self._pool.contrast)
         both_R = terms["direct_target"] + terms["causal_target"]
         value_R = both_R - terms["direct_contrast"] - terms["causal_contrast"]
+        row_R = torch.from_numpy(self.tokens()[1])
+        spread_S = sequence_means(terms["spread"], row_R)
         made = {
             "G": both_R,
             "G - B": value_R,
             "G - B, kinder half": value_R + terms["spread"].abs(),
+            "G - B, response mean": (sequence_means(value_R, row_R) + spread_S.abs())[row_R],
         }
         if settings["estimator"] == "ghost":  # exact does not tell the paths apart
             made["G, direct"] = terms["direct_target"]

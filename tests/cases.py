@@ -1264,7 +1264,7 @@ def vetoed_parts(
     folder: Path, batches: dict[str, Any], selections: list[Selection]
 ) -> dict[str, Tensor]:
     """Which response tokens of this rank's part are vetoed, by batch, where all ranks divide its
-    rows; (B, T / ranks)."""
+    rows; (B, T / ranks). Batches bring their values with them."""
     device = initialise_ranks(5)
     ranks = collectives.world_size()
     among = form_mesh(ranks, timedelta(minutes=5)).sequence
@@ -1280,7 +1280,9 @@ def vetoed_parts(
     )
     found = {}
     for kind, batch in batches.items():
-        facts = valued.assess(part_of(batch, among.place, ranks) if ranks > 1 else batch)
+        own: Any = part_of(batch, among.place, ranks) if ranks > 1 else batch
+        values = {name: own[name] for name in ("composite", "spread")}
+        facts = replace(valued.assess(own), values=values)
         found[kind] = facts.response_index.put(weigh(selections, facts).choice.vetoed_R)
     return found
 

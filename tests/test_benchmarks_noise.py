@@ -85,7 +85,9 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
     stages = both["cases"]["junk, problems"]["stages"]
     assert list(stages) == ["0", "1"]
     for measures in stages.values():
-        assert {"ghost, last 3: G - B, kinder half", "drop_harmful.yaml"} <= measures.keys()
+        assert "drop_harmful.yaml" in measures
+        for made in ("kinder half", "response mean"):
+            assert f"ghost, last 3: G - B, {made}" in measures
         for value, low, high in (each[name] for each in measures.values() for name in each):
             assert 0 <= low <= high <= 1
             assert 0 <= value <= 1
@@ -95,12 +97,9 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
         measure(parse([*small, "rule, problems", *ghost, "--lr", "1"]))
 
 
-@pytest.mark.slow
-def test_the_preset_drops_first_what_it_vetoes_and_keeps_that_out_of_b(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A random model gives most tokens a probability of about 1 / 256."""
-    save_tiny(tmp_path / "tiny")
+def measured_in(folder: Path) -> Measured:
+    """A random model and a few rows."""
+    save_tiny(folder / "tiny")
     arguments = [
         "measure",
         "--scored",
@@ -114,15 +113,40 @@ def test_the_preset_drops_first_what_it_vetoes_and_keeps_that_out_of_b(
         "--output",
         "-",
     ]
-    options = parse([*arguments, "--model", str(tmp_path / "tiny")])
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "tiny")))
-    measured = Measured(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32).eval(),
+    options = parse([*arguments, "--model", str(folder / "tiny")])
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "tiny")))
+    return Measured(
+        AutoModelForCausalLM.from_pretrained(folder / "tiny", dtype=torch.float32).eval(),
         read_pool("junk, problems", tokenizer, options),
         tokenizer.pad_token_id,
         micro_batch=2,
         lr=1e-4,
     )
+
+
+@pytest.mark.slow
+def test_the_mean_of_a_response_is_that_in_the_kinder_half(tmp_path: Path) -> None:
+    measured = measured_in(tmp_path)
+    settings = estimators(4)["ghost, last 3"]
+    made = {name: each.tolist() for name, each in measured.values(settings).items()}
+    value, kinder, mean = (
+        made[f"G - B{name}"] for name in ("", ", kinder half", ", response mean")
+    )
+    _, row_R = measured.tokens()
+    for row in range(4):
+        own = [token for token, its in enumerate(row_R) if its == row]
+        values = sum(value[token] for token in own) / len(own)
+        bound = sum(kinder[token] for token in own) / len(own)
+        assert len({mean[token] for token in own}) == 1
+        assert values < mean[own[0]] < bound  # |mean| is below the mean of absolute spreads
+
+
+@pytest.mark.slow
+def test_the_preset_drops_first_what_it_vetoes_and_keeps_that_out_of_b(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model gives most tokens a probability of about 1 / 256."""
+    measured = measured_in(tmp_path)
     settings = estimators(4)["drop_harmful.yaml"]
     probability_R = (-measured.seen().nll_R).exp()
     none_R = measured.preset_order(settings)  # the preset's own veto is far below any of these

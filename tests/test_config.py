@@ -678,6 +678,10 @@ def test_settings_that_contradict_each_other(
             "selection.veto.unit=noise needs a policy that sorts by values, not loss",
         ),
         (
+            ["selection.veto={by: response_agreement, threshold: -1, unit: noise}"],
+            "selection.veto.unit=noise needs a policy that sorts by values, not response_agreement",
+        ),
+        (
             [
                 "selection.veto={by: adaptation, threshold: -1, unit: noise}",
                 "valuation={reliability: true, balance: std}",
@@ -702,6 +706,10 @@ def test_settings_that_contradict_each_other(
             "selection.veto.by=top_value needs valuation.enabled=true",
         ),
         (["selection.policy=agreement"], "selection.policy=agreement needs to know how reliable"),
+        (
+            ["selection={keep_ratio: 0.5, veto: {by: response_agreement, threshold: 0}}"],
+            "selection.veto.by=response_agreement needs to know how reliable",
+        ),
         (["valuation.reliability=false"], "selection.keep_ratio=auto needs to know how reliable"),
         (
             ["selection={keep_ratio: auto, policy: loss}", "valuation.reliability=true"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, cast, get_args
@@ -407,11 +407,13 @@ def test_policies_sort_by_what_they_say() -> None:
     columns["document_ids"] = torch.arange(2)[:, None].expand(2, 4)
     probability = torch.exp(-loss.double())
     below = (probability.mean(1, keepdim=True) - probability).float()
+    agreement = value.double().mean(1) + spread.double().mean(1).abs()
     known = replace(facts(values, loss, columns), contrast=0.5)
     expected = {
         "top_value": value,
         "adaptation": direct + causal - 0.5 * 3 * contrast,
         "agreement": torch.maximum(value + spread, value - spread),
+        "response_agreement": agreement[:, None].expand(2, 4).float(),
         "stored": columns["stored_value"],
         "random": noise,
         "loss": loss,
@@ -462,6 +464,122 @@ def test_a_policy_gets_what_it_states_it_needs_and_nothing_else() -> None:
         for need in traits.needs:
             with pytest.raises(LookupError, match=f"must state need .*'{need}'"):
                 sort_key(traits.needs - {need})
+
+
+class Responses:
+    """Rows of one document, or of a pair, each of a prompt of one token and so many of a
+    response."""
+
+    def __init__(self, rows: Sequence[tuple[int, ...]]) -> None:
+        self._rows = rows
+        self.lengths = np.array([len(row) + sum(row) for row in rows])
+
+    def __getitem__(self, index: int) -> list[tuple[Any, Any]]:
+        return [(np.full(n + 1, 7), np.arange(n + 1) > 0) for n in self._rows[index]]
+
+
+def of_rows(
+    rows: Sequence[tuple[int, ...]], *, packed: bool, seed: int, parts: int = 1
+) -> list[TokenFacts]:
+    """Each part's facts of these rows, with numbers everywhere, so also where there is no
+    response."""
+    layout = Layout(len(rows), pad_token=0, row_tokens=20 if packed else None, parts=parts)
+    dataset = cast("Any", Responses(rows))
+    (batch,) = micro_batches(dataset, np.arange(len(rows)), layout, 0, 1)
+    shape = (3, *batch["response"].shape)
+    nll, value, spread = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    columns: dict[str, Any] = {**batch, "nll": nll.abs(), "composite": value, "spread": spread}
+    found = []
+    for part in range(parts):
+        own: dict[str, Any] = columns
+        if parts > 1:
+            own = dict(part_of(cast("Any", columns), part, parts))
+        values = {name: own[name] for name in ("composite", "spread")}
+        found.append(facts(values, own["nll"], own))
+    return found
+
+
+def keys_of_parts(policy: str, known: list[TokenFacts]) -> Tensor:
+    """A policy's sort keys of rows whose parts are added up, put together again."""
+
+    def keeping(own: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda each: (own.append(each), each)[1]  # type: ignore[func-returns-value]
+
+    def giving(totals: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        left = iter(totals)
+        return lambda _: next(left)
+
+    given: list[list[Tensor]] = [[] for _ in known]
+    for own, part in zip(given, known, strict=True):
+        SORT_KEYS[policy](replace(part, total=keeping(own)))
+    totals = [torch.stack(each).sum(0) for each in zip(*given, strict=True)]
+    return torch.cat([SORT_KEYS[policy](replace(each, total=giving(totals))) for each in known], 1)
+
+
+def below_mean(nll: list[float], _value: list[float], _spread: list[float]) -> list[float]:
+    probability = [math.exp(-each) for each in nll]
+    below = [sum(probability) / len(nll) - each for each in probability]
+    return [each if each > 1e-12 else -math.inf for each in below]
+
+
+def mean_in_the_kinder_half(
+    _nll: list[float], value: list[float], spread: list[float]
+) -> list[float]:
+    return [(sum(value) + abs(sum(spread))) / len(value) for _ in value]
+
+
+OF_RESPONSES: dict[str, tuple[float, Callable[..., list[float]]]] = {
+    "below_mean_probability": (-math.inf, below_mean),
+    "response_agreement": (0.0, mean_in_the_kinder_half),
+}
+"""Policies whose key compares or joins the tokens of a response: the key off the response, and
+those of a response from its losses, values and spreads."""
+uneven = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("policy", OF_RESPONSES)
+@settings(deadline=None)
+@given(pairs=uneven, packed=st.booleans(), paired=st.booleans(), seed=st.integers(0, 99))
+def test_keys_of_responses_are_the_definition_on_any_number_of_parts(
+    policy: str, pairs: list[tuple[int, int]], packed: bool, paired: bool, seed: int
+) -> None:
+    rows = [pair if paired else pair[:1] for pair in pairs]
+    off, definition = OF_RESPONSES[policy]
+    for parts in (1, 2, 3):
+        known = of_rows(rows, packed=packed, seed=seed, parts=parts)
+        keys = keys_of_parts(policy, known)
+        of_parts = [(each.nll_BT, each.composite_BT, each.spread_BT) for each in known]
+        numbers = [torch.cat(each, 1) for each in zip(*of_parts, strict=True)]
+        document = torch.cat([each.batch["document_ids"] for each in known], 1)
+        response = torch.cat([each.response_BT for each in known], 1)
+        assert keys[~response].eq(off).all()
+        for number in range(sum(map(len, rows))):
+            own = response & (document == number)
+            expected = definition(*(each[own].double().tolist() for each in numbers))
+            assert keys[own].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@settings(deadline=None)
+@given(pairs=uneven, packed=st.booleans(), seed=st.integers(0, 99))
+def test_a_veto_by_response_agreement_drops_whole_responses_that_both_halves_call_harmful(
+    branches: int, pairs: list[tuple[int, int]], packed: bool, seed: int
+) -> None:
+    """In pairs only rejected ones, where only these have the veto."""
+    (known,) = of_rows([pair[:branches] for pair in pairs], packed=packed, seed=seed)
+    veto = Cut(by="response_agreement", threshold=0.0)
+    selections = [Selection("all", Fraction(1)), Selection("all", Fraction(1), veto=veto)]
+    choice = select(selections[-branches:], known).choice
+    vetoed = known.response_index.put(choice.vetoed_R)
+    document = known.batch["document_ids"]
+    harmful = torch.zeros_like(vetoed)
+    for number in range(branches * len(pairs)):
+        own = known.response_BT & (document == number)
+        value, spread = (known.values[name][own].double() for name in ("composite", "spread"))
+        if number % branches == branches - 1 and own.any():
+            harmful |= own & ((value + spread).mean() < 0) & ((value - spread).mean() < 0)
+    assert vetoed.equal(harmful)
+    assert choice.kept_R.equal(~choice.vetoed_R)
 
 
 def test_what_was_dropped_is_counted_by_branch_and_said() -> None:

@@ -398,15 +398,24 @@ def merged(results: list[Any], name: str) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["below_mean_probability", "response_agreement"])
 @pytest.mark.parametrize("branches", [1, 2])
-def test_a_response_is_below_its_own_mean_wherever_its_parts_are(
-    branches: int, tmp_path: Path
+def test_a_response_has_its_own_mean_wherever_its_parts_are(
+    branches: int, by: str, tmp_path: Path
 ) -> None:
-    """ConfPO's sort key compares a token with all of its response, of which a rank has a part; a
-    rank without any takes part."""
-    veto = Cut(by="below_mean_probability", threshold=0.0)
-    selections = [Selection("all", Fraction(1), veto=veto)] * branches
-    batches = {kind: batches_of(2)[kind] for kind in ("plain", "packed")}
+    """Sort keys that are made of all of a response, of which a rank has a part; a rank without any
+    takes part."""
+    selections = [Selection("all", Fraction(1), veto=Cut(by=by, threshold=0.0))] * branches
+    generator = torch.Generator().manual_seed(0)
+    batches: dict[str, dict[str, Any]] = {
+        kind: {
+            **batch,
+            "composite": torch.randn(batch["labels"].shape, generator=generator),
+            "spread": torch.randn(batch["labels"].shape, generator=generator) / 4,
+        }
+        for kind, batch in batches_of(2).items()
+        if kind in {"plain", "packed"}
+    }
     alone, *own = [
         found
         for ranks in (1, 2)
@@ -415,7 +424,7 @@ def test_a_response_is_below_its_own_mean_wherever_its_parts_are(
         )
     ]
     for kind, expected in alone.items():
-        assert expected.any()
+        assert 0 < expected.sum() < batches[kind]["response"].sum()
         assert torch.cat([each[kind] for each in own], dim=1).equal(expected), kind
 
 

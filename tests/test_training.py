@@ -430,6 +430,10 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             },
             "valuation": {"reliability": True, "contrast": 1.0},
         },
+        "vetoed by response": {
+            "selection": {"policy": "all", "veto": {"by": "response_agreement", "share": 0.3}},
+            "valuation": {"reliability": True, "contrast": 1.0},
+        },
         "softmax of the harmless": {"selection": {"threshold": 0.0, "weights": "softmax"}},
         "protected, packed": {
             "selection": {
@@ -475,7 +479,8 @@ def test_every_way_to_select_gives_the_same_run_on_any_number_of_ranks(
             assert difference < -0.05
     assert shares["all"] == shares["soft"] == [1, 1, 1]
     assert all(0.5 < share <= 1 for share in shares["harmful beyond the noise"])
-    assert shares["vetoed"] == pytest.approx([0.7] * 3, abs=0.02)
+    for name in ("vetoed", "vetoed by response"):
+        assert shares[name] == pytest.approx([0.7] * 3, abs=0.02)
     assert shares["valued from the 3rd step"] == pytest.approx([1.0, 1.0, 0.5], abs=0.02)
     assert shares["schedule"] == pytest.approx([1.0, 0.6, 0.2], abs=0.02)
     assert shares["random, whole step"] == pytest.approx([0.5] * 3, abs=0.002)

@@ -46,6 +46,11 @@ POLICY_TRAITS: dict[str, PolicyTraits] = {
         in_value=True,
         keeps="the highest values in the kinder half of the held-out rows",
     ),
+    # A mean over a response has less noise than the values of its tokens, so no `in_value`.
+    "response_agreement": PolicyTraits(
+        needs=frozenset({"values", "spread"}),
+        keeps="the responses of highest mean value in the kinder half of the held-out rows",
+    ),
     "stored": PolicyTraits(
         needs=frozenset({"store"}),
         keeps="the highest values that recipes/value_tokens.py has stored",

@@ -26,6 +26,7 @@ SORT_KEYS: dict[str, SortKey] = {
     "adaptation": lambda facts: facts.adaptation_BT,
     # Negative only where both halves of the held-out rows call the token harmful.
     "agreement": lambda facts: facts.composite_BT + facts.spread_BT.abs(),
+    "response_agreement": lambda facts: _response_agreement(facts),
     "stored": lambda facts: facts.stored_value_BT,
     "random": lambda facts: facts.noise_BT,
     "loss": lambda facts: facts.nll_BT,
@@ -44,16 +45,32 @@ SORT_KEYS: dict[str, SortKey] = {
 
 def _below_mean_probability(facts: TokenFacts) -> Tensor:
     key_BT = torch.full_like(facts.nll_BT, -torch.inf)
-    response_BT, batch = facts.response_BT, facts.batch
-    nll_R, document_R = facts.nll_BT[response_BT], batch["document_ids"][response_BT]
-    if "whole_rows" in batch:  # the rest of a response is on other ranks
-        key_R = rules.below_mean_probability(
-            nll_R, document_R, sequences=len(batch["rows"]), total=facts.total
-        )
-    else:
-        key_R = rules.below_mean_probability(nll_R, document_R)
-    key_BT[response_BT] = key_R.float()
+    nll_R = facts.response_index.take(facts.nll_BT)
+    document_R, documents, total = _responses(facts)
+    key_R = rules.below_mean_probability(nll_R, document_R, sequences=documents, total=total)
+    key_BT[facts.response_BT] = key_R.float()
     return key_BT
+
+
+def _response_agreement(facts: TokenFacts) -> Tensor:
+    """Mean value + abs(mean spread) of each token's response: negative only where both halves of
+    the held-out rows call the response as a whole harmful."""
+    index = facts.response_index
+    value_R, spread_R = index.take(facts.composite_BT), index.take(facts.spread_BT)
+    document_R, documents, total = _responses(facts)
+    value_S = rules.sequence_means(value_R, document_R, documents, total)
+    spread_S = rules.sequence_means(spread_R, document_R, documents, total)
+    return index.put((value_S + spread_S.abs())[document_R].float())
+
+
+def _responses(facts: TokenFacts) -> tuple[Tensor, int, Callable[[Tensor], Tensor] | None]:
+    """Number of each token's response, (R,), and what `rules.sequence_means` needs where the rest
+    of a response is on other ranks."""
+    batch = facts.batch
+    document_R = facts.response_index.take(batch["document_ids"])
+    if "whole_rows" in batch:
+        return document_R, len(batch["rows"]), facts.total
+    return document_R, 0, None
 
 
 def register_policy(

@@ -40,7 +40,7 @@ def talr_weights(nll_R: Tensor, sequence_R: Tensor, group_R: Tensor) -> Tensor:
     mean of the two middle ones as its median. Source: the formula as others restate it; the
     paper's own equation and code were not at hand.
     """
-    mean_S = _sequence_means(nll_R, sequence_R)
+    mean_S = sequence_means(nll_R, sequence_R)
     tau_R = torch.zeros_like(nll_R, dtype=torch.float64)
     for group in group_R.unique():
         own_R = group_R == group
@@ -93,7 +93,7 @@ def below_mean_probability(
     too. Source: `cpo_loss_confpo` of the released code, strictly below the arithmetic mean.
     """
     probability_R = torch.exp(-nll_R.double())
-    mean_S = _sequence_means(probability_R, sequence_R, sequences, total)
+    mean_S = sequence_means(probability_R, sequence_R, sequences, total)
     below_R = mean_S[sequence_R] - probability_R
     return torch.where(below_R > 0, below_R, -torch.inf)
 
@@ -116,15 +116,7 @@ def retrospective_excess_loss(nll: Tensor, reference_nll: Tensor) -> Tensor:
     return reference_nll - nll
 
 
-def _softmax_weights(score_R: Tensor, sequence_R: Tensor) -> Tensor:
-    """n softmax(score) over the n tokens of each sequence, (R,): 1 on average."""
-    highest_S = torch.zeros_like(sequence_R.bincount(), dtype=score_R.dtype)
-    highest_S.scatter_reduce_(0, sequence_R, score_R, "amax", include_self=False)
-    raw_R = torch.exp(score_R - highest_S[sequence_R])
-    return raw_R / _sequence_means(raw_R, sequence_R)[sequence_R]
-
-
-def _sequence_means(
+def sequence_means(
     number_R: Tensor,
     sequence_R: Tensor,
     sequences: int = 0,
@@ -139,8 +131,16 @@ def _sequence_means(
     return sum_S / count_S.clamp_min(1)
 
 
+def _softmax_weights(score_R: Tensor, sequence_R: Tensor) -> Tensor:
+    """n softmax(score) over the n tokens of each sequence, (R,): 1 on average."""
+    highest_S = torch.zeros_like(sequence_R.bincount(), dtype=score_R.dtype)
+    highest_S.scatter_reduce_(0, sequence_R, score_R, "amax", include_self=False)
+    raw_R = torch.exp(score_R - highest_S[sequence_R])
+    return raw_R / sequence_means(raw_R, sequence_R)[sequence_R]
+
+
 def _moments(number_R: Tensor, sequence_R: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (over n) of each token's sequence, (R,) float64 each."""
-    mean_R = _sequence_means(number_R, sequence_R)[sequence_R]
-    variance_S = _sequence_means((number_R - mean_R).square(), sequence_R)
+    mean_R = sequence_means(number_R, sequence_R)[sequence_R]
+    variance_S = sequence_means((number_R - mean_R).square(), sequence_R)
     return mean_R, variance_S.sqrt()[sequence_R]
