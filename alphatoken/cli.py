@@ -41,7 +41,7 @@ COLLECTION = gc.get_threshold()
 
 # What starts each recipe: its file in recipes/, and what it does.
 RECIPES = {
-    "sft": ("sft.py", "Fine-tune on the valuable response tokens."),
+    "sft": ("sft.py", "Fine-tune on the response tokens that serve the held-out rows."),
     "preference": ("preference.py", "Train on pairs of responses."),
     "fisher": ("fisher.py", "Estimate the Fisher of the model that runs will start from."),
     "value": ("value_tokens.py", "Value every response token of a data set, without training."),

@@ -87,6 +87,7 @@ def measure(folder: Path, depth: int) -> dict[str, int]:
             "validation_sequences": per_rank * collectives.world_size(),
         },
         "fisher": {"sampling": "empirical", "num_prompts": 2, "batch_size": 1},
+        "selection": {"keep_ratio": 0.5},  # as published
         "train": {
             "global_batch_size": per_rank * collectives.world_size(),
             "micro_batch_size": per_rank,

@@ -92,6 +92,7 @@ def config_of(folder: Path, arguments: argparse.Namespace, ranks: int) -> RunCon
                 "stability_weight": 0.0,
                 "validation_sequences": ranks // parts,
             },
+            "selection": {"keep_ratio": 0.5},  # as published
             "train": {
                 "global_batch_size": ranks // parts,
                 "micro_batch_size": 1,

@@ -79,6 +79,7 @@ def run_values(
             "batch_size": 1,
             "output": str(folder / f"fisher-{run}"),
         },
+        "selection": {"keep_ratio": 0.5},  # as published
         "train": {
             "global_batch_size": 2 * ranks * rows,
             "micro_batch_size": rows,

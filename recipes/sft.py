@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the valuable response tokens, under DeepSpeed.
+"""Supervised fine-tuning on the response tokens that serve the held-out rows, under DeepSpeed.
 
     deepspeed recipes/sft.py --config configs/sft/quickstart.yaml [section.key=value ...]
 
@@ -13,7 +13,9 @@ from alphatoken.config.run import RunConfig
 def main() -> None:
     with readable_errors():
         config = parse_arguments(
-            RunConfig, "Supervised fine-tuning on the valuable response tokens, under DeepSpeed."
+            RunConfig,
+            "Supervised fine-tuning on the response tokens that serve the held-out rows, under "
+            "DeepSpeed.",
         )
 
         # Imported here: torch and DeepSpeed take seconds, and a mistake in the configuration

@@ -20,7 +20,9 @@ class ValuationConfig(Section):
     """How values of response tokens are computed."""
 
     enabled: bool = Field(
-        True, description="Value tokens and train on the valuable ones; false is plain fine-tuning."
+        True,
+        description="Value tokens and choose by their values what is trained on; false is "
+        "plain fine-tuning.",
     )
     estimator: EstimatorName = Field(
         "ghost",
