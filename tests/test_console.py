@@ -53,6 +53,11 @@ def test_help_has_every_section_once_by_what_it_is_for() -> None:
     assert shown.index("selection.keep_ratio") < shown.index("train.max_steps")
 
 
+@pytest.mark.parametrize(("name", "shown"), [("sft", True), ("preference", False)])
+def test_help_has_the_default_of_the_recipe(name: str, shown: bool) -> None:  # noqa: FBT001
+    assert ("auto, or 0.5" in CliRunner().invoke(app, [name, "--help"]).stdout) is shown
+
+
 def test_a_recipe_is_handed_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[str, list[str], dict[str, str]]]()
     monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))

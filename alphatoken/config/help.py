@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -87,20 +88,30 @@ def print_fields(config_class: type[Section], description: str) -> None:
             about = " ".join((section_class.__doc__ or "").split())
             table = Table("key", "default", "why", title_justify="left", expand=True)
             table.title = f"[bold]{section}[/bold]  {about}"
-            _add_rows(table, section, section_class)
+            choice = getattr(config_class, "default_choice", {}).get(section, {})
+            _add_rows(table, section, section_class, choice)
             console.print(table)
 
 
-def _add_rows(table: Table, prefix: str, section_class: type[BaseModel]) -> None:
-    """A row for each key, those of sections inside the section included."""
+def _add_rows(
+    table: Table, prefix: str, section_class: type[BaseModel], choice: Mapping[str, Any]
+) -> None:
+    """A row for each key, those of sections inside the section included. choice: what a default is
+    where the configuration names no rule of its own."""
     for name, field in section_class.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            _add_rows(table, f"{prefix}.{name}", field.annotation)
+            _add_rows(table, f"{prefix}.{name}", field.annotation, {})
             continue
         default = "(required)"
         if not field.is_required():
-            default = yaml.safe_dump(_plain(field), default_flow_style=True).split("\n")[0]
+            default = _shown(_plain(field))
+        if name in choice and _shown(choice[name]) != default:
+            default = f"{_shown(choice[name])}, or {default} beside another rule"
         table.add_row(f"{prefix}.{name}", default, (field.description or "") + _choices(field))
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
 
 
 def _plain(field: FieldInfo) -> Any:

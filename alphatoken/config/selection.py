@@ -78,9 +78,9 @@ class SelectionConfig(Section):
         0.5,
         description="Share of response tokens to train on (rho). auto trains on all but those that "
         "both halves of the held-out rows call harmful beyond the noise; needs policy top_value "
-        "and valuation.reliability. null where threshold is set. Runs on responses that name no "
-        "ratio, threshold or other policy, weights or schedule are as "
-        "configs/presets/drop_harmful.yaml says: auto, with what goes with it.",
+        "and valuation.reliability. null where threshold is set. In runs on responses it is auto, "
+        "with what configs/presets/drop_harmful.yaml has besides, unless another rule is named: a "
+        "ratio, a threshold, or another policy, weights or schedule.",
     )
     auto_margin: float = Field(
         1.0,

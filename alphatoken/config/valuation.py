@@ -60,8 +60,7 @@ class ValuationConfig(Section):
         ge=0,
         description="Weight (c) of the mean gradient of other training rows, B, which is "
         "subtracted from the held-out one: a value is then the effect on the held-out loss less c "
-        "times that on the training loss. 0 is the published value; with selection.keep_ratio auto "
-        "as the default the default here is 0.75.",
+        "times that on the training loss. 0 is the published value.",
     )
     contrast_from: Literal["auto", "scored", "drawn", "moment"] = Field(
         "auto",
