@@ -54,7 +54,7 @@ def test_help_has_every_section_once_by_what_it_is_for() -> None:
 
 
 @pytest.mark.parametrize(("name", "shown"), [("sft", True), ("preference", False)])
-def test_help_has_the_default_of_the_recipe(name: str, shown: bool) -> None:  # noqa: FBT001
+def test_help_has_the_default_of_the_recipe(name: str, shown: bool) -> None:
     assert ("auto, or 0.5" in CliRunner().invoke(app, [name, "--help"]).stdout) is shown
 
 
