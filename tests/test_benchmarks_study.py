@@ -44,7 +44,7 @@ arms:
   all: [valuation.enabled=false]
   oracle: {{kind: oracle, set: [valuation.enabled=false]}}
   both: {{kind: with_held_out, set: [valuation.enabled=false]}}
-  ghost, half: []
+  "ghost, half": [selection.keep_ratio=0.5]
 seeds: [0]
 measures: {{generated: 2, max_new_tokens: 4}}
 """

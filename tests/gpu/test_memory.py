@@ -77,6 +77,7 @@ def wide(
             "cache_dir": str(folder / "cache"),
         },
         "valuation": {"layers": 2, "validation_sequences": 16, "stability_weight": 0.0},
+        "selection": {"keep_ratio": 0.5},
         "deepspeed": {
             "config": {"zero_optimization": {**zero, "stage3_prefetch_bucket_size": 1_000_000}}
         },
