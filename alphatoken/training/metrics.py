@@ -73,7 +73,7 @@ CORRELATION = declare(
 # What selections rule out (dropped.py).
 declare("kept_tokens", "tokens of the global batch that were trained on", "tokens")
 declare("vetoed_tokens", "tokens of the global batch that `selection.veto` rules out", "tokens")
-declare("vetoed_share", "their share of the response tokens")
+declare("vetoed_share", "share of the response tokens that `selection.veto` rules out")
 declare("vetoed_share_{chosen,rejected}", "the same of one branch's response tokens")
 declare(
     "below_threshold_share",
