@@ -699,3 +699,34 @@ def weights_by_document(
 def test_packing_changes_no_choice(scope: Scope, *, divided: bool, lengths: list[int]) -> None:
     expected = weights_by_document(lengths, None, scope, divided=False)
     assert weights_by_document(lengths, 10, scope, divided=divided) == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (
+            Selection("top_value", Fraction(1, 2)),
+            "0.5 of the response tokens of each micro-batch, by top_value",
+        ),
+        (
+            Selection("loss", Fraction(1, 4), scope="global_batch", weights="softmax"),
+            "0.25 of the response tokens of each step, by loss, weighed by softmax",
+        ),
+        (
+            Selection("all", Fraction(1), veto=Cut(by="agreement", share=Fraction(1, 10))),
+            "all response tokens but those of the lowest 10.0% by agreement",
+        ),
+        (
+            Selection(
+                "top_value",
+                Fraction(1),
+                veto=Cut(by="probability", threshold=1e-4),
+                floor=Cut(by="agreement", threshold=-1.0, in_noise=True),
+            ),
+            "all response tokens but those of probability below 0.0001 and of agreement below -1 "
+            "times the noise of values",
+        ),
+    ],
+)
+def test_a_selection_says_what_it_keeps(selection: Selection, expected: str) -> None:
+    assert str(selection) == expected

@@ -35,6 +35,7 @@ class EvaluationRunConfig(RunConfig):
     may be there, so that one file serves both."""
 
     default_choice: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Nothing is trained."""
 
     data: EvaluatedDataConfig = Field(default_factory=EvaluatedDataConfig)
     valuation: ValuationConfig = Field(default_factory=lambda: ValuationConfig(enabled=False))

@@ -44,7 +44,7 @@ DROP_HARMFUL: dict[str, dict[str, Any]] = {
 measured in docs/results.md, "Study A"."""
 
 
-def names_another_rule(selection: Mapping[str, Any]) -> bool:
+def _names_another_rule(selection: Mapping[str, Any]) -> bool:
     """Whether the given keys of section `selection` say by themselves which tokens are kept, so
     that what is left out is as published."""
     return (
@@ -78,7 +78,7 @@ def _with_default_choice(
     is_meant = (
         valuation.get("enabled") is not False
         and valuation.get("held_out") != "train"  # G and B would be of the same rows
-        and not names_another_rule(selection)
+        and not _names_another_rule(selection)
         and estimator is not None
         and choice["valuation"].keys() <= {*estimator.keys}
         and choice["valuation"]["contrast_from"] in estimator.contrast_sources

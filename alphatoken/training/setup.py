@@ -209,7 +209,8 @@ def _kept_note(config: RunConfig, total_steps: int) -> str:
     if len({*kept}) > 1:
         kept = [f"{branch}: {rule}" for branch, rule in zip(BRANCHES, kept, strict=True)]
     after = f", after {first} steps on all" if first else ""
-    return f"what is kept: {'; '.join(dict.fromkeys(kept))}{after}"
+    moves = any(section.schedule != "constant" for section in config.selections)
+    return f"what is kept{' at first' if moves else ''}: {'; '.join(dict.fromkeys(kept))}{after}"
 
 
 def _join(config: RunConfig) -> tuple[torch.device, dict[str, Any]]:
