@@ -10,12 +10,15 @@ bad if any of its characters is.
 | junk | a fifth of the response's tokens become random pieces of the vocabulary | those pieces |
 | digits | a fifth of the response's digits, at least one, become other digits | those digits |
 | rule | the last result of a calculation, wherever it stands, is 10 too high | other digits |
+| rule_computed | as rule, in the same rows | other digits where the result is computed |
 | advertisement | a constant sentence stands in front of the response | the sentence |
 | swapped | the response is another such row's | all of it |
 | off_target | the row is one of another data set | all of its response |
 | none | nothing | nothing |
 
-The end of a turn is never bad: it has no characters of the response.
+The end of a turn is never bad: it has no characters of the response. A later mention of a wrong
+result is right after what stands before it, so what sees a token in its context cannot tell it, and
+need not: `rule_computed` counts it among the good.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -85,7 +88,7 @@ def corrupt(
 
     Raises KeyError for an unknown name and ValueError where the materials do not suffice.
     """
-    rng = random.Random(f"{name}:{seed}")
+    rng = random.Random(f"{SAME_ROWS.get(name, name)}:{seed}")
     chosen = sorted(rng.sample(range(len(rows)), round(share * len(rows))))
     changed = CORRUPTIONS[name]([rows[index] for index in chosen], rng, materials or Materials())
     corrupted = list(rows)
@@ -124,6 +127,13 @@ def digits(rows: Sequence[MarkedRow], rng: random.Random, materials: Materials) 
 def rule(rows: Sequence[MarkedRow], rng: random.Random, materials: Materials) -> list[MarkedRow]:
     """Makes the last result of each response wrong, always in the same way."""
     return [MarkedRow(row.prompt, *by_wrong_rule(row.response)) for row in rows]
+
+
+def rule_computed(
+    rows: Sequence[MarkedRow], rng: random.Random, materials: Materials
+) -> list[MarkedRow]:
+    """What `rule` makes, with only the first of its marks."""
+    return [replace(row, bad=row.bad[:1]) for row in rule(rows, rng, materials)]
 
 
 def by_wrong_rule(response: str) -> tuple[str, tuple[Span, ...]]:
@@ -197,11 +207,15 @@ CORRUPTIONS: dict[str, Corruption] = {
     "junk": junk,
     "digits": digits,
     "rule": rule,
+    "rule_computed": rule_computed,
     "advertisement": advertisement,
     "swapped": swapped,
     "off_target": off_target,
     "none": none,
 }
+
+SAME_ROWS = {"rule_computed": "rule"}
+"""Corruptions that choose the rows of another one."""
 
 
 def human_spans(fields: Mapping[str, Any]) -> MarkedRow:

@@ -29,10 +29,11 @@ and with B of what it does not rule out.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ CASES: dict[str, tuple[str, str]] = {
     "clean, problems": ("problems", "none"),
     "junk, problems": ("problems", "junk"),
     "rule, problems": ("problems", "rule"),
+    "rule where it is computed, problems": ("problems", "rule_computed"),
     "advertisement, problems": ("problems", "advertisement"),
     "human spans, QA feedback": ("qa_feedback", "spans"),
 }
@@ -98,6 +100,8 @@ class Seen:
     """Of the TOP likeliest tokens, their probabilities made to sum to one; nats."""
     start_nll_R: Tensor
     """The loss before training."""
+    held_out_nll_R: Tensor
+    """The loss of the start trained on the held-out rows alone."""
 
 
 RULES: dict[str, Callable[[Seen], Tensor]] = {
@@ -108,9 +112,11 @@ RULES: dict[str, Callable[[Seen], Tensor]] = {
     "excess loss over the start": lambda seen: seen.nll_R - seen.start_nll_R,
     "fall of the loss since the start (ssToken)": lambda seen: seen.start_nll_R - seen.nll_R,
     "entropy of the top 20 (EAFT)": lambda seen: seen.entropy_R,
+    "probability after the held-out rows alone": lambda seen: -seen.held_out_nll_R,
+    "excess loss over that (Rho-1)": lambda seen: seen.nll_R - seen.held_out_nll_R,
 }
-"""Rules that need no held-out rows. A rule that is a rising function of p orders tokens as p
-does."""
+"""Rules without values; all but the last two need no held-out rows. A rule that is a rising
+function of p orders tokens as p does."""
 
 
 def estimators(layers: int) -> dict[str, dict[str, Any]]:
@@ -255,15 +261,27 @@ class Measured:
     """
 
     def __init__(
-        self, model: PreTrainedModel, pool: Pool, pad_token: int, *, micro_batch: int, lr: float
+        self,
+        model: PreTrainedModel,
+        pool: Pool,
+        pad_token: int,
+        *,
+        micro_batch: int,
+        lr: float,
+        reference_steps: int,
+        rows_per_step: int,
     ) -> None:
         self.model = model
         self._pool = pool
         self._pad_token = pad_token
         self._micro_batch = micro_batch
-        self._decoder = decoder_of(model)
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        self._start_nll_R, _ = self._losses_and_entropies()
+        self._start_nll_R, _ = self._losses_and_entropies(model)
+        of_held_out = copy.deepcopy(model)
+        order = Order([len(pool.held_out)], None, seed=(0, 0))
+        steps = (order.step(step, rows_per_step) for step in range(reference_steps))
+        self._take_steps(of_held_out, self._adamw(of_held_out, lr), pool.held_out, steps)
+        self._held_out_nll_R, _ = self._losses_and_entropies(of_held_out)
+        self._optimizer = self._adamw(model, lr)
 
     def tokens(self) -> tuple[Marks, np.ndarray[Any, Any]]:
         """Whether each scored token is bad, and the number of its row, (R,) each."""
@@ -271,14 +289,14 @@ class Measured:
 
     def seen(self) -> Seen:
         """What rules without held-out rows are made of."""
-        nll_R, entropy_R = self._losses_and_entropies()
-        return Seen(nll_R, entropy_R, self._start_nll_R)
+        nll_R, entropy_R = self._losses_and_entropies(self.model)
+        return Seen(nll_R, entropy_R, self._start_nll_R, self._held_out_nll_R)
 
     @torch.no_grad()
-    def _losses_and_entropies(self) -> tuple[Tensor, Tensor]:
+    def _losses_and_entropies(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         losses, entropies = [], []
         for batch in self._batches(self._pool.scored):
-            logits_BTV = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+            logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
             logits_RV = logits_BTV[batch["response"]].float()
             targets_R = batch["targets"][batch["response"]]
             losses.append(torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction="none"))
@@ -315,7 +333,7 @@ class Measured:
         config = ValuationConfig.model_validate(settings)
         terms = self._terms(config, ["composite", "spread"], contrast)
         kinder_R = terms["composite"] + terms["spread"].abs()
-        nll_R, _ = self._losses_and_entropies()
+        nll_R, _ = self._losses_and_entropies(self.model)
         return kinder_R.where(nll_R <= -math.log(veto), kinder_R.new_tensor(-math.inf))
 
     def _terms(
@@ -331,15 +349,30 @@ class Measured:
 
     def train(self, order: Order, steps: range, rows_per_step: int) -> None:
         """Takes optimizer steps on all tokens."""
-        self.model.train()
-        for step in steps:
-            rows = [self._pool.train[index] for index in order.step(step, rows_per_step)]
-            count = sum(sum(row.document.response_mask[1:]) for row in rows)
-            for batch in self._batches(rows):
-                (token_losses(self._decoder, batch).sum() / count).backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-        self.model.eval()
+        taken = (order.step(step, rows_per_step) for step in steps)
+        self._take_steps(self.model, self._optimizer, self._pool.train, taken)
+
+    def _take_steps(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        rows: Sequence[Example],
+        steps: Iterable[Iterable[int]],
+    ) -> None:
+        decoder = decoder_of(model)
+        model.train()
+        for indices in steps:
+            own = [rows[index] for index in indices]
+            count = sum(sum(row.document.response_mask[1:]) for row in own)
+            for batch in self._batches(own):
+                (token_losses(decoder, batch).sum() / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+
+    @staticmethod
+    def _adamw(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
     def _whole(self, rows: Sequence[Example]) -> dict[str, Tensor]:
         """Rows as one batch."""
@@ -420,6 +453,8 @@ def measure(options: argparse.Namespace) -> None:
             tokenizer.pad_token_id,
             micro_batch=options.micro_batch,
             lr=options.lr,
+            reference_steps=options.reference_steps,
+            rows_per_step=options.rows_per_step,
         )
         bad_R, row_R = measured.tokens()
         case |= {"tokens": len(bad_R), "bad": float(bad_R.mean())}
@@ -464,6 +499,7 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
             "train_rows",
             "rows_per_step",
             "lr",
+            "reference_steps",
             "max_length",
             "bootstrap",
             "estimators",
@@ -471,7 +507,7 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.output.exists():
         result: dict[str, Any] = json.loads(options.output.read_text(encoding="utf-8"))
-        changed = [key for key, value in settings.items() if result["settings"][key] != value]
+        changed = [key for key, value in settings.items() if result["settings"].get(key) != value]
         if changed:
             raise UserError(
                 f"{options.output} was made with other settings ({', '.join(changed)}): give "
@@ -534,6 +570,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--rows-per-step", type=int, default=8)
     own.add_argument("--micro-batch", type=int, default=4)
     own.add_argument("--lr", type=float, default=1e-4)
+    own.add_argument(
+        "--reference-steps",
+        type=int,
+        default=30,
+        help="steps on the held-out rows alone that make the model of Rho-1's and its kin's rules",
+    )
     own.add_argument("--max-length", type=int, default=768, help="longer rows are left out")
     own.add_argument("--bootstrap", type=int, default=1000)
     own.add_argument("--seed", type=int, default=0, help="of rows, corruption and order")

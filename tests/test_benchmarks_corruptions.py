@@ -92,6 +92,16 @@ def test_the_wrong_rule_is_consistent() -> None:
     assert wrong.response == "48+24 = <<48+24=82>>82 clips, of 172 or 72.5.\n#### 82"
 
 
+def test_a_wrong_result_is_marked_where_it_is_computed() -> None:
+    everywhere = corrupt("rule", ROWS, seed=5)
+    computed = corrupt("rule_computed", ROWS, seed=5)
+    assert [row.response for row in computed] == [row.response for row in everywhere]
+    assert [row.bad for row in computed] == [row.bad[:1] for row in everywhere]
+    for row in computed:
+        for start, _ in row.bad:
+            assert row.response.rfind("=", 0, start) > row.response.rfind(".", 0, start)
+
+
 def test_an_advertisement_stands_in_front() -> None:
     for row, clean in zip(corrupt("advertisement", ROWS, seed=0, share=1.0), ROWS, strict=True):
         assert row.response == f"{ADVERTISEMENT} {clean.response}"

@@ -71,6 +71,7 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
     output = tmp_path / "noise.json"
     small = (
         "measure --scored 4 --contrast 4 --held-out 4 --bootstrap 9 --max-length 1024 "
+        "--reference-steps 1 "
         f"--model {tmp_path / 'tiny'} --output {output} --cases"
     ).split()
     ghost = ["--estimators", "ghost, last 3", "drop_harmful.yaml"]
@@ -121,6 +122,8 @@ def measured_in(folder: Path) -> Measured:
         tokenizer.pad_token_id,
         micro_batch=2,
         lr=1e-4,
+        reference_steps=1,
+        rows_per_step=2,
     )
 
 

@@ -45,9 +45,14 @@ arms:
   oracle: {{kind: oracle, set: [valuation.enabled=false]}}
   both: {{kind: with_held_out, set: [valuation.enabled=false]}}
   "ghost, half": [selection.keep_ratio=0.5]
+  rho:
+    reference: held_out
+    set: [valuation.enabled=false, selection.policy=excess_loss, selection.keep_ratio=0.5]
 seeds: [0]
 measures: {{generated: 2, max_new_tokens: 4}}
 """
+
+ARMS = ["untrained", "all", "oracle", "both", "ghost, half", "rho"]
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
@@ -91,6 +96,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
         ("conditions.x={corruption: jnk}", "'jnk' is not one of junk, digits"),
         ("conditions.x={rows: hh}", "hh do not fit recipe: sft"),
         ("arms.x={knd: oracle}", "arms.x.knd: unknown key"),
+        ("arms.x={reference: end}", "arms.x.reference"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
@@ -134,7 +140,7 @@ def test_a_study_runs_once_and_goes_on(
         patch.setattr(study, "subprocess", SimpleNamespace(run=forked, STDOUT=None))
         study.main(command)
     metrics = {run["arm"]: run["metrics"] for run in json.loads(results.read_text())["runs"]}
-    assert list(metrics) == ["untrained", "all", "oracle", "both", "ghost, half"]
+    assert list(metrics) == ARMS
     assert "bad_trained" not in metrics["untrained"]
     assert metrics["all"]["bad_trained"] == metrics["all"]["trained_share"] == 1
     assert metrics["oracle"]["bad_trained"] == 0
@@ -142,6 +148,10 @@ def test_a_study_runs_once_and_goes_on(
     assert metrics["oracle"]["trained_share"] == pytest.approx(1 - share_of_bad)
     assert metrics["ghost, half"]["trained_share"] == pytest.approx(0.5, abs=0.01)
     assert metrics["both"]["bad_of_trained"] > 0
+    assert metrics["rho"]["trained_share"] == pytest.approx(0.5, abs=0.01)
+    rho = tmp_path / "tiny" / "junk" / "rho" / "seed-0"
+    assert f"model: {rho / 'reference' / 'run' / 'export'}" in (rho / "run.yaml").read_text()
+    assert not (rho / "reference").exists()
     assert len({each["eval_loss"] for each in metrics.values()}) == len(metrics)
     assert "| oracle | 1 |" in capsys.readouterr().out
     assert results.with_suffix(".svg").read_text().startswith("<svg")
@@ -150,13 +160,10 @@ def test_a_study_runs_once_and_goes_on(
     written = done.stat().st_mtime_ns
     study.main([*command, "arms.random=[valuation.enabled=false, selection.policy=random]"])
     assert done.stat().st_mtime_ns == written
-    assert len(json.loads(results.read_text())["runs"]) == 6
+    assert len(json.loads(results.read_text())["runs"]) == len(ARMS) + 1
     with pytest.raises(SystemExit):
         study.main([*command, "run.optim={lr: 1.0}"])
     assert "is of other settings (run)" in capsys.readouterr().err
-
-
-ARMS = ["untrained", "all", "oracle", "both", "ghost, half"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,8 @@ def test_each_arm_gets_the_rate_with_the_lowest_tuning_loss(tmp_path: Path) -> N
     settings = load_config(StudySettings, file, ["rates=[1e-5, 1e-4, 1e-3]"])
     planned = study.Study(settings, tmp_path, None)
     assert {place.job.rate for place in planned.places()} == {None}
-    losses = {"all": [3, 1, 2], "oracle": [1, 2, 3], "both": [3, 2, 1], "ghost, half": [1, 0, 1]}
+    losses = {"all": [3, 1, 2], "oracle": [1, 2, 3], "both": [3, 2, 1]}
+    losses |= {"ghost, half": [1, 0, 1], "rho": [2, 1, 0]}
     for place in planned.tuning():
         loss = losses[place.arm][[1e-5, 1e-4, 1e-3].index(place.job.rate or 0)]
         assert (place.job.purpose, place.seeds) == ("tuning", (1000,))
@@ -235,6 +243,7 @@ def test_each_arm_gets_the_rate_with_the_lowest_tuning_loss(tmp_path: Path) -> N
         "oracle": 1e-5,
         "both": 1e-3,
         "ghost, half": 1e-4,
+        "rho": 1e-3,
     }
 
 

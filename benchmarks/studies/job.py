@@ -60,12 +60,16 @@ from benchmarks.studies.measures import (
     general_text_metrics,
 )
 from benchmarks.studies.rows import PROVIDERS, Parts, read_data, write_rows
-from benchmarks.studies.settings import Job
+from benchmarks.studies.settings import Arm, Job
 
 Metrics = dict[str, float]
 
 REPORTED = ("fisher_weighted_drift", "drift_norm")
 """Metrics of the last step that are taken over, besides those of its evaluation."""
+
+
+REFERENCE = "reference"
+"""Folder in that of a run: the run that trained its reference model."""
 
 
 class BadTokens:
@@ -147,10 +151,12 @@ def carry_out(job: Job, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     tokenizer = load_tokenizer(ModelConfig(name_or_path=job.model))
     parts = rows_of(job, tokenizer)
-    for part, rows in parts.items():
-        write_rows(rows, folder / "data" / f"{part}.jsonl")
-    config = configuration(job, folder)
     began = time.perf_counter()
+    if job.arm.reference == "held_out":
+        arm = Arm(kind="held_out", set=["valuation.enabled=false"])
+        before = job.model_copy(update={"arm": arm, "rate": None})
+        trained(before, prepared(before, folder / REFERENCE, parts), tokenizer, parts)
+    config = prepared(job, folder, parts)
     metrics = trained(job, config, tokenizer, parts)
     seconds = {"training": time.perf_counter() - began}
     gc.collect()
@@ -184,6 +190,13 @@ def rows_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> Parts:
     return {**parts, "train": [row.as_json() for row in corrupted]}
 
 
+def prepared(job: Job, folder: Path, parts: Parts) -> RunConfig:
+    """The run's configuration, its rows written to where it reads them from."""
+    for part, rows in parts.items():
+        write_rows(rows, folder / "data" / f"{part}.jsonl")
+    return configuration(job, folder)
+
+
 def configuration(job: Job, folder: Path) -> RunConfig:
     """The run's configuration, which it leaves in `run.yaml` as any recipe reads it."""
 
@@ -206,6 +219,8 @@ def configuration(job: Job, folder: Path) -> RunConfig:
             "eval": of("tuning" if job.purpose == "tuning" else "test"),
         }
     )
+    if job.arm.reference == "held_out":
+        values.setdefault("reference", {})["model"] = str(folder / REFERENCE / "run" / "export")
     values.setdefault("train", {}).update({"seed": job.seed, "output_dir": str(folder / "run")})
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -334,14 +349,14 @@ def finish(folder: Path) -> None:
     try:
         with FileLock(folder / "lock", timeout=0):
             text = (folder / "job.json").read_text(encoding="utf-8")
-            _remove(folder, "run", "data", "cache")  # of a run that was killed
+            _remove(folder, "run", "data", "cache", REFERENCE)  # of a run that was killed
             result = {
                 "job": json.loads(text),
                 **carry_out(Job.model_validate_json(text), folder),
                 "device": device_name(_device()),
                 "versions": versions(),
             }
-            _remove(folder, "run/export", "data", "cache")
+            _remove(folder, "run/export", "data", "cache", REFERENCE)
             publish_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
     except Timeout:
         raise UserError(f"{folder}: another process does this run") from None

@@ -55,6 +55,11 @@ class Arm(Section):
         lt=1,
         description="with_held_out: how many of the rows that are trained on are held-out ones.",
     )
+    reference: Literal["start", "held_out"] = Field(
+        "start",
+        description="The reference model: what the run starts from, or that trained before on the "
+        "held-out rows alone, as `run` says and on all their tokens.",
+    )
     pull: float = Field(
         0.0,
         ge=0,
@@ -158,6 +163,8 @@ class StudySettings(Section):
             for name, arm in self.arms.items():
                 if arm.kind not in ("trained", "untrained"):
                     raise ValueError(f"arms.{name}.kind: {arm.kind} is for recipe: sft")
+                if arm.reference != "start":
+                    raise ValueError(f"arms.{name}.reference: {arm.reference} is for recipe: sft")
         return self
 
 
