@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from alphatoken.config.file import load_config
 from alphatoken.errors import UserError
 from benchmarks.measuring import write_result
@@ -252,8 +254,11 @@ def finished(place: Place) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    wanted = json.loads(place.job.model_dump_json())
-    changed = [key for key, value in wanted.items() if result["job"].get(key) != value]
+    try:
+        job = Job.model_validate(result["job"])  # keys that it was written without have defaults
+    except ValidationError as error:
+        raise UserError(f"{file} is of another version of this program: {error}") from None
+    changed = [key for key in Job.model_fields if getattr(job, key) != getattr(place.job, key)]
     if changed:
         raise UserError(
             f"{file} is of other settings ({', '.join(changed)}): remove its folder to do the run "

@@ -208,6 +208,26 @@ def test_what_the_json_has_with_the_same_settings_is_not_done_again(
     }
 
 
+def test_a_result_from_before_a_setting_was_added_still_counts(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.format(model="nowhere"))
+    place = next(study.Study(load_config(StudySettings, file), tmp_path, None).places())
+    place.folder.mkdir(parents=True)
+    job = json.loads(place.job.model_dump_json())
+    for arm, problem in (
+        ({"kind": "untrained"}, None),
+        ({"kind": "untrained", "pull": 0.1}, r"of other settings \(arm\)"),
+        ({"kind": "untrained", "push": 0.1}, "of another version of this program"),
+    ):
+        result = {"job": {**job, "arm": arm}, "metrics": {}}
+        (place.folder / "result.json").write_text(json.dumps(result))
+        if problem is None:
+            assert study.finished(place) == result
+        else:
+            with pytest.raises(UserError, match=problem):
+                study.finished(place)
+
+
 def test_versions_of_all_runs_are_named() -> None:
     assert study.joined({"torch": "1"}, {"torch": "2", "x": "3"}) == {"torch": "1, 2", "x": "3"}
     assert study.joined({"torch": "1, 2"}, {"torch": "2"}) == {"torch": "1, 2"}
