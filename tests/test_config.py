@@ -131,6 +131,8 @@ def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path
         ),
         ("paper", "{keep_ratio: auto, auto_margin: 2}"),
         ("paper", "{weights: softmax, weight_parameters: {temperature: 0.5}}"),
+        ("held_out_veto", "{keep_ratio: auto, auto_margin: 2}"),
+        ("held_out_veto", "{veto: {by: top_value, threshold: -1, unit: noise}}"),
     ],
 )
 def test_a_rule_of_a_later_file_takes_the_place_of_another(
@@ -382,6 +384,18 @@ def test_the_published_preset_is_so_in_any_order(file: Path, file_order: tuple[s
     files = {"run": file, "paper": presets / "paper.yaml", "drop": presets / "drop_harmful.yaml"}
     config = load_config(RunConfig, [file, *(files[each] for each in file_order)])
     assert what_chooses(config) == {**PUBLISHED, "veto": None}
+
+
+def test_the_preset_of_a_model_of_the_held_out_rows_takes_the_place_of_the_others(
+    file: Path,
+) -> None:
+    presets = CONFIGS / "presets"
+    alone = load_config(RunConfig, [file, presets / "held_out_veto.yaml"])
+    assert not alone.valuation.enabled
+    assert alone.needs_reference
+    for name in ("paper", "drop_harmful"):
+        files = [file, presets / f"{name}.yaml", presets / "held_out_veto.yaml"]
+        assert load_config(RunConfig, files).selection == alone.selection
 
 
 @pytest.mark.parametrize("value", ["[a]", "nothing", "null"])

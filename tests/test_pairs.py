@@ -459,7 +459,9 @@ def test_a_reference_that_cannot_be_compared_is_refused_before_any_weight_is_rea
     )
     cases = {
         "has another vocabulary": {"reference": {"model": str(tmp_path / "other")}},
-        "cannot be loaded": {"reference": {"model": str(tmp_path / "missing")}},
+        f"cannot be loaded: there is no folder {tmp_path / 'missing'}": {
+            "reference": {"model": str(tmp_path / "missing")}
+        },
         "nothing is compared with a reference": {
             "reference": {"mode": "online"},
             "preference": {"objective": "orpo"},
