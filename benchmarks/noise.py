@@ -16,6 +16,9 @@ Both with 95 % intervals by bootstrap over rows, on one model and one corruption
 stage) is written as it comes; the same command goes on where it was stopped, and other `--cases`
 and `--stages` are added to those the file has.
 
+The last two rules without values compare with a second model: the start after `--reference-steps`
+on the held-out rows alone.
+
 What is made of values: `G`, the product with the mean gradient of clean held-out rows, is the
 published one; `G - B` takes off that with the mean gradient of `--contrast` other corrupted rows
 (`valuation.contrast: 1`); `direct` leaves the causal path out; `kinder half` is the higher of the
@@ -288,7 +291,7 @@ class Measured:
         return marked_tokens(self._pool.scored)
 
     def seen(self) -> Seen:
-        """What rules without held-out rows are made of."""
+        """What rules without values are made of."""
         nll_R, entropy_R = self._losses_and_entropies(self.model)
         return Seen(nll_R, entropy_R, self._start_nll_R, self._held_out_nll_R)
 
@@ -574,7 +577,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--reference-steps",
         type=int,
         default=30,
-        help="steps on the held-out rows alone that make the model of Rho-1's and its kin's rules",
+        help="steps that make the reference of Rho-1 out of the start, on the held-out rows alone",
     )
     own.add_argument("--max-length", type=int, default=768, help="longer rows are left out")
     own.add_argument("--bootstrap", type=int, default=1000)

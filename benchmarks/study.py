@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from alphatoken.config.file import load_config
 from alphatoken.errors import UserError
 from benchmarks.measuring import write_result
-from benchmarks.studies.job import configuration
+from benchmarks.studies.job import configuration, reference_job
 from benchmarks.studies.settings import Condition, Job, StudySettings, job_of
 from benchmarks.studies.tables import markdown, picture
 
@@ -93,6 +93,8 @@ class Study:
             for place in self.places():
                 try:
                     configuration(place.job, Path(scratch))
+                    if place.job.arm.reference == "held_out":
+                        configuration(reference_job(place.job), Path(scratch))
                 except UserError as error:
                     raise UserError(f"arm {place.arm!r}: {error}") from None
         if self._recorded:

@@ -6,19 +6,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alphatoken.config.sections import ModelConfig
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
 from benchmarks.noise import (
+    Example,
     Measured,
     Ordered,
+    Pool,
     estimators,
     main,
     markdown,
@@ -98,33 +101,53 @@ def test_a_measurement_goes_on_and_makes_its_table(tmp_path: Path) -> None:
         measure(parse([*small, "rule, problems", *ghost, "--lr", "1"]))
 
 
-def measured_in(folder: Path) -> Measured:
-    """A random model and a few rows."""
-    save_tiny(folder / "tiny")
-    arguments = [
-        "measure",
-        "--scored",
-        "4",
-        "--contrast",
-        "4",
-        "--held-out",
-        "4",
-        "--max-length",
-        "1024",
-        "--output",
-        "-",
-    ]
-    options = parse([*arguments, "--model", str(folder / "tiny")])
+def rows_in(folder: Path) -> tuple[Pool, int]:
+    """A few rows, tokenised for the random model that is put there, and its padding token."""
+    if not (folder / "tiny").exists():
+        save_tiny(folder / "tiny")
+    sizes = "--scored 4 --contrast 4 --held-out 4 --max-length 1024"
+    options = parse(["measure", *sizes.split(), "--model", str(folder / "tiny"), "--output", "-"])
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "tiny")))
+    return read_pool("junk, problems", tokenizer, options), tokenizer.pad_token_id
+
+
+def measured_in(folder: Path, reference_steps: int = 1) -> Measured:
+    """A random model and a few rows, all four held-out ones in a step."""
+    pool, pad_token = rows_in(folder)
     return Measured(
         AutoModelForCausalLM.from_pretrained(folder / "tiny", dtype=torch.float32).eval(),
-        read_pool("junk, problems", tokenizer, options),
-        tokenizer.pad_token_id,
+        pool,
+        pad_token,
         micro_batch=2,
         lr=1e-4,
-        reference_steps=1,
-        rows_per_step=2,
+        reference_steps=reference_steps,
+        rows_per_step=4,
     )
+
+
+def losses_by_hand(model: PreTrainedModel, rows: Sequence[Example]) -> torch.Tensor:
+    """Of the response tokens of all rows, each read by itself."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor(row.document.input_ids)
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        losses.append(each[torch.tensor(row.document.response_mask[1:])])
+    return torch.cat(losses)
+
+
+@pytest.mark.slow
+def test_the_second_model_has_learned_the_held_out_rows_alone(tmp_path: Path) -> None:
+    none, one = (measured_in(tmp_path, steps).seen() for steps in (0, 1))
+    assert torch.equal(none.held_out_nll_R, none.start_nll_R)
+    assert torch.equal(one.nll_R, none.nll_R), "the model itself is not trained"
+    pool, _ = rows_in(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    losses_by_hand(model, pool.held_out).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(one.held_out_nll_R, losses_by_hand(model, pool.scored).detach())
+    assert not torch.allclose(one.held_out_nll_R, one.start_nll_R)
 
 
 @pytest.mark.slow

@@ -17,8 +17,14 @@ from alphatoken.errors import UserError
 from alphatoken.objectives.base import KeptLosses
 from alphatoken.training.setup import Run
 from benchmarks import study
-from benchmarks.studies.job import BadTokens, configuration, pull_to_start, reported
-from benchmarks.studies.settings import StudySettings
+from benchmarks.studies.job import (
+    BadTokens,
+    configuration,
+    pull_to_start,
+    reference_job,
+    reported,
+)
+from benchmarks.studies.settings import Arm, StudySettings
 from benchmarks.studies.tables import Estimate, Outcome, markdown, picture
 from recipes.quickstart.get_model import save_tiny
 from tests.ranks import ROOT, run_program
@@ -97,6 +103,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
         ("conditions.x={rows: hh}", "hh do not fit recipe: sft"),
         ("arms.x={knd: oracle}", "arms.x.knd: unknown key"),
         ("arms.x={reference: end}", "arms.x.reference"),
+        ("arms.x={kind: untrained, reference: held_out}", "of no use to kind: untrained"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
@@ -206,6 +213,30 @@ def test_what_the_json_has_with_the_same_settings_is_not_done_again(
     assert found == {
         (arm, seed): ARMS.index(arm) for arm, seed in cells if (arm, seed) not in undone
     }
+
+
+def test_the_reference_is_trained_on_all_tokens_of_the_held_out_rows_alone(tmp_path: Path) -> None:
+    """Whatever rule and reference the study's runs have."""
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.format(model="nowhere"))
+    rule = "{policy: top_value, keep_ratio: 0.3, weights: softmax}"
+    overrides = [f"run.selection={rule}", "run.reference=online"]
+    settings = load_config(StudySettings, file, overrides)
+    settings = settings.model_copy(
+        update={"arms": {"rho": Arm(reference="held_out", set=["selection.policy=excess_loss"])}}
+    )
+    (place,) = study.Study(settings, tmp_path, None).places()
+    config = configuration(place.job, tmp_path)
+    assert config.reference.mode == "online"
+    assert config.reference.model == str(tmp_path / "reference" / "run" / "export")
+    (tmp_path / "reference").mkdir()
+    config = configuration(reference_job(place.job), tmp_path / "reference")
+    (source,) = config.data.train
+    assert str(source.path) == str(tmp_path / "reference" / "data" / "held_out.jsonl")
+    assert not config.valuation.enabled
+    assert (config.selection.policy, config.selection.weights) == ("all", "hard")
+    assert config.selection.veto is None
+    assert config.reference.model is None
 
 
 def test_a_result_from_before_a_setting_was_added_still_counts(tmp_path: Path) -> None:

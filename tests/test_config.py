@@ -131,8 +131,15 @@ def test_later_files_override_earlier_ones_key_by_key(file: Path, tmp_path: Path
         ),
         ("paper", "{keep_ratio: auto, auto_margin: 2}"),
         ("paper", "{weights: softmax, weight_parameters: {temperature: 0.5}}"),
-        ("held_out_veto", "{keep_ratio: auto, auto_margin: 2}"),
-        ("held_out_veto", "{veto: {by: top_value, threshold: -1, unit: noise}}"),
+        *itertools.product(
+            ("all_tokens", "held_out_veto"),
+            (
+                "{keep_ratio: auto, auto_margin: 2}",
+                "{threshold: 0}",
+                "{veto: {by: top_value, threshold: -1, unit: noise}}",
+                "{weights: softmax, weight_parameters: {temperature: 0.5}}",
+            ),
+        ),
     ],
 )
 def test_a_rule_of_a_later_file_takes_the_place_of_another(
@@ -393,9 +400,11 @@ def test_the_preset_of_a_model_of_the_held_out_rows_takes_the_place_of_the_other
     alone = load_config(RunConfig, [file, presets / "held_out_veto.yaml"])
     assert not alone.valuation.enabled
     assert alone.needs_reference
-    for name in ("paper", "drop_harmful"):
+    for name in ("paper", "drop_harmful", "all_tokens"):
         files = [file, presets / f"{name}.yaml", presets / "held_out_veto.yaml"]
-        assert load_config(RunConfig, files).selection == alone.selection
+        config = load_config(RunConfig, files)
+        assert config.selection == alone.selection
+        assert config.valuation.start_step == 0
 
 
 @pytest.mark.parametrize("value", ["[a]", "nothing", "null"])

@@ -459,11 +459,15 @@ def test_a_reference_that_cannot_be_compared_is_refused_before_any_weight_is_rea
     )
     cases = {
         "has another vocabulary": {"reference": {"model": str(tmp_path / "other")}},
-        f"cannot be loaded: there is no folder {tmp_path / 'missing'}": {
+        f"cannot be loaded: there is no folder {tmp_path / 'missing'}$": {
             "reference": {"model": str(tmp_path / "missing")}
         },
-        "nothing is compared with a reference": {
+        "nothing is compared with a reference: leave it out$": {
             "reference": {"mode": "online"},
+            "preference": {"objective": "orpo"},
+        },
+        r"leave it out, or set reference\.model=null \(it is a/b\)": {
+            "reference": {"model": "a/b"},
             "preference": {"objective": "orpo"},
         },
     }

@@ -256,8 +256,6 @@ def replaced_by(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> set[
         replaced.add("schedule")
     if "schedule" in replaced or overrides.get("schedule") == "constant":
         replaced |= {"keep_ratio_start", "schedule_steps"}
-    if overrides.get("policy", "top_value") != "top_value" and before.get("keep_ratio") == "auto":
-        replaced |= {"keep_ratio", "auto_margin"}
     weights = overrides.get("weights")
     if weights is not None and before.get("weights", weights) != weights:
         replaced.add("weight_parameters")

@@ -24,10 +24,11 @@ def read_settings(name: str, key: str = "model.name_or_path") -> PretrainedConfi
                 f"that they are of with `alphatoken export --merge {name} NEW_FOLDER`, and set "
                 f"{key} to the new folder"
             ) from None
-        can_be_of_a_hub = name.count("/") <= 1 and not name.startswith(("/", "."))
-        missing = not (can_be_of_a_hub or Path(name).exists())
-        reason = f"there is no folder {Path(name).absolute()}" if missing else error
-        raise UserError(f"{key}={name} cannot be loaded: {reason}") from None
+        of_a_hub = name.count("/") <= 1 and not name.startswith(("/", "."))
+        reasons = [str(error)] if of_a_hub or Path(name).exists() else []
+        if not Path(name).exists():
+            reasons.insert(0, f"there is no folder {Path(name).absolute()}")
+        raise UserError(f"{key}={name} cannot be loaded: {'; '.join(reasons)}") from None
     return found
 
 

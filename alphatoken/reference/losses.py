@@ -172,12 +172,15 @@ def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
     name = config.reference.model
     if not config.needs_reference:
         if config.reference != type(config.reference)():
-            raise UserError("section reference is given, but nothing is compared with a reference")
+            raise UserError(
+                "section reference is given, but nothing is compared with a reference: leave it "
+                "out" + ("" if name is None else f", or set reference.model=null (it is {name})")
+            )
         return
     if name is None:
         return
     if config.reference.mode == "online" and config.train.sequence_parallel > 1:
-        check_divided_rows(read_settings(name), config.train.sequence_parallel)
+        check_divided_rows(read_settings(name, "reference.model"), config.train.sequence_parallel)
     size = embeddings_of(name, "reference.model")
     own_size = embeddings_of(config.model.name_or_path)
     try:

@@ -34,7 +34,7 @@ from alphatoken.cli import readable_errors
 from alphatoken.config.file import load_config
 from alphatoken.config.preference import PreferenceRunConfig
 from alphatoken.config.run import RunConfig
-from alphatoken.config.sections import ModelConfig
+from alphatoken.config.sections import ModelConfig, as_reference
 from alphatoken.data.cache import Document, TokenDataset
 from alphatoken.data.tokenizer import load_tokenizer
 from alphatoken.errors import UserError
@@ -153,8 +153,7 @@ def carry_out(job: Job, folder: Path) -> dict[str, Any]:
     parts = rows_of(job, tokenizer)
     began = time.perf_counter()
     if job.arm.reference == "held_out":
-        arm = Arm(kind="held_out", set=["valuation.enabled=false"])
-        before = job.model_copy(update={"arm": arm, "rate": None})
+        before = reference_job(job)
         trained(before, prepared(before, folder / REFERENCE, parts), tokenizer, parts)
     config = prepared(job, folder, parts)
     metrics = trained(job, config, tokenizer, parts)
@@ -190,6 +189,14 @@ def rows_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> Parts:
     return {**parts, "train": [row.as_json() for row in corrupted]}
 
 
+def reference_job(job: Job) -> Job:
+    """The run that makes a run's reference model of the held-out rows, on all their tokens."""
+    run = {name: section for name, section in job.run.items() if name != "reference"}
+    plain = {"valuation": {"enabled": False}, "selection": {"policy": "all"}}
+    arm = Arm(kind="held_out")
+    return job.model_copy(update={"arm": arm, "run": {**run, **plain}, "rate": None})
+
+
 def prepared(job: Job, folder: Path, parts: Parts) -> RunConfig:
     """The run's configuration, its rows written to where it reads them from."""
     for part, rows in parts.items():
@@ -220,7 +227,8 @@ def configuration(job: Job, folder: Path) -> RunConfig:
         }
     )
     if job.arm.reference == "held_out":
-        values.setdefault("reference", {})["model"] = str(folder / REFERENCE / "run" / "export")
+        export = folder / REFERENCE / "run" / "export"
+        values["reference"] = {**as_reference(values.get("reference", {})), "model": str(export)}
     values.setdefault("train", {}).update({"seed": job.seed, "output_dir": str(folder / "run")})
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

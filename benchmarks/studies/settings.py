@@ -58,13 +58,19 @@ class Arm(Section):
     reference: Literal["start", "held_out"] = Field(
         "start",
         description="The reference model: what the run starts from, or that trained before on the "
-        "held-out rows alone, as `run` says and on all their tokens.",
+        "held-out rows alone, on all their tokens and otherwise as `run` says.",
     )
     pull: float = Field(
         0.0,
         ge=0,
         description="Weight of |W - W_start|^2 / 2 in the loss (ZeRO stages 0 to 2).",
     )
+
+    @model_validator(mode="after")
+    def _a_reference_is_compared_with(self) -> Arm:
+        if self.kind == "untrained" and self.reference != "start":
+            raise ValueError(f"reference: {self.reference} is of no use to kind: untrained")
+        return self
 
 
 class Sizes(Section):
