@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken import TokenValues, ValuationConfig, score_tokens
 from alphatoken.config.file import validate
 from alphatoken.config.run import RunConfig
 from alphatoken.config.sections import ModelConfig
+from alphatoken.data import pretrained
 from alphatoken.data.batches import Order
 from alphatoken.distributed.ranks import allow_open_files, tensor_limit
 from alphatoken.errors import UserError
@@ -35,6 +36,28 @@ from tests.tiny import CASES, SMALL, collate, tokenised
 GLOBAL_BATCH, MICRO_BATCH, KEEP = 12, 2, 0.5
 SCORED_BY = ("estimator", "layers", "parameters", "window")
 TERMS = ("direct_target", "causal_target", "direct_proxy", "causal_proxy", "composite")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("runs/held-out/export", "there is no folder {here}/runs/held-out/export$"),
+        ("./export", "there is no folder {here}/export$"),
+        ("models/export", "there is no folder {here}/models/export; the hub has no such model$"),
+        ("empty", "the hub has no such model$"),
+    ],
+)
+def test_a_missing_folder_is_told_whether_or_not_a_hub_may_have_it(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    monkeypatch.setattr(pretrained, "holds_adapters", lambda _: False)
+    error = OSError("the hub has no such model")
+    monkeypatch.setattr(AutoConfig, "from_pretrained", raising(error))
+    told = f"^reference.model={name} cannot be loaded: {reason.format(here=tmp_path)}"
+    with pytest.raises(UserError, match=told):
+        pretrained.read_settings(name, "reference.model")
 
 
 def test_weights_of_the_hub_are_fetched_before_any_is_read(
